@@ -1,0 +1,35 @@
+"""Virtual Parameter Sharpening: dynamic low-rank updates for frozen linear layers.
+
+``y = Wx + b + γ(xA)Bᵀ`` with ``A = WᵀV`` and ``B = WU`` made on the fly from the layer's own
+weight and the activations passing through.
+"""
+
+from vps import reference
+from vps.config import VPSConfig
+from vps.functional import backends, vps_linear
+from vps.linear import VPSLinear
+from vps.masking import token_mask
+from vps.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
+from vps.policy import PolicyState
+from vps.settings import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PatchReport",
+    "PolicyState",
+    "VPSConfig",
+    "VPSLinear",
+    "__version__",
+    "backends",
+    "disabled",
+    "load",
+    "patch",
+    "policy_state",
+    "reference",
+    "save",
+    "set_config",
+    "token_mask",
+    "unpatch",
+    "vps_linear",
+]

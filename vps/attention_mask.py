@@ -1,0 +1,128 @@
+"""Carries a model's ``attention_mask`` to the statistics of its sharpened layers (SPEC §2)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vps.masking import STATE, TokenLayout, bind_to_thread_state
+
+
+def attach(model: nn.Module) -> None:
+    """Hook every module of ``model`` that takes tokens and an ``attention_mask``."""
+    for module in model.modules():
+        names = tuple(inspect.signature(module.forward).parameters)
+        if "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names):
+            module.register_forward_pre_hook(_Enter(names), with_kwargs=True)
+            module.register_forward_hook(_leave, always_call=True)
+
+
+def detach(model: nn.Module) -> None:
+    """Remove what :func:`attach` and later forward passes left."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Enter):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _leave:
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, _BoundCheckpoint):
+            module._gradient_checkpointing_func = checkpoint.checkpoint
+
+
+class _Enter:
+    """Forward pre-hook: push the layout of the call."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        _drop(module)  # left behind when an interrupt cut the last call short
+        STATE.layouts.append(_layout(module, given))
+        if module.training and torch.is_grad_enabled():
+            _bind_checkpoints(module)
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook: pop what :class:`_Enter` pushed."""
+    _drop(module)
+
+
+def _drop(module: nn.Module) -> None:
+    """Remove the module's layout, and all that was pushed after it."""
+    layouts = STATE.layouts
+    for depth in range(len(layouts)):
+        if layouts[depth].owner is module:
+            del layouts[depth:]
+            break
+
+
+def _layout(module: nn.Module, given: Mapping[str, Any]) -> TokenLayout:
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        shape = tuple(ids.shape)
+    elif isinstance(embeds, Tensor):
+        shape = tuple(embeds.shape[:-1])
+    else:
+        return TokenLayout((), None, module)
+    mask = given.get("attention_mask")
+    if isinstance(mask, Mapping):  # one mask per kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    counted = _counted(mask, shape, given) if isinstance(mask, Tensor) else None
+    if counted is not None and not torch.compiler.is_compiling():
+        if counted.device.type == "cpu" and bool(counted.all()):
+            counted = None  # asking is free on the CPU; elsewhere it would wait for the device
+    return TokenLayout(shape, counted, module)
+
+
+def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> Tensor | None:
+    """Which of the call's own tokens count: bool of ``shape`` [B, T], or ``None`` for all.
+
+    A 2-D mask [B, past + T] says it in its last T columns. In a 4-D mask [B, heads, T, K],
+    boolean or additive, a token counts that may attend to itself.
+    """
+    if len(shape) != 2 or mask.shape[0] != shape[0]:
+        return None
+    length = shape[1]
+    if mask.dim() == 2 and mask.shape[1] >= length:
+        return mask[:, mask.shape[1] - length :].bool()
+    if mask.dim() != 4 or mask.shape[2] != length:
+        return None
+    allowed = mask[:, 0]
+    if allowed.is_floating_point():
+        allowed = allowed > torch.finfo(allowed.dtype).min / 2
+    positions = given.get("cache_position")
+    if not isinstance(positions, Tensor):
+        past = given.get("past_key_values")
+        first = allowed.shape[-1] - length
+        if past is not None and hasattr(past, "get_seq_length"):
+            first = past.get_seq_length()
+        positions = torch.arange(length, device=mask.device) + first
+    own = positions.to(mask.device).view(1, length, 1).expand(shape[0], length, 1)
+    return allowed.bool().gather(-1, own).squeeze(-1)
+
+
+class _BoundCheckpoint:
+    """A checkpoint function whose recomputation sees the layouts of the first run."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(bind_to_thread_state(function), *args, **kwargs)
+
+
+def _bind_checkpoints(model: nn.Module) -> None:
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, _BoundCheckpoint):
+            module._gradient_checkpointing_func = _BoundCheckpoint(checkpoint)

@@ -1,0 +1,233 @@
+"""The settings of virtual parameter sharpening: every field of SPEC §5, checked on creation."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+DEFAULT_TARGET_MODULES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+MAX_RANK = 64
+MAX_TOPK = 64
+
+
+@dataclass(frozen=True)
+class VPSConfig:
+    """How a model is sharpened.
+
+    Args:
+        rank: columns of the update when ``adaptive_rank`` is off; 1 to 64.
+        adaptive_rank: let the policy choose the rank inside ``rank_bounds``.
+        topk: selected features per side; bounds the rank. 1 to 64.
+        gamma: scale of the update when ``adaptive_gamma`` is off; at least 0. 0 is the base layer.
+        adaptive_gamma: let the policy choose γ inside ``gamma_bounds``.
+        order: terms of the expansion of ``W · exp(γ U Vᵀ W)``; 1 or 2.
+        tau: largest norm of one component (``clip="component"``) or of the whole update
+            (``clip="spectral"``), in units of the weight; ``None`` leaves out the clip.
+        alpha: ridge of the SC builder, in units of ``x²``; positive.
+        clamp: bound on every element of δ, in units of the output; ``None`` leaves it out.
+        builder: ``"sk"``, ``"sc"``, ``"hybrid"``, or ``"random"``: features drawn by ``seed``,
+            the control that shows whether guidance by activations matters.
+        seed: seed of the random builder; at least 0.
+        scope: tokens that share one selection: ``"sequence"``, ``"batch"`` or ``"token"``.
+        qk_coupling: select outputs of query and key projections jointly (SPEC §7).
+        lbfgs: precondition ``B`` with the ephemeral L-BFGS memory (SPEC §8).
+        target_modules: as in PEFT: a sequence of name suffixes, a string that is a regular
+            expression for the full name, or ``"all-linear"`` (all but the output head).
+        exclude_modules: names to leave out, in the same forms; ``None`` for none.
+        layers_to_transform: indices of the blocks to sharpen; ``None`` for all.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range; the message names field, value and range.
+
+    Source: SPEC §5; the paper, appendix B.
+    """
+
+    rank: int = 2
+    adaptive_rank: bool = True
+    rank_bounds: tuple[int, int] = (1, 4)
+    topk: int = 32
+    adaptive_topk: bool | None = None
+    topk_bounds: tuple[int, int] = (16, 64)
+    gamma: float = 0.5
+    adaptive_gamma: bool = True
+    gamma_bounds: tuple[float, float] = (0.3, 0.8)
+    order: int = 1
+    adaptive_order: bool = False
+    order_bounds: tuple[int, int] = (1, 2)
+    tau: float | None = 0.8
+    alpha: float = 1e-3
+    clamp: float | None = None
+    clip: str = "component"
+    builder: str = "hybrid"
+    seed: int = 0
+    scope: str = "sequence"
+    qk_coupling: bool = True
+    lbfgs: bool = True
+    target_modules: tuple[str, ...] | str = DEFAULT_TARGET_MODULES
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "builder": ("sk", "sc", "hybrid", "random"),
+        "scope": ("sequence", "batch", "token"),
+        "clip": ("component", "spectral"),
+    }
+
+    def __post_init__(self) -> None:
+        if self.adaptive_topk is None:  # SPEC §5: follows the rank
+            object.__setattr__(self, "adaptive_topk", self.adaptive_rank)
+        for name in ("adaptive_rank", "adaptive_topk", "adaptive_gamma", "adaptive_order"):
+            self._check_bool(name)
+        self._check_bool("qk_coupling")
+        self._check_bool("lbfgs")
+        for name, allowed in self.CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"VPSConfig.{name} is {value!r}, expected one of {allowed}")
+        self._check_int("seed", self.seed, 0, 2**63 - 1)
+        for name, low, high in (("rank", 1, MAX_RANK), ("topk", 1, MAX_TOPK), ("order", 1, 2)):
+            self._check_int(name, getattr(self, name), low, high)
+            self._check_bounds(f"{name}_bounds", lambda f, v, a=low, b=high: self._check_int(f, v, a, b))
+        self._check_number("gamma", self.gamma, 0.0, inclusive=True)
+        self._check_bounds(
+            "gamma_bounds", lambda f, v: self._check_number(f, v, 0.0, inclusive=True)
+        )
+        self._check_number("alpha", self.alpha, 0.0)
+        for name in ("tau", "clamp"):
+            if getattr(self, name) is not None:
+                self._check_number(name, getattr(self, name), 0.0)
+        self._check_names("target_modules")
+        if self.exclude_modules is not None:
+            self._check_names("exclude_modules")
+        self._check_layers()
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with ``changes`` applied and checked.
+
+        Raises:
+            TypeError: a name that is no field, with the nearest known one.
+        """
+        for name in changes:
+            if name not in self.field_names():
+                raise TypeError(f"VPSConfig has no field {name!r}{_nearest(name)}")
+        if "adaptive_rank" in changes and self.adaptive_topk == self.adaptive_rank:
+            changes.setdefault("adaptive_topk", None)
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The settings as a JSON object, one key a field."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote; missing keys take their defaults.
+
+        Raises:
+            ValueError: no JSON, no object, or an unknown key (with the nearest known one).
+            TypeError: a value of the wrong type.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"VPSConfig.from_json: not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"VPSConfig.from_json: expected an object, got {type(values).__name__}"
+            )
+        for name in values:
+            if name not in cls.field_names():
+                raise ValueError(f"VPSConfig.from_json: unknown key {name!r}{_nearest(name)}")
+        return cls(**values)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of all fields, in order."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def _check_bool(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise TypeError(f"VPSConfig.{name} is {value!r}, expected True or False")
+
+    @staticmethod
+    def _check_int(name: str, value: object, low: int, high: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"VPSConfig.{name} is {value!r}, expected an integer {low} to {high}")
+        if not low <= value <= high:
+            raise ValueError(f"VPSConfig.{name} is {value!r}, expected {low} to {high}")
+
+    @staticmethod
+    def _check_number(name: str, value: object, low: float, inclusive: bool = False) -> None:
+        expected = f"a finite number {'≥' if inclusive else '>'} {low:g}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"VPSConfig.{name} is {value!r}, expected {expected}")
+        if not math.isfinite(value) or value < low or (value == low and not inclusive):
+            raise ValueError(f"VPSConfig.{name} is {value!r}, expected {expected}")
+
+    def _check_bounds(self, name: str, check: Any) -> None:
+        bounds = getattr(self, name)
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+            raise TypeError(f"VPSConfig.{name} is {bounds!r}, expected a pair (low, high)")
+        for value in bounds:
+            check(name, value)
+        if bounds[0] > bounds[1]:
+            raise ValueError(f"VPSConfig.{name} is {bounds!r}, expected low ≤ high")
+        object.__setattr__(self, name, tuple(bounds))
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            if not value:
+                raise ValueError(f"VPSConfig.{name} is empty, expected a regular expression")
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(
+                    f"VPSConfig.{name} is {value!r}, expected a regular expression: {error}"
+                ) from None
+            return
+        if not isinstance(value, (list, tuple, set, frozenset)) or not all(
+            isinstance(item, str) and item for item in value
+        ):
+            raise TypeError(
+                f"VPSConfig.{name} is {value!r}, expected a string or a list of non-empty strings"
+            )
+        if not value:
+            raise ValueError(f"VPSConfig.{name} is empty, expected at least one name")
+        ordered = value if isinstance(value, (list, tuple)) else sorted(value)
+        object.__setattr__(self, name, tuple(ordered))
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            return
+        if isinstance(layers, int) and not isinstance(layers, bool):
+            layers = (layers,)
+        if not isinstance(layers, (list, tuple)):
+            raise TypeError(
+                f"VPSConfig.layers_to_transform is {layers!r}, expected integers or None"
+            )
+        if not layers:
+            raise ValueError("VPSConfig.layers_to_transform is empty, expected at least one index")
+        for index in layers:
+            self._check_int("layers_to_transform", index, 0, 2**31 - 1)
+        object.__setattr__(self, "layers_to_transform", tuple(layers))
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, VPSConfig.field_names(), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,30 @@
+"""``VPSConv1D``: the sharpened form of Hugging Face's ``Conv1D``, GPT-2's transposed linear."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from vps.config import VPSConfig
+from vps.linear import SharpenedLayer, as_class
+from vps.policy import PolicyState
+
+
+class VPSConv1D(SharpenedLayer, Conv1D):
+    """A ``Conv1D`` with weight ``[d_in, d_out]``, sharpened with ``W`` its transpose."""
+
+    @classmethod
+    def from_conv1d(cls, conv1d: Conv1D, config: VPSConfig, state: PolicyState) -> Self:
+        """A sharpened layer that shares the parameters of ``conv1d``."""
+        return as_class(conv1d, cls, config=config, state=state)
+
+    def to_conv1d(self) -> Conv1D:
+        """The plain ``Conv1D`` of the same parameters and hooks."""
+        return as_class(self, Conv1D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sharpened output ``[..., d_out]`` for x ``[..., d_in]``."""
+        y = self.sharpen(x, self.weight.t(), self.bias)
+        return super().forward(x) if y is None else y

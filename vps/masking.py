@@ -1,0 +1,114 @@
+"""Which tokens count, and how a model lays them out: what a layer cannot see in its input (SPEC §2).
+
+The facts are kept on a stack per thread, so two threads may run one model with different masks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Token dims ``shape`` of the running model or context, and the bool ``mask`` of that shape.
+
+    Without an ``owner``, from :func:`token_mask`, it must fit every layer. That of a patched model
+    applies to layers whose input has as many tokens; the rest (a vision tower) keep their own.
+    """
+
+    shape: tuple[int, ...]
+    mask: Tensor | None
+    owner: nn.Module | None = None
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.layouts: list[TokenLayout] = []
+        self.disabled: list[Any] = []
+
+
+# Lists, not attributes: torch.compile traces their mutation, and no ContextVar.
+STATE = _ThreadState()
+
+
+@contextmanager
+def token_mask(mask: Tensor) -> Iterator[None]:
+    """Say which tokens count in the statistics of every VPS layer run inside, on this thread.
+
+    A patched model does this by itself from ``attention_mask``; this is for a bare layer. With
+    ``torch.utils.checkpoint``, enter it inside the checkpointed function, which runs twice.
+
+    Args:
+        mask: bool ``[..., T]``, the layer's input without its last dim; True counts.
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: raised by the layer when its input has other token dims.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"vps.token_mask: mask must be a bool tensor [..., T], got {came}")
+    STATE.layouts.append(TokenLayout(tuple(mask.shape), mask))
+    try:
+        yield
+    finally:
+        STATE.layouts.pop()
+
+
+def current_layout() -> TokenLayout | None:
+    """The innermost layout of this thread."""
+    layouts = STATE.layouts
+    return layouts[-1] if layouts else None
+
+
+def bind_to_thread_state(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` that sees this thread's present layouts and switches wherever it runs later.
+
+    Gradient checkpointing runs a block again during backward, after the model's forward returned
+    and perhaps on another thread.
+    """
+    layouts, disabled = list(STATE.layouts), list(STATE.disabled)
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        before = STATE.layouts, STATE.disabled
+        STATE.layouts, STATE.disabled = list(layouts), list(disabled)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            STATE.layouts, STATE.disabled = before
+
+    return bound
+
+
+def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
+    """Token dims and mask to use for a layer input ``x`` [..., d_in].
+
+    A model may flatten its ``[B, T]`` tokens before a layer (OPT, shared experts); then the
+    model's own dims are returned, so that sequences stay apart.
+
+    Raises:
+        ValueError: a mask of :func:`token_mask` that does not fit ``x``.
+    """
+    own = tuple(x.shape[:-1])
+    layout = current_layout()
+    if layout is None:
+        return own, None
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    size = 1
+    for dim in layout.shape:
+        size *= dim
+    if own == layout.shape or (x.dim() <= 2 and tokens == size):
+        return layout.shape, layout.mask
+    if layout.owner is None:
+        raise ValueError(
+            f"vps.token_mask: mask must have the shape of x without its last dim, {own}, "
+            f"got {layout.shape}"
+        )
+    return own, None

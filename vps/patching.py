@@ -1,0 +1,265 @@
+"""Sharpen a whole model: replace its linear layers, and take them back.
+
+Replaced layers share their parameters with the originals, so ``state_dict`` keys stay the same.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from vps import attention_mask
+from vps.config import VPSConfig
+from vps.linear import SharpenedLayer, VPSLinear, why_not_sharpenable
+from vps.masking import STATE
+from vps.matching import select_names
+from vps.policy import PolicyState
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What :func:`patch` did.
+
+    Args:
+        patched: names of the layers now sharpened.
+        refused: names the config asked for that cannot be sharpened, each with the reason.
+        not_patched: other modules that hold weights the config's names suggest, such as fused
+            experts, and what is left undone for them (Q/K coupling), each with the reason.
+    """
+
+    patched: tuple[str, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+    not_patched: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.patched)} layers sharpened"]
+        for title, reasons in (("refused", self.refused), ("not patched", self.not_patched)):
+            lines += [f"{title}: {name}: {reason}" for name, reason in reasons.items()]
+        return "\n".join(lines)
+
+
+def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
+    """Sharpen the linear layers of ``model`` that ``config.target_modules`` names.
+
+    A layer used in several places is replaced by one sharpened layer in all of them. The model's
+    ``attention_mask`` reaches the statistics by itself. Patching a patched model again first
+    takes the old sharpening back; entropy and history are kept.
+
+    Args:
+        model: any module; Hugging Face models of every family built from ``nn.Linear`` or
+            ``Conv1D``.
+        config: the settings; defaults when ``None``.
+
+    Returns:
+        What was sharpened, refused and left.
+
+    Raises:
+        TypeError: no module, or no config.
+        ValueError: nothing matches (the message lists the linear names found) or nothing that
+            matches can be sharpened (with the reasons). The model is then as it was.
+
+    Warns:
+        UserWarning: some of the layers asked for were refused.
+    """
+    _check_module(model, "patch")
+    config = VPSConfig() if config is None else config
+    if not isinstance(config, VPSConfig):
+        raise TypeError(f"vps.patch: config must be a VPSConfig, got {type(config).__name__}")
+    if isinstance(model, nn.Linear):
+        raise ValueError("vps.patch: model is itself a linear layer; use VPSLinear.from_linear")
+    linears = _linear_layers(model)
+    names = select_names(linears, _head_name(model, linears), config)
+    if not names:
+        raise ValueError(_nothing_matches(linears, config))
+    refused = {}
+    for name in names:
+        reason = _why_not(linears[name])
+        if reason is not None:
+            refused[name] = reason
+    wanted = [name for name in names if name not in refused]
+    if not wanted:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3])
+        raise ValueError(
+            f"vps.patch: none of the {len(names)} matching layers can be sharpened: {listed}"
+        )
+
+    state = PolicyState()
+    if sharpened_layers(model):
+        state = policy_state(model)
+        unpatch(model)
+        linears = _linear_layers(model)
+    unique = {id(linears[name]): linears[name] for name in wanted}
+    _replace(model, {key: _sharpened(old, config, state) for key, old in unique.items()})
+    attention_mask.attach(model)
+    if refused:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        warnings.warn(f"vps.patch: {len(refused)} layers were refused: {listed}", stacklevel=2)
+    not_patched = _fused_experts(model)
+    if config.qk_coupling:
+        not_patched["qk_coupling"] = "not part of this version of vps; q and k select separately"
+    return PatchReport(tuple(wanted), refused, not_patched)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Make every sharpened layer plain again; parameters stay shared.
+
+    Raises:
+        TypeError: no module.
+        ValueError: no sharpened layer in it.
+    """
+    layers = _require_layers(model, "unpatch")
+    attention_mask.detach(model)
+    _replace(model, {id(layer): _plain(layer) for layer in layers.values()})
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` bit-identically to the unpatched one, on this thread, inside the block.
+
+    Raises:
+        ValueError: no sharpened layer in it.
+    """
+    layers = _require_layers(model, "disabled")
+    states = list({id(layer.state): layer.state for layer in layers.values()}.values())
+    STATE.disabled.extend(states)
+    try:
+        yield
+    finally:
+        del STATE.disabled[len(STATE.disabled) - len(states) :]
+
+
+def set_config(model: nn.Module, config: VPSConfig) -> None:
+    """Change the settings of all sharpened layers; which layers they are stays as patched.
+
+    Raises:
+        TypeError: not a :class:`VPSConfig`.
+        ValueError: no sharpened layer, or other target modules, for which to patch again.
+    """
+    layers = _require_layers(model, "set_config")
+    if not isinstance(config, VPSConfig):
+        raise TypeError(f"vps.set_config: config must be a VPSConfig, got {type(config).__name__}")
+    for layer in layers.values():
+        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+            if getattr(config, name) != getattr(layer.config, name):
+                raise ValueError(
+                    f"vps.set_config: {name} differs from the patched model's "
+                    f"({getattr(layer.config, name)!r}); call vps.patch with the new config"
+                )
+    for layer in layers.values():
+        layer.config = config
+
+
+def policy_state(model: nn.Module) -> PolicyState:
+    """The entropy and history that all sharpened layers of ``model`` share.
+
+    Raises:
+        ValueError: no sharpened layer in it, or layers of differently patched models.
+    """
+    layers = _require_layers(model, "policy_state")
+    states = {id(layer.state): layer.state for layer in layers.values()}
+    if len(states) > 1:
+        raise ValueError(f"vps.policy_state: the layers belong to {len(states)} policy states")
+    return next(iter(states.values()))
+
+
+def sharpened_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every sharpened layer of ``model`` by its first name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SharpenedLayer)}
+
+
+def _check_module(model: nn.Module, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vps.{function}: model must be an nn.Module, got {type(model).__name__}")
+
+
+def _require_layers(model: nn.Module, function: str) -> dict[str, Any]:
+    _check_module(model, function)
+    layers = sharpened_layers(model)
+    if not layers:
+        raise ValueError(f"vps.{function}: the model holds no sharpened layer; call vps.patch first")
+    return layers
+
+
+def _conv1d() -> type[nn.Module] | None:
+    """Hugging Face's Conv1D if anything imported it; a model cannot hold one otherwise."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that is, or wraps, a linear map, by all of its names."""
+    conv1d = _conv1d()
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__.endswith("Linear")
+        if is_linear or (conv1d is not None and isinstance(module, conv1d)):
+            found[name] = module
+    return found
+
+
+def _head_name(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
+    """The output head, which ``"all-linear"`` leaves out as PEFT does."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return next((name for name, module in linears.items() if module is head), None)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if isinstance(module, SharpenedLayer):
+        return None
+    conv1d = _conv1d()
+    if conv1d is not None and isinstance(module, conv1d):
+        return why_not_sharpenable(module, conv1d)
+    return why_not_sharpenable(module, nn.Linear)
+
+
+def _sharpened(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return VPSLinear.from_linear(module, config, state)
+    from vps.conv1d import VPSConv1D  # needs transformers, which this module came from
+
+    return VPSConv1D.from_conv1d(module, config, state)
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, VPSLinear):
+        return layer.to_linear()
+    return layer.to_conv1d()  # type: ignore[operator]
+
+
+def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Put ``replacements``, by id of the old module, in every place that holds the old one.
+
+    Replacements are made once a module, so what was shared stays shared.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def _nothing_matches(linears: dict[str, nn.Module], config: VPSConfig) -> str:
+    if not linears:
+        return "vps.patch: the model holds no linear layer"
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    return (
+        f"vps.patch: target_modules {config.target_modules!r} (exclude_modules "
+        f"{config.exclude_modules!r}, layers_to_transform {config.layers_to_transform!r}) match "
+        f"none of the model's {len(linears)} linear layers, which are named {', '.join(kinds)}"
+    )
+
+
+def _fused_experts(model: nn.Module) -> dict[str, str]:
+    """Modules that hold the weights of several experts in one 3-D parameter."""
+    return {
+        name: f"its experts are one fused {tuple(parameter.shape)} tensor, not linear layers"
+        for name, module in model.named_modules()
+        for parameter in list(module._parameters.values())[:1]
+        if parameter is not None and parameter.dim() == 3 and "expert" in name
+    }

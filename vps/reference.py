@@ -1,0 +1,239 @@
+"""The eager, literal algorithm: SPEC made runnable, with dense ``U``, ``V``, ``A = WᵀV``, ``B = WU``.
+
+``y = H + b + γ · clamp((xÃ) B̃ᵀ)`` for every group of tokens (SPEC §1–§5). It is slow on purpose:
+the oracle of every other backend and the baseline of the benchmarks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HISTORY = 5
+FLOOR_GUARD = 2.0**-20
+
+
+@dataclass(frozen=True)
+class Group:
+    """Everything computed for the tokens that share one selection.
+
+    ``tokens`` [n] and ``counted`` [n] index the flattened input; ``I_in`` and ``I_out`` are the
+    pool of ``topk`` features, best first, of which the first ``rank`` are used. ``scale`` [rank]
+    is ``s_c`` of SPEC §4; ``A``, ``B`` are before, ``A_clipped``, ``B_clipped`` after the clip.
+    ``delta`` [n, d_out] is before γ. A group without a counted token has ``rank`` 0 and γ 0.
+    """
+
+    tokens: Tensor
+    counted: Tensor
+    gamma: float
+    rank: int
+    topk: int
+    order: int
+    sigma: float
+    energy: float
+    s_in: Tensor
+    s_out: Tensor
+    I_in: Tensor
+    I_out: Tensor
+    U: Tensor
+    V: Tensor
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    A_clipped: Tensor
+    B_clipped: Tensor
+    delta: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """``y`` [..., d_out], ``H`` [N, d_out] without bias, and one :class:`Group` per group."""
+
+    y: Tensor
+    H: Tensor
+    groups: list[Group] = field(default_factory=list)
+
+
+def vps_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    config: Any,
+    mask: Tensor | None = None,
+    entropy: float | None = None,
+    outcomes: Sequence[bool] = (),
+    gradient: bool = False,
+) -> Result:
+    """Sharpen one linear layer, literally.
+
+    Args:
+        x: input, ``[..., d_in]``, floating point.
+        weight: frozen weight ``W``, ``[d_out, d_in]``.
+        bias: ``[d_out]`` or ``None``; added after everything else was derived from ``H``.
+        config: an object with the fields of SPEC §5, such as ``vps.VPSConfig``.
+        mask: bool ``[...]`` (x without its last dim); True counts in the statistics.
+        entropy: ℋ of the next token in nats, or ``None``.
+        outcomes: improvement history, oldest first; the last five are used.
+        gradient: whether the layer holds a gradient, which turns ``"hybrid"`` into SC.
+
+    Returns:
+        The output and every intermediate.
+
+    Source: SPEC §1–§5; the paper, algorithms 1, 2, 4 and 5.
+    """
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    x2d = x.reshape(-1, x.shape[-1])
+    H = x2d @ weight.T
+    y = H.clone() if bias is None else H + bias
+    counted = torch.ones(len(x2d), dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()
+    groups = []
+    for tokens in group_tokens(x.shape[:-1], config.scope):
+        tokens = tokens.to(x.device)
+        group = _sharpen(
+            x2d[tokens].to(accumulate),
+            H[tokens].to(accumulate),
+            weight.to(accumulate),
+            tokens,
+            counted.to(x.device)[tokens],
+            config,
+            entropy,
+            outcomes,
+            gradient,
+        )
+        if group.rank:
+            y[tokens] = (y[tokens] + group.gamma * group.delta).to(y.dtype)
+        groups.append(group)
+    return Result(y.reshape(*x.shape[:-1], len(weight)), H, groups)
+
+
+def group_tokens(shape: Sequence[int], scope: str) -> list[Tensor]:
+    """Flat token indices of each group, for token dims ``shape`` (SPEC §2, scope)."""
+    tokens = torch.arange(math.prod(shape))
+    if scope == "token":
+        return list(tokens.split(1)) if len(tokens) else []
+    if scope == "batch" or len(shape) < 2:
+        return [tokens] if len(tokens) else []
+    return list(tokens.split(shape[-1])) if len(tokens) else []
+
+
+def clean(values: Tensor) -> Tensor:
+    """``values`` with every non-finite element 0 (SPEC §2)."""
+    return torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` largest scores, descending, ties to the lower index (SPEC §3)."""
+    return torch.sort(scores, descending=True, stable=True).indices[:k]
+
+
+def _sharpen(
+    x: Tensor,
+    H: Tensor,
+    W: Tensor,
+    tokens: Tensor,
+    counted: Tensor,
+    config: Any,
+    entropy: float | None,
+    outcomes: Sequence[bool],
+    gradient: bool,
+) -> Group:
+    d_out, d_in = W.shape
+    x_counted, H_counted = clean(x[counted]), clean(H[counted])
+    n = max(1, len(x_counted))
+    s_in, s_out = x_counted.abs().sum(0) / n, H_counted.abs().sum(0) / n
+    energy = float((H_counted**2).sum() / (n * d_out))
+
+    sigma, rank, gamma, topk, order = decide(config, energy, entropy, outcomes)
+    k_in, k_out = min(topk, d_in), min(topk, d_out)
+    r = min(rank, k_in, k_out)
+    if not bool(counted.any()):
+        r, gamma = 0, 0.0
+
+    if config.builder == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        I_in = torch.randperm(d_in, generator=generator)[:k_in].to(x.device)
+        I_out = torch.randperm(d_out, generator=generator)[:k_out].to(x.device)
+    else:
+        I_in, I_out = top_k(s_in, k_in), top_k(s_out, k_out)
+    U, V = one_hot(I_in[:r], d_in, W), one_hot(I_out[:r], d_out, W)
+    if config.builder == "sc" or (config.builder == "hybrid" and gradient):
+        V = couple(V, x_counted[:, I_in[:r]], H_counted[:, I_out[:r]], config.alpha)
+
+    A, B = W.T @ V, W @ U
+    scale = clip_scale(A, B, config.tau, config.clip)
+    A_clipped, B_clipped = A / scale.sqrt(), B / scale.sqrt()
+    if order == 2:
+        M = (V / scale.sqrt()).T @ B_clipped
+        core = torch.eye(r, dtype=W.dtype, device=W.device) + (gamma / 2) * M.T
+        delta = ((x @ A_clipped) @ core) @ B_clipped.T
+    else:
+        delta = (x @ A_clipped) @ B_clipped.T
+    if config.clamp is not None:
+        delta = delta.clamp(-config.clamp, config.clamp)
+    return Group(
+        tokens, counted, gamma, r, topk, order, sigma, energy, s_in, s_out,
+        I_in, I_out, U, V, A, B, scale, A_clipped, B_clipped, delta,
+    )  # fmt: skip
+
+
+def decide(
+    config: Any, energy: float, entropy: float | None, outcomes: Sequence[bool]
+) -> tuple[float, int, float, int, int]:
+    """``(σ, rank, γ, topk, order)`` of one group, in the order of SPEC §5."""
+    sigma = -math.expm1(-energy)
+    if entropy is not None:
+        sigma = max(sigma, min(1.0, entropy / 3))
+    recent = list(outcomes)[-HISTORY:]
+    if recent and sum(recent) / len(recent) >= 3 / 5:
+        sigma = min(1.0, 1.3 * sigma)
+    elif len(recent) == HISTORY and not any(recent):
+        sigma = 0.7 * sigma
+
+    def floor(name: str) -> int:
+        low, high = getattr(config, f"{name}_bounds")
+        return low + math.floor((high - low) * sigma + FLOOR_GUARD)
+
+    low, high = config.gamma_bounds
+    return (
+        sigma,
+        floor("rank") if config.adaptive_rank else config.rank,
+        low + (high - low) * sigma if config.adaptive_gamma else config.gamma,
+        floor("topk") if config.adaptive_topk else config.topk,
+        floor("order") if config.adaptive_order else config.order,
+    )
+
+
+def one_hot(indices: Tensor, size: int, like: Tensor) -> Tensor:
+    """Selector ``[size, r]`` with column c one at ``indices[c]``."""
+    selector = torch.zeros(size, len(indices), dtype=like.dtype, device=like.device)
+    selector[indices, torch.arange(len(indices), device=like.device)] = 1
+    return selector
+
+
+def couple(V: Tensor, X_A: Tensor, Y: Tensor, alpha: float) -> Tensor:
+    """``Ṽ = V Tᵀ`` with ``T = (X_AᵀX_A + αI)⁻¹ X_AᵀY``, columns of norm 1 or 0 (SPEC §3, SC).
+
+    Solved in float64: beside the square of an outlier feature float32 loses α altogether.
+    """
+    X, Y = X_A.double(), Y.double()
+    ridge = alpha * torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
+    T = torch.linalg.solve(X.T @ X + ridge, X.T @ Y)
+    mixed = V.double() @ T.T
+    norm = mixed.norm(dim=0)
+    return torch.where(norm > 0, mixed / norm, torch.zeros_like(mixed)).to(V.dtype)
+
+
+def clip_scale(A: Tensor, B: Tensor, tau: float | None, clip: str) -> Tensor:
+    """``s`` [r], by whose root both factors are divided (SPEC §4)."""
+    if tau is None or not A.shape[1]:
+        return torch.ones(A.shape[1], dtype=A.dtype, device=A.device)
+    if clip == "component":
+        return (A.norm(dim=0) * B.norm(dim=0) / tau).clamp(min=1)
+    norm = torch.linalg.matrix_norm(A @ B.T, ord=2)
+    return (norm / tau).clamp(min=1).expand(A.shape[1])

@@ -1,0 +1,85 @@
+"""Scores, top-k with ties to the lower index, and the SC coupling (SPEC §2 and §3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOW_BITS = 2**32 - 1
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def clean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """``values`` [G, T, d] with non-finite elements and uncounted tokens (mask [G, T]) at 0."""
+    finite = values.nan_to_num(0.0, 0.0, 0.0)
+    return finite if mask is None else finite.masked_fill_(~mask.unsqueeze(-1), 0.0)
+
+
+def column_scores(cleaned: Tensor, count: Tensor | None) -> Tensor:
+    """Mean of |values| over the counted tokens: ``[G, T, d]`` to ``[G, d]``."""
+    if cleaned.shape[1] == 1:
+        scores = cleaned.squeeze(1).abs()
+        return scores.to(accumulation_dtype(cleaned.dtype))
+    dtype = accumulation_dtype(cleaned.dtype)
+    total = torch.linalg.vector_norm(cleaned, 1, dim=1, dtype=dtype)
+    return total.div_(cleaned.shape[1] if count is None else count.unsqueeze(-1))
+
+
+def mean_square(cleaned: Tensor, count: Tensor | None) -> Tensor:
+    """Energy per group: mean of values² over counted tokens and features, ``[G]``."""
+    dtype = accumulation_dtype(cleaned.dtype)
+    norm = torch.linalg.vector_norm(cleaned, 2, dim=(1, 2), dtype=dtype)
+    root = norm * (cleaned.shape[-1] * (cleaned.shape[1] if count is None else 1)) ** -0.5
+    energy = root.square_()
+    return energy if count is None else energy.div_(count)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of scores ``[G, d]`` ≥ 0, best first, ties to the lower index.
+
+    torch.topk promises no order among ties, so it is given distinct integers: the bits of a
+    non-negative float32 sort like its value; below them stands the index.
+    """
+    if scores.dtype != torch.float32:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    keys = torch.add(index, scores.view(torch.int32), alpha=-(2**32))
+    return keys.topk(k, dim=-1, largest=False).values.bitwise_and_(LOW_BITS)
+
+
+@torch.compiler.assume_constant_result
+def random_features(seed: int, d_in: int, d_out: int, r: int) -> tuple[list[int], list[int]]:
+    """The first r input and output features that ``builder="random"`` draws."""
+    generator = torch.Generator().manual_seed(seed)
+    I_in = torch.randperm(d_in, generator=generator)[:r].tolist()
+    I_out = torch.randperm(d_out, generator=generator)[:r].tolist()
+    return I_in, I_out
+
+
+def coupling(X_A: Tensor, Y: Tensor, inactive: Tensor | None, alpha: float) -> Tensor:
+    """Columns ``m_c`` of the SC core: ``Ṽ = V · coupling``, each of norm 1 or 0.
+
+    ``Ṽ = V Tᵀ`` with ``T = (X_AᵀX_A + αI)⁻¹ X_AᵀY``; a column's norm is that of its row of T,
+    since V is one-hot.
+
+    Args:
+        X_A: cleaned selected inputs, ``[G, T, r]``.
+        Y: cleaned selected outputs, ``[G, T, r]``.
+        inactive: bool ``[G, r]``, columns that take no part, or ``None``.
+        alpha: the ridge, positive.
+
+    Returns:
+        float64 ``[G, r, r]``: beside the square of an outlier feature float32 loses α altogether.
+    """
+    X, Y = X_A.double(), Y.double()
+    if inactive is not None:
+        X, Y = (z.masked_fill(inactive.unsqueeze(1), 0.0) for z in (X, Y))
+    gram = X.mT @ X
+    gram.diagonal(dim1=-2, dim2=-1).add_(alpha)
+    T, _ = torch.linalg.solve_ex(gram, X.mT @ Y)
+    norm = torch.linalg.vector_norm(T, dim=-1, keepdim=True)
+    return (T / norm).masked_fill(norm == 0, 0.0).mT
