@@ -101,7 +101,9 @@ class VPSConfig:
         self._check_int("seed", self.seed, 0, 2**63 - 1)
         for name, low, high in (("rank", 1, MAX_RANK), ("topk", 1, MAX_TOPK), ("order", 1, 2)):
             self._check_int(name, getattr(self, name), low, high)
-            self._check_bounds(f"{name}_bounds", lambda f, v, a=low, b=high: self._check_int(f, v, a, b))
+            self._check_bounds(
+                f"{name}_bounds", lambda f, v, a=low, b=high: self._check_int(f, v, a, b)
+            )
         self._check_number("gamma", self.gamma, 0.0, inclusive=True)
         self._check_bounds(
             "gamma_bounds", lambda f, v: self._check_number(f, v, 0.0, inclusive=True)
@@ -123,7 +125,7 @@ class VPSConfig:
         """
         for name in changes:
             if name not in self.field_names():
-                raise TypeError(f"VPSConfig has no field {name!r}{_nearest(name)}")
+                raise TypeError(f"VPSConfig has no field {name!r}{nearest_field(name)}")
         if "adaptive_rank" in changes and self.adaptive_topk == self.adaptive_rank:
             changes.setdefault("adaptive_topk", None)
         return dataclasses.replace(self, **changes)
@@ -150,7 +152,7 @@ class VPSConfig:
             )
         for name in values:
             if name not in cls.field_names():
-                raise ValueError(f"VPSConfig.from_json: unknown key {name!r}{_nearest(name)}")
+                raise ValueError(f"VPSConfig.from_json: unknown key {name!r}{nearest_field(name)}")
         return cls(**values)
 
     @classmethod
@@ -228,6 +230,7 @@ class VPSConfig:
         object.__setattr__(self, "layers_to_transform", tuple(layers))
 
 
-def _nearest(name: str) -> str:
+def nearest_field(name: str) -> str:
+    """A hint at the field whose name comes nearest, or nothing."""
     close = difflib.get_close_matches(name, VPSConfig.field_names(), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -66,9 +66,7 @@ def vps_linear(
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
         with torch.autocast(kind, enabled=False):
-            return vps_linear(
-                x, weight, bias, config, mask=mask, state=state, gradient=gradient
-            )
+            return vps_linear(x, weight, bias, config, mask=mask, state=state, gradient=gradient)
     r = policy.largest_rank(config, weight.shape[1], weight.shape[0])
     if policy.is_off(config) or x.numel() == 0 or r == 0:
         return F.linear(x, weight, bias)

@@ -12,7 +12,6 @@ from vps.functional import FLOATING, vps_linear
 from vps.masking import STATE
 from vps.policy import PolicyState
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -99,7 +98,7 @@ class VPSLinear(SharpenedLayer, nn.Linear):
 
 def as_class(module: nn.Module, cls: type[M], **attributes: Any) -> M:
     """``module`` as another class: same parameters, buffers and hooks, other attributes."""
-    other = cls.__new__(cls)
+    other: M = cls.__new__(cls)  # type: ignore[call-overload]
     inner = {k: v for k, v in module.__dict__.items() if k not in ("config", "state")}
     for name in ("_parameters", "_buffers", "_modules"):
         inner[name] = inner[name].copy()

@@ -1,4 +1,4 @@
-"""Which tokens count, and how a model lays them out: what a layer cannot see in its input (SPEC §2).
+"""Which tokens count and how a model lays them out, which a layer cannot see in x (SPEC §2).
 
 The facts are kept on a stack per thread, so two threads may run one model with different masks.
 """

@@ -182,7 +182,9 @@ def _require_layers(model: nn.Module, function: str) -> dict[str, Any]:
     _check_module(model, function)
     layers = sharpened_layers(model)
     if not layers:
-        raise ValueError(f"vps.{function}: the model holds no sharpened layer; call vps.patch first")
+        raise ValueError(
+            f"vps.{function}: the model holds no sharpened layer; call vps.patch first"
+        )
     return layers
 
 

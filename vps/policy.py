@@ -115,9 +115,7 @@ def needs_energy(config: VPSConfig) -> bool:
     )
 
 
-def decide(
-    config: VPSConfig, energy: Tensor | None, state: PolicyState | None, r: int
-) -> Decision:
+def decide(config: VPSConfig, energy: Tensor | None, state: PolicyState | None, r: int) -> Decision:
     """Choose γ, rank and order of every group, without leaving the device.
 
     Args:

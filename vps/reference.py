@@ -1,4 +1,4 @@
-"""The eager, literal algorithm: SPEC made runnable, with dense ``U``, ``V``, ``A = WᵀV``, ``B = WU``.
+"""The eager, literal algorithm: SPEC made runnable, with dense ``U, V, A = WᵀV, B = WU``.
 
 ``y = H + b + γ · clamp((xÃ) B̃ᵀ)`` for every group of tokens (SPEC §1–§5). It is slow on purpose:
 the oracle of every other backend and the baseline of the benchmarks.

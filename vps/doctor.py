@@ -1,0 +1,55 @@
+"""What this machine can run: versions, devices, backends and optional packages."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib import metadata, util
+from typing import Any
+
+import torch
+
+from vps.functional import backends
+
+OPTIONAL = {
+    "transformers": "hf",
+    "gguf": "hf",
+    "triton": "gpu",
+    "sympy": "verify",
+    "pint": "verify",
+    "lm_eval": "eval",
+    "matplotlib": "plots",
+}
+
+
+def diagnose() -> dict[str, dict[str, Any]]:
+    """Sections of facts, each a name and a value or a reason; plain data, fit for JSON."""
+    packages = {}
+    for name, extra in OPTIONAL.items():
+        if util.find_spec(name) is None:
+            packages[name] = f"missing: pip install 'vps-kernels[{extra}]'"
+        else:
+            packages[name] = _version(name)
+    devices = {
+        "cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    }
+    for index in range(torch.cuda.device_count()):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    return {
+        "versions": {
+            "vps": _version("vps-kernels"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "packages": packages,
+        "devices": devices,
+        "backends": {name: reason or "available" for name, reason in backends().items()},
+        "tools": {tool: shutil.which(tool) or "not found" for tool in ("c++", "nvcc")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"

@@ -1,0 +1,85 @@
+"""Generate text and compare a sharpened model with its plain self."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vps.patching import disabled
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer: its text, token ids ``[n]`` and wall-clock seconds."""
+
+    text: str
+    tokens: list[int]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second, the prompt's processing included."""
+        return len(self.tokens) / self.seconds
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
+    """Token ids and mask ``[1, T]`` of a prompt, in the chat template where there is one.
+
+    Raises:
+        ValueError: a prompt without a token.
+    """
+    if chat and getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].numel() == 0:
+        raise ValueError("the prompt is empty")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def generate(model: Any, tokenizer: Any, inputs: dict[str, Tensor], new_tokens: int) -> Generation:
+    """Greedy continuation of at most ``new_tokens`` tokens."""
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
+        )
+    seconds = time.perf_counter() - start
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tokens, seconds)
+
+
+def first_difference(a: list[int], b: list[int]) -> int | None:
+    """Index of the first token that differs, or ``None`` when both are equal."""
+    for position, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return position
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[int]) -> float:
+    """Share of next-token choices that sharpening changes along a given continuation.
+
+    Both see the same tokens, so every position is judged by itself. Under the sequence scope
+    late tokens shape the selection used on early ones; use ``scope="token"`` for a causal figure.
+    """
+    prompt = inputs["input_ids"].to(model.device)
+    tail = torch.tensor([continuation], dtype=prompt.dtype, device=model.device)
+    ids = torch.cat([prompt, tail], dim=1)
+    with torch.inference_mode():
+        sharpened = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
+        with disabled(model):
+            plain = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
+    return float((sharpened != plain).double().mean())
