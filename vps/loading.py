@@ -79,6 +79,10 @@ def _dequantized(path: Path) -> Path:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # The weights are plain by now, but still called quantized, which cannot be saved.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         model.save_pretrained(temporary)
         try:
             temporary.rename(folder)

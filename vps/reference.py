@@ -147,7 +147,7 @@ def _sharpen(
     x_counted, H_counted = clean(x[counted]), clean(H[counted])
     n = max(1, len(x_counted))
     s_in, s_out = x_counted.abs().sum(0) / n, H_counted.abs().sum(0) / n
-    energy = float((H_counted**2).sum() / (n * d_out))
+    energy = float((H_counted.detach() ** 2).sum() / (n * d_out))
 
     sigma, rank, gamma, topk, order = decide(config, energy, entropy, outcomes)
     k_in, k_out = min(topk, d_in), min(topk, d_out)
@@ -222,8 +222,11 @@ def couple(V: Tensor, X_A: Tensor, Y: Tensor, alpha: float) -> Tensor:
     Solved in float64: beside the square of an outlier feature float32 loses α altogether.
     """
     X, Y = X_A.double(), Y.double()
-    ridge = alpha * torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
-    T = torch.linalg.solve(X.T @ X + ridge, X.T @ Y)
+    ridge = alpha * torch.eye(min(X.shape), dtype=X.dtype, device=X.device)
+    if len(X) < X.shape[1]:  # the same T, without a matrix that only α keeps from being singular
+        T = X.T @ torch.linalg.solve(X @ X.T + ridge, Y)
+    else:
+        T = torch.linalg.solve(X.T @ X + ridge, X.T @ Y)
     mixed = V.double() @ T.T
     norm = mixed.norm(dim=0)
     return torch.where(norm > 0, mixed / norm, torch.zeros_like(mixed)).to(V.dtype)

@@ -78,8 +78,13 @@ def coupling(X_A: Tensor, Y: Tensor, inactive: Tensor | None, alpha: float) -> T
     X, Y = X_A.double(), Y.double()
     if inactive is not None:
         X, Y = (z.masked_fill(inactive.unsqueeze(1), 0.0) for z in (X, Y))
-    gram = X.mT @ X
+    few = X.shape[1] < X.shape[2]  # fewer tokens than columns: only α keeps XᵀX from singular
+    gram = X @ X.mT if few else X.mT @ X
     gram.diagonal(dim1=-2, dim2=-1).add_(alpha)
-    T, _ = torch.linalg.solve_ex(gram, X.mT @ Y)
+    T = (
+        X.mT @ torch.linalg.solve_ex(gram, Y)[0]
+        if few
+        else (torch.linalg.solve_ex(gram, X.mT @ Y)[0])
+    )
     norm = torch.linalg.vector_norm(T, dim=-1, keepdim=True)
     return (T / norm).masked_fill(norm == 0, 0.0).mT

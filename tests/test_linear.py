@@ -1,0 +1,363 @@
+"""VPSLinear against the reference, and as a drop-in for nn.Linear."""
+
+import copy
+import io
+import pickle
+import random
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vps import PolicyState, VPSConfig, VPSLinear, reference, token_mask, vps_linear
+
+HOSTILE = ("", "", "ties", "zero", "nan", "inf", "huge", "strided")
+
+
+def random_case(seed):
+    """A layer, an input and settings of the test grid."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    d_in, d_out = rng.choice([1, 2, 3, 7, 33, 64]), rng.choice([1, 2, 5, 31, 48])
+    shape = rng.choice([(), (1,), (5,), (1, 1), (1, 6), (3, 4), (2, 3, 4), (9, 1)])
+    config = VPSConfig(
+        rank=rng.choice([1, 2, 3, 5]),
+        adaptive_rank=rng.random() < 0.6,
+        rank_bounds=(rng.choice([1, 2]), rng.choice([2, 4, 6])),
+        topk=rng.choice([1, 3, 32]),
+        adaptive_topk=rng.random() < 0.4,
+        topk_bounds=(rng.choice([1, 2, 16]), 64),
+        adaptive_gamma=rng.random() < 0.6,
+        order=rng.choice([1, 2]),
+        adaptive_order=rng.random() < 0.3,
+        tau=rng.choice([None, 0.8, 0.1]),
+        clip=rng.choice(["component", "spectral"]),
+        clamp=rng.choice([None, None, 0.05]),
+        builder=rng.choice(["sk", "sc", "hybrid", "random"]),
+        scope=rng.choice(["sequence", "batch", "token"]),
+    )
+    kind = rng.choice(HOSTILE)
+    x = torch.randn(*shape, d_in, dtype=torch.float64, generator=generator)
+    x = x * rng.choice([0.1, 1.0, 3.0])
+    if kind == "ties":
+        x = x.round()
+    elif kind == "zero":
+        x = x * 0
+    elif kind in ("nan", "inf") and x.dim() > 1:
+        x.view(-1, d_in)[0, 0] = float(kind)
+    elif kind == "huge":
+        # Where fewer tokens count than there are columns, the SC system of a huge x is singular
+        # in any finite precision.
+        x = x * (1e60 if config.builder in ("sk", "random") else 1e3)
+    elif kind == "strided":
+        x = x.repeat_interleave(2, dim=-1)[..., ::2]
+    W = torch.randn(d_out, d_in, dtype=torch.float64, generator=generator) / d_in**0.5
+    b = torch.randn(d_out, dtype=torch.float64, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.7
+    state = PolicyState()
+    entropy = rng.choice([None, None, 0.7, 5.0])
+    outcomes = [rng.random() < 0.5 for _ in range(rng.choice([0, 0, 3, 5]))]
+    state.set_entropy(entropy)
+    for improved in outcomes:
+        state.record(improved)
+    gradient = rng.random() < 0.5
+    return dict(
+        x=x,
+        W=W,
+        b=b if rng.random() < 0.5 else None,
+        config=config,
+        mask=mask if rng.random() < 0.5 else None,
+        state=state,
+        entropy=entropy,
+        outcomes=outcomes,
+        gradient=gradient,
+    )
+
+
+def reference_of(case):
+    return reference.vps_linear(
+        case["x"],
+        case["W"],
+        case["b"],
+        config=case["config"],
+        mask=case["mask"],
+        entropy=case["entropy"],
+        outcomes=case["outcomes"],
+        gradient=case["gradient"],
+    )
+
+
+@pytest.mark.parametrize("block", range(20))
+def test_float64_equals_the_reference(block):
+    for seed in range(block * 20, block * 20 + 20):
+        case = random_case(seed)
+        expected = reference_of(case).y
+        y = vps_linear(
+            case["x"],
+            case["W"],
+            case["b"],
+            case["config"],
+            mask=case["mask"],
+            state=case["state"],
+            gradient=case["gradient"],
+        )
+        finite = expected.isfinite()
+        assert torch.equal(finite, y.isfinite()), seed
+        if finite.any():
+            error = (y - expected)[finite].norm() / expected[finite].norm().clamp(min=1e-300)
+            assert error <= 1e-12, (seed, error)
+
+
+def test_the_grid_reaches_every_setting():
+    cases = [random_case(seed) for seed in range(400)]
+    for field, values in VPSConfig.CHOICES.items():
+        assert {getattr(case["config"], field) for case in cases} == set(values)
+    assert any(case["mask"] is not None and not case["mask"].any() for case in cases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_go_to_the_lower_index(dtype):
+    """Selected features show in the update: γ·clamp off, τ off, one token, W diagonal."""
+    from vps.selection import top_k
+
+    scores = torch.tensor([[2.0, 3.0, 3.0, 0.0, 3.0, 0.0], [0.0] * 6], dtype=dtype)
+    assert top_k(scores, 4).tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scope", ["sequence", "token"])
+@pytest.mark.parametrize("builder", ["sk", "sc"])
+def test_narrow_dtypes_stay_near_float64(dtype, scope, builder):
+    torch.manual_seed(3)
+    linear = nn.Linear(48, 40, dtype=dtype)
+    x = torch.randn(2, 6, 48).to(dtype)
+    config = VPSConfig(scope=scope, builder=builder, adaptive_gamma=False)
+    layer = VPSLinear.from_linear(linear, config)
+    with torch.no_grad():
+        y = layer(x)
+        H = nn.functional.linear(x, linear.weight)
+        wide = reference.vps_linear(
+            x.double(), linear.weight.double(), linear.bias.double(), config=config
+        )
+        # Selection is defined on the rounded H: skip nothing, compare where both choose alike.
+        scores = H.float().abs().mean(1) if scope == "sequence" else H.float().abs().flatten(0, 1)
+        chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :4]
+        alike = [
+            torch.equal(c[: g.rank], g.I_out[: g.rank])
+            for c, g in zip(chosen, wide.groups, strict=True)
+        ]
+        plain_error = (linear(x).double() - (wide.H + linear.bias.double()).view_as(wide.y)).norm()
+    error = (y.double() - wide.y).reshape(len(alike), -1)[torch.tensor(alike)].norm()
+    assert sum(alike) >= len(alike) / 2
+    assert error <= 4 * plain_error + 1e-6
+
+
+def test_shapes_and_empty_inputs():
+    layer = VPSLinear.from_linear(nn.Linear(6, 5))
+    plain = layer.to_linear()
+    for shape in [(6,), (0, 6), (2, 0, 6), (0, 3, 6), (1, 2, 3, 6)]:
+        x = torch.randn(shape)
+        assert layer(x).shape == plain(x).shape
+
+
+def test_off_is_bit_identical_to_the_base():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = nn.Linear(300, 70, dtype=dtype)
+        x = torch.randn(2, 9, 300).to(dtype)
+        for config in (
+            VPSConfig(gamma=0.0, adaptive_gamma=False),
+            VPSConfig(gamma_bounds=(0.0, 0.0)),
+        ):
+            assert torch.equal(VPSLinear.from_linear(linear, config)(x), linear(x))
+        layer = VPSLinear.from_linear(linear)
+        mask = torch.ones(2, 9, dtype=torch.bool)
+        mask[1] = False
+        with token_mask(mask):
+            y = layer(x)
+        assert torch.equal(y[1], linear(x)[1])
+        assert not torch.equal(y[0], linear(x)[0])
+
+
+def test_sequences_and_tokens_do_not_see_each_other():
+    torch.manual_seed(1)
+    linear = nn.Linear(20, 24, dtype=torch.float64)
+    x = torch.randn(3, 5, 20, dtype=torch.float64)
+    by_sequence = VPSLinear.from_linear(linear, VPSConfig(scope="sequence"))
+    assert torch.allclose(by_sequence(x)[1], by_sequence(x[1]), rtol=0, atol=1e-13)
+    by_token = VPSLinear.from_linear(linear, VPSConfig(scope="token"))
+    assert torch.allclose(by_token(x)[2, 3], by_token(x[2, 3]), rtol=0, atol=1e-13)
+
+
+def test_sc_does_not_depend_on_the_order_of_features():
+    torch.manual_seed(2)
+    W, x = torch.randn(12, 15, dtype=torch.float64), torch.randn(7, 15, dtype=torch.float64)
+    config = VPSConfig(builder="sc", order=2)
+    rows, columns = torch.randperm(12), torch.randperm(15)
+    y = vps_linear(x, W, None, config)
+    permuted = vps_linear(x[:, columns], W[rows][:, columns], None, config)
+    assert torch.allclose(permuted, y[:, rows], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.02])
+@pytest.mark.parametrize("settings", [{}, {"builder": "sc", "order": 2}, {"scope": "token"}])
+def test_gradients_follow_the_specification(clamp, settings):
+    torch.manual_seed(4)
+    config = VPSConfig(clamp=clamp, **settings)
+    linear = nn.Linear(9, 8, dtype=torch.float64)
+    x = torch.randn(2, 5, 9, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(2, 5, 8, dtype=torch.float64)
+    VPSLinear.from_linear(linear, config)(x).backward(g)
+
+    result = reference.vps_linear(x.detach(), linear.weight, linear.bias, config=config)
+    flat, W = x.detach().reshape(-1, 9).requires_grad_(), linear.weight.detach()
+    total = (flat @ W.T * g.reshape(-1, 8)).sum()
+    for group in result.groups:
+        A, B, V = group.A_clipped.detach(), group.B_clipped.detach(), group.V.detach()
+        delta = flat[group.tokens] @ A
+        if group.order == 2:
+            M = (V / group.scale.sqrt()).T @ B
+            delta = delta @ (torch.eye(len(M), dtype=M.dtype) + group.gamma / 2 * M.T).detach()
+        delta = delta @ B.T
+        if clamp is not None:
+            delta = delta.clamp(-clamp, clamp)
+        total = total + (group.gamma * delta * g.reshape(-1, 8)[group.tokens]).sum()
+    expected = torch.autograd.grad(total, flat)[0]
+    assert torch.allclose(x.grad.reshape(-1, 9), expected, rtol=1e-10, atol=1e-12)
+    flat_g = g.reshape(-1, 8)
+    assert torch.allclose(linear.weight.grad, flat_g.T @ flat.detach(), rtol=1e-10)
+    assert torch.allclose(linear.bias.grad, flat_g.sum(0), rtol=1e-10)
+
+
+def test_norms_are_never_stale():
+    torch.manual_seed(5)
+    config = VPSConfig(tau=0.3)
+    layer = VPSLinear.from_linear(nn.Linear(10, 11, dtype=torch.float64), config)
+    x = torch.randn(4, 10, dtype=torch.float64)
+
+    def check():
+        with torch.no_grad():
+            W, b = layer.weight.double(), layer.bias.double()
+            expected = reference.vps_linear(x, W, b, config=config).y
+            atol = 1e-12 if layer.weight.dtype == torch.float64 else 1e-5
+            y = layer(x.to(layer.weight.dtype)).double()
+            assert torch.allclose(y, expected, rtol=0, atol=atol)
+
+    check()
+    layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()})
+    check()
+    layer.weight.data.mul_(0.25)
+    check()
+    with torch.no_grad():
+        layer.weight[3] *= 9
+    check()
+    layer.weight.data = torch.randn_like(layer.weight)
+    check()
+    layer(x).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.5).step()
+    check()
+    twin = copy.deepcopy(layer)
+    twin.weight.data.mul_(3)
+    check()
+    layer.to(torch.float32)
+    check()
+
+
+def test_stays_an_ordinary_module():
+    linear = nn.Linear(6, 7)
+    layer = VPSLinear.from_linear(linear, VPSConfig(rank=1, adaptive_rank=False))
+    x = torch.randn(3, 6)
+    assert isinstance(layer, nn.Linear) and layer.weight is linear.weight
+    assert list(layer.state_dict()) == list(linear.state_dict())
+    linear.load_state_dict(layer.state_dict())
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+        assert twin.config == layer.config and twin.weight is not layer.weight
+        assert torch.equal(twin(x), layer(x))
+    assert copy.deepcopy(layer).half().weight.dtype == torch.float16
+
+
+def test_autocast_equals_the_narrow_layer():
+    linear = nn.Linear(16, 12)
+    layer = VPSLinear.from_linear(linear)
+    narrow = copy.deepcopy(layer).to(torch.bfloat16)
+    x = torch.randn(5, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, narrow(x.bfloat16()))
+    y.float().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+def test_checkpoint_gives_the_same_gradients():
+    layer = VPSLinear.from_linear(nn.Linear(8, 8))
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
+    for reentrant in (False, True):
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+        assert (
+            torch.equal(torch.autograd.grad(y.square().sum(), x)[0], plain)
+            if not (reentrant)
+            else torch.equal(y, layer(x))
+        )
+
+
+@pytest.mark.parametrize("settings", [{}, {"builder": "sc", "order": 2}, {"builder": "random"}])
+def test_compiles_without_a_graph_break(settings):
+    torch._dynamo.reset()
+    layer = VPSLinear.from_linear(nn.Linear(16, 24), VPSConfig(**settings))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 16)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+    with token_mask(mask):
+        assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
+
+def test_threads_have_their_own_masks():
+    layer = VPSLinear.from_linear(nn.Linear(8, 8))
+    x = torch.randn(2, 4, 8)
+    masks = [torch.rand(2, 4) < 0.6 for _ in range(4)]
+    expected = []
+    for mask in masks:
+        with token_mask(mask):
+            expected.append(layer(x))
+    wrong = []
+
+    def work(index):
+        for _ in range(100):
+            with token_mask(masks[index]):
+                if not torch.equal(layer(x), expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_bad_input_is_named():
+    layer = VPSLinear.from_linear(nn.Linear(6, 5))
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 6\].*\(2, 7\)"):
+        layer(torch.randn(2, 7))
+    with pytest.raises(TypeError, match="floating point.*int64"):
+        layer(torch.ones(2, 6, dtype=torch.int64))
+    with pytest.raises(TypeError, match="bool"):
+        with token_mask(torch.ones(2)):
+            pass
+    with pytest.raises(ValueError, match=r"mask must have the shape.*\(2, 3\).*\(2, 4\)"):
+        with token_mask(torch.ones(2, 4, dtype=torch.bool)):
+            layer(torch.randn(2, 3, 6))
+    with pytest.raises(TypeError, match="meta"):
+        VPSLinear.from_linear(nn.Linear(3, 3, device="meta"))
+    with pytest.raises(TypeError, match="weight norm or a parametrization|type is"):
+        VPSLinear.from_linear(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
