@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import sys
+import warnings
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +108,23 @@ def _positive(text: str) -> int:
 
 
 def _quiet(debug: bool) -> None:
+    """Keep the libraries' own notices off the terminal; one clear line is ours to write."""
     if debug:
         return
     logging.disable(logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import warnings
-
     warnings.simplefilter("ignore")
+
+
+def _quiet_transformers(debug: bool) -> None:
+    """No notices, and progress bars only where somebody watches."""
+    if debug or util.find_spec("transformers") is None:
+        return
+    from transformers.utils import logging as notices
+
+    notices.set_verbosity_error()
+    if not sys.stderr.isatty():
+        notices.disable_progress_bar()
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def read_config(path: Path | None, settings: list[str]) -> VPSConfig:
@@ -164,6 +173,7 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
 def _generate(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config, arguments.set)
     prompt = _read_prompt(arguments)
+    _quiet_transformers(arguments.debug)
     import torch
 
     from vps import disabled, patch
@@ -227,6 +237,7 @@ def difference_line(position: int | None) -> str:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    _quiet_transformers(arguments.debug)
     from vps.demo import run_demo
 
     run = run_demo(arguments.model_dir, arguments.out, arguments.max_new_tokens, _progress)
