@@ -1,0 +1,72 @@
+"""SmolLM2-135M on a CPU: 64 greedy tokens and a 512-token prefill, sharpened against plain.
+
+``plain again`` is the A/A band: what differs there is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+
+import vps
+from benchmarks.common import interleave, ratios, write
+from vps.loading import load_model
+
+
+def main() -> None:
+    """Check, time, write ``<out>/model.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model-dir", type=Path, default=Path(".cache/smollm2"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    files = sorted(arguments.model_dir.glob("*.gguf"))
+    plain, tokenizer = load_model(str(files[0] if files else arguments.model_dir))
+    models = {"plain": plain, "plain again": plain, "vps torch": copy.deepcopy(plain)}
+    vps.patch(models["vps torch"])
+    models["peft lora r=2"] = _with_lora(plain)
+    text = "The quick brown fox jumps over the lazy dog. " * 80
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+
+    with torch.inference_mode():
+        with vps.disabled(models["vps torch"]):
+            assert torch.equal(models["vps torch"](ids).logits, plain(ids).logits)
+        prefill = interleave(
+            {name: lambda model=model: model(ids) for name, model in models.items()},
+            arguments.rounds * 2,
+        )
+        generate = interleave(
+            {name: lambda model=model: _generate(model, ids) for name, model in models.items()},
+            arguments.rounds,
+        )
+    rows = {
+        "generate 64 tokens after 32": ratios(generate, "plain"),
+        "prefill 512 tokens": ratios(prefill, "plain"),
+    }
+    write(arguments.out, "model", rows)
+
+
+def _with_lora(model: torch.nn.Module) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=list(vps.VPSConfig().target_modules))
+    return get_peft_model(copy.deepcopy(model), config).eval()
+
+
+def _generate(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    prompt = ids[:, :32]
+    return model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=64,
+        min_new_tokens=64,
+        do_sample=False,
+        pad_token_id=0,
+    )
+
+
+if __name__ == "__main__":
+    main()
