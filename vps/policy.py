@@ -163,6 +163,7 @@ def _beyond(sigma: Tensor, bounds: tuple[int, int], r: int) -> Tensor | None:
     low, high = bounds
     if low >= r:
         return None
-    needed = torch.arange(1 - low, r + 1 - low, device=sigma.device)
-    reached = sigma * (high - low) + FLOOR_GUARD
-    return reached.unsqueeze(-1) < needed
+    needed = torch.arange(
+        1 - low - FLOOR_GUARD, r + 0.5 - low, dtype=sigma.dtype, device=sigma.device
+    )
+    return sigma.unsqueeze(-1) * (high - low) < needed

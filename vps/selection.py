@@ -19,22 +19,27 @@ def clean(values: Tensor, mask: Tensor | None) -> Tensor:
     return finite if mask is None else finite.masked_fill_(~mask.unsqueeze(-1), 0.0)
 
 
-def column_scores(cleaned: Tensor, count: Tensor | None) -> Tensor:
-    """Mean of |values| over the counted tokens: ``[G, T, d]`` to ``[G, d]``."""
-    if cleaned.shape[1] == 1:
-        scores = cleaned.squeeze(1).abs()
-        return scores.to(accumulation_dtype(cleaned.dtype))
-    dtype = accumulation_dtype(cleaned.dtype)
-    total = torch.linalg.vector_norm(cleaned, 1, dim=1, dtype=dtype)
-    return total.div_(cleaned.shape[1] if count is None else count.unsqueeze(-1))
+def magnitudes(values: Tensor, mask: Tensor | None) -> Tensor:
+    """``|values|`` cleaned as by :func:`clean`."""
+    finite = values.abs().nan_to_num_(0.0, 0.0, 0.0)
+    return finite if mask is None else finite.masked_fill_(~mask.unsqueeze(-1), 0.0)
 
 
-def mean_square(cleaned: Tensor, count: Tensor | None) -> Tensor:
-    """Energy per group: mean of values² over counted tokens and features, ``[G]``."""
-    dtype = accumulation_dtype(cleaned.dtype)
-    norm = torch.linalg.vector_norm(cleaned, 2, dim=(1, 2), dtype=dtype)
-    root = norm * (cleaned.shape[-1] * (cleaned.shape[1] if count is None else 1)) ** -0.5
-    energy = root.square_()
+def column_scores(magnitude: Tensor, count: Tensor | None) -> Tensor:
+    """Mean of the :func:`magnitudes` over the counted tokens: ``[G, T, d]`` to ``[G, d]``."""
+    dtype = accumulation_dtype(magnitude.dtype)
+    if magnitude.shape[1] == 1:
+        return magnitude.squeeze(1).to(dtype)
+    total = magnitude.sum(1, dtype=dtype)
+    return total.div_(magnitude.shape[1] if count is None else count.unsqueeze(-1))
+
+
+def mean_square(magnitude: Tensor, count: Tensor | None) -> Tensor:
+    """Energy per group: mean of magnitude² over counted tokens and features, ``[G]``."""
+    dtype = accumulation_dtype(magnitude.dtype)
+    norm = torch.linalg.vector_norm(magnitude, 2, dim=(1, 2), dtype=dtype)
+    elements = magnitude.shape[-1] * (magnitude.shape[1] if count is None else 1)
+    energy = norm.mul_(elements**-0.5).square_()  # in this order H² may not overflow
     return energy if count is None else energy.div_(count)
 
 

@@ -123,7 +123,8 @@ def _forward(
     elif update.columns is None:
         y = _expand(u, weight, update).add_(H)
     elif len(H) == 1:
-        y = torch.addmm(H[0], u[0], update.columns.t()).unsqueeze(0)
+        target = H[0] if mask is None else H[0].clone()  # the mask's branch needs H below
+        y = target.addmm_(u[0], update.columns.t()).unsqueeze(0)
     else:
         y = torch.baddbmm(H, u, _grouped(update.columns, u).permute(1, 2, 0))
     if bias is not None:
@@ -138,24 +139,23 @@ def _build(x: Tensor, H: Tensor, W: Tensor, mask: Tensor | None, call: Call) -> 
     """Policy first, then the selection and its core (SPEC §3–§5)."""
     config, r, groups = call.config, call.r, len(H)
     count = None if mask is None else mask.sum(1).clamp_(min=1)
-    clean_x = None if config.builder == "random" else selection.clean(x, mask)
-    clean_H = selection.clean(H, mask)
-    if clean_x is None:
+    size_H = selection.magnitudes(H, mask)
+    if config.builder == "random":
         drawn = selection.random_features(config.seed, W.shape[1], W.shape[0], r)
         I_in, I_out = (torch.tensor(i, device=x.device).expand(groups, r) for i in drawn)
     else:
-        I_in = selection.top_k(selection.column_scores(clean_x, count), r)
-        I_out = selection.top_k(selection.column_scores(clean_H, count), r)
-    energy = selection.mean_square(clean_H, count) if policy.needs_energy(config) else None
+        size_x = selection.magnitudes(x, mask)
+        I_in = selection.top_k(selection.column_scores(size_x, count), r)
+        I_out = selection.top_k(selection.column_scores(size_H, count), r)
+    energy = selection.mean_square(size_H, count) if policy.needs_energy(config) else None
     decision = policy.decide(config, energy, call.state, r)
 
     # Once the groups ask for more columns than W has, reading all of W is the cheaper way.
     columns = W.index_select(1, I_in.reshape(-1)) if groups * r < W.shape[1] else None
     mixing = None
-    if call.coupled and clean_x is not None:
-        mixing = selection.coupling(
-            _select(clean_x, I_in), _select(clean_H, I_out), decision.inactive, config.alpha
-        )
+    if call.coupled:
+        X_A, Y = (selection.clean(_select(*pair), mask) for pair in ((x, I_in), (H, I_out)))
+        mixing = selection.coupling(X_A, Y, decision.inactive, config.alpha)
     core = _core(W, I_in, I_out, columns, mixing, decision, config)
     gamma = decision.gamma
     if config.clamp is None:
