@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LOW_BITS = 2**32 - 1
+BLOCK_ELEMENTS = 2**17
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,28 +20,53 @@ def clean(values: Tensor, mask: Tensor | None) -> Tensor:
     return finite if mask is None else finite.masked_fill_(~mask.unsqueeze(-1), 0.0)
 
 
-def magnitudes(values: Tensor, mask: Tensor | None) -> Tensor:
-    """``|values|`` cleaned as by :func:`clean`."""
-    finite = values.abs().nan_to_num_(0.0, 0.0, 0.0)
-    return finite if mask is None else finite.masked_fill_(~mask.unsqueeze(-1), 0.0)
+def statistics(
+    values: Tensor, mask: Tensor | None, count: Tensor | None, energy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Scores and energy of SPEC §2 over the counted tokens.
+
+    Args:
+        values: x or H, ``[G, T, d]``.
+        mask: bool ``[G, T]``, or ``None`` when all count.
+        count: counted tokens of each group, ``[G]``, at least 1; ``None`` with no mask.
+        energy: whether to take the energy too.
+
+    Returns:
+        Mean of |values| ``[G, d]`` and mean of values² ``[G]`` or ``None``, in the accumulation
+        dtype. Non-finite elements count as 0.
+    """
+    length, width = values.shape[1:]
+    dtype = accumulation_dtype(values.dtype)
+    scale = (width * (length if count is None else 1)) ** -0.5
+    scores: Tensor | None = None
+    squares: Tensor | None = None
+    for start in range(0, length, rows := _block_rows(values)):
+        block = values[:, start : start + rows] if rows < length else values
+        size = block.abs().nan_to_num_(0.0, 0.0, 0.0)
+        if mask is not None:
+            size.masked_fill_(~mask[:, start : start + rows].unsqueeze(-1), 0.0)
+        part = size.squeeze(1).to(dtype) if length == 1 else size.sum(1, dtype=dtype)
+        scores = part if scores is None else scores.add_(part)
+        if energy:  # scaled before it is squared, so that it overflows no sooner than the mean
+            norm = torch.linalg.vector_norm(size, 2, dim=(1, 2), dtype=dtype)
+            part = norm.mul_(scale).square_()
+            squares = part if squares is None else squares.add_(part)
+    assert scores is not None
+    if length > 1:
+        scores.div_(length if count is None else count.unsqueeze(-1))
+    if squares is not None and count is not None:
+        squares.div_(count)
+    return scores, squares
 
 
-def column_scores(magnitude: Tensor, count: Tensor | None) -> Tensor:
-    """Mean of the :func:`magnitudes` over the counted tokens: ``[G, T, d]`` to ``[G, d]``."""
-    dtype = accumulation_dtype(magnitude.dtype)
-    if magnitude.shape[1] == 1:
-        return magnitude.squeeze(1).to(dtype)
-    total = magnitude.sum(1, dtype=dtype)
-    return total.div_(magnitude.shape[1] if count is None else count.unsqueeze(-1))
+def _block_rows(values: Tensor) -> int:
+    """Tokens to take at once: on a CPU few enough for the second-level cache.
 
-
-def mean_square(magnitude: Tensor, count: Tensor | None) -> Tensor:
-    """Energy per group: mean of magnitude² over counted tokens and features, ``[G]``."""
-    dtype = accumulation_dtype(magnitude.dtype)
-    norm = torch.linalg.vector_norm(magnitude, 2, dim=(1, 2), dtype=dtype)
-    elements = magnitude.shape[-1] * (magnitude.shape[1] if count is None else 1)
-    energy = norm.mul_(elements**-0.5).square_()  # in this order H² may not overflow
-    return energy if count is None else energy.div_(count)
+    Never depends on the batch, so sums come in the same order for every batch size.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return values.shape[1]
+    return max(16, BLOCK_ELEMENTS // values.shape[2])
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

@@ -139,15 +139,14 @@ def _build(x: Tensor, H: Tensor, W: Tensor, mask: Tensor | None, call: Call) -> 
     """Policy first, then the selection and its core (SPEC §3–§5)."""
     config, r, groups = call.config, call.r, len(H)
     count = None if mask is None else mask.sum(1).clamp_(min=1)
-    size_H = selection.magnitudes(H, mask)
+    adaptive = policy.needs_energy(config)
+    s_out, energy = selection.statistics(H, mask, count, adaptive)
     if config.builder == "random":
         drawn = selection.random_features(config.seed, W.shape[1], W.shape[0], r)
         I_in, I_out = (torch.tensor(i, device=x.device).expand(groups, r) for i in drawn)
     else:
-        size_x = selection.magnitudes(x, mask)
-        I_in = selection.top_k(selection.column_scores(size_x, count), r)
-        I_out = selection.top_k(selection.column_scores(size_H, count), r)
-    energy = selection.mean_square(size_H, count) if policy.needs_energy(config) else None
+        s_in, _ = selection.statistics(x, mask, count, False)
+        I_in, I_out = selection.top_k(s_in, r), selection.top_k(s_out, r)
     decision = policy.decide(config, energy, call.state, r)
 
     # Once the groups ask for more columns than W has, reading all of W is the cheaper way.
