@@ -8,10 +8,11 @@ import json
 import logging
 import os
 import sys
+import threading
 import warnings
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vps import VPSConfig, __version__
 from vps.config import nearest_field
@@ -30,9 +31,11 @@ class UsageError(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, 1 for a failure, 2 for bad usage, 130 when interrupted."""
     arguments = _parser().parse_args(argv)
-    _quiet(arguments.debug)
+    level = logging.root.manager.disable
     try:
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            _quiet(arguments.debug)
+            arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,13 +48,22 @@ def main(argv: list[str] | None = None) -> int:
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"vps: error: {line}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        logging.disable(level)
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vps: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vps",
         description="Sharpen the linear layers of a language model on the fly.",
         epilog=EPILOG,
@@ -73,10 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=[1,2]; setting gamma, rank, "
-        "topk or order also turns its adaptive_ switch off unless that is set too",
+        help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=[1,2]; may be repeated; "
+        "setting gamma, rank, topk or order also turns its adaptive_ switch off unless that is "
+        "set too",
     )
     generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
+    generate.add_argument(
+        "--seed", type=int, metavar="N", help="the same as --set seed=N; decoding is greedy"
+    )
     generate.add_argument("--compare", action="store_true", help="also generate without sharpening")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.add_argument("--no-chat", action="store_true", help="do not use the chat template")
@@ -101,7 +117,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
@@ -116,15 +135,62 @@ def _quiet(debug: bool) -> None:
 
 
 def _quiet_transformers(debug: bool) -> None:
-    """No notices, and progress bars only where somebody watches."""
+    """No notices and no bars of transformers; :class:`_Progress` shows our own."""
     if debug or util.find_spec("transformers") is None:
         return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported
     from transformers.utils import logging as notices
 
     notices.set_verbosity_error()
-    if not sys.stderr.isatty():
-        notices.disable_progress_bar()
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    notices.disable_progress_bar()
+
+
+class _Progress:
+    """A tqdm line on a terminal, for every step that takes over two seconds; silent elsewhere."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty() and util.find_spec("tqdm") is not None
+        self._bar: Any = None
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def step(self, message: str, total: int | None = None) -> None:
+        """Begin a step, of ``total`` parts where they can be counted; ends the one before."""
+        self.close()
+        if not self._shown:
+            return
+        from tqdm import tqdm
+
+        layout = "{desc} [{elapsed}]" if total is None else "{desc} {bar} {n}/{total} [{elapsed}]"
+        self._bar = tqdm(
+            desc=message, total=total, delay=2, leave=False, file=sys.stderr, disable=False,
+            bar_format=layout, miniters=0,
+        )  # fmt: skip
+        self._over = threading.Event()
+        self._thread = threading.Thread(
+            target=self._tick, args=(self._bar, self._over), daemon=True
+        )
+        self._thread.start()
+
+    @staticmethod
+    def _tick(bar: Any, over: threading.Event) -> None:
+        while not over.wait(0.5):
+            bar.update(0)
+
+    def advance(self) -> None:
+        """One part is done."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def close(self) -> None:
+        """End the step and take its line away."""
+        if self._bar is not None:
+            self._over.set()
+            if self._thread is not None:
+                self._thread.join()
+            self._bar.close()
+            self._bar = None
 
 
 def read_config(path: Path | None, settings: list[str]) -> VPSConfig:
@@ -140,10 +206,7 @@ def read_config(path: Path | None, settings: list[str]) -> VPSConfig:
             raise UsageError(f"--set {setting}: expected FIELD=VALUE")
         if name not in VPSConfig.field_names():
             raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
-        try:
-            changes[name] = json.loads(text)
-        except json.JSONDecodeError:
-            changes[name] = text
+        changes[name] = _value(name, text)
     for name in ("gamma", "rank", "topk", "order"):
         if name in changes:
             changes.setdefault(f"adaptive_{name}", False)
@@ -153,6 +216,24 @@ def read_config(path: Path | None, settings: list[str]) -> VPSConfig:
     except (OSError, ValueError, TypeError) as error:
         where = f"{path}: " if path is not None and not isinstance(error, OSError) else ""
         raise UsageError(f"{where}{error}") from error
+
+
+def _value(name: str, text: str) -> Any:
+    """``text`` as field ``name`` takes it; what does not fit is left for VPSConfig to refuse."""
+    kind = str(next(field.type for field in dataclasses.fields(VPSConfig) if field.name == name))
+    word = text.strip().lower()
+    if "None" in kind and word in ("null", "none"):
+        return None
+    try:
+        if "bool" in kind:
+            return {"true": True, "false": False}[word]
+        if kind.startswith("float"):
+            return float(word)
+        if kind.startswith("tuple") and "str" not in kind and not word.startswith("["):
+            return json.loads(f"[{text}]")
+        return json.loads(text)
+    except (ValueError, KeyError, RecursionError):
+        return text
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
@@ -171,7 +252,8 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    config = read_config(arguments.config, arguments.set)
+    seed = [] if arguments.seed is None else [f"seed={arguments.seed}"]
+    config = read_config(arguments.config, seed + arguments.set)
     prompt = _read_prompt(arguments)
     _quiet_transformers(arguments.debug)
     import torch
@@ -180,36 +262,59 @@ def _generate(arguments: argparse.Namespace) -> None:
     from vps.generation import encode, first_difference, generate
     from vps.loading import load_model
 
+    device = _device(arguments.device)
+    progress = _Progress()
+    tokens = arguments.max_new_tokens
     try:
-        device = str(torch.device(arguments.device))
-    except RuntimeError:
-        raise UsageError(f"--device {arguments.device}: no torch device of this name") from None
-    try:
+        progress.step("loading the model")
         model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype), device)
+        report = patch(model, config)
+        inputs = encode(tokenizer, prompt, chat=not arguments.no_chat)
+        progress.step("generating, sharpened", tokens)
+        sharpened = generate(model, tokenizer, inputs, tokens, progress.advance)
+        plain = None
+        if arguments.compare:
+            progress.step("generating, plain", tokens)
+            with disabled(model):
+                plain = generate(model, tokenizer, inputs, tokens, progress.advance)
     except FileNotFoundError as error:
         raise UsageError(f"--model: {error}") from error
-    report = patch(model, config)
-    inputs = encode(tokenizer, prompt, chat=not arguments.no_chat)
-    sharpened = generate(model, tokenizer, inputs, arguments.max_new_tokens)
+    finally:
+        progress.close()
     result: dict[str, Any] = {
         "model": arguments.model,
         "prompt": prompt,
         "config": json.loads(config.to_json()),
         "layers": len(report.patched),
+        "refused": report.refused,
+        "not_patched": report.not_patched,
         "sharpened": dataclasses.asdict(sharpened),
     }
-    if arguments.compare:
-        with disabled(model):
-            plain = generate(model, tokenizer, inputs, arguments.max_new_tokens)
+    if plain is not None:
         result["plain"] = dataclasses.asdict(plain)
         result["first_difference"] = first_difference(plain.tokens, sharpened.tokens)
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False))
-    elif arguments.compare:
+    elif plain is not None:
         print(side_by_side(plain.text, sharpened.text))
         print(difference_line(result["first_difference"]))
     else:
         print(sharpened.text)
+
+
+def _device(name: str) -> str:
+    """``name``, once torch has shown that it can hold a tensor there."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not a usable torch device: {reason}") from None
+    if kind == "meta":
+        raise UsageError(f"--device {name}: holds no data")
+    return name
 
 
 def side_by_side(plain: str, sharpened: str) -> str:
@@ -240,7 +345,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     _quiet_transformers(arguments.debug)
     from vps.demo import run_demo
 
-    run = run_demo(arguments.model_dir, arguments.out, arguments.max_new_tokens, _progress)
+    progress = _Progress()
+    try:
+        run = run_demo(arguments.model_dir, arguments.out, arguments.max_new_tokens, progress.step)
+    except FileNotFoundError as error:
+        raise UsageError(f"--model-dir: {error}") from error
+    finally:
+        progress.close()
     for answer in run.answers:
         print(f"\n> {answer.prompt}\n")
         print(side_by_side(answer.plain.text, answer.sharpened.text))
@@ -251,11 +362,6 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
     print(f"next-token choices changed: {run.changed:.1%} (scope token, along the plain answers)")
     print(f"report: {run.report}")
-
-
-def _progress(message: str) -> None:
-    if sys.stderr.isatty():
-        print(f"{message} ...", file=sys.stderr)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -14,10 +14,15 @@ from vps.functional import backends
 OPTIONAL = {
     "transformers": "hf",
     "gguf": "hf",
+    "accelerate": "hf",
+    "tqdm": "hf",
     "triton": "gpu",
     "sympy": "verify",
     "pint": "verify",
+    "math_verify": "verify",
     "lm_eval": "eval",
+    "reasoning_gym": "eval",
+    "scipy": "eval",
     "matplotlib": "plots",
 }
 
@@ -33,6 +38,12 @@ def diagnose() -> dict[str, dict[str, Any]]:
     devices = {
         "cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     }
+    if torch.version.cuda is None and torch.version.hip is None:
+        devices["cuda"] = f"none: torch {torch.__version__} is built without CUDA"
+    elif not torch.cuda.is_available():
+        devices["cuda"] = "none: torch finds no CUDA device or driver"
+    if torch.backends.mps.is_available():
+        devices["mps"] = "available"
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,31 @@ def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def generate(model: Any, tokenizer: Any, inputs: dict[str, Tensor], new_tokens: int) -> Generation:
-    """Greedy continuation of at most ``new_tokens`` tokens."""
+class _Counter:
+    """What transformers calls a streamer: reports the prompt, then every new token."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance = advance
+        self._in_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Called by ``model.generate`` with the prompt first, then with each new token."""
+        if not self._in_prompt:
+            self._advance()
+        self._in_prompt = False
+
+    def end(self) -> None:
+        """Called by ``model.generate`` after the last token."""
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    advance: Callable[[], None] | None = None,
+) -> Generation:
+    """Greedy continuation of at most ``new_tokens`` tokens; ``advance`` is called after each."""
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     start = time.perf_counter()
     with torch.inference_mode():
@@ -52,6 +76,7 @@ def generate(model: Any, tokenizer: Any, inputs: dict[str, Tensor], new_tokens: 
             **inputs,
             max_new_tokens=new_tokens,
             do_sample=False,
+            streamer=None if advance is None else _Counter(advance),
             pad_token_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
             else tokenizer.eos_token_id,

@@ -32,9 +32,10 @@ def load_model(
         ``(model, tokenizer)``.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
+        FileNotFoundError: a path that does not exist, or a folder without a model.
         ModuleNotFoundError: transformers or gguf is missing.
-        OSError: no such model, or not to be reached.
+        OSError: no such model, not to be reached, or no folder to keep dequantized weights in.
+        ValueError: a file that is no GGUF file.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,24 +43,47 @@ def load_model(
         raise ModuleNotFoundError(
             "loading a model needs transformers: pip install 'vps-kernels[hf]'"
         ) from None
-    path = Path(name)
-    if path.suffix == ".gguf":
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise FileNotFoundError(
+                f"no model in {name}: expected config.json or one .gguf file, found {len(files)}"
+            )
+        path = files[0]
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"no such GGUF file: {name}")
         source, local = str(_dequantized(path)), True
     elif path.is_dir():
-        source, local = name, True
+        source, local = str(path), True
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"no such model folder: {name}")
     else:
         source, local = name, False
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
+    except OSError as error:
+        if local:
+            raise
+        raise OSError(
+            f"{name!r} is no local folder or file, and Hugging Face has no such model or cannot "
+            f"be reached: {str(error).splitlines()[0]}"
+        ) from error
     return model.to(device).eval(), tokenizer
 
 
 def _dequantized(path: Path) -> Path:
     """Folder with the plain form of a GGUF file, made on first use."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
+    folder = cache_folder() / f"{path.stem}-{key[:12]}"
+    if folder.is_dir():
+        return folder
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -68,13 +92,14 @@ def _dequantized(path: Path) -> Path:
         ) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
-    folder = cache_folder() / f"{path.stem}-{key[:12]}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise OSError(
+            f"cannot keep dequantized weights in {folder.parent} ({error.strerror}); "
+            "set VPS_CACHE to a folder that can be written"
+        ) from error
     try:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)

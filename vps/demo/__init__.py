@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vps.config import VPSConfig
 from vps.demo.heatmap import LayerStatistics, draw, measure
 from vps.demo.report import write_report
@@ -24,23 +26,29 @@ CONFIG = VPSConfig(scope="sequence")
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, answered by the plain and the sharpened model."""
+    """One prompt, answered by the plain and the sharpened model, and how each goes on from
+    their first difference."""
 
     prompt: str
     plain: Generation
     sharpened: Generation
     first_difference: int | None
+    plain_part: str
+    sharpened_part: str
 
 
 @dataclass(frozen=True)
 class DemoRun:
-    """Answers, tokens per second of both, share of changed choices, and the report's path."""
+    """Answers, tokens per second of both, share of changed choices, the layers' statistics for
+    the first prompt of ``prompt_tokens`` tokens, the settings, and the report's path."""
 
     answers: list[Answer]
     plain_rate: float
     sharpened_rate: float
     changed: float
     statistics: list[LayerStatistics]
+    prompt_tokens: int
+    config: VPSConfig
     report: Path
 
 
@@ -67,17 +75,22 @@ def compare(
 ) -> DemoRun:
     """Everything after loading, on a patched model, which is left with :data:`CONFIG`."""
     encoded = [encode(tokenizer, prompt) for prompt in PROMPTS]
-    with disabled(model):
-        generate(model, tokenizer, encoded[0], 4)
+    _plain(model, tokenizer, encoded[0], 4)
     generate(model, tokenizer, encoded[0], 4)
     answers = []
     for number, (prompt, inputs) in enumerate(zip(PROMPTS, encoded, strict=True), 1):
         progress(f"prompt {number} of {len(PROMPTS)}")
-        with disabled(model):
-            plain = generate(model, tokenizer, inputs, new_tokens)
+        if number % 2:  # alternate who goes first, so that a drifting clock favours neither
+            plain = _plain(model, tokenizer, inputs, new_tokens)
         sharpened = generate(model, tokenizer, inputs, new_tokens)
+        if not number % 2:
+            plain = _plain(model, tokenizer, inputs, new_tokens)
         difference = first_difference(plain.tokens, sharpened.tokens)
-        answers.append(Answer(prompt, plain, sharpened, difference))
+        parts = [
+            "" if difference is None else tokenizer.decode(t[difference:], skip_special_tokens=True)
+            for t in (plain.tokens, sharpened.tokens)
+        ]
+        answers.append(Answer(prompt, plain, sharpened, difference, parts[0], parts[1]))
 
     progress("measuring every layer")
     statistics = measure(model, encoded[0])
@@ -90,17 +103,25 @@ def compare(
     changed = sum(share * n for share, n in shares) / sum(n for _, n in shares)
 
     out.mkdir(parents=True, exist_ok=True)
-    draw(statistics, out / "heatmap.png")
+    prompt_tokens = encoded[0]["input_ids"].shape[1]
+    draw(statistics, out / "heatmap.png", f"the {prompt_tokens} tokens of the first prompt")
     run = DemoRun(
         answers,
         _rate([answer.plain for answer in answers]),
         _rate([answer.sharpened for answer in answers]),
         changed,
         statistics,
+        prompt_tokens,
+        CONFIG,
         out / "report.html",
     )
     write_report(run, out / "heatmap.png")
     return run
+
+
+def _plain(model: Any, tokenizer: Any, inputs: dict[str, Tensor], new_tokens: int) -> Generation:
+    with disabled(model):
+        return generate(model, tokenizer, inputs, new_tokens)
 
 
 def _rate(generations: list[Generation]) -> float:

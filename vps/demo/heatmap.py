@@ -16,10 +16,10 @@ from vps.matching import layer_index
 from vps.patching import sharpened_layers
 
 PANELS = (
-    ("gamma", "scale γ"),
-    ("rank", "rank"),
-    ("energy", "log10 energy, mean H²"),
-    ("relative_size", "‖γδ‖ / ‖H‖ in percent"),
+    ("gamma", "scale γ", "γ, no unit"),
+    ("rank", "rank", "columns of the update"),
+    ("energy", "energy", "mean H², logarithmic"),
+    ("relative_size", "relative size of the update", "‖γδ‖ / ‖H‖, percent"),
 )
 
 
@@ -37,6 +37,17 @@ class LayerStatistics:
     def projection(self) -> str:
         """Last part of the layer's name."""
         return self.name.rsplit(".", 1)[-1]
+
+
+def column_names(names: list[str]) -> list[str]:
+    """Shortest ends of ``names`` that tell the layers of a block apart, such as ``q_proj``."""
+    depth = 1
+    while True:
+        ends = [".".join(name.split(".")[-depth:]) for name in names]
+        places = {(layer_index(name), end) for name, end in zip(names, ends, strict=True)}
+        if len(places) == len(set(names)):
+            return ends
+        depth += 1
 
 
 def measure(model: Any, inputs: dict[str, Tensor]) -> list[LayerStatistics]:
@@ -65,34 +76,52 @@ def measure(model: Any, inputs: dict[str, Tensor]) -> list[LayerStatistics]:
     return statistics
 
 
-def draw(statistics: list[LayerStatistics], path: Path) -> None:
-    """Four heat maps, blocks downwards and projections across, as PNG.
+def draw(statistics: list[LayerStatistics], path: Path, subject: str = "one prompt") -> None:
+    """Four heat maps, blocks downwards and projections across, as PNG; ``subject`` is its title's.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
     try:
+        from matplotlib.colors import BoundaryNorm, LogNorm, Normalize
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise ModuleNotFoundError(
             "drawing needs matplotlib: pip install 'vps-kernels[plots]'"
         ) from None
-    projections = list(dict.fromkeys(entry.projection for entry in statistics))
+    columns = column_names([entry.name for entry in statistics])
+    projections = list(dict.fromkeys(columns))
     blocks = sorted({layer_index(entry.name) or 0 for entry in statistics})
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    for axes, (field, title) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
+    figure.suptitle(f"What sharpening decides and does in every layer, over {subject}")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, (field, title, unit) in zip(panels, PANELS, strict=True):
         grid = [[math.nan] * len(projections) for _ in blocks]
-        for entry in statistics:
+        for entry, column in zip(statistics, columns, strict=True):
             value = float(getattr(entry, field))
             if field == "energy":
-                value = math.log10(max(value, 1e-30))
+                value = max(value, 1e-30)
             elif field == "relative_size":
                 value *= 100
             row = blocks.index(layer_index(entry.name) or 0)
-            grid[row][projections.index(entry.projection)] = value
-        image = axes.imshow(grid, aspect="auto", cmap="viridis")
+            grid[row][projections.index(column)] = value
+        norm: Normalize | None = None
+        ticks = None
+        if field == "energy":
+            norm = LogNorm()
+        elif field == "rank":
+            ticks = list(range(1, max(entry.rank for entry in statistics) + 1))
+            norm = BoundaryNorm([0.5, *(rank + 0.5 for rank in ticks)], 256)
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", norm=norm)
         axes.set_title(title)
-        axes.set_xticks(range(len(projections)), projections, rotation=60, ha="right")
-        axes.set_ylabel("block")
-        figure.colorbar(image, ax=axes, shrink=0.7)
+        axes.set_xticks(
+            range(len(projections)), projections, rotation=45, ha="right", rotation_mode="anchor"
+        )
+        axes.set_yticks(range(len(blocks)), [str(block) for block in blocks])
+        if len(blocks) > 12:
+            axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
+        figure.colorbar(image, ax=axes, label=unit, ticks=ticks)
+    panels[0].set_ylabel("block of the model")
     figure.savefig(path, dpi=110)

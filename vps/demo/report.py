@@ -14,7 +14,8 @@ STYLE = """
 body { font-family: sans-serif; max-width: 70rem; margin: 2rem auto; line-height: 1.4 }
 table { border-collapse: collapse; width: 100%; table-layout: fixed }
 td, th { border: 1px solid #ccc; padding: .6rem; vertical-align: top; text-align: left }
-td { white-space: pre-wrap } img { width: 100% }
+td { white-space: pre-wrap } img { width: 100% } mark { background: #fff3b0 }
+.figures { width: auto } dt { font-weight: bold } code { font-size: .85em }
 """
 
 
@@ -22,18 +23,32 @@ def write_report(run: DemoRun, picture: Path) -> None:
     """Write ``run.report``; all text of the model is escaped."""
     encoded = base64.b64encode(picture.read_bytes()).decode()
     ratio = run.plain_rate / run.sharpened_rate
+    positions = sum(len(answer.plain.tokens) for answer in run.answers)
     body = "".join(_section(answer) for answer in run.answers)
     run.report.write_text(
         f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>VPS demo</title><style>{STYLE}</style>
 <h1>Plain and sharpened, side by side</h1>
-<p>Plain {run.plain_rate:.1f} tokens/s, sharpened {run.sharpened_rate:.1f} tokens/s on this machine:
-sharpening takes {ratio:.2f} times as long. Along the plain answers, {run.changed:.1%} of the
-next-token choices change (scope "token", so that no choice sees later tokens).</p>
+<table class="figures">
+<tr><th>plain</th><td>{run.plain_rate:.1f} tokens/s</td></tr>
+<tr><th>sharpened</th><td>{run.sharpened_rate:.1f} tokens/s,
+{ratio:.2f} times as long a token</td></tr>
+<tr><th>next-token choices changed</th><td>{run.changed:.1%} of {positions}</td></tr>
+</table>
+<p>Greedy decoding, {len(run.statistics)} layers sharpened; the speeds are of this machine,
+prompt included, in turn after a warm-up. The choices are counted along the plain
+answer: both models read the same text and name the likeliest next token at every position. That
+count uses scope "token", where no position sees later ones; under scope "{run.config.scope}", which
+wrote the answers, reading a finished text would look ahead. A difference is a difference: whether
+it is better, it does not say.</p>
 {body}
-<h2>What the policy decided for the first prompt</h2>
+<h2>What sharpening decided and did</h2>
+<p>One forward pass over the {run.prompt_tokens} tokens of the first prompt. Every layer sets its
+scale γ and its rank by the energy of its own output H = xWᵀ; the last map is what the update
+γδ adds, relative to H.</p>
 <img alt="Heat maps of γ, rank, energy and relative size of the update per layer"
 src="data:image/png;base64,{encoded}">
+<details><summary>Settings</summary><pre>{html.escape(run.config.to_json())}</pre></details>
 </html>
 """,
         encoding="utf-8",
@@ -42,9 +57,18 @@ src="data:image/png;base64,{encoded}">
 
 def _section(answer: Answer) -> str:
     position = answer.first_difference
-    where = "no token differs" if position is None else f"first difference: token {position + 1}"
+    where = "No token differs." if position is None else f"They part at token {position + 1}."
+    plain = _marked(answer.plain.text, answer.plain_part)
+    sharpened = _marked(answer.sharpened.text, answer.sharpened_part)
     return f"""<h2>{html.escape(answer.prompt)}</h2>
 <table><tr><th>plain</th><th>sharpened</th></tr>
-<tr><td>{html.escape(answer.plain.text)}</td><td>{html.escape(answer.sharpened.text)}</td></tr>
+<tr><td>{plain}</td><td>{sharpened}</td></tr>
 </table><p>{where}</p>
 """
+
+
+def _marked(text: str, part: str) -> str:
+    """``text`` escaped, with its end ``part`` marked, if it does end that way."""
+    if not part or not text.endswith(part):
+        return html.escape(text)
+    return f"{html.escape(text[: -len(part)])}<mark>{html.escape(part)}</mark>"
