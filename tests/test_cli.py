@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import signal
 import subprocess
 import sys
 
@@ -11,10 +13,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vps import VPSConfig, cli
-from vps.demo import compare, heatmap
 from vps.generation import first_difference
 from vps.loading import load_model
-from vps.patching import patch
 
 
 @pytest.fixture(scope="module")
@@ -148,19 +148,165 @@ def test_a_closed_pipe_is_silent(folder):
     assert done.stderr == ""
 
 
-def test_demo_report(folder, tmp_path):
+def stderr_of(capsys, *arguments):
+    """Exit code and standard error where argparse itself ends the program."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(argument) for argument in arguments])
+    return exit_.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frob"], "invalid choice: 'frob'"),
+        ([], "required: command"),
+        (["generate"], "--model"),
+        (["generate", "--model", "m", "--max-new-tokens", "0"], "0 is not positive"),
+        (["generate", "--model", "m", "--max-new-tokens", "x"], "'x' is not an integer"),
+        (["generate", "--model", "m", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["generate", "--model", "m", "--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+        (["generate", "--model", "m", "--frob"], "unrecognized arguments: --frob"),
+    ],
+)
+def test_arguments_argparse_refuses_get_one_line(capsys, arguments, message):
+    code, err = stderr_of(capsys, *arguments)
+    assert code == 2 and message in err
+    assert err.count("\n") == 1 and err.startswith("vps: error: ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "value"),
+    [
+        ("gamma=.3", "gamma", 0.3),
+        ("gamma=1", "gamma", 1.0),
+        ("rank=3", "rank", 3),
+        ("tau=null", "tau", None),
+        ("tau=none", "tau", None),
+        ("clamp=1e-2", "clamp", 0.01),
+        ("rank_bounds=[1,2]", "rank_bounds", (1, 2)),
+        ("gamma_bounds=0.1,0.2", "gamma_bounds", (0.1, 0.2)),
+        ("layers_to_transform=0", "layers_to_transform", (0,)),
+        ("lbfgs=False", "lbfgs", False),
+        ("builder=sk", "builder", "sk"),
+        ('target_modules=["q_proj"]', "target_modules", ("q_proj",)),
+        ("target_modules=.*up_proj", "target_modules", ".*up_proj"),
+        ("exclude_modules=null", "exclude_modules", None),
+    ],
+)
+def test_settings_are_read_by_the_type_of_their_field(setting, field, value):
+    assert getattr(cli.read_config(None, [setting]), field) == value
+
+
+@pytest.mark.parametrize("name", ["gamma", "rank", "topk", "order"])
+def test_a_fixed_value_turns_its_policy_off_unless_asked(tmp_path, name):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({f"adaptive_{name}": True}))
+    assert getattr(cli.read_config(path, [f"{name}=1"]), f"adaptive_{name}") is False
+    kept = cli.read_config(path, [f"{name}=1", f"adaptive_{name}=true"])
+    assert getattr(kept, f"adaptive_{name}") is True
+
+
+def test_a_bad_value_names_field_and_value():
+    for setting in ("gamma=much", "rank=1.5", "lbfgs=maybe", "tau=0", "rank_bounds=[3,1]"):
+        with pytest.raises(cli.UsageError, match=setting.split("=")[0]):
+            cli.read_config(None, [setting])
+
+
+def test_gamma_reaches_the_model(capsys, folder):
+    texts = [
+        json.loads(generate(capsys, folder, "--prompt", "w1 w2", "--set", f"gamma={gamma}")[1])
+        for gamma in (0, 3)
+    ]
+    assert texts[0]["config"]["gamma"] == 0 and texts[1]["config"]["gamma"] == 3
+    assert texts[0]["sharpened"]["tokens"] != texts[1]["sharpened"]["tokens"]
+
+
+def test_seed_draws_the_random_features(capsys, folder):
+    def answer(*arguments):
+        out = generate(capsys, folder, "--prompt", "w1 w2", "--set", "builder=random", *arguments)[
+            1
+        ]
+        return json.loads(out)
+
+    assert answer("--seed", 7)["config"]["seed"] == 7
+    assert answer("--seed", 7, "--set", "seed=9")["config"]["seed"] == 9
+    same, again = answer("--seed", 7), answer("--set", "seed=7")
+    assert same["sharpened"]["tokens"] == again["sharpened"]["tokens"]
+
+
+def test_no_chat_and_dtype(capsys, folder, tmp_path):
     model, tokenizer = load_model(str(folder))
-    patch(model)
-    messages = []
-    result = compare(model, tokenizer, tmp_path / "out", 6, messages.append)
-    assert len(result.answers) == 3 and 0 <= result.changed <= 1 and messages
-    assert result.plain_rate > 0 and result.sharpened_rate > 0
-    assert {entry.projection for entry in result.statistics} == set(VPSConfig().target_modules)
-    assert len(result.statistics) == 14
-    assert all(0.3 <= entry.gamma <= 0.8 and 1 <= entry.rank <= 4 for entry in result.statistics)
-    assert all(0 < entry.relative_size < 1 for entry in result.statistics)
-    html = result.report.read_text()
-    assert "&lt;unk&gt;" in html or "<unk>" not in html
-    assert (tmp_path / "out/heatmap.png").read_bytes().startswith(b"\x89PNG")
-    assert "data:image/png;base64," in html
-    heatmap.draw(result.statistics[:1], tmp_path / "one.png")
+    tokenizer.chat_template = "{% for m in messages %}w90 {{ m['content'] }} w91{% endfor %}"
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chat = generate(capsys, tmp_path / "chat", "--prompt", "w1", "--set", "gamma=0")[1]
+    spelled = generate(capsys, folder, "--prompt", "w90 w1 w91", "--set", "gamma=0")[1]
+    bare = generate(capsys, tmp_path / "chat", "--prompt", "w1", "--no-chat", "--set", "gamma=0")
+    plain = generate(capsys, folder, "--prompt", "w1", "--set", "gamma=0")[1]
+
+    def tokens(out):
+        return json.loads(out)["sharpened"]["tokens"]
+
+    assert tokens(chat) == tokens(spelled) != tokens(bare[1]) == tokens(plain)
+    code, out, _ = generate(capsys, folder, "--prompt", "w1", "--dtype", "bfloat16")
+    assert code == 0 and len(tokens(out)) <= 12
+
+
+def test_loading_says_what_is_wrong(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("VPS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty").mkdir()
+    code, _, err = generate(capsys, tmp_path / "empty", "--prompt", "w1")
+    assert code == 2 and "expected config.json or one .gguf file" in err and err.count("\n") == 1
+    (tmp_path / "bad.gguf").write_text("junk")
+    code, _, err = generate(capsys, tmp_path / "bad.gguf", "--prompt", "w1")
+    assert code == 1 and "is not a GGUF file" in err and err.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vps-kernels\[hf\]'"):
+        load_model(str(folder))
+
+
+def test_an_interrupt_is_one_line_and_130(capsys, folder, monkeypatch):
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("vps.generation.encode", interrupted)
+    code, out, err = run(capsys, "generate", "--model", folder, "--prompt", "w1")
+    assert (code, out, err) == (130, "", "vps: interrupted\n")
+
+
+def test_progress_is_shown_on_a_slow_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = cli._Progress()
+        progress.step("quick", 3)
+        progress.advance()
+        progress.close()
+        assert stream.getvalue() == ""
+        progress.step("slow")
+        if shown:
+            progress._thread.join(3)
+        progress.close()
+        assert ("slow" in stream.getvalue()) is shown
+
+
+def test_bars_of_libraries_do_not_reach_the_terminal(capsys, folder, monkeypatch):
+    from tqdm.auto import tqdm
+
+    def loading(*arguments):
+        list(tqdm(range(3), desc="dequantizing"))
+        return load_model(*arguments)
+
+    monkeypatch.setattr("vps.loading.load_model", loading)
+    assert generate(capsys, folder, "--prompt", "w1")[2] == ""
+    assert "dequantizing" in generate(capsys, folder, "--prompt", "w1", "--debug")[2]
+
+
+def test_logging_is_as_before(capsys):
+    level = logging.root.manager.disable
+    run(capsys, "doctor")
+    assert logging.root.manager.disable == level

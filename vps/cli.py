@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -139,18 +141,23 @@ def _quiet_transformers(debug: bool) -> None:
     if debug or util.find_spec("transformers") is None:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported
     from transformers.utils import logging as notices
 
     notices.set_verbosity_error()
     notices.disable_progress_bar()
 
 
+def _muted(debug: bool) -> contextlib.AbstractContextManager[Any]:
+    """Keeps bars off standard error that no setting of their library turns off (GGUF files)."""
+    return contextlib.nullcontext() if debug else contextlib.redirect_stderr(io.StringIO())
+
+
 class _Progress:
     """A tqdm line on a terminal, for every step that takes over two seconds; silent elsewhere."""
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty() and util.find_spec("tqdm") is not None
+        self._stream = sys.stderr
+        self._shown = self._stream.isatty() and util.find_spec("tqdm") is not None
         self._bar: Any = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -164,7 +171,7 @@ class _Progress:
 
         layout = "{desc} [{elapsed}]" if total is None else "{desc} {bar} {n}/{total} [{elapsed}]"
         self._bar = tqdm(
-            desc=message, total=total, delay=2, leave=False, file=sys.stderr, disable=False,
+            desc=message, total=total, delay=2, leave=False, file=self._stream,
             bar_format=layout, miniters=0,
         )  # fmt: skip
         self._over = threading.Event()
@@ -267,7 +274,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     tokens = arguments.max_new_tokens
     try:
         progress.step("loading the model")
-        model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype), device)
+        with _muted(arguments.debug):
+            model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype), device)
         report = patch(model, config)
         inputs = encode(tokenizer, prompt, chat=not arguments.no_chat)
         progress.step("generating, sharpened", tokens)
@@ -347,7 +355,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     progress = _Progress()
     try:
-        run = run_demo(arguments.model_dir, arguments.out, arguments.max_new_tokens, progress.step)
+        with _muted(arguments.debug):
+            run = run_demo(
+                arguments.model_dir, arguments.out, arguments.max_new_tokens, progress.step
+            )
     except FileNotFoundError as error:
         raise UsageError(f"--model-dir: {error}") from error
     finally:

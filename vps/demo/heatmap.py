@@ -33,11 +33,6 @@ class LayerStatistics:
     energy: float
     relative_size: float
 
-    @property
-    def projection(self) -> str:
-        """Last part of the layer's name."""
-        return self.name.rsplit(".", 1)[-1]
-
 
 def column_names(names: list[str]) -> list[str]:
     """Shortest ends of ``names`` that tell the layers of a block apart, such as ``q_proj``."""

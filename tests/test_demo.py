@@ -1,0 +1,152 @@
+"""The demo's comparison, statistics, heat maps and report, on a tiny random Llama."""
+
+import math
+import re
+import sys
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from vps import VPSConfig, disabled, patch, set_config
+from vps.demo import CONFIG, Answer, DemoRun, compare, heatmap, run_demo
+from vps.demo.report import write_report
+from vps.generation import Generation, changed_choices, encode, first_difference
+from vps.patching import sharpened_layers
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
+    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() > 1 else 1)
+    patch(model, CONFIG)
+    return model
+
+
+def test_comparison_and_report(model, tokenizer, tmp_path):
+    messages = []
+    run = compare(model, tokenizer, tmp_path / "out", 6, messages.append)
+    assert len(run.answers) == 3 and len(messages) == 4
+    for answer in run.answers:
+        assert answer.first_difference == first_difference(
+            answer.plain.tokens, answer.sharpened.tokens
+        )
+    for rate, kind in ((run.plain_rate, "plain"), (run.sharpened_rate, "sharpened")):
+        answers = [getattr(answer, kind) for answer in run.answers]
+        total = sum(len(g.tokens) for g in answers) / sum(g.seconds for g in answers)
+        assert math.isclose(rate, total)
+    assert all(layer.config == CONFIG for layer in sharpened_layers(model).values())
+    page = run.report.read_text()
+    assert "data:image/png;base64," in page and "http" not in page
+    assert (
+        f"{run.changed:.1%}" in page and f"{run.plain_rate / run.sharpened_rate:.2f} times" in page
+    )
+    assert (tmp_path / "out/heatmap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_changed_choices_are_those_of_the_greedy_steps(model, tokenizer):
+    set_config(model, VPSConfig(scope="token", gamma=2, adaptive_gamma=False))
+    inputs = encode(tokenizer, "w1 w2 w3")
+    ids = inputs["input_ids"]
+    text = [5, 9, 4, 33, 60, 7, 12, 81]
+    changed = 0
+    with torch.inference_mode():
+        for n in range(len(text)):
+            so_far = torch.cat([ids, torch.tensor([text[:n]], dtype=ids.dtype)], dim=1)
+            sharpened = model(so_far).logits[0, -1].argmax()
+            with disabled(model):
+                changed += int(model(so_far).logits[0, -1].argmax() != sharpened)
+    assert 0 < changed
+    assert changed_choices(model, inputs, text) == changed / len(text)
+    set_config(model, VPSConfig(gamma=0, adaptive_gamma=False))
+    assert changed_choices(model, inputs, text) == 0
+
+
+@torch.inference_mode()
+def test_statistics_are_those_of_the_layers(model, tokenizer):
+    inputs = encode(tokenizer, "w1 w2 w3 w4")
+    seen = {}
+    handles = [
+        layer.register_forward_hook(lambda m, x, y, name=name: seen.update({name: (m, x[0], y)}))
+        for name, layer in sharpened_layers(model).items()
+    ]
+    statistics = heatmap.measure(model, inputs)
+    for handle in handles:
+        handle.remove()
+    assert [entry.name for entry in statistics] == list(seen) and len(statistics) == 14
+    for entry in statistics:
+        layer, x, y = seen[entry.name]
+        H = x @ layer.weight.T
+        assert math.isclose(entry.energy, float((H**2).mean()), rel_tol=1e-4)
+        sigma = 1 - math.exp(-entry.energy)
+        assert math.isclose(entry.gamma, 0.3 + 0.5 * sigma, rel_tol=1e-6)
+        assert entry.rank == min(4, 1 + math.floor(3 * sigma + 2**-20))
+        assert math.isclose(entry.relative_size, float((y - H).norm() / H.norm()), rel_tol=1e-3)
+    assert not any(layer._forward_hooks for layer in sharpened_layers(model).values())
+
+
+def test_columns_tell_the_layers_of_a_block_apart():
+    llama = ["m.0.attn.q_proj", "m.0.mlp.up_proj", "m.1.attn.q_proj", "m.1.mlp.up_proj"]
+    assert heatmap.column_names(llama) == ["q_proj", "up_proj"] * 2
+    gpt2 = ["h.0.attn.c_proj", "h.0.mlp.c_proj"]
+    assert heatmap.column_names(gpt2) == ["attn.c_proj", "mlp.c_proj"]
+    assert heatmap.column_names(["lm_head"]) == ["lm_head"]
+    assert heatmap.column_names(["a.0.x", "a.0.x"]) == ["x", "x"]
+
+
+def test_heat_maps_take_what_a_model_may_give(tmp_path):
+    entries = [
+        heatmap.LayerStatistics("m.0.q_proj", 0.3, 1, 0.0, 0.0),
+        heatmap.LayerStatistics("m.5.k_proj", 0.8, 4, 1e9, math.nan),
+    ]
+    for number in (1, 2):
+        heatmap.draw(entries[:number], tmp_path / "map.png")
+        assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_of_the_model_is_escaped_and_its_difference_marked(tmp_path):
+    picture = tmp_path / "p.png"
+    picture.write_bytes(b"\x89PNG")
+    hostile = "<script>alert(1)</script>"
+    answer = Answer(
+        "<b>why</b>",
+        Generation(f"same {hostile}", [1, 2], 1.0),
+        Generation("same & other", [1, 3], 2.0),
+        1,
+        hostile,
+        "& other",
+    )
+    run = DemoRun([answer], 2.0, 1.0, 0.25, [], 7, VPSConfig(), tmp_path / "report.html")
+    write_report(run, picture)
+    page = run.report.read_text()
+    assert "<script" not in page and "<b>" not in page
+    assert "same <mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark>" in page
+    assert "same <mark>&amp; other</mark>" in page and "They part at token 2." in page
+    assert "25.0% of 2" in page and re.search(r"\b2\.00 times", page)
+
+
+def test_demo_without_a_model_or_matplotlib(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="make demo"):
+        run_demo(tmp_path, tmp_path / "out", 4, lambda message: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"vps-kernels\[plots\]"):
+        heatmap.draw([], tmp_path / "map.png")
