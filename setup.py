@@ -24,6 +24,7 @@ EXTRAS["test"] = [
     "pytest",
     "pytest-benchmark",
     "numpy",
+    "packaging",
     "peft",
     *EXTRAS["gpu"],
     *EXTRAS["hf"],

@@ -1,6 +1,9 @@
-"""Imports point one way (CONTRIBUTING.md)."""
+"""Imports point one way (CONTRIBUTING.md), and importing vps is light and fast."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,27 +15,56 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 LAYERS = [
     {"config", "reference"},
     {"masking", "policy", "selection", "clipping", "matching"},
+    {"kernels"},
     {"torch_backend"},
     {"functional"},
     {"linear", "conv1d", "attention_mask"},
     {"patching"},
     {"settings", "generation", "loading", "doctor"},
-    {"demo"},
+    {"demo", "evaluation"},
     {"cli"},
 ]
-KNOW_TRANSFORMERS = {"patching", "conv1d", "loading", "cli"}
+KNOW_TRANSFORMERS = {"patching", "conv1d", "loading", "evaluation", "demo", "cli"}
+
+# Imported inside functions only: importing vps loads none of them.
+OPTIONAL = {"transformers", "gguf", "tqdm", "matplotlib", "sympy", "pint", "scipy", "peft"}
+# Subclasses a class of transformers, so imported inside functions only itself.
+NEEDS_TRANSFORMERS = {"conv1d"}
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            if node.module == "vps":
-                yield from (f"vps.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+def named(node):
+    """Full names imported by a statement; none for any other statement."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import in line {node.lineno}"
+        if node.module == "vps":
+            yield from (f"vps.{alias.name}" for alias in node.names)
+        else:
+            yield node.module
+
+
+def imports(tree):
+    """All imports of a module, wherever they stand."""
+    for node in ast.walk(tree):
+        yield from named(node)
+
+
+def eager_imports(node):
+    """Those that run when the module is imported."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield from named(child)
+        yield from eager_imports(child)
+
+
+def noun(path):
+    """The module or subpackage of vps that a file belongs to; kernels/ is vps.kernels."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "kernels" if parts[0] == "kernels" else parts[1]
 
 
 def layer(name):
@@ -41,20 +73,59 @@ def layer(name):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    own = parts[1] if len(parts) > 1 else parts[0]
-    for name in imports(path):
+    own = noun(path)
+    assert own == "__init__" or layer(own) is not None, f"{own} has no place in LAYERS"
+    for name in imports(ast.parse(path.read_text())):
         top, _, rest = name.partition(".")
         assert top not in ("kernels", "tests", "benchmarks"), f"{path} imports {name}"
-        if top == "triton":
-            assert parts[0] == "kernels"
-        if top == "transformers":
-            assert own in KNOW_TRANSFORMERS, f"{path} imports {name}"
-        if top == "vps" and own != "__init__":
-            module = rest.split(".")[0]
-            if layer(module) is None:  # a public name of vps itself
-                assert own == "cli", f"{path} imports {name} through vps"
-                continue
+        assert top != "triton" or own == "kernels", f"{path} imports {name}"
+        assert top != "transformers" or own in KNOW_TRANSFORMERS, f"{path} imports {name}"
+        if top != "vps" or own == "__init__":
+            continue
+        assert own not in ("config", "reference"), f"{path} imports {name}"
+        module = rest.split(".")[0]
+        if layer(module) is None:  # a public name of vps itself
+            assert own == "cli", f"{path} imports {name} through vps"
+        else:
             assert layer(module) <= layer(own), f"{path} imports {name}"
-            if own in ("config", "reference"):
-                raise AssertionError(f"{path} imports {name}")
+            assert own != "kernels" or module == "kernels", f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_optional_packages_are_imported_late(path):
+    if noun(path) in NEEDS_TRANSFORMERS:
+        return
+    for name in eager_imports(ast.parse(path.read_text())):
+        assert name.split(".")[0] not in OPTIONAL, f"{path} imports {name} when it is imported"
+        late = {f"vps.{module}" for module in NEEDS_TRANSFORMERS}
+        assert name not in late, f"{path} imports {name} when it is imported"
+
+
+def test_import_is_light_and_fast():
+    """Nothing optional and, in the best of three processes, under 0.5 s beyond torch."""
+    code = """
+import sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import vps
+seconds = time.perf_counter() - start
+unwanted = {"triton", "kernels", *sys.argv[1:]}
+print(seconds, *sorted(unwanted & (set(sys.modules) - before)))
+"""
+    fastest = float("inf")
+    for _ in range(3):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *OPTIONAL],
+            cwd=ROOT,
+            env=os.environ,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        seconds, *loaded = run.stdout.split()
+        assert not loaded, f"import vps loads {loaded}"
+        fastest = min(fastest, float(seconds))
+        if fastest < 0.5:
+            return
+    raise AssertionError(f"import vps takes {fastest:.2f} s beyond torch")
