@@ -13,7 +13,7 @@ help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 demo: .venv/.ok $(MODEL)/.ok  ## Generate with SmolLM2-135M, plain and sharpened; writes demo/report.html
-	@$(BIN)/vps demo --model-dir $(MODEL)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps demo --model-dir $(MODEL)
 
 test: .venv/.ok  ## Run the tests
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
