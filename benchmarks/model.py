@@ -31,7 +31,7 @@ def main() -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 80
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
 
-    with torch.inference_mode():
+    with torch.no_grad():
         with vps.disabled(models["vps torch"]):
             assert torch.equal(models["vps torch"](ids).logits, plain(ids).logits)
         prefill = interleave(

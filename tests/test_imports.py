@@ -13,10 +13,12 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 
 # A module may import those of its own and of lower layers.
 LAYERS = [
-    {"config", "reference"},
-    {"masking", "policy", "selection", "clipping", "matching"},
-    {"kernels"},
-    {"torch_backend"},
+    {"config", "reference", "constants"},
+    {"masking", "policy", "selection", "clipping", "gradient", "matching", "sharing"},
+    {"kernels", "cpp"},
+    {"torch_backend", "triton_backend"},
+    {"operator"},
+    {"dispatch"},
     {"functional"},
     {"linear", "conv1d", "attention_mask"},
     {"patching"},

@@ -6,7 +6,8 @@ weight and the activations passing through.
 
 from vps import reference
 from vps.config import VPSConfig
-from vps.functional import backends, vps_linear
+from vps.dispatch import backend, backends
+from vps.functional import vps_linear
 from vps.linear import VPSLinear
 from vps.masking import token_mask
 from vps.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
@@ -21,6 +22,7 @@ __all__ = [
     "VPSConfig",
     "VPSLinear",
     "__version__",
+    "backend",
     "backends",
     "disabled",
     "load",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vps.constants import constant
+
 SQUARINGS = 30
 
 
 def component_scale(norm_A: Tensor, norm_B: Tensor, tau: float) -> Tensor:
     """``s_c = max(1, ‖A_c‖‖B_c‖/τ)`` from column norms ``[G, r]``."""
-    return (norm_A * norm_B).mul_(1 / tau).clamp_(min=1)
+    return (norm_A * norm_B).div_(constant(tau, norm_A)).clamp_(min=1)
 
 
 def spectral_scale(gram_A: Tensor, gram_B: Tensor, tau: float) -> Tensor:

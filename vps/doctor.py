@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vps.functional import backends
+from vps.dispatch import backends
 
 OPTIONAL = {
     "transformers": "hf",

@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import masking, policy, torch_backend
+from vps import (
+    constants,
+    dispatch,
+    masking,
+    operator,
+    policy,
+    reference,
+    selection,
+    sharing,
+    torch_backend,
+)
 from vps.config import VPSConfig
+from vps.torch_backend import Inputs
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def backends() -> dict[str, str | None]:
-    """Backend names, each with ``None`` when it can run or the reason why it cannot."""
-    return {
-        "torch": None,
-        "reference": None,
-        "triton": "not part of this version of vps",
-        "cpp": "not part of this version of vps",
-        "cuda": "not part of this version of vps",
-    }
 
 
 def vps_linear(
@@ -67,19 +67,62 @@ def vps_linear(
         bias = None if bias is None else _cast(bias, dtype)
         with torch.autocast(kind, enabled=False):
             return vps_linear(x, weight, bias, config, mask=mask, state=state, gradient=gradient)
-    r = policy.largest_rank(config, weight.shape[1], weight.shape[0])
-    if policy.is_off(config) or x.numel() == 0 or r == 0:
+    settings = policy.settings(config, gradient, weight.shape[1], weight.shape[0])
+    if settings is None or x.numel() == 0 or settings.r == 0:
         return F.linear(x, weight, bias)
-    if mask is None:
-        dims, mask = masking.token_dims(x)
-    else:
-        dims = tuple(mask.shape)
+    dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
     grouped = x.reshape(_group_shape(dims, config.scope, x.shape[-1]))
-    if mask is not None:
-        mask = mask.to(x.device).reshape(grouped.shape[:-1])
-    call = torch_backend.Call(config, state, gradient, r)
-    y = torch_backend.sharpen(grouped, weight, bias, mask, call)
+    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    name = dispatch.choose(x)
+    if name == "reference":
+        y = _reference(grouped, weight, bias, config, counted, state, gradient)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    I_in = I_out = None
+    if config.builder == "random":
+        drawn = selection.random_features(config.seed, weight.shape[1], weight.shape[0], settings.r)
+        I_in, I_out = (
+            constants.vector(indices, torch.int64, x.device).expand(len(grouped), settings.r)
+            for indices in drawn
+        )
+    else:
+        I_in = sharing.find(x, mask, grouped.shape, settings.r)
+    factor = 1.0 if state is None else state.factor()
+    numbers = constants.vector(policy.bounds(config, factor), torch.float64, x.device)
+    entropy = None if state is None else state.entropy_on(x.device)
+    inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, numbers, entropy)
+    sharpen = torch_backend.sharpen if name == "torch" else operator.sharpen
+    y, features = sharpen(inputs, settings)
+    if I_in is None:
+        sharing.remember(x, mask, grouped.shape, features)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: VPSConfig,
+    mask: Tensor | None,
+    state: policy.PolicyState | None,
+    gradient: bool,
+) -> Tensor:
+    """The literal algorithm for x ``[G, T, d_in]``, without a gradient."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise RuntimeError(
+            "vps backend 'reference' has no gradient: expected torch.no_grad() around the layer"
+        )
+    entropy = None if state is None else state.entropy
+    return reference.vps_linear(
+        x,
+        weight,
+        bias,
+        config=config.replace(scope="sequence"),
+        mask=mask,
+        entropy=None if entropy is None else float(entropy),
+        outcomes=() if state is None else state.outcomes,
+        gradient=gradient,
+    ).y
 
 
 def _check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:

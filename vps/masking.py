@@ -32,6 +32,7 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.layouts: list[TokenLayout] = []
         self.disabled: list[Any] = []
+        self.backends: list[str] = []
 
 
 # Lists, not attributes: torch.compile traces their mutation, and no ContextVar.
@@ -74,15 +75,15 @@ def bind_to_thread_state(function: Callable[..., Any]) -> Callable[..., Any]:
     Gradient checkpointing runs a block again during backward, after the model's forward returned
     and perhaps on another thread.
     """
-    layouts, disabled = list(STATE.layouts), list(STATE.disabled)
+    bound_state = {name: list(stack) for name, stack in vars(STATE).items()}
 
     def bound(*args: Any, **kwargs: Any) -> Any:
-        before = STATE.layouts, STATE.disabled
-        STATE.layouts, STATE.disabled = list(layouts), list(disabled)
+        before = dict(vars(STATE))
+        vars(STATE).update({name: list(stack) for name, stack in bound_state.items()})
         try:
             return function(*args, **kwargs)
         finally:
-            STATE.layouts, STATE.disabled = before
+            vars(STATE).update(before)
 
     return bound
 

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vps.config import VPSConfig
+from vps.constants import constant
 
 HISTORY = 5
 FLOOR_GUARD = 2.0**-20
@@ -54,6 +56,12 @@ class PolicyState:
             raise ValueError(f"set_entropy: nats must be finite and at least 0, got {nats!r}")
         self.entropy = torch.tensor(float(nats), dtype=torch.float64)
 
+    def entropy_on(self, device: torch.device) -> Tensor | None:
+        """The entropy on ``device``, brought there once."""
+        if self.entropy is not None and self.entropy.device != device:
+            self.entropy = self.entropy.to(device)
+        return self.entropy
+
     def record(self, improved: bool) -> None:
         """Append one outcome; the last five are kept.
 
@@ -83,87 +91,104 @@ class Decision:
     """What the policy chose for G groups.
 
     Args:
-        gamma: γ, a number or a tensor ``[G]``.
+        gamma: γ, ``[G]`` in the accumulation dtype.
         inactive: bool ``[G, r]``, the columns left out; ``None`` when all are in use.
-        second_order: whether the second-order term applies: a bool, or a bool tensor ``[G]``.
+        second_order: bool ``[G]``, whether the second-order term applies; ``None`` for never.
     """
 
-    gamma: float | Tensor
+    gamma: Tensor
     inactive: Tensor | None
-    second_order: bool | Tensor
+    second_order: Tensor | None
 
 
-def largest_rank(config: VPSConfig, d_in: int, d_out: int) -> int:
-    """The most columns the policy can ask for in a layer of this shape."""
+class Settings(NamedTuple):
+    """What the operator takes beside tensors, in its order: the choices that shape its code.
+
+    Args:
+        r: columns of the selection, the most the policy can ask for.
+        adaptive: whether anything depends on the energy.
+        coupled: SC instead of SK.
+        second_order: whether the order may be 2.
+        alpha: ridge of SC.
+        tau: bound of the clip, or ``None``.
+        spectral: whether the clip bounds the whole update instead of each component.
+        clamp: bound of δ, or ``None``.
+    """
+
+    r: int
+    adaptive: bool
+    coupled: bool
+    second_order: bool
+    alpha: float
+    tau: float | None
+    spectral: bool
+    clamp: float | None
+
+
+def settings(config: VPSConfig, gradient: bool, d_in: int, d_out: int) -> Settings | None:
+    """Settings for a layer of this shape; ``None`` when γ is 0 whatever the input.
+
+    ``gradient`` says that the layer holds a gradient, which turns the hybrid builder into SC.
+    """
+    if (config.gamma_bounds[1] if config.adaptive_gamma else config.gamma) == 0:
+        return None
     rank = config.rank_bounds[1] if config.adaptive_rank else config.rank
     topk = config.topk_bounds[1] if config.adaptive_topk else config.topk
-    return min(rank, topk, d_in, d_out)
-
-
-def is_off(config: VPSConfig) -> bool:
-    """Whether γ is 0 whatever the input."""
-    return (config.gamma_bounds[1] if config.adaptive_gamma else config.gamma) == 0
-
-
-def needs_energy(config: VPSConfig) -> bool:
-    """Whether anything is adaptive."""
-    return bool(
-        config.adaptive_rank
-        or config.adaptive_gamma
-        or config.adaptive_topk
-        or config.adaptive_order
+    return Settings(
+        r=min(rank, topk, d_in, d_out),
+        adaptive=bool(
+            config.adaptive_rank
+            or config.adaptive_gamma
+            or config.adaptive_topk
+            or config.adaptive_order
+        ),
+        coupled=config.builder == "sc" or (config.builder == "hybrid" and gradient),
+        second_order=(config.order_bounds[1] if config.adaptive_order else config.order) == 2,
+        alpha=config.alpha,
+        tau=config.tau,
+        spectral=config.clip == "spectral",
+        clamp=config.clamp,
     )
 
 
-def decide(config: VPSConfig, energy: Tensor | None, state: PolicyState | None, r: int) -> Decision:
+def bounds(config: VPSConfig, factor: float) -> tuple[float, ...]:
+    """The nine numbers by which the operator decides: ``factor``, then low and high of γ, rank,
+    topk and order, equal where the setting is fixed.
+    """
+    values = [factor]
+    for name in ("gamma", "rank", "topk", "order"):
+        fixed = getattr(config, name)
+        adaptive = getattr(config, f"adaptive_{name}")
+        values += getattr(config, f"{name}_bounds") if adaptive else (fixed, fixed)
+    return tuple(float(value) for value in values)
+
+
+def decide(
+    policy: Tensor, energy: Tensor | None, entropy: Tensor | None, groups: int, settings: Settings
+) -> Decision:
     """Choose γ, rank and order of every group, without leaving the device.
 
     Args:
-        config: the settings.
-        energy: ``E`` per group, ``[G]`` in the accumulation dtype; may be overwritten. ``None``
-            when nothing is adaptive.
-        state: entropy and history, or ``None``.
-        r: columns of the selection, :func:`largest_rank`.
+        policy: what :func:`bounds` returns, ``[9]``.
+        energy: ``E`` per group, ``[G]`` in the accumulation dtype, overwritten; ``None`` when
+            nothing is adaptive.
+        entropy: ℋ in nats, one element, or ``None``.
+        groups: G.
+        settings: the rest.
 
     Source: SPEC §5; the paper, algorithm 5.
     """
+    low, high = policy[1::2], policy[2::2]
     if energy is None:
-        return Decision(config.gamma, None, config.order == 2)
+        second = (low[3:] >= 2).expand(groups) if settings.second_order else None
+        return Decision(low[0].expand(groups), None, second)
     sigma = energy.neg_().expm1_().neg_()
-    if state is not None:
-        if state.entropy is not None:
-            floor = (state.entropy.to(sigma.device, sigma.dtype) / 3).clamp_(max=1)
-            sigma = torch.maximum(sigma, floor)
-        factor = state.factor()
-        if factor != 1.0:
-            sigma = (sigma * factor).clamp_(max=1)
-
-    gamma: float | Tensor = config.gamma
-    if config.adaptive_gamma:
-        low, high = config.gamma_bounds
-        gamma = sigma * (high - low) + low
-    inactive = _beyond(sigma, config.rank_bounds, r) if config.adaptive_rank else None
-    if config.adaptive_topk and config.topk_bounds[0] < r:
-        pool = _beyond(sigma, config.topk_bounds, r)
-        inactive = pool if inactive is None else inactive | pool
-    second_order: bool | Tensor = config.order == 2
-    if config.adaptive_order:
-        low_order, high_order = config.order_bounds
-        second_order = high_order == 2
-        if low_order != high_order:
-            second_order = sigma + FLOOR_GUARD >= 1
-    return Decision(gamma, inactive, second_order)
-
-
-def _beyond(sigma: Tensor, bounds: tuple[int, int], r: int) -> Tensor | None:
-    """Whether column c is not below ``low + ⌊(high − low)σ + 2⁻²⁰⌋``, bool ``[G, r]``.
-
-    ``⌊z⌋ < m`` is ``z < m`` for an integer m, so no floor is needed.
-    """
-    low, high = bounds
-    if low >= r:
-        return None
-    needed = torch.arange(
-        1 - low - FLOOR_GUARD, r + 0.5 - low, dtype=sigma.dtype, device=sigma.device
-    )
-    return sigma.unsqueeze(-1) * (high - low) < needed
+    if entropy is not None:
+        sigma = torch.maximum(sigma, (entropy.to(sigma.dtype) / 3).clamp_(max=1))
+    sigma = (sigma * policy[0]).clamp_(max=1)
+    levels = torch.lerp(low, high, sigma.unsqueeze(-1))  # [G, 4]: γ, rank, topk, order
+    needed = tuple(column + 1 - FLOOR_GUARD for column in range(settings.r))
+    # ⌊z⌋ < m is z < m for an integer m, so no floor is needed.
+    inactive = levels[:, 1:3].amin(1, keepdim=True) < constant(needed, sigma)
+    second = levels[:, 3] >= 2 - FLOOR_GUARD if settings.second_order else None
+    return Decision(levels[:, 0], inactive, second)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOW_BITS = 2**32 - 1
-BLOCK_ELEMENTS = 2**17
+from vps.constants import constant, tie_breakers
+
+SERIAL_ELEMENTS = 2**15 - 1  # torch splits an elementwise operation over threads from 2**15
+CACHED_ELEMENTS = 2**16  # for each of many threads
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,62 +34,63 @@ def statistics(
         energy: whether to take the energy too.
 
     Returns:
-        Mean of |values| ``[G, d]`` and mean of values² ``[G]`` or ``None``, in the accumulation
-        dtype. Non-finite elements count as 0.
+        Sum of |values| ``[G, d]``, which orders features as the mean does, and mean of values²
+        ``[G]`` or ``None``, in the accumulation dtype. Non-finite elements count as 0.
     """
     length, width = values.shape[1:]
     dtype = accumulation_dtype(values.dtype)
-    scale = (width * (length if count is None else 1)) ** -0.5
     scores: Tensor | None = None
     squares: Tensor | None = None
     for start in range(0, length, rows := _block_rows(values)):
         block = values[:, start : start + rows] if rows < length else values
-        size = block.abs().nan_to_num_(0.0, 0.0, 0.0)
+        size = block.abs().to(dtype).nan_to_num_(0.0, 0.0, 0.0)
         if mask is not None:
             size.masked_fill_(~mask[:, start : start + rows].unsqueeze(-1), 0.0)
-        part = size.squeeze(1).to(dtype) if length == 1 else size.sum(1, dtype=dtype)
+        part = size.squeeze(1) if length == 1 else size.sum(1)
         scores = part if scores is None else scores.add_(part)
-        if energy:  # scaled before it is squared, so that it overflows no sooner than the mean
-            norm = torch.linalg.vector_norm(size, 2, dim=(1, 2), dtype=dtype)
-            part = norm.mul_(scale).square_()
+        if energy:
+            part = (size.square() if length == 1 else size.square_()).sum((1, 2))
             squares = part if squares is None else squares.add_(part)
     assert scores is not None
     if length > 1:
-        scores.div_(length if count is None else count.unsqueeze(-1))
-    if squares is not None and count is not None:
-        squares.div_(count)
+        scores.clamp_(max=torch.finfo(dtype).max)  # sums that overflow stay in order
+    if squares is not None:
+        squares.div_(constant(width * (length if count is None else 1), squares))
+        if count is not None:
+            squares.div_(count)
     return scores, squares
 
 
 def _block_rows(values: Tensor) -> int:
     """Tokens to take at once: on a CPU few enough for the second-level cache.
 
-    Never depends on the batch, so sums come in the same order for every batch size.
+    Few threads lose more by waiting for each other than they gain. Never depends on the batch,
+    so sums come in the same order for every batch size.
     """
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return values.shape[1]
-    return max(16, BLOCK_ELEMENTS // values.shape[2])
+    threads = torch.get_num_threads()
+    elements = SERIAL_ELEMENTS if threads <= 4 else threads * CACHED_ELEMENTS
+    return max(4, elements // values.shape[2])
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest of scores ``[G, d]`` ≥ 0, best first, ties to the lower index.
 
-    torch.topk promises no order among ties, so it is given distinct integers: the bits of a
-    non-negative float32 sort like its value; below them stands the index.
+    torch.topk promises no order among ties, so they are broken for it.
     """
     if scores.dtype != torch.float32:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    index = torch.arange(scores.shape[-1], device=scores.device)
-    keys = torch.add(index, scores.view(torch.int32), alpha=-(2**32))
-    return keys.topk(k, dim=-1, largest=False).values.bitwise_and_(LOW_BITS)
+    offsets, factors = tie_breakers(scores.shape[-1], scores.device)
+    return torch.addcmul(offsets, factors, scores).topk(k, dim=-1).indices
 
 
-def random_features(seed: int, d_in: int, d_out: int, r: int) -> tuple[list[int], list[int]]:
+def random_features(seed: int, d_in: int, d_out: int, r: int) -> tuple[tuple[int, ...], ...]:
     """The first r input and output features that ``builder="random"`` draws."""
     generator = torch.Generator().manual_seed(seed)
     I_in = torch.randperm(d_in, generator=generator)[:r].tolist()
     I_out = torch.randperm(d_out, generator=generator)[:r].tolist()
-    return I_in, I_out
+    return tuple(I_in), tuple(I_out)
 
 
 # As torch.compiler.assume_constant_result does, which would import torch._dynamo with vps (1 s).

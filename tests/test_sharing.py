@@ -1,0 +1,129 @@
+"""Input selections are shared by layers that read the same x, and never stale."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from vps import VPSConfig, VPSLinear, selection, sharing, token_mask
+
+
+@pytest.fixture
+def counted_calls(monkeypatch):
+    """How often an input selection is remembered, that is: was computed."""
+    calls = []
+    remember = sharing.remember
+
+    def record(*arguments):
+        calls.append(arguments[2])
+        remember(*arguments)
+
+    monkeypatch.setattr(sharing, "remember", record)
+    monkeypatch.setattr(sharing._LAST, "selection", None)
+    return calls
+
+
+def layers(count=2, **settings):
+    torch.manual_seed(0)
+    config = VPSConfig(**settings)
+    return [VPSLinear.from_linear(nn.Linear(9, 7), config) for _ in range(count)]
+
+
+def alone(layer, x):
+    sharing._LAST.selection = None
+    return layer(x.clone())
+
+
+@torch.no_grad()
+def test_one_selection_for_the_layers_of_one_x(counted_calls):
+    q, k, v = layers(3)
+    x = torch.randn(2, 5, 9)
+    outputs = [layer(x) for layer in (q, k, v)]
+    assert len(counted_calls) == 1
+    for layer, y in zip((q, k, v), outputs, strict=True):
+        assert torch.equal(y, alone(layer, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in place", "through a view", "freed", "mask", "scope"])
+def test_nothing_stale(counted_calls, change):
+    first, second = layers(2)
+    x = torch.randn(2, 5, 9)
+    first(x)
+    mask = None
+    if change == "in place":
+        x.mul_(torch.randn(9))
+    elif change == "through a view":
+        x[0, 0].fill_(50.0)
+    elif change == "freed":
+        del x
+        assert sharing._LAST.selection is None
+        x = torch.randn(2, 5, 9)
+    elif change == "scope":
+        second.config = second.config.replace(scope="token")
+    else:
+        mask = torch.tensor([[True] * 2 + [False] * 3] * 2)
+    if mask is None:
+        assert torch.equal(second(x), alone(second, x))
+    else:
+        with token_mask(mask):
+            y = second(x)
+            assert torch.equal(y, alone(second, x))
+            mask[:, 2] = True
+        with token_mask(mask):
+            assert torch.equal(second(x), alone(second, x))
+
+
+@torch.no_grad()
+def test_a_larger_rank_selects_again_and_a_smaller_one_does_not(counted_calls):
+    small, large = layers(2, adaptive_rank=False)
+    small.config = small.config.replace(rank=1)
+    x = torch.randn(5, 9)
+    outputs = [layer(x) for layer in (small, large, small)]
+    assert len(counted_calls) == 2
+    assert torch.equal(outputs[1], alone(large, x)) and torch.equal(outputs[0], outputs[2])
+
+
+def test_gradients_and_inference_tensors(counted_calls):
+    first, second = layers(2)
+    x = torch.randn(2, 5, 9, requires_grad=True)
+    (first(x) + second(x)).sum().backward()
+    assert len(counted_calls) == 1 and x.grad is not None
+    with torch.inference_mode():
+        z = torch.randn(2, 5, 9)
+        first(z)
+        z.mul_(torch.randn(9))
+        assert torch.equal(second(z), alone(second, z))
+
+
+@torch.no_grad()
+def test_nothing_is_held_after_forward():
+    import weakref
+
+    (layer,) = layers(1)
+    x = torch.randn(2, 5, 9)
+    reference = weakref.ref(x)
+    y = layer(x)
+    del x
+    assert reference() is None and y is not None and sharing._LAST.selection is None
+
+
+@torch.no_grad()
+def test_threads_do_not_share():
+    first, second = layers(2)
+    x = torch.randn(2, 5, 9)
+    first(x)
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(sharing._LAST.selection))
+    thread.start()
+    thread.join()
+    assert seen == [None] and torch.equal(second(x), alone(second, x))
+
+
+def test_scores_overflow_in_order():
+    values = torch.full((1, 300, 4), 3e38)
+    values[..., 2] = 1.0
+    scores, energy = selection.statistics(values, None, None, True)
+    assert selection.top_k(scores, 4).tolist() == [[0, 1, 3, 2]]
+    assert energy.item() == float("inf")

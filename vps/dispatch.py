@@ -1,0 +1,116 @@
+"""Which backend computes: asked with :func:`backends`, chosen with :func:`backend`.
+
+Left alone, a layer takes the fastest that its tensors allow: on CUDA and ROCm ``triton``, on a CPU
+``cpp`` where it is built, and ``torch`` for float64 and everywhere else. A backend that was asked
+for runs or raises; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from vps import cpp, operator
+from vps.masking import STATE
+
+NAMES = ("torch", "cpp", "triton", "cuda", "reference")
+VARIABLE = "VPS_BACKEND"
+_FROM_ENVIRONMENT = os.environ.get(VARIABLE) or None
+
+
+def backends() -> dict[str, str | None]:
+    """Backend names, each with ``None`` when it can run or the reason why it cannot."""
+    return {name: _why_missing(name) for name in NAMES}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Let every VPS layer run inside, on this thread, compute with one backend.
+
+    Stronger than the environment variable ``VPS_BACKEND``, which does the same for the process.
+
+    Args:
+        name: ``"torch"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend cannot run here; the message gives the reason. Raised by the
+            layer where it cannot take the layer's tensors.
+    """
+    _check(name, "vps.backend")
+    STATE.backends.append(name)
+    try:
+        yield
+    finally:
+        STATE.backends.pop()
+
+
+def choose(x: Tensor) -> str:
+    """The backend for a layer with input ``x``.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run or cannot take x.
+    """
+    if STATE.backends:
+        name = STATE.backends[-1]
+    elif _FROM_ENVIRONMENT is not None:
+        name = _FROM_ENVIRONMENT
+        _check(name, VARIABLE)
+    else:
+        return next(n for n in ("triton", "cpp", "torch") if _why_not(n, x) is None)
+    reason = _why_not(name, x)
+    if reason is not None:
+        raise RuntimeError(f"vps backend {name!r} cannot run this layer: {reason}")
+    return name
+
+
+def _check(name: str, origin: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{origin}: unknown backend {name!r}, expected one of {NAMES}")
+    reason = _why_missing(name)
+    if reason is not None:
+        raise RuntimeError(f"{origin}: backend {name!r} cannot run here: {reason}")
+
+
+def _why_missing(name: str) -> str | None:
+    return _reasons()[name]
+
+
+_why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see selection
+
+
+@cache
+def _reasons() -> dict[str, str | None]:
+    reasons: dict[str, str | None] = dict.fromkeys(NAMES)
+    reasons["cuda"] = "not part of this version of vps"
+    if operator.INTERPRETED:
+        reasons["cpp"] = "TRITON_INTERPRET=1 gives the CPU to Triton's interpreter"
+    else:
+        reasons["cpp"] = cpp.why_missing()
+    if find_spec("triton") is None:
+        reasons["triton"] = "triton is not installed: pip install 'vps-kernels[gpu]'"
+    elif not (torch.cuda.is_available() or operator.INTERPRETED):
+        reasons["triton"] = "no CUDA or ROCm device (TRITON_INTERPRET=1 runs it slowly on a CPU)"
+    return reasons
+
+
+def _why_not(name: str, x: Tensor) -> str | None:
+    """Why a backend cannot take ``x``, or ``None``."""
+    device = x.device.type
+    if name == "triton":
+        if device != "cuda" and not (operator.INTERPRETED and device == "cpu"):
+            return f"x is on {device!r}, expected 'cuda'"
+    elif name == "cpp":
+        if device != "cpu":
+            return f"x is on {device!r}, expected 'cpu'"
+    else:
+        return None
+    if x.dtype == torch.float64:
+        return "x is float64, expected float32, bfloat16 or float16"
+    return _why_missing(name)

@@ -1,0 +1,83 @@
+"""The backward pass of a sharpened layer, one for all backends (SPEC §6).
+
+``∂L/∂x = (g + scatter of γ (g ∘ mask) B Cᵀ into the columns I_out) W``: selection, core, B, γ and
+W are constants. ``∂L/∂W = gᵀx`` and ``∂L/∂b = Σ g``, as of the base layer.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def of_input(
+    g: Tensor,
+    weight: Tensor,
+    I_in: Tensor,
+    I_out: Tensor,
+    core: Tensor,
+    gamma: Tensor,
+    t: Tensor | None,
+    clamp: float | None,
+) -> Tensor:
+    """``∂L/∂x``, ``[G, T, d_in]``.
+
+    Args:
+        g: ``∂L/∂y``, ``[G, T, d_out]``.
+        weight: ``[d_out, d_in]``.
+        I_in: selected inputs ``[G, r]``.
+        I_out: selected outputs ``[G, r]``.
+        core: ``C`` without γ, a diagonal ``[G, 1, r]`` or ``[G, r, r]``.
+        gamma: ``[G]``.
+        t: ``H[:, I_out]``, ``[G, T, r]``; needed with a clamp.
+        clamp: bound of δ, or ``None``.
+    """
+    grad_delta = g
+    if clamp is not None:
+        assert t is not None
+        grad_delta = g * (expand(mix(t, core), weight, I_in).abs() <= clamp)
+    grad_u = _contract(grad_delta, weight, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
+    grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
+    return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight
+
+
+def of_weight(g: Tensor, x: Tensor) -> Tensor:
+    """``∂L/∂W = gᵀx``, ``[d_out, d_in]``."""
+    return g.flatten(0, 1).mT @ x.flatten(0, 1)
+
+
+def of_bias(g: Tensor) -> Tensor:
+    """``∂L/∂b``, ``[d_out]``."""
+    return g.sum((0, 1))
+
+
+def mix(t: Tensor, core: Tensor) -> Tensor:
+    """``t C`` in the dtype of t."""
+    mixed = t * core if core.shape[1] == 1 else t.to(core.dtype) @ core
+    return mixed.to(t.dtype)
+
+
+def expand(u: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:
+    """``u Bᵀ``: ``[G, T, r]`` to ``[G, T, d_out]``, without B where reading all of W costs less."""
+    if reads_columns(weight, I_in):
+        return u @ columns(weight, I_in).permute(1, 2, 0)
+    index = I_in.unsqueeze(1).expand_as(u)
+    dense = u.new_zeros(*u.shape[:2], weight.shape[1]).scatter_add_(-1, index, u)
+    return F.linear(dense, weight)
+
+
+def columns(weight: Tensor, I_in: Tensor) -> Tensor:
+    """``B`` as ``[d_out, G, r]``."""
+    return weight.index_select(1, I_in.reshape(-1)).view(-1, *I_in.shape)
+
+
+def reads_columns(weight: Tensor, I_in: Tensor) -> bool:
+    """Whether the groups ask for fewer columns than W has."""
+    return I_in.numel() < weight.shape[1]
+
+
+def _contract(g: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:
+    """``g B``: ``[G, T, d_out]`` to ``[G, T, r]``."""
+    if reads_columns(weight, I_in):
+        return g @ columns(weight, I_in).permute(1, 0, 2)
+    return (g @ weight).gather(-1, I_in.unsqueeze(1).expand(-1, g.shape[1], -1))

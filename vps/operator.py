@@ -1,0 +1,112 @@
+"""``torch.ops.vps.linear``: one sharpened linear layer as one operator (SPEC §1–§6).
+
+The schema, what a tracer needs to know and the gradient stand here; each backend brings its own
+implementation for its device: csrc for CPU, kernels for CUDA and ROCm.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vps import cpp, gradient, torch_backend
+from vps.policy import Settings
+from vps.selection import accumulation_dtype
+from vps.torch_backend import Inputs
+
+LIBRARY = torch.library.Library("vps", "DEF")
+LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? I_in, Tensor? I_out, "
+    "Tensor policy, Tensor? entropy, int r, bool adaptive, bool coupled, bool second_order, "
+    "float alpha, float? tau, bool spectral, float? clamp) "
+    "-> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Output ``[G, T, d_out]``, differentiable, and ``I_in`` [G, r], through the operator."""
+    y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
+    return y, features[:, 0]
+
+
+@torch.library.register_fake("vps::linear")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    I_in: Tensor | None,
+    I_out: Tensor | None,
+    policy: Tensor,
+    entropy: Tensor | None,
+    *settings: Any,
+) -> Result:
+    r, clamp = settings[0], settings[-1]
+    groups, length = x.shape[:2]
+    dtype = accumulation_dtype(x.dtype)
+    return (
+        x.new_empty(groups, length, weight.shape[0]),
+        x.new_empty(groups, 2, r, dtype=torch.int64),
+        x.new_empty(groups, r, r, dtype=dtype),
+        x.new_empty(groups, dtype=dtype),
+        x.new_empty(0) if clamp is None else x.new_empty(groups, length, r),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    x, weight = inputs[:2]
+    ctx.clamp = inputs[-1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if weight.requires_grad else None, weight, *output[1:])
+
+
+def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    if g is None:
+        return (None,) * len(wanted)
+    x, weight, features, core, gamma, t = ctx.saved_tensors
+    selected = features[:, 0], features[:, 1], core, gamma, t
+    return (
+        gradient.of_input(g, weight, *selected, ctx.clamp) if wanted[0] else None,
+        gradient.of_weight(g, x) if wanted[1] else None,
+        gradient.of_bias(g) if wanted[2] else None,
+        *[None] * (len(wanted) - 3),
+    )
+
+
+torch.library.register_autograd("vps::linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def _torch(*arguments: Any) -> Result:
+    """The torch backend as an implementation, where there is no other."""
+    settings = Settings(*arguments[8:])
+    out = torch_backend.forward(Inputs(*arguments[:8]), settings)
+    return (
+        out.y,
+        torch.stack([out.I_in, out.I_out], 1),
+        out.core if out.core.shape[1] == settings.r != 1 else out.core.squeeze(1).diag_embed(),
+        out.gamma.clone(),
+        out.y.new_empty(0) if settings.clamp is None else out.t,
+    )
+
+
+def _triton(*arguments: Any) -> Result:
+    """The Triton kernels, imported at the first call."""
+    from vps.triton_backend import linear
+
+    return linear(Inputs(*arguments[:8]), Settings(*arguments[8:]))
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LIBRARY.impl("linear", _triton, "CUDA")
+if INTERPRETED:
+    LIBRARY.impl("linear", _triton, "CPU")
+elif cpp.why_missing() is None:
+    cpp.load()
+else:
+    LIBRARY.impl("linear", _torch, "CPU")
