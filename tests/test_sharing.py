@@ -20,7 +20,7 @@ def counted_calls(monkeypatch):
         remember(*arguments)
 
     monkeypatch.setattr(sharing, "remember", record)
-    monkeypatch.setattr(sharing._LAST, "selection", None)
+    sharing.forget()
     return calls
 
 
@@ -31,7 +31,7 @@ def layers(count=2, **settings):
 
 
 def alone(layer, x):
-    sharing._LAST.selection = None
+    sharing.forget()
     return layer(x.clone())
 
 
@@ -58,7 +58,7 @@ def test_nothing_stale(counted_calls, change):
         x[0, 0].fill_(50.0)
     elif change == "freed":
         del x
-        assert sharing._LAST.selection is None
+        assert sharing._LAST.I_in is None
         x = torch.randn(2, 5, 9)
     elif change == "scope":
         second.config = second.config.replace(scope="token")
@@ -106,7 +106,7 @@ def test_nothing_is_held_after_forward():
     reference = weakref.ref(x)
     y = layer(x)
     del x
-    assert reference() is None and y is not None and sharing._LAST.selection is None
+    assert reference() is None and y is not None and sharing._LAST.I_in is None
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_threads_do_not_share():
     x = torch.randn(2, 5, 9)
     first(x)
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(sharing._LAST.selection))
+    thread = threading.Thread(target=lambda: seen.append(sharing._LAST.I_in))
     thread.start()
     thread.join()
     assert seen == [None] and torch.equal(second(x), alone(second, x))

@@ -117,6 +117,9 @@ class VPSConfig:
             self._check_names("exclude_modules")
         self._check_layers()
 
+    def __hash__(self) -> int:  # few fields: it is computed at every call of a layer
+        return hash((self.rank, self.gamma, self.gamma_bounds, self.builder, self.scope))
+
     def replace(self, **changes: Any) -> Self:
         """A copy with ``changes`` applied and checked.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vps import cpp, operator
+from vps.constants import kept
 from vps.masking import STATE
 
 NAMES = ("torch", "cpp", "triton", "cuda", "reference")
@@ -63,11 +64,16 @@ def choose(x: Tensor) -> str:
         name = _FROM_ENVIRONMENT
         _check(name, VARIABLE)
     else:
-        return next(n for n in ("triton", "cpp", "torch") if _why_not(n, x) is None)
-    reason = _why_not(name, x)
+        return _fastest(x.device.type, x.dtype)
+    reason = _why_not(name, x.device.type, x.dtype)
     if reason is not None:
         raise RuntimeError(f"vps backend {name!r} cannot run this layer: {reason}")
     return name
+
+
+@kept
+def _fastest(device: str, dtype: torch.dtype) -> str:
+    return next(n for n in ("triton", "cpp", "torch") if _why_not(n, device, dtype) is None)
 
 
 def _check(name: str, origin: str) -> None:
@@ -100,9 +106,8 @@ def _reasons() -> dict[str, str | None]:
     return reasons
 
 
-def _why_not(name: str, x: Tensor) -> str | None:
-    """Why a backend cannot take ``x``, or ``None``."""
-    device = x.device.type
+def _why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot take such an input, or ``None``."""
     if name == "triton":
         if device != "cuda" and not (operator.INTERPRETED and device == "cpu"):
             return f"x is on {device!r}, expected 'cuda'"
@@ -111,6 +116,6 @@ def _why_not(name: str, x: Tensor) -> str | None:
             return f"x is on {device!r}, expected 'cpu'"
     else:
         return None
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         return "x is float64, expected float32, bfloat16 or float16"
     return _why_missing(name)

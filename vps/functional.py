@@ -5,6 +5,8 @@ The only door to the backends.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,11 +69,12 @@ def vps_linear(
         bias = None if bias is None else _cast(bias, dtype)
         with torch.autocast(kind, enabled=False):
             return vps_linear(x, weight, bias, config, mask=mask, state=state, gradient=gradient)
-    settings = policy.settings(config, gradient, weight.shape[1], weight.shape[0])
-    if settings is None or x.numel() == 0 or settings.r == 0:
+    factor = 1.0 if state is None else state.factor()
+    plan = _plan(config, gradient, factor, weight.shape[0], weight.shape[1], x.device)
+    if plan is None or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
     dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
-    grouped = x.reshape(_group_shape(dims, config.scope, x.shape[-1]))
+    grouped = _group(x, dims, config.scope)
     counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
     name = dispatch.choose(x)
     if name == "reference":
@@ -79,23 +82,41 @@ def vps_linear(
         return y.view(*x.shape[:-1], weight.shape[0])
 
     I_in = I_out = None
-    if config.builder == "random":
-        drawn = selection.random_features(config.seed, weight.shape[1], weight.shape[0], settings.r)
-        I_in, I_out = (
-            constants.vector(indices, torch.int64, x.device).expand(len(grouped), settings.r)
-            for indices in drawn
-        )
+    if plan.drawn is None:
+        I_in = sharing.find(x, mask, grouped.shape, plan.settings.r)
     else:
-        I_in = sharing.find(x, mask, grouped.shape, settings.r)
-    factor = 1.0 if state is None else state.factor()
-    numbers = constants.vector(policy.bounds(config, factor), torch.float64, x.device)
+        I_in, I_out = (index.expand(len(grouped), -1) for index in plan.drawn)
     entropy = None if state is None else state.entropy_on(x.device)
-    inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, numbers, entropy)
+    inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.policy, entropy)
     sharpen = torch_backend.sharpen if name == "torch" else operator.sharpen
-    y, features = sharpen(inputs, settings)
+    y, selected = sharpen(inputs, plan.settings)
     if I_in is None:
-        sharing.remember(x, mask, grouped.shape, features)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        sharing.remember(x, mask, grouped.shape, selected)
+    return y if grouped is x else y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Plan(NamedTuple):
+    """What is settled before the input comes."""
+
+    settings: policy.Settings
+    policy: Tensor  # float64 [9]
+    drawn: tuple[Tensor, Tensor] | None  # I_in and I_out [r] of the random builder
+
+
+@constants.kept
+def _plan(
+    config: VPSConfig, gradient: bool, factor: float, d_out: int, d_in: int, device: torch.device
+) -> _Plan | None:
+    """``None`` when γ is 0 whatever the input."""
+    settings = policy.settings(config, gradient, d_in, d_out)
+    if settings is None:
+        return None
+    drawn = None
+    if config.builder == "random":
+        features = selection.random_features(config.seed, d_in, d_out, settings.r)
+        drawn = tuple(constants.vector(index, torch.int64, device) for index in features)
+    numbers = constants.vector(policy.bounds(config, factor), torch.float64, device)
+    return _Plan(settings, numbers, drawn)
 
 
 def _reference(
@@ -153,12 +174,15 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _group_shape(dims: tuple[int, ...], scope: str, d_in: int) -> tuple[int, int, int]:
-    """``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
+def _group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
+    """x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
+    if scope == "sequence" and x.dim() == 3:
+        return x
     tokens = 1
     for dim in dims:
         tokens *= dim
     if scope == "token":
-        return tokens, 1, d_in
-    length = dims[-1] if scope == "sequence" and dims else tokens
-    return tokens // length, length, d_in
+        length = 1
+    else:
+        length = dims[-1] if scope == "sequence" and dims else tokens
+    return x.reshape(tokens // length, length, x.shape[-1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from vps import cpp, gradient, torch_backend
 from vps.policy import Settings
 from vps.selection import accumulation_dtype
-from vps.torch_backend import Inputs
+from vps.torch_backend import Inputs, needs_gradient
 
 LIBRARY = torch.library.Library("vps", "DEF")
 LIBRARY.define(
@@ -30,7 +30,11 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]``, differentiable, and ``I_in`` [G, r], through the operator."""
-    y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
+    if torch.compiler.is_compiling() or needs_gradient(inputs):
+        y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
+    else:  # past the gradient's registration, which is written in Python
+        with torch._C._AutoDispatchBelowAutograd():
+            y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
     return y, features[:, 0]
 
 

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class _Selection:
-    sources: tuple[weakref.ref[Tensor], ...]
-    versions: tuple[int, ...]
-    shape: tuple[int, ...]
-    I_in: Tensor
-
-
 class _Last(threading.local):
-    selection: _Selection | None = None
+    """The last selection: its sources, their versions, their grouping, and ``I_in``."""
+
+    sources: tuple[weakref.ref[Tensor], ...] = ()
+    versions: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    I_in: Tensor | None = None
 
 
 _LAST = _Last()
@@ -31,25 +27,39 @@ _LAST = _Last()
 
 def find(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], r: int) -> Tensor | None:
     """Indices ``[G, r]`` remembered for this x and mask, grouped as ``shape``; or ``None``."""
-    last = _LAST.selection
-    if last is None or last.shape != shape or last.I_in.shape[1] < r:
+    I_in, last = _LAST.I_in, _LAST.sources
+    if I_in is None or last[0]() is not x or _LAST.shape != shape or I_in.shape[1] < r:
         return None
-    sources = (x,) if mask is None else (x, mask)
-    if len(sources) != len(last.sources) or not _can_be_watched(sources):
-        return None
-    for index, source in enumerate(sources):
-        if last.versions[index] != source._version or last.sources[index]() is not source:
+    if mask is None:
+        if len(last) > 1:
             return None
-    return last.I_in[:, :r]
+        sources: tuple[Tensor, ...] = (x,)
+    else:
+        if len(last) == 1 or last[1]() is not mask:
+            return None
+        sources = (x, mask)
+    if not _can_be_watched(sources) or _versions(sources) != _LAST.versions:
+        return None
+    return I_in if I_in.shape[1] == r else I_in[:, :r]
 
 
 def remember(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], I_in: Tensor) -> None:
     """Keep the indices ``[G, r]`` selected for x and mask until another x comes or x is freed."""
     sources = (x,) if mask is None else (x, mask)
     if _can_be_watched(sources):
-        references = tuple(weakref.ref(source, _forget) for source in sources)
-        versions = tuple(source._version for source in sources)
-        _LAST.selection = _Selection(references, versions, shape, I_in)
+        _LAST.sources = tuple(weakref.ref(source, _forget) for source in sources)
+        _LAST.versions = _versions(sources)
+        _LAST.shape = shape
+        _LAST.I_in = I_in
+
+
+def forget() -> None:
+    """Drop what this thread remembers."""
+    _LAST.I_in = None
+
+
+def _versions(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(source._version for source in sources)
 
 
 def _can_be_watched(sources: tuple[Tensor, ...]) -> bool:
@@ -64,6 +74,5 @@ def _can_be_watched(sources: tuple[Tensor, ...]) -> bool:
 
 def _forget(reference: weakref.ref[Tensor]) -> None:
     """Drop the selection with its x, on the thread that frees it."""
-    last = _LAST.selection
-    if last is not None and any(reference is source for source in last.sources):
-        _LAST.selection = None
+    if any(reference is source for source in _LAST.sources):
+        forget()

@@ -64,12 +64,17 @@ class Outputs(NamedTuple):
 
 def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]``, differentiable, and ``I_in``."""
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in inputs[:3]
-    ):
+    if needs_gradient(inputs):
         y, I_in = _Sharpen.apply(*inputs, settings)
         return y, I_in
     return forward(inputs, settings)[:2]
+
+
+def needs_gradient(inputs: Inputs) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in inputs[:3]
+    )
 
 
 class _Sharpen(torch.autograd.Function):
