@@ -5,7 +5,9 @@ VPS_TORCH ?= -c constraints.txt
 OUT ?= benchmarks/results
 BIN := .venv/bin
 MODEL := .cache/smollm2
-INSTALL := $(if $(shell command -v uv),uv pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q)
+# uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
+UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
+INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
 .PHONY: demo test lint bench gpu clean help
 
