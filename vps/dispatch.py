@@ -16,12 +16,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from vps import cpp, operator
+from vps import cpp
 from vps.constants import kept
 from vps.masking import STATE
 
 NAMES = ("torch", "cpp", "triton", "cuda", "reference")
 VARIABLE = "VPS_BACKEND"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FROM_ENVIRONMENT = os.environ.get(VARIABLE) or None
 
 
@@ -73,7 +74,8 @@ def choose(x: Tensor) -> str:
 
 @kept
 def _fastest(device: str, dtype: torch.dtype) -> str:
-    return next(n for n in ("triton", "cpp", "torch") if _why_not(n, device, dtype) is None)
+    names = ("triton", "torch") if device == "cuda" else ("cpp", "torch")
+    return next(name for name in names if _why_not(name, device, dtype) is None)
 
 
 def _check(name: str, origin: str) -> None:
@@ -95,13 +97,10 @@ _why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see
 def _reasons() -> dict[str, str | None]:
     reasons: dict[str, str | None] = dict.fromkeys(NAMES)
     reasons["cuda"] = "not part of this version of vps"
-    if operator.INTERPRETED:
-        reasons["cpp"] = "TRITON_INTERPRET=1 gives the CPU to Triton's interpreter"
-    else:
-        reasons["cpp"] = cpp.why_missing()
+    reasons["cpp"] = cpp.why_missing()
     if find_spec("triton") is None:
         reasons["triton"] = "triton is not installed: pip install 'vps-kernels[gpu]'"
-    elif not (torch.cuda.is_available() or operator.INTERPRETED):
+    elif not (torch.cuda.is_available() or INTERPRETED):
         reasons["triton"] = "no CUDA or ROCm device (TRITON_INTERPRET=1 runs it slowly on a CPU)"
     return reasons
 
@@ -109,7 +108,7 @@ def _reasons() -> dict[str, str | None]:
 def _why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot take such an input, or ``None``."""
     if name == "triton":
-        if device != "cuda" and not (operator.INTERPRETED and device == "cpu"):
+        if device != "cuda" and not (INTERPRETED and device == "cpu"):
             return f"x is on {device!r}, expected 'cuda'"
     elif name == "cpp":
         if device != "cpu":

@@ -88,8 +88,12 @@ def vps_linear(
         I_in, I_out = (index.expand(len(grouped), -1) for index in plan.drawn)
     entropy = None if state is None else state.entropy_on(x.device)
     inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.policy, entropy)
-    sharpen = torch_backend.sharpen if name == "torch" else operator.sharpen
-    y, selected = sharpen(inputs, plan.settings)
+    if name == "torch":
+        y, selected = torch_backend.sharpen(inputs, plan.settings, torch_backend.forward)
+    elif name == "triton" and not x.is_cuda:
+        y, selected = _interpreted(inputs, plan.settings)
+    else:
+        y, selected = operator.sharpen(inputs, plan.settings)
     if I_in is None:
         sharing.remember(x, mask, grouped.shape, selected)
     return y if grouped is x else y.view(*x.shape[:-1], weight.shape[0])
@@ -117,6 +121,13 @@ def _plan(
         drawn = tuple(constants.vector(index, torch.int64, device) for index in features)
     numbers = constants.vector(policy.bounds(config, factor), torch.float64, device)
     return _Plan(settings, numbers, drawn)
+
+
+def _interpreted(inputs: Inputs, settings: policy.Settings) -> tuple[Tensor, Tensor]:
+    """The Triton kernels in Triton's interpreter, which is no device of the operator."""
+    from vps import triton_backend
+
+    return torch_backend.sharpen(inputs, settings, triton_backend.forward)
 
 
 def _reference(

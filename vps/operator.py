@@ -6,7 +6,7 @@ implementation for its device: csrc for CPU, kernels for CUDA and ROCm.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from vps import cpp, gradient, torch_backend
 from vps.policy import Settings
 from vps.selection import accumulation_dtype
-from vps.torch_backend import Inputs, needs_gradient
+from vps.torch_backend import Inputs, Outputs, needs_gradient
 
 LIBRARY = torch.library.Library("vps", "DEF")
 LIBRARY.define(
@@ -88,29 +88,30 @@ torch.library.register_autograd("vps::linear", _backward, setup_context=_setup_c
 
 def _torch(*arguments: Any) -> Result:
     """The torch backend as an implementation, where there is no other."""
+    return _packed(torch_backend.forward, arguments)
+
+
+def _triton(*arguments: Any) -> Result:
+    """The Triton kernels, imported at the first call."""
+    from vps.triton_backend import forward
+
+    return _packed(forward, arguments)
+
+
+def _packed(forward: Callable[[Inputs, Settings], Outputs], arguments: tuple[Any, ...]) -> Result:
     settings = Settings(*arguments[8:])
-    out = torch_backend.forward(Inputs(*arguments[:8]), settings)
+    out = forward(Inputs(*arguments[:8]), settings)
     return (
         out.y,
         torch.stack([out.I_in, out.I_out], 1),
-        out.core if out.core.shape[1] == settings.r != 1 else out.core.squeeze(1).diag_embed(),
+        torch_backend.square(out.core),
         out.gamma.clone(),
         out.y.new_empty(0) if settings.clamp is None else out.t,
     )
 
 
-def _triton(*arguments: Any) -> Result:
-    """The Triton kernels, imported at the first call."""
-    from vps.triton_backend import linear
-
-    return linear(Inputs(*arguments[:8]), Settings(*arguments[8:]))
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIBRARY.impl("linear", _triton, "CUDA")
-if INTERPRETED:
-    LIBRARY.impl("linear", _triton, "CPU")
-elif cpp.why_missing() is None:
+if cpp.why_missing() is None:
     cpp.load()
 else:
     LIBRARY.impl("linear", _torch, "CPU")

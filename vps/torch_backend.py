@@ -7,6 +7,7 @@ columns are read from W each time, so they are right after any edit of it, ``wei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Outputs(NamedTuple):
         I_out: ``[G, r]``.
         core: ``C`` without γ, a diagonal ``[G, 1, r]`` or ``[G, r, r]``; 0 where left out.
         gamma: ``[G]``, 0 for a group without a counted token.
-        t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out.
+        t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out; needed with a clamp alone.
     """
 
     y: Tensor
@@ -59,13 +60,17 @@ class Outputs(NamedTuple):
     I_out: Tensor
     core: Tensor
     gamma: Tensor
-    t: Tensor
+    t: Tensor | None
 
 
-def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Output ``[G, T, d_out]``, differentiable, and ``I_in``."""
+def sharpen(
+    inputs: Inputs,
+    settings: Settings,
+    forward: Callable[[Inputs, Settings], Outputs],
+) -> tuple[Tensor, Tensor]:
+    """Output ``[G, T, d_out]``, differentiable, and ``I_in``, with ``forward`` of a backend."""
     if needs_gradient(inputs):
-        y, I_in = _Sharpen.apply(*inputs, settings)
+        y, I_in = _Sharpen.apply(*inputs, settings, forward)
         return y, I_in
     return forward(inputs, settings)[:2]
 
@@ -82,7 +87,7 @@ class _Sharpen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        inputs, settings = Inputs(*arguments[:-1]), arguments[-1]
+        inputs, (settings, forward) = Inputs(*arguments[:-2]), arguments[-2:]
         out = forward(inputs, settings)
         ctx.clamp = settings.clamp
         ctx.save_for_backward(
@@ -111,9 +116,8 @@ class _Sharpen(torch.autograd.Function):
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
     """Policy first, then the selection and its core, then the update (SPEC §3–§5)."""
-    x, W, bias, mask, I_in, I_out, numbers, entropy = inputs
+    x, W, bias, mask, I_in, I_out = inputs[:6]
     H = F.linear(x, W)
-    dtype = selection.accumulation_dtype(x.dtype)
     count = None if mask is None else mask.sum(1).clamp_(min=1)
     s_out, energy = selection.statistics(H, mask, count, settings.adaptive)
     if I_in is None:
@@ -121,22 +125,8 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         I_in = selection.top_k(s_in, settings.r)
     if I_out is None:
         I_out = selection.top_k(s_out, settings.r)
-    decision = policy.decide(numbers.to(dtype), energy, entropy, len(H), settings)
-    gamma, inactive = decision.gamma, decision.inactive
-
     B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
-    t = _select(H, I_out)
-    mixing = None
-    if settings.coupled:
-        X_A, Y = (selection.clean(z, mask) for z in (_select(x, I_in), t))
-        mixing = selection.coupling(X_A, Y, inactive, settings.alpha)
-    core = _core(W, I_in, I_out, B, mixing, decision, settings)
-    if inactive is not None:
-        t.masked_fill_(inactive.unsqueeze(1), 0.0)
-        core = core.masked_fill(inactive.unsqueeze(1), 0.0)
-    if mask is not None:
-        gamma = gamma.masked_fill(~mask.any(1), 0.0)
-
+    core, gamma, t, _ = build(inputs, H, energy, I_in, I_out, B, settings)
     y = _apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H=mask is not None)
     if bias is not None:
         y = y.add_(bias)
@@ -144,6 +134,44 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         base = H if bias is None else F.linear(x, W, bias)
         y = torch.where(mask.any(1)[:, None, None], y, base)
     return Outputs(y, I_in, I_out, core, gamma, t)
+
+
+def build(
+    inputs: Inputs,
+    H: Tensor,
+    energy: Tensor | None,
+    I_in: Tensor,
+    I_out: Tensor,
+    B: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(core, γ, t)`` of :class:`Outputs` and the columns left out, bool ``[G, r]`` or ``None``.
+
+    Args:
+        inputs: of the layer.
+        H: ``[G, T, d_out]``.
+        energy: ``[G]``, overwritten; ``None`` when nothing is adaptive.
+        I_in: ``[G, r]``.
+        I_out: ``[G, r]``.
+        B: ``[d_out, G, r]``, or ``None`` to read all of W instead.
+        settings: the rest.
+    """
+    x, W, mask = inputs.x, inputs.weight, inputs.mask
+    numbers = inputs.policy.to(selection.accumulation_dtype(W.dtype))
+    decision = policy.decide(numbers, energy, inputs.entropy, len(H), settings)
+    gamma, inactive = decision.gamma, decision.inactive
+    t = selected(H, I_out)
+    mixing = None
+    if settings.coupled:
+        X_A, Y = (selection.clean(z, mask) for z in (selected(x, I_in), t))
+        mixing = selection.coupling(X_A, Y, inactive, settings.alpha)
+    core = _core(W, I_in, I_out, B, mixing, decision, settings)
+    if inactive is not None:
+        t.masked_fill_(inactive.unsqueeze(1), 0.0)
+        core = core.masked_fill(inactive.unsqueeze(1), 0.0)
+    if mask is not None:
+        gamma = gamma.masked_fill(~mask.any(1), 0.0)
+    return core, gamma, t, inactive
 
 
 def _apply(
@@ -243,8 +271,13 @@ def _clip(
     return clipping.spectral_scale(gram_A, gram_B, tau)
 
 
-def _select(values: Tensor, index: Tensor) -> Tensor:
+def selected(values: Tensor, index: Tensor) -> Tensor:
     """``values[g, :, index[g]]``: ``[G, T, d]`` and ``[G, r]`` to a new ``[G, T, r]``."""
     if len(values) == 1:
         return values.index_select(-1, index[0])
     return values.gather(-1, index.unsqueeze(1).expand(-1, values.shape[1], -1))
+
+
+def square(core: Tensor) -> Tensor:
+    """A core as ``[G, r, r]``, also where it is the diagonal ``[G, 1, r]``."""
+    return core if core.shape[1] == core.shape[2] else core.squeeze(1).diag_embed()
