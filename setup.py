@@ -1,6 +1,8 @@
 """Packaging of vps-kernels; what pip builds, CONTRIBUTING.md explains."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -32,6 +34,53 @@ EXTRAS["test"] = [
 ]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
+
+
+def cpp_extension() -> dict:
+    """What setup() needs to build csrc; nothing where torch or a compiler is missing.
+
+    VPS_BUILD_CPP=0 leaves it out, VPS_BUILD_CPP=1 makes every obstacle an error.
+    """
+    wanted = os.environ.get("VPS_BUILD_CPP", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"VPS_BUILD_CPP must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except Exception as error:  # whatever torch raises where it does not work
+        if wanted == "1":
+            raise
+        print(f"vps: without the C++ backend: no torch to build it with ({error})", file=sys.stderr)
+        return {}
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if wanted == "1":
+                    raise
+                print(f"vps: without the C++ backend: {error}", file=sys.stderr)
+                self.extensions = []
+
+    extension = CppExtension(
+        "vps._cpp",
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.[hi]*")),
+        # torch's stable ABI of 2.10: one library for every torch since.
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000ULL")],
+        extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden", "-Wno-uninitialized"],
+        py_limited_api=True,
+        optional=wanted != "1",
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
+
+
 setup(
     name="vps-kernels",
     version=VERSION,
@@ -44,5 +93,6 @@ setup(
     package_data={"vps.kernels": ["README.md"]},
     install_requires=["torch>=2.11"],
     extras_require=EXTRAS,
+    **cpp_extension(),
     entry_points={"console_scripts": ["vps = vps.cli:main"]},
 )
