@@ -56,10 +56,11 @@ def _measure(
     linears = [nn.Linear(d_in, d_out, bias=False, **options) for _ in range(count)]
     inputs = [torch.randn(1, tokens, d_in, **options) for _ in range(count)]
     layers = [VPSLinear.from_linear(linear, CONFIG) for linear in linears]
+    adapted = _with_lora(linears)
     variants: dict[str, Callable[[], object]] = {
         "nn.Linear": lambda: _run(linears, inputs),
         "nn.Linear again": lambda: _run(linears, inputs),
-        "peft lora r=2": lambda adapted=_with_lora(linears): _run(adapted, inputs),
+        "peft lora r=2": lambda: _run(adapted, inputs),
     }
     for name, reason in vps.backends().items():
         if reason is None and name != "reference" and (name != "triton" or device == "cuda"):
