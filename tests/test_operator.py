@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from cases import tiny_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import vps
 from vps import VPSConfig, VPSLinear, dispatch, operator, policy, torch_backend, vps_linear
@@ -111,23 +111,8 @@ def test_the_environment_chooses(value, expected):
     assert run.returncode != 0 and expected in run.stderr.splitlines()[-1]
 
 
-def block():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    vps.patch(model)
-    return model
-
-
 def test_a_llama_block_compiles_without_a_graph_break():
-    model = block()
+    model = tiny_llama()
     layer = model.model.layers[0]
     x = torch.randn(1, 6, 16)
     rotary = model.model.rotary_emb(x, torch.arange(6)[None])

@@ -1,0 +1,100 @@
+"""Random layers, inputs and settings with hostile values, shared by the tests of the backends."""
+
+import random
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import vps
+from vps import PolicyState, VPSConfig, reference
+
+HOSTILE = ("", "", "ties", "zero", "nan", "inf", "huge", "strided")
+
+
+def random_case(seed):
+    """A layer, an input and settings of the test grid."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    d_in, d_out = rng.choice([1, 2, 3, 7, 33, 64]), rng.choice([1, 2, 5, 31, 48])
+    shape = rng.choice([(), (1,), (5,), (1, 1), (1, 6), (3, 4), (2, 3, 4), (9, 1)])
+    config = VPSConfig(
+        rank=rng.choice([1, 2, 3, 5]),
+        adaptive_rank=rng.random() < 0.6,
+        rank_bounds=(rng.choice([1, 2]), rng.choice([2, 4, 6])),
+        topk=rng.choice([1, 3, 32]),
+        adaptive_topk=rng.random() < 0.4,
+        topk_bounds=(rng.choice([1, 2, 16]), 64),
+        adaptive_gamma=rng.random() < 0.6,
+        order=rng.choice([1, 2]),
+        adaptive_order=rng.random() < 0.3,
+        tau=rng.choice([None, 0.8, 0.1]),
+        clip=rng.choice(["component", "spectral"]),
+        clamp=rng.choice([None, None, 0.05]),
+        builder=rng.choice(["sk", "sc", "hybrid", "random"]),
+        scope=rng.choice(["sequence", "batch", "token"]),
+    )
+    kind = rng.choice(HOSTILE)
+    x = torch.randn(*shape, d_in, dtype=torch.float64, generator=generator)
+    x = x * rng.choice([0.1, 1.0, 3.0])
+    if kind == "ties":
+        x = x.round()
+    elif kind == "zero":
+        x = x * 0
+    elif kind in ("nan", "inf") and x.dim() > 1:
+        x.view(-1, d_in)[0, 0] = float(kind)
+    elif kind == "huge":
+        # Where fewer tokens count than there are columns, the SC system of a huge x is singular
+        # in any finite precision.
+        x = x * (1e60 if config.builder in ("sk", "random") else 1e3)
+    elif kind == "strided":
+        x = x.repeat_interleave(2, dim=-1)[..., ::2]
+    W = torch.randn(d_out, d_in, dtype=torch.float64, generator=generator) / d_in**0.5
+    b = torch.randn(d_out, dtype=torch.float64, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.7
+    state = PolicyState()
+    entropy = rng.choice([None, None, 0.7, 5.0])
+    outcomes = [rng.random() < 0.5 for _ in range(rng.choice([0, 0, 3, 5]))]
+    state.set_entropy(entropy)
+    for improved in outcomes:
+        state.record(improved)
+    gradient = rng.random() < 0.5
+    return dict(
+        x=x,
+        W=W,
+        b=b if rng.random() < 0.5 else None,
+        config=config,
+        mask=mask if rng.random() < 0.5 else None,
+        state=state,
+        entropy=entropy,
+        outcomes=outcomes,
+        gradient=gradient,
+    )
+
+
+def reference_of(case):
+    return reference.vps_linear(
+        case["x"],
+        case["W"],
+        case["b"],
+        config=case["config"],
+        mask=case["mask"],
+        entropy=case["entropy"],
+        outcomes=case["outcomes"],
+        gradient=case["gradient"],
+    )
+
+
+def tiny_llama():
+    """A patched model of one block."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    vps.patch(model)
+    return model
