@@ -1,0 +1,177 @@
+// Checks of the arguments of vps::linear: nothing after them can fail or read out of bounds.
+#include "arguments.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+#include "element.h"
+
+namespace vps {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void fail(const char* name, const Parts&... parts) {
+  std::ostringstream message;
+  message << "vps::linear: " << name;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+std::string dtype_name(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return "float32";
+  if (dtype == aoti_torch_dtype_float64()) return "float64";
+  if (dtype == aoti_torch_dtype_float16()) return "float16";
+  if (dtype == aoti_torch_dtype_bfloat16()) return "bfloat16";
+  if (dtype == aoti_torch_dtype_int64()) return "int64";
+  if (dtype == aoti_torch_dtype_int32()) return "int32";
+  if (dtype == aoti_torch_dtype_int16()) return "int16";
+  if (dtype == aoti_torch_dtype_int8()) return "int8";
+  if (dtype == aoti_torch_dtype_uint8()) return "uint8";
+  if (dtype == aoti_torch_dtype_bool()) return "bool";
+  if (dtype == aoti_torch_dtype_complex64()) return "complex64";
+  if (dtype == aoti_torch_dtype_complex128()) return "complex128";
+  return "dtype number " + std::to_string(dtype);
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+void check_plain(const char* name, const Tensor& tensor) {
+  if (!tensor.defined()) fail(name, " must be a tensor, got an undefined one");
+  int32_t device, layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  if (device != aoti_torch_device_type_cpu())
+    fail(name, " must be on the CPU as x is, got device type number ", device);
+  if (layout != aoti_torch_layout_strided())
+    fail(name, " must be a dense strided tensor, got layout number ", layout);
+}
+
+void check_dtype(const char* name, const Tensor& tensor, int32_t dtype) {
+  if (dtype_of(tensor) != dtype)
+    fail(name, " must be ", dtype_name(dtype), ", got ", dtype_name(dtype_of(tensor)));
+}
+
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  std::string expected = "[";
+  int64_t i = 0;
+  for (const int64_t size : sizes) {
+    expected += (i ? ", " : "") + std::to_string(size);
+    same = same && tensor.size(i) == size;
+    ++i;
+  }
+  if (!same) fail(name, " must have shape ", expected, "], got ", shape_of(tensor));
+}
+
+void check_indices(const char* name, const Tensor& index, int64_t groups, int64_t r,
+                   int64_t limit) {
+  check_plain(name, index);
+  check_dtype(name, index, aoti_torch_dtype_int64());
+  check_shape(name, index, {groups, r});
+  const int64_t* data = static_cast<const int64_t*>(index.data_ptr());
+  const int64_t stride[2] = {index.stride(0), index.stride(1)};
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t c = 0; c < r; ++c) {
+      const int64_t value = data[g * stride[0] + c * stride[1]];
+      if (value < 0 || value >= limit)
+        fail(name, " must hold features from 0 to ", limit - 1, ", got ", value);
+    }
+}
+
+Policy read_policy(const Tensor& tensor) {
+  check_plain("policy", tensor);
+  check_dtype("policy", tensor, aoti_torch_dtype_float64());
+  check_shape("policy", tensor, {9});
+  const double* data = static_cast<const double*>(tensor.data_ptr());
+  double values[9];
+  for (int i = 0; i < 9; ++i) {
+    values[i] = data[i * tensor.stride(0)];
+    if (!std::isfinite(values[i])) fail("policy", " must be finite, got ", values[i]);
+  }
+  return {values[0],
+          {values[1], values[2]},
+          {values[3], values[4]},
+          {values[5], values[6]},
+          {values[7], values[8]}};
+}
+
+double read_number(const char* name, const Tensor& tensor) {
+  check_plain(name, tensor);
+  check_shape(name, tensor, {});
+  const void* data = tensor.data_ptr();
+  const int32_t dtype = dtype_of(tensor);
+  if (dtype == aoti_torch_dtype_float64()) return *static_cast<const double*>(data);
+  if (dtype == aoti_torch_dtype_float32()) return *static_cast<const float*>(data);
+  if (dtype == aoti_torch_dtype_float16()) return to_float(*static_cast<const Half*>(data));
+  if (dtype == aoti_torch_dtype_bfloat16()) return to_float(*static_cast<const BFloat16*>(data));
+  fail(name, " must be floating point, got ", dtype_name(dtype));
+}
+
+}  // namespace
+
+Shape check(const Arguments& a) {
+  Shape s;
+  check_plain("x", a.x);
+  check_plain("weight", a.weight);
+  s.torch_dtype = dtype_of(a.x);
+  if (s.torch_dtype == aoti_torch_dtype_float32())
+    s.dtype = Dtype::float32;
+  else if (s.torch_dtype == aoti_torch_dtype_bfloat16())
+    s.dtype = Dtype::bfloat16;
+  else if (s.torch_dtype == aoti_torch_dtype_float16())
+    s.dtype = Dtype::float16;
+  else
+    fail("x", " must be float32, bfloat16 or float16 on a CPU, got ", dtype_name(s.torch_dtype));
+  s.element_size = s.dtype == Dtype::float32 ? 4 : 2;
+  if (a.x.dim() != 3) fail("x", " must have shape [G, T, d_in], got ", shape_of(a.x));
+  if (a.weight.dim() != 2)
+    fail("weight", " must have shape [d_out, d_in], got ", shape_of(a.weight));
+  s.groups = a.x.size(0);
+  s.tokens = a.x.size(1);
+  s.d_out = a.weight.size(0);
+  s.d_in = a.weight.size(1);
+  if (s.groups < 1 || s.tokens < 1 || s.d_in < 1)
+    fail("x", " must not be empty, got ", shape_of(a.x));
+  if (s.d_out < 1) fail("weight", " must not be empty, got ", shape_of(a.weight));
+  check_shape("x", a.x, {s.groups, s.tokens, s.d_in});
+  check_dtype("weight", a.weight, s.torch_dtype);
+  if (a.bias) {
+    check_plain("bias", *a.bias);
+    check_dtype("bias", *a.bias, s.torch_dtype);
+    check_shape("bias", *a.bias, {s.d_out});
+  }
+  if (a.mask) {
+    check_plain("mask", *a.mask);
+    check_dtype("mask", *a.mask, aoti_torch_dtype_bool());
+    check_shape("mask", *a.mask, {s.groups, s.tokens});
+  }
+  const int64_t limit = std::min(s.d_in, s.d_out);
+  if (a.r < 1 || a.r > limit)
+    fail("r", " must be from 1 to min(d_in, d_out) = ", limit, ", got ", a.r);
+  if (a.I_in) check_indices("I_in", *a.I_in, s.groups, a.r, s.d_in);
+  if (a.I_out) check_indices("I_out", *a.I_out, s.groups, a.r, s.d_out);
+  s.policy = read_policy(a.policy);
+  if (a.entropy) s.entropy = read_number("entropy", *a.entropy);
+  if (a.coupled && !(a.alpha > 0 && std::isfinite(a.alpha)))
+    fail("alpha", " must be positive and finite, got ", a.alpha);
+  if (a.tau && !(*a.tau > 0)) fail("tau", " must be positive, got ", *a.tau);
+  if (a.clamp && !(*a.clamp >= 0)) fail("clamp", " must not be negative, got ", *a.clamp);
+  return s;
+}
+
+}  // namespace vps

@@ -1,0 +1,46 @@
+// The arguments of vps::linear, checked.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "core.h"
+#include "kernels.h"
+
+namespace vps {
+
+using torch::stable::Tensor;
+
+struct Arguments {
+  const Tensor& x;                       // [G, T, d_in]
+  const Tensor& weight;                  // [d_out, d_in]
+  const std::optional<Tensor>& bias;     // [d_out]
+  const std::optional<Tensor>& mask;     // bool [G, T]
+  const std::optional<Tensor>& I_in;     // int64 [G, r]
+  const std::optional<Tensor>& I_out;    // int64 [G, r]
+  const Tensor& policy;                  // float64 [9]
+  const std::optional<Tensor>& entropy;  // floating, one element
+  int64_t r;
+  bool adaptive, coupled, second_order;
+  double alpha;
+  std::optional<double> tau;
+  bool spectral;
+  std::optional<double> clamp;
+};
+
+/// What the checks read from the arguments.
+struct Shape {
+  Dtype dtype;
+  int32_t torch_dtype;
+  int64_t element_size;
+  int64_t groups, tokens, d_in, d_out;
+  Policy policy;
+  std::optional<double> entropy;
+};
+
+/// Raises std::invalid_argument naming the argument, what it must be and what it is.
+Shape check(const Arguments& a);
+
+}  // namespace vps

@@ -1,0 +1,386 @@
+// vps::linear on a CPU: y = H + b + γ · clamp(H[:, I_out] C Bᵀ), registered for the schema of
+// vps/operator.py. The base product is torch's, or for few tokens our own (gemv.inc); the rest is
+// one pass for scores and one to apply.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+#include "arguments.h"
+#include "core.h"
+#include "element.h"
+#include "gather.h"
+#include "kernels.h"
+#include "workspace.h"
+
+namespace vps {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  std::array<int64_t, 3> strides;
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes.begin()[i];
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor base_linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+Optional contiguous(const Optional& tensor) {
+  return tensor && !tensor->is_contiguous() ? torch::stable::contiguous(*tensor) : tensor;
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+/// One call; its members are what the steps below hand to each other.
+class Call {
+ public:
+  Call(const Arguments& arguments)
+      : a_(arguments),
+        s_(check(arguments)),
+        kernels_(kernels(s_.dtype)),
+        x_(contiguous(Optional(a_.x)).value()),
+        bias_(contiguous(a_.bias)),
+        mask_(contiguous(a_.mask)),
+        counted_(mask_ ? data<bool>(*mask_) : nullptr),
+        W_{a_.weight.data_ptr(), s_.d_out, s_.d_in, a_.weight.stride(0), a_.weight.stride(1)},
+        features_(empty({s_.groups, 2, a_.r}, aoti_torch_dtype_int64())),
+        core_(empty({s_.groups, a_.r, a_.r}, aoti_torch_dtype_float32())),
+        gamma_(empty({s_.groups}, aoti_torch_dtype_float32())) {
+    count_tokens();
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
+    if (a_.I_in)
+      copy_features(*a_.I_in, 0);
+    else
+      select(x_, s_.d_in, 0, nullptr);
+    const int64_t** chosen = workspace_.take<const int64_t*>(s_.groups);
+    for (int64_t g = 0; g < s_.groups; ++g) chosen[g] = features(g, 0);
+    wanted_ = distinct(chosen, s_.groups, a_.r, s_.d_in, workspace_);
+    columns_ = workspace_.take<std::byte>(wanted_.count * s_.d_out * s_.element_size);
+
+    Tensor y = product();
+    double* energy = workspace_.take<double>(s_.groups);
+    if (a_.I_out) copy_features(*a_.I_out, 1);
+    if (!a_.I_out || a_.adaptive) select(y, s_.d_out, 1, energy, !a_.I_out);
+    if (!a_.adaptive) std::fill(energy, energy + s_.groups, 0.0);
+
+    norms_ = workspace_.take<double>(wanted_.count);
+    if (a_.tau && !a_.spectral) column_norms();
+    decisions_ = workspace_.take<Decision>(s_.groups);
+    const int64_t r = a_.r;
+    parallel(s_.groups, r * (s_.d_in + 50 * r) + s_.tokens * r, [&](int64_t g, int64_t end) {
+      Workspace scratch;
+      for (; g < end; ++g) build(g, energy[g], y, scratch);
+    });
+    Tensor t = a_.clamp ? empty({s_.groups, s_.tokens, r}, s_.torch_dtype)
+                        : empty({0}, s_.torch_dtype);
+    update(y, t);
+    restore(y);
+    return {y, features_, core_, gamma_, t};
+  }
+
+ private:
+  std::byte* at(const Tensor& tensor, int64_t offset) const {
+    return data<std::byte>(tensor) + offset * s_.element_size;
+  }
+  const void* column(int64_t slot) const { return columns_ + slot * s_.d_out * s_.element_size; }
+  int64_t* features(int64_t g, int64_t side) const {
+    return data<int64_t>(features_) + (2 * g + side) * a_.r;
+  }
+  float value(const void* elements, int64_t i) const {
+    if (s_.dtype == Dtype::float32) return static_cast<const float*>(elements)[i];
+    if (s_.dtype == Dtype::bfloat16) return to_float(static_cast<const BFloat16*>(elements)[i]);
+    return to_float(static_cast<const Half*>(elements)[i]);
+  }
+
+  void count_tokens() {
+    counts_ = workspace_.take<int64_t>(s_.groups);
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      const bool* counted = counted_ ? counted_ + g * s_.tokens : nullptr;
+      counts_[g] = counted ? std::count(counted, counted + s_.tokens, true) : s_.tokens;
+    }
+  }
+
+  void copy_features(const Tensor& given, int64_t side) {
+    const int64_t* source = data<int64_t>(given);
+    for (int64_t g = 0; g < s_.groups; ++g)
+      for (int64_t c = 0; c < a_.r; ++c)
+        features(g, side)[c] = source[g * given.stride(0) + c * given.stride(1)];
+  }
+
+  /// Best features of values [G, T, width] and, unless null, the energy [G].
+  void select(const Tensor& values, int64_t width, int64_t side, double* energy, bool top = true) {
+    const int64_t r = a_.r, T = s_.tokens;
+    const int64_t tiles = (width + kColumnTile - 1) / kColumnTile;
+    const int64_t chunk = std::min(s_.groups, std::max<int64_t>(1, (1 << 18) / width));
+    float* scores = workspace_.take<float>(chunk * width);
+    double* squares = workspace_.take<double>(chunk * tiles);
+    float* best = workspace_.take<float>(chunk * r);
+    for (int64_t first = 0; first < s_.groups; first += chunk) {
+      const int64_t groups = std::min(chunk, s_.groups - first);
+      parallel(groups * tiles, T * std::min(width, kColumnTile), [&](int64_t i, int64_t end) {
+        for (; i < end; ++i) {
+          const int64_t g = first + i / tiles, j = i % tiles * kColumnTile;
+          squares[i] = kernels_.column_scores(
+              at(values, g * T * width + j), T, std::min(kColumnTile, width - j), width,
+              counted_ ? counted_ + g * T : nullptr, scores + i / tiles * width + j);
+        }
+      });
+      if (energy)
+        for (int64_t i = 0; i < groups; ++i) {
+          double total = 0;
+          for (int64_t tile = 0; tile < tiles; ++tile) total += squares[i * tiles + tile];
+          const int64_t n = std::max<int64_t>(1, counts_[first + i]);
+          energy[first + i] = total / (static_cast<double>(n) * static_cast<double>(width));
+        }
+      if (top)
+        parallel(groups, width, [&](int64_t i, int64_t end) {
+          for (; i < end; ++i)
+            kernels_.top(scores + i * width, width, r, features(first + i, side), best + i * r);
+        });
+    }
+  }
+
+  /// H, and the wanted columns of W.
+  Tensor product() {
+    const int64_t N = s_.groups * s_.tokens;
+    if (N > kMaxGemvTokens || W_.step != 1) {
+      Tensor H = base_linear(a_.x, a_.weight, std::nullopt);
+      if (s_.element_size == 4)
+        gather_columns<uint32_t>(W_, wanted_, columns_);
+      else
+        gather_columns<uint16_t>(W_, wanted_, columns_);
+      return H;
+    }
+    Tensor H = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
+    const float* x = data<float>(x_);
+    if (s_.dtype != Dtype::float32) {
+      float* wide = workspace_.take<float>(N * s_.d_in);
+      kernels_.widen(x_.data_ptr(), N * s_.d_in, wide);
+      x = wide;
+    }
+    parallel(s_.d_out, s_.d_in, [&](int64_t begin, int64_t end) {
+      kernels_.gemv(W_.data, W_.stride, s_.d_out, s_.d_in, begin, end, x, N, H.data_ptr(),
+                    wanted_.features, wanted_.count, columns_);
+    });
+    return H;
+  }
+
+  void column_norms() {
+    parallel(wanted_.count, s_.d_out, [&](int64_t c, int64_t end) {
+      for (; c < end; ++c)
+        norms_[c] = std::sqrt(kernels_.dot(column(c), column(c), s_.d_out));
+    });
+  }
+
+  /// Row k of W with unit step.
+  const void* row(int64_t k, Workspace& scratch) const {
+    const auto* source = static_cast<const std::byte*>(W_.data) + k * W_.stride * s_.element_size;
+    if (W_.step == 1) return source;
+    auto* copy = scratch.take<std::byte>(s_.d_in * s_.element_size);
+    for (int64_t j = 0; j < s_.d_in; ++j)
+      std::memcpy(copy + j * s_.element_size, source + j * W_.step * s_.element_size,
+                  s_.element_size);
+    return copy;
+  }
+
+  /// Gram matrix [a, a] of vectors of `size` elements.
+  double* gram(const void* const* vectors, int64_t a, int64_t size, Workspace& scratch) const {
+    double* out = scratch.take<double>(a * a);
+    for (int64_t i = 0; i < a; ++i)
+      for (int64_t j = i; j < a; ++j)
+        out[i * a + j] = out[j * a + i] = kernels_.dot(vectors[i], vectors[j], size);
+    return out;
+  }
+
+  /// T of SC from the selected inputs and outputs of the counted tokens.
+  double* coupling(int64_t g, int64_t a, const Tensor& H, Workspace& scratch) const {
+    double* X = scratch.take<double>(counts_[g] * a);
+    double* Y = scratch.take<double>(counts_[g] * a);
+    int64_t n = 0;
+    for (int64_t i = 0; i < s_.tokens; ++i) {
+      const int64_t token = g * s_.tokens + i;
+      if (counted_ && !counted_[token]) continue;
+      for (int64_t c = 0; c < a; ++c) {
+        const float x = value(at(x_, token * s_.d_in), features(g, 0)[c]);
+        const float h = value(at(H, token * s_.d_out), features(g, 1)[c]);
+        X[n * a + c] = std::isfinite(x) ? x : 0;
+        Y[n * a + c] = std::isfinite(h) ? h : 0;
+      }
+      ++n;
+    }
+    double* T = scratch.take<double>(a * a);
+    couple(X, Y, n, a, a_.alpha, T, scratch.take<double>(couple_work(a)));
+    return T;
+  }
+
+  /// s [a] of SPEC §4.
+  void clip(int64_t g, int64_t a, const double* T, double* scale, Workspace& scratch) const {
+    std::fill(scale, scale + a, 1.0);
+    if (!a_.tau || a == 0) return;
+    const auto at_least_one = [](double s) { return s < 1 ? 1 : s; };
+    const void** vectors = scratch.take<const void*>(a);
+    for (int64_t c = 0; c < a; ++c) vectors[c] = row(features(g, 1)[c], scratch);
+    if (!a_.spectral && !T) {
+      for (int64_t c = 0; c < a; ++c) {
+        const double norm = std::sqrt(kernels_.dot(vectors[c], vectors[c], s_.d_in));
+        scale[c] = at_least_one(norm * norms_[wanted_.slots[g * a_.r + c]] / *a_.tau);
+      }
+      return;
+    }
+    double* work = scratch.take<double>(2 * a * a);
+    double* gram_A = gram(vectors, a, s_.d_in, scratch);
+    if (T) mix_gram(T, a, gram_A, work);
+    if (!a_.spectral) {
+      for (int64_t c = 0; c < a; ++c) {
+        const double norm = std::sqrt(std::max(0.0, gram_A[c * a + c]));
+        scale[c] = at_least_one(norm * norms_[wanted_.slots[g * a_.r + c]] / *a_.tau);
+      }
+      return;
+    }
+    for (int64_t c = 0; c < a; ++c) vectors[c] = column(wanted_.slots[g * a_.r + c]);
+    double* gram_B = gram(vectors, a, s_.d_out, scratch);
+    std::fill(scale, scale + a,
+              at_least_one(spectral_norm(gram_A, gram_B, a, work) / *a_.tau));
+  }
+
+  /// Policy, clip and core of one group.
+  void build(int64_t g, double energy, const Tensor& H, Workspace& scratch) {
+    const int64_t r = a_.r;
+    float* core = data<float>(core_) + g * r * r;
+    std::fill(core, core + r * r, 0.0f);
+    Decision& d = decisions_[g];
+    d = counts_[g] ? decide(s_.policy, s_.entropy, energy, r, a_.second_order)
+                   : Decision{0, 0, false};
+    data<float>(gamma_)[g] = static_cast<float>(d.gamma);
+    const int64_t a = d.active;
+    if (a == 0) return;
+    const double* T = a_.coupled ? coupling(g, a, H, scratch) : nullptr;
+    double* scale = scratch.take<double>(a);
+    clip(g, a, T, scale, scratch);
+    double* selected = nullptr;
+    if (d.second_order) {
+      selected = scratch.take<double>(a * a);
+      for (int64_t j = 0; j < a; ++j)
+        for (int64_t c = 0; c < a; ++c)
+          selected[j * a + c] =
+              value(column(wanted_.slots[g * r + c]), features(g, 1)[j]);
+    }
+    double* C = scratch.take<double>(a * a);
+    build_core(T, scale, selected, d.gamma, a, C, scratch.take<double>(a * a));
+    for (int64_t j = 0; j < a; ++j)
+      for (int64_t c = 0; c < a; ++c) core[j * r + c] = static_cast<float>(C[j * a + c]);
+  }
+
+  /// t of all tokens first, then y in place on H.
+  void update(const Tensor& y, const Tensor& t) {
+    const int64_t r = a_.r, T = s_.tokens, N = s_.groups * T, d = s_.d_out;
+    float* u = workspace_.take<float>(N * r);
+    parallel(N, r * (r + 16), [&](int64_t n, int64_t end) {
+      Workspace scratch;
+      float* selected = scratch.take<float>(r);
+      for (; n < end; ++n) mix(n, y, t, selected, u + n * r);
+    });
+    const void** columns = workspace_.take<const void*>(s_.groups * r);
+    for (int64_t i = 0; i < s_.groups * r; ++i) columns[i] = column(wanted_.slots[i]);
+    constexpr int64_t kTokens = 16, kWidth = 1024;
+    const int64_t across = (d + kWidth - 1) / kWidth, down = (T + kTokens - 1) / kTokens;
+    const int64_t work = std::min(T, kTokens) * std::min(d, kWidth) * (1 + r / 4);
+    parallel(s_.groups * down * across, work, [&](int64_t i, int64_t end) {
+      for (; i < end; ++i) {
+        const int64_t g = i / (down * across), n = i / across % down * kTokens;
+        const int64_t begin = i % across * kWidth;
+        if (counts_[g] == 0) continue;
+        const int64_t token = g * T + n;
+        kernels_.apply(at(y, token * d), std::min(kTokens, T - n), d, begin,
+                       std::min(d, begin + kWidth), u + token * r, r, decisions_[g].active,
+                       columns + g * r, bias_ ? bias_->data_ptr() : nullptr,
+                       data<float>(gamma_)[g], a_.clamp ? static_cast<float>(*a_.clamp) : -1.0f);
+      }
+    });
+  }
+
+  /// u [r] of token n: its selected outputs times the core, times γ where no clamp comes between.
+  void mix(int64_t n, const Tensor& H, const Tensor& t, float* selected, float* u) const {
+    const int64_t r = a_.r, g = n / s_.tokens, a = decisions_[g].active;
+    const float* core = data<float>(core_) + g * r * r;
+    for (int64_t c = 0; c < a; ++c)
+      selected[c] = value(at(H, n * s_.d_out), features(g, 1)[c]);
+    if (a_.clamp) {
+      std::memset(at(t, n * r), 0, r * s_.element_size);
+      for (int64_t c = 0; c < a; ++c)
+        std::memcpy(at(t, n * r + c), at(H, n * s_.d_out + features(g, 1)[c]), s_.element_size);
+    }
+    const float scale = a_.clamp ? 1.0f : data<float>(gamma_)[g];
+    for (int64_t c = 0; c < a; ++c) {
+      float total = 0;
+      for (int64_t j = 0; j < a; ++j) total += selected[j] * core[j * r + c];
+      u[c] = scale * total;
+    }
+  }
+
+  /// Groups without a counted token get the very bits of the base layer.
+  void restore(const Tensor& y) const {
+    if (std::find(counts_, counts_ + s_.groups, 0) == counts_ + s_.groups) return;
+    const Tensor base = base_linear(a_.x, a_.weight, a_.bias);
+    const int64_t size = s_.tokens * s_.d_out;
+    for (int64_t g = 0; g < s_.groups; ++g)
+      if (counts_[g] == 0)
+        std::memcpy(at(y, g * size), at(base, g * size), size * s_.element_size);
+  }
+
+  const Arguments& a_;
+  const Shape s_;
+  const Kernels& kernels_;
+  const Tensor x_;
+  const Optional bias_, mask_;
+  const bool* counted_;  // [G, T] or null
+  const Matrix W_;
+  const Tensor features_, core_, gamma_;
+  Workspace workspace_;
+  int64_t* counts_;         // counted tokens of each group
+  Distinct wanted_;         // features in I_in
+  std::byte* columns_;      // [wanted, d_out]
+  double* norms_;           // [wanted]
+  Decision* decisions_;     // [G]
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear(
+    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& mask,
+    const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
+    int64_t r, bool adaptive, bool coupled, bool second_order, double alpha,
+    std::optional<double> tau, bool spectral, std::optional<double> clamp) {
+  const Arguments arguments{x,        weight,  bias,         mask,  I_in, I_out,    policy, entropy, r,
+                            adaptive, coupled, second_order, alpha, tau,  spectral, clamp};
+  return Call(arguments).run();
+}
+
+}  // namespace
+}  // namespace vps
+
+STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) { m.impl("linear", TORCH_BOX(&vps::linear)); }

@@ -1,0 +1,68 @@
+// Vec of AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+#include "element.h"
+
+namespace vps::avx512 {
+
+struct Vec {
+  static constexpr int64_t width = 16;
+  __m512 v;
+};
+
+inline Vec broadcast(float value) { return {_mm512_set1_ps(value)}; }
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+
+inline Vec load(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+
+inline Vec load(const Half* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v.v); }
+
+inline void store(BFloat16* p, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v.v, v.v, _CMP_UNORD_Q);
+  const __m512i out = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+}
+
+inline void store(Half* p, Vec v) {
+  const __m256i bits = _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+}
+
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+/// |v| with non-finite lanes 0.
+inline Vec magnitude(Vec v) {
+  const __m512 size = _mm512_abs_ps(v.v);
+  const __mmask16 finite = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1.fffffep127f), _CMP_LE_OQ);
+  return {_mm512_maskz_mov_ps(finite, size)};
+}
+
+/// v within [-limit, limit]; NaN stays NaN: min and max return their second operand then.
+inline Vec clamp(Vec v, Vec limit) {
+  const __m512 low = _mm512_xor_ps(limit.v, _mm512_set1_ps(-0.0f));
+  return {_mm512_min_ps(limit.v, _mm512_max_ps(low, v.v))};
+}
+
+inline bool any_greater(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
+}
+
+inline float sum(Vec v) { return _mm512_reduce_add_ps(v.v); }
+
+}  // namespace vps::avx512

@@ -1,0 +1,69 @@
+// Vec in plain C++: eight floats for the compiler to vectorize as far as the baseline allows.
+#pragma once
+
+#include "element.h"
+
+namespace vps::generic {
+
+struct Vec {
+  static constexpr int64_t width = 8;
+  float lane[width];
+};
+
+template <class F>
+inline Vec map(F f) {
+  Vec out;
+  for (int64_t i = 0; i < Vec::width; ++i) out.lane[i] = f(i);
+  return out;
+}
+
+inline Vec broadcast(float value) {
+  return map([&](int64_t) { return value; });
+}
+
+template <class T>
+inline Vec load(const T* p) {
+  return map([&](int64_t i) { return to_float(p[i]); });
+}
+
+template <class T>
+inline void store(T* p, Vec v) {
+  for (int64_t i = 0; i < Vec::width; ++i) p[i] = from_float<T>(v.lane[i]);
+}
+
+inline Vec add(Vec a, Vec b) {
+  return map([&](int64_t i) { return a.lane[i] + b.lane[i]; });
+}
+
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return map([&](int64_t i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+
+/// |v| with non-finite lanes 0.
+inline Vec magnitude(Vec v) {
+  return map([&](int64_t i) {
+    const float size = v.lane[i] < 0 ? -v.lane[i] : v.lane[i];
+    return size <= 0x1.fffffep127f ? size : 0.0f;
+  });
+}
+
+/// v within [-limit, limit]; NaN stays NaN.
+inline Vec clamp(Vec v, Vec limit) {
+  return map([&](int64_t i) {
+    const float low = v.lane[i] < -limit.lane[i] ? -limit.lane[i] : v.lane[i];
+    return low > limit.lane[i] ? limit.lane[i] : low;
+  });
+}
+
+inline bool any_greater(Vec a, Vec b) {
+  bool any = false;
+  for (int64_t i = 0; i < Vec::width; ++i) any |= a.lane[i] > b.lane[i];
+  return any;
+}
+
+inline float sum(Vec v) {
+  const float* a = v.lane;
+  return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+}
+
+}  // namespace vps::generic

@@ -1,0 +1,22 @@
+// The loops for x86-64 processors with avx2,fma,f16c.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "element.h"
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "simd_avx2.h"
+#define VPS_VARIANT avx2
+#include "variant.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,55 @@
+// Scratch memory of one call, and loops over torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+namespace vps {
+
+/// Uninitialized arrays, freed together.
+class Workspace {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    static_assert(std::is_trivially_destructible_v<T>);
+    const size_t bytes = (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    if (bytes > left_) {
+      const size_t size = bytes > kBlock ? bytes : kBlock;
+      blocks_.emplace_back(new std::byte[size + kAlign]);
+      const auto address = reinterpret_cast<uintptr_t>(blocks_.back().get());
+      next_ = blocks_.back().get() + (kAlign - address % kAlign);
+      left_ = size;
+    }
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += bytes;
+    left_ -= bytes;
+    return taken;
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+  static constexpr size_t kBlock = 96 * 1024;  // malloc maps larger ones anew for each call
+  std::vector<std::unique_ptr<std::byte[]>> blocks_;
+  std::byte* next_ = nullptr;
+  size_t left_ = 0;
+};
+
+constexpr int64_t kSerialWork = 1 << 16;  // elements that take less time than waking a thread
+
+/// f(begin, end) over parts of [0, count), each item of which costs `work` elements.
+template <class F>
+void parallel(int64_t count, int64_t work, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, work));
+  if (count <= grain)
+    f(int64_t{0}, count);
+  else
+    torch::stable::parallel_for(0, count, grain, f);
+}
+
+}  // namespace vps
