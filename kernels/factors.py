@@ -1,0 +1,287 @@
+"""Policy, column norms and clip folded into the r × r core of SK, order 1 (SPEC §4, §5).
+
+``C = diag(1/s_c)`` over the active columns, ``s_c = max(1, ‖A_c‖‖B_c‖/τ)``; A_c is row I_out[c] of
+W and B_c column I_in[c], so only r rows and r columns are read.
+"""
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vps.kernels import tuning
+from vps.kernels.policy import decide, inverse_scale
+from vps.kernels.scores import accumulation
+
+
+@triton.jit
+def sum_squares(
+    weight_ptr,  # [d_out, d_in]
+    index_ptr,  # int64 [entries], rows or columns of W
+    partial_ptr,  # [splits, entries]
+    entries,
+    length,
+    stride_index,
+    stride_along,
+    ACC: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    ALONG: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Partial sums of squares of the listed rows (or columns) over one stretch of their length."""
+    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    begin = tl.program_id(1) * (ALONG * STEPS)
+    if begin < length:
+        index = tl.load(index_ptr + entry, mask=entry < entries, other=0)
+        total = tl.zeros([ENTRIES, ALONG], dtype=ACC)
+        for step in range(STEPS):
+            at = begin + step * ALONG + tl.arange(0, ALONG)
+            offsets = index[:, None] * stride_index + at.to(tl.int64)[None, :] * stride_along
+            inside = (entry < entries)[:, None] & (at < length)[None, :]
+            values = tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(ACC)
+            total += values * values
+        address = partial_ptr + tl.program_id(1) * entries + entry
+        tl.store(address, tl.sum(total, axis=1), mask=entry < entries)
+
+
+@triton.jit
+def squares_kernel(
+    weight_ptr,  # [d_out, d_in]
+    rows_ptr,  # int64 [rows]
+    columns_ptr,  # int64 [columns]
+    partial_rows_ptr,  # [splits of d_in, rows]
+    partial_columns_ptr,  # [splits of d_out, columns]
+    rows,
+    columns,
+    d_out,
+    d_in,
+    stride_out,
+    stride_in,
+    ACC: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    ALONG: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    if tl.program_id(2) == 0:
+        sum_squares(weight_ptr, rows_ptr, partial_rows_ptr, rows, d_in, stride_out, stride_in,
+                    ACC, ENTRIES, ALONG, STEPS)  # fmt: skip
+    else:
+        sum_squares(weight_ptr, columns_ptr, partial_columns_ptr, columns, d_out, stride_in,
+                    stride_out, ACC, ENTRIES, ALONG, STEPS)  # fmt: skip
+
+
+@triton.jit
+def add_partials(partial_ptr, entry, inside, splits, entries, SPLITS: tl.constexpr):
+    """Sums over the splits of ``partial`` [splits, entries] at ``entry`` [R]."""
+    split = tl.arange(0, SPLITS)
+    address = partial_ptr + split[:, None] * entries + entry[None, :]
+    partial = tl.load(address, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
+    return tl.sum(partial, axis=0)
+
+
+@triton.jit
+def factors_kernel(
+    partial_rows_ptr,  # [splits_rows, rows], None without a clip
+    partial_columns_ptr,  # [splits_columns, columns], None without a clip
+    I_in_ptr,  # int64 [G, R]
+    I_out_ptr,  # int64 [G, R]
+    policy_ptr,  # float64 [9]
+    energy_ptr,  # [G] or None
+    entropy_ptr,  # scalar or None
+    counted_ptr,  # bool [G] or None
+    core_ptr,  # [G, R, R]
+    gamma_ptr,  # [G]
+    active_ptr,  # int32 [G]
+    rows,
+    columns,
+    splits_rows,
+    splits_columns,
+    ACC: tl.constexpr,
+    TAU: tl.constexpr,
+    EVERY_ROW: tl.constexpr,
+    EVERY_COLUMN: tl.constexpr,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    SPLITS_ROWS: tl.constexpr,
+    SPLITS_COLUMNS: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    rank = tl.arange(0, RANKS)
+    inside = rank < R
+    energy = None
+    if energy_ptr is not None:
+        energy = tl.load(energy_ptr + group)
+    gamma, active = decide(policy_ptr, energy, entropy_ptr, R)
+    if counted_ptr is not None:
+        counted = tl.load(counted_ptr + group) != 0
+        gamma = tl.where(counted, gamma, 0.0)
+        active = tl.where(counted, active, 0)
+    inverse = tl.full([RANKS], 1.0, dtype=ACC)
+    if TAU is not None:
+        row = group * R + rank
+        column = row
+        if EVERY_ROW:
+            row = tl.load(I_out_ptr + row, mask=inside, other=0)
+        if EVERY_COLUMN:
+            column = tl.load(I_in_ptr + column, mask=inside, other=0)
+        inverse = inverse_scale(
+            add_partials(partial_rows_ptr, row, inside, splits_rows, rows, SPLITS_ROWS),
+            add_partials(partial_columns_ptr, column, inside, splits_columns, columns,
+                         SPLITS_COLUMNS),
+            TAU,
+        )  # fmt: skip
+    inverse = tl.where(rank < active, inverse, 0.0)
+    core = tl.where(rank[:, None] == rank[None, :], inverse[:, None], 0.0)
+    address = core_ptr + group * R * R + rank[:, None] * R + rank[None, :]
+    tl.store(address, core, mask=inside[:, None] & inside[None, :])
+    tl.store(gamma_ptr + group, tl.cast(gamma, ACC))
+    tl.store(active_ptr + group, active)
+
+
+def squares(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
+    """Partial sums of squares of rows ``[splits, rows]`` and columns ``[splits, columns]`` of W.
+
+    Of the selected ones, in the order of I_out and I_in; or of all of them, flagged by the last
+    two results, once more are selected than there are. Either way every sum is the same.
+    """
+    dtype, acc = accumulation(weight.dtype)
+    d_out, d_in = weight.shape
+    every_row, every_column = I_out.numel() > d_out, I_in.numel() > d_in
+    rows = torch.arange(d_out, device=weight.device) if every_row else I_out.reshape(-1)
+    columns = torch.arange(d_in, device=weight.device) if every_column else I_in.reshape(-1)
+    tile = tuning.squares(max(rows.numel(), columns.numel()))
+    stretch = tile["ALONG"] * tile["STEPS"]
+    splits_rows, splits_columns = (tuning.steps(length, stretch) for length in (d_in, d_out))
+    partial_rows = torch.empty(splits_rows, rows.numel(), dtype=dtype, device=weight.device)
+    partial_columns = torch.empty(
+        splits_columns, columns.numel(), dtype=dtype, device=weight.device
+    )
+    blocks = tuning.steps(max(rows.numel(), columns.numel()), tile["ENTRIES"])
+    squares_kernel[blocks, max(splits_rows, splits_columns), 2](
+        weight, rows, columns, partial_rows, partial_columns, rows.numel(), columns.numel(),
+        d_out, d_in, *weight.stride(), ACC=acc, **tile, enable_fp_fusion=True,
+    )  # fmt: skip
+    return partial_rows, partial_columns, every_row, every_column
+
+
+def launch_norms(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms of the selected rows and columns of W.
+
+    Args:
+        weight: ``[d_out, d_in]``, any strides.
+        I_in: int64 ``[G, r]``.
+        I_out: int64 ``[G, r]``.
+
+    Returns:
+        ``‖A_c‖ = ‖W[I_out[c], :]‖`` and ``‖B_c‖ = ‖W[:, I_in[c]]‖``, each ``[G, r]`` in the
+        accumulation dtype.
+    """
+    _check("norms", weight, I_in, I_out)
+    rows, columns, every_row, every_column = squares(weight, I_in, I_out)
+    norm_A, norm_B = rows.sum(0).sqrt_(), columns.sum(0).sqrt_()
+    norm_A = norm_A[I_out] if every_row else norm_A.view(I_out.shape)
+    norm_B = norm_B[I_in] if every_column else norm_B.view(I_in.shape)
+    return norm_A, norm_B
+
+
+def launch(
+    weight: Tensor,
+    I_in: Tensor,
+    I_out: Tensor,
+    policy: Tensor,
+    energy: Tensor | None,
+    entropy: Tensor | None,
+    tau: float | None,
+    any_counted: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Core, γ and active rank of every group, for SK of order 1 with the component clip.
+
+    Args:
+        weight: ``[d_out, d_in]``, any strides.
+        I_in: int64 ``[G, r]``.
+        I_out: int64 ``[G, r]``.
+        policy: float64 ``[9]``: factor, then the bounds of γ, rank, topk and order.
+        energy: ``[G]`` in the accumulation dtype; ``None`` when nothing is adaptive.
+        entropy: ℋ in nats, one floating element, or ``None``.
+        tau: bound of ``‖A_c‖‖B_c‖``, a constant of the kernel; ``None`` for no clip.
+        any_counted: bool ``[G]``, whether a group has a counted token; ``None`` when all have.
+
+    Returns:
+        Core ``[G, r, r]`` without γ, 0 in rows and columns of inactive ranks, γ ``[G]``, both in
+        the accumulation dtype, and active columns int32 ``[G]``; all 0 where nothing is counted.
+
+    Raises:
+        TypeError: a weight that is no float of 16 to 64 bits, or a policy that is not float64.
+        ValueError: a weight that is no matrix, or selections of another shape or dtype.
+    """
+    _check("factors", weight, I_in, I_out)
+    if policy.dtype != torch.float64 or policy.numel() != 9:
+        raise TypeError(
+            f"factors: policy must be float64 [9], got {policy.dtype} {tuple(policy.shape)}"
+        )
+    dtype, acc = accumulation(weight.dtype)
+    groups, r = I_in.shape
+    I_in, I_out = I_in.contiguous(), I_out.contiguous()
+    core = torch.empty(groups, r, r, dtype=dtype, device=weight.device)
+    gamma = torch.empty(groups, dtype=dtype, device=weight.device)
+    active = torch.empty(groups, dtype=torch.int32, device=weight.device)
+    rows = columns = None
+    every_row = every_column = False
+    sizes = (0, 0, 0, 0)
+    if groups == 0:
+        return core, gamma, active
+    if tau is not None:
+        rows, columns, every_row, every_column = squares(weight, I_in, I_out)
+        sizes = (rows.shape[1], columns.shape[1], rows.shape[0], columns.shape[0])
+    power = tuning.power_of_2
+    factors_kernel[groups,](
+        rows, columns, I_in, I_out, policy, energy, entropy, any_counted, core, gamma, active,
+        *sizes, ACC=acc, TAU=tau, EVERY_ROW=every_row, EVERY_COLUMN=every_column, R=r,
+        RANKS=power(r), SPLITS_ROWS=power(sizes[2]), SPLITS_COLUMNS=power(sizes[3]),
+        num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return core, gamma, active
+
+
+def _check(op: str, weight: Tensor, I_in: Tensor, I_out: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [d_out, d_in], got {tuple(weight.shape)}")
+    for name, index in (("I_in", I_in), ("I_out", I_out)):
+        if index.dtype != torch.int64 or index.dim() != 2 or index.shape != I_in.shape:
+            raise ValueError(
+                f"{op}: {name} must be int64 [G, r] like I_in {tuple(I_in.shape)}, "
+                f"got {index.dtype} {tuple(index.shape)}"
+            )
+
+
+norms = torch.library.custom_op("vps::norms", launch_norms, mutates_args=())
+factors = torch.library.custom_op("vps::factors", launch, mutates_args=())
+
+
+@norms.register_fake
+def fake_norms(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulation(weight.dtype)[0]
+    return weight.new_empty(I_out.shape, dtype=dtype), weight.new_empty(I_in.shape, dtype=dtype)
+
+
+@factors.register_fake
+def fake(
+    weight: Tensor,
+    I_in: Tensor,
+    I_out: Tensor,
+    policy: Tensor,
+    energy: Tensor | None,
+    entropy: Tensor | None,
+    tau: float | None,
+    any_counted: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation(weight.dtype)[0]
+    groups, r = I_in.shape
+    return (
+        weight.new_empty((groups, r, r), dtype=dtype),
+        weight.new_empty((groups,), dtype=dtype),
+        weight.new_empty((groups,), dtype=torch.int32),
+    )

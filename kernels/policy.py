@@ -1,0 +1,43 @@
+"""The adaptive policy and the component clip on the device, used by other kernels (SPEC §4, §5)."""
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def interpolate_integer(policy_ptr, at: tl.constexpr, sigma):
+    """``lo + ⌊(hi − lo)σ + 2⁻²⁰⌋`` of the setting whose bounds stand at ``at``."""
+    low = tl.load(policy_ptr + at)
+    high = tl.load(policy_ptr + at + 1)
+    return (low + tl.floor((high - low) * sigma + 0.00000095367431640625)).to(tl.int32)
+
+
+@triton.jit
+def decide(
+    policy_ptr,  # float64 [9]: factor, bounds of γ, rank, topk, order
+    energy,  # of this group, or None when nothing is adaptive
+    entropy_ptr,  # scalar, or None
+    R: tl.constexpr,
+):
+    """γ in float64 and the number of active columns of one group."""
+    sigma = tl.load(policy_ptr) * 0.0
+    if energy is not None:
+        sigma = 1.0 - tl.exp(-energy.to(tl.float64))
+        if entropy_ptr is not None:
+            sigma = tl.maximum(sigma, tl.minimum(tl.load(entropy_ptr).to(tl.float64) / 3.0, 1.0))
+        sigma = tl.minimum(tl.load(policy_ptr) * sigma, 1.0)
+    low = tl.load(policy_ptr + 1)
+    gamma = low + (tl.load(policy_ptr + 2) - low) * sigma
+    rank = interpolate_integer(policy_ptr, 3, sigma)
+    pool = interpolate_integer(policy_ptr, 5, sigma)
+    return gamma, tl.minimum(tl.minimum(rank, pool), R)
+
+
+@triton.jit
+def inverse_scale(squares_A, squares_B, TAU: tl.constexpr):
+    """``1/s_c`` with ``s_c = max(1, ‖A_c‖‖B_c‖/τ)``, NaN where a norm is."""
+    scale = tl.sqrt(squares_A) * tl.sqrt(squares_B) / TAU
+    return 1.0 / tl.where(scale <= 1.0, 1.0, scale)

@@ -1,0 +1,189 @@
+"""Column scores and energy of a group of tokens in one pass (SPEC §2).
+
+``s[j] = Σ_n |v[n, j]|`` and ``E = mean_{n, j} v[n, j]²`` over the counted tokens n; a non-finite
+element counts 0. Sums are taken in two phases of fixed order, without atomics.
+"""
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vps.kernels import tuning
+
+
+@triton.jit
+def magnitude(values, ACC: tl.constexpr):
+    """|values| in ACC with every non-finite element 0."""
+    size = tl.abs(values.to(ACC))
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
+def partial_kernel(
+    values_ptr,  # [G, T, D]
+    mask_ptr,  # bool [G, T] or None
+    scores_ptr,  # [G, SPLITS, D]
+    squares_ptr,  # [G, SPLITS, tiles of D] or None
+    tokens,
+    width,
+    stride_g,
+    stride_t,
+    stride_d,
+    stride_mask_g,
+    stride_mask_t,
+    ACC: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    tile = tl.program_id(2)
+    columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_width = columns < width
+    base = values_ptr + group * stride_g + columns.to(tl.int64)[None, :] * stride_d
+    total = tl.zeros([BLOCK_T, BLOCK_D], dtype=ACC)
+    squares = tl.zeros([BLOCK_T, BLOCK_D], dtype=ACC)
+    for start in range(0, TOKENS, BLOCK_T):
+        rows = split * TOKENS + start + tl.arange(0, BLOCK_T)
+        rows_64 = rows.to(tl.int64)
+        counted = rows < tokens
+        if mask_ptr is not None:
+            mask_rows = mask_ptr + group * stride_mask_g + rows_64 * stride_mask_t
+            counted = counted & (tl.load(mask_rows, mask=counted, other=0) != 0)
+        inside = counted[:, None] & in_width[None, :]
+        values = tl.load(base + rows_64[:, None] * stride_t, mask=inside, other=0.0)
+        size = magnitude(values, ACC)
+        total += size
+        if squares_ptr is not None:
+            squares += size * size
+    slot = group * tl.num_programs(1) + split
+    tl.store(scores_ptr + slot * width + columns, tl.sum(total, axis=0), mask=in_width)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + slot * tl.num_programs(2) + tile, tl.sum(tl.sum(squares, 1), 0))
+
+
+@triton.jit
+def combine_kernel(
+    partial_ptr,  # [G, splits, D] or None
+    squares_ptr,  # [G, entries] or None
+    mask_ptr,  # bool [G, T] or None
+    scores_ptr,  # [G, D]
+    energy_ptr,  # [G]
+    splits,
+    entries,
+    tokens,
+    width,
+    stride_mask_g,
+    stride_mask_t,
+    ACC: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    if partial_ptr is not None:
+        columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC)
+        for start in range(0, SPLITS, BLOCK_S):
+            rows = start + tl.arange(0, BLOCK_S)
+            inside = (rows < splits)[:, None] & (columns < width)[None, :]
+            offsets = (group * splits + rows)[:, None] * width + columns[None, :]
+            total += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
+        tl.store(scores_ptr + group * width + columns, tl.sum(total, axis=0), mask=columns < width)
+    if squares_ptr is not None and tile == 0:
+        squares = tl.zeros([BLOCK], dtype=ACC)
+        for start in range(0, ENTRIES, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            squares += tl.load(squares_ptr + group * entries + at, mask=at < entries, other=0.0)
+        count = tokens
+        if mask_ptr is not None:
+            counted = tl.zeros([BLOCK], dtype=tl.int32)
+            for start in range(0, TOKENS, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                row = mask_ptr + group * stride_mask_g + at.to(tl.int64) * stride_mask_t
+                counted += (tl.load(row, mask=at < tokens, other=0) != 0).to(tl.int32)
+            count = tl.maximum(tl.sum(counted, axis=0), 1)
+        elements = tl.cast(count, ACC) * tl.cast(width, ACC)
+        tl.store(energy_ptr + group, tl.sum(squares, axis=0) / elements)
+
+
+def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """What sums of ``dtype`` are taken in, for torch and for Triton."""
+    if dtype == torch.float64:
+        return torch.float64, tl.float64
+    if dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.float32, tl.float32
+    raise TypeError(f"vps kernels take float16, bfloat16, float32 and float64, got {dtype}")
+
+
+def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor]:
+    """Sum of |values| of each column, which orders features as the mean does, and the energy.
+
+    Args:
+        values: x or H, ``[G, T, d]``, any strides.
+        mask: bool ``[G, T]``, True counts; ``None`` when all do.
+        energy: whether to take the mean of values² too.
+
+    Returns:
+        Scores ``[G, d]`` and energy ``[G]``, or ``[0]`` if not asked for, in the accumulation
+        dtype; 0 for a group without a counted token.
+
+    Raises:
+        TypeError: a dtype that is no float of 16 to 64 bits.
+        ValueError: values that are not ``[G, T, d]`` or a mask that is not bool ``[G, T]``.
+    """
+    dtype, acc = accumulation(values.dtype)
+    if values.dim() != 3:
+        raise ValueError(f"column_scores: values must be [G, T, d], got {tuple(values.shape)}")
+    if mask is not None and (mask.shape != values.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"column_scores: mask must be bool {tuple(values.shape[:2])}, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    groups, tokens, width = values.shape
+    scores = torch.empty(groups, width, dtype=dtype, device=values.device)
+    mean = torch.empty(groups if energy else 0, dtype=dtype, device=values.device)
+    if values.numel() == 0:
+        return scores.zero_(), mean.zero_()
+    tile = tuning.scores(tokens, width)
+    splits = tuning.steps(tokens, tile["TOKENS"])
+    tiles = tuning.steps(width, tile["BLOCK_D"])
+    partial = None if splits == 1 else scores.new_empty(groups, splits, width)
+    squares = scores.new_empty(groups, splits * tiles) if energy else None
+    strides = (0, 0) if mask is None else mask.stride()
+    partial_kernel[groups, splits, tiles](
+        values, mask, scores if partial is None else partial, squares, tokens, width,
+        *values.stride(), *strides, ACC=acc, **tile, enable_fp_fusion=True,
+    )  # fmt: skip
+    if partial is None and squares is None:
+        return scores, mean
+    tile = tuning.combine(width)
+    power = tuning.power_of_2
+    combine_kernel[groups, 1 if partial is None else tuning.steps(width, tile["BLOCK_D"])](
+        partial, squares, mask, scores, mean, splits, splits * tiles, tokens, width, *strides,
+        ACC=acc, SPLITS=power(splits), ENTRIES=power(splits * tiles), TOKENS=power(tokens),
+        BLOCK_S=min(16, power(splits)), BLOCK=256, **tile, enable_fp_fusion=True,
+    )  # fmt: skip
+    return scores, mean
+
+
+column_scores = torch.library.custom_op("vps::column_scores", launch, mutates_args=())
+
+
+@column_scores.register_fake
+def fake(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor]:
+    dtype = accumulation(values.dtype)[0]
+    groups, _, width = values.shape
+    return (
+        values.new_empty((groups, width), dtype=dtype),
+        values.new_empty((groups if energy else 0,), dtype=dtype),
+    )

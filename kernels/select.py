@@ -1,0 +1,133 @@
+"""Top-k of scores per group, sorted, ties to the lower index (SPEC §3).
+
+Rounds of max: each takes the leftmost largest score and strikes it out. Beyond one chunk there are
+two levels: the best k of every chunk, then the best k of those.
+"""
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vps.kernels import tuning
+from vps.kernels.scores import accumulation, magnitude
+
+LARGEST_K = 64
+
+
+@triton.jit
+def best(scores, positions, AXIS: tl.constexpr):
+    """Largest score and the lowest position it stands at, along AXIS."""
+    largest = tl.max(scores, axis=AXIS, keep_dims=True)
+    at = tl.where(scores == largest, positions, 0x7FFFFFFF)
+    return largest, tl.min(at, axis=AXIS, keep_dims=True)
+
+
+@triton.jit
+def chunk_kernel(
+    scores_ptr,  # [G, D]
+    record_ptr,  # [G, chunks, K] scores, or None with one chunk
+    index_ptr,  # [G, chunks, K] int32, or int64 [G, K] with one chunk
+    width,
+    stride_g,
+    stride_d,
+    ACC: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    positions = tl.arange(0, CHUNK)
+    columns = chunk * CHUNK + positions
+    address = scores_ptr + group * stride_g + columns.to(tl.int64) * stride_d
+    scores = tl.load(address, mask=columns < width, other=0.0)
+    if ABSOLUTE:
+        scores = magnitude(scores, ACC)
+    scores = tl.where(scores > 0, scores, 0.0)
+    scores = tl.where(columns < width, scores, -1.0)
+    slot = (group * tl.num_programs(1) + chunk) * K
+    for rank in range(K):
+        largest, at = best(scores, positions, 0)
+        scores = tl.where(positions == at, -1.0, scores)
+        one = tl.arange(0, 1)
+        if record_ptr is not None:
+            tl.store(record_ptr + slot + rank + one, largest)
+        tl.store(index_ptr + slot + rank + one, chunk * CHUNK + at)
+
+
+@triton.jit
+def merge_kernel(
+    record_ptr,  # [G, records] scores; -1 marks none
+    index_ptr,  # [G, records] int32
+    out_ptr,  # int64 [G, K]
+    records,
+    K: tl.constexpr,
+    RECORDS: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    entries = tl.arange(0, RECORDS)
+    inside = entries < records
+    scores = tl.load(record_ptr + group * records + entries, mask=inside, other=-1.0)
+    index = tl.load(index_ptr + group * records + entries, mask=inside, other=0x7FFFFFFF)
+    for rank in range(K):
+        at = best(scores, index, 0)[1]
+        scores = tl.where(index == at, -1.0, scores)
+        tl.store(out_ptr + group * K + rank + tl.arange(0, 1), at)
+
+
+def launch(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
+    """Indices of the k largest scores of each group, best first, ties to the lower index.
+
+    Args:
+        scores: ``[G, d]``, any strides, at least 0; NaN counts 0. float32 or float64.
+        k: from 1 to 64, at most d.
+        absolute: ``scores`` are values of a single token instead, of any floating dtype: they
+            are taken absolute, the non-finite as 0.
+
+    Returns:
+        int64 ``[G, k]``.
+
+    Raises:
+        TypeError: scores of another dtype.
+        ValueError: scores that are not a matrix, or a k out of range.
+    """
+    acc = accumulation(scores.dtype)[1]
+    if not absolute and scores.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"select: scores must be float32 or float64, got {scores.dtype}")
+    if scores.dim() != 2:
+        raise ValueError(f"select: scores must be [G, d], got {tuple(scores.shape)}")
+    groups, width = scores.shape
+    if not 1 <= k <= min(LARGEST_K, width):
+        raise ValueError(f"select: k must be from 1 to {min(LARGEST_K, width)}, got {k}")
+    selected = torch.empty(groups, k, dtype=torch.int64, device=scores.device)
+    if groups == 0:
+        return selected
+    tile = tuning.select(width)
+    chunks = tuning.steps(width, tile["CHUNK"])
+    record, index = None, selected
+    if chunks > 1:
+        record = torch.empty(groups, chunks, k, dtype=accumulation(scores.dtype)[0],
+                             device=scores.device)  # fmt: skip
+        index = torch.empty(groups, chunks, k, dtype=torch.int32, device=scores.device)
+    chunk_kernel[groups, chunks](
+        scores, record, index, width, *scores.stride(), ACC=acc, ABSOLUTE=absolute, K=k, **tile,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    if chunks > 1:
+        merge_kernel[groups,](
+            record, index, selected, chunks * k, K=k, **tuning.merge(chunks * k),
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return selected
+
+
+select = torch.library.custom_op("vps::select", launch, mutates_args=())
+
+
+@select.register_fake
+def fake(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
+    return scores.new_empty((scores.shape[0], k), dtype=torch.int64)

@@ -1,0 +1,128 @@
+"""Tile sizes and warps of every kernel, from the shape and the architecture, never by timing.
+
+A tile depends on the layer and on the tokens of one group, never on the number of groups: sums
+come in the same order for every batch size. The reason stands beside each choice.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class Stream(NamedTuple):
+    """How the decode GEMV streams W: bytes of one row per step, and steps in flight."""
+
+    row_bytes: int
+    stages: int
+    warps: int
+
+
+# Bytes in flight per multiprocessor decide the rate: more where memory is faster. gfx942 has
+# 64 KB of shared memory and 64 lanes a warp.
+STREAM = {
+    "sm_80": Stream(row_bytes=256, stages=4, warps=4),
+    "sm_90": Stream(row_bytes=512, stages=4, warps=4),
+    "sm_100": Stream(row_bytes=512, stages=4, warps=4),
+    "gfx942": Stream(row_bytes=256, stages=2, warps=2),
+}
+
+
+def power_of_2(number: int) -> int:
+    """The least power of 2 not below ``number``."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def steps(number: int, size: int) -> int:
+    """How many blocks of ``size`` cover ``number``."""
+    return -(-number // size)
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """A key of ``STREAM``: that of the device, the nearest older one, or sm_90 off a GPU."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
+
+
+def scores(tokens: int, width: int) -> dict[str, int]:
+    """16 × 512 elements a step: 16 KB of bfloat16 in flight a program, two sums in registers.
+
+    64 tokens a program: partial sums add 6 % to the bytes read, and 2048 tokens of 3584 features
+    still make 224 programs.
+    """
+    return {
+        "TOKENS": min(64, power_of_2(tokens)),
+        "BLOCK_T": min(16, power_of_2(tokens)),
+        "BLOCK_D": min(512, power_of_2(width)),
+        "num_warps": 8 if width * tokens >= 4096 else 4,
+    }
+
+
+def combine(width: int) -> dict[str, int]:
+    """Partial sums lie in L2: small tiles, many programs."""
+    return {"BLOCK_D": min(256, power_of_2(width)), "num_warps": 4}
+
+
+def select(width: int) -> dict[str, int]:
+    """Up to 4096 scores a program, 32 a thread: beyond that the rounds of max spill."""
+    chunk = max(16, min(4096, power_of_2(width)))
+    return {"CHUNK": chunk, "num_warps": 4 if chunk >= 1024 else 1}
+
+
+def merge(records: int) -> dict[str, int]:
+    """All records of a group in one program."""
+    block = max(16, power_of_2(records))
+    return {"RECORDS": block, "num_warps": 8 if block >= 4096 else 4 if block >= 1024 else 1}
+
+
+def squares(entries: int) -> dict[str, int]:
+    """Four rows or columns of W a program, the usual rank; 512 elements of each a step."""
+    return {"ENTRIES": 4, "ALONG": 512, "STEPS": 4, "num_warps": 4}
+
+
+def delta(tokens: int, width: int) -> dict[str, int]:
+    """8 × 512 outputs a program: the r gathered elements of a row cost 6 % of its bytes."""
+    return {
+        "BLOCK_T": min(8, power_of_2(tokens)),
+        "BLOCK_D": min(512, power_of_2(width)),
+        "num_warps": 4,
+    }
+
+
+def entropy(vocabulary: int) -> dict[str, int]:
+    """8192 logits a program, all loads in flight at once."""
+    return {"BLOCK": max(16, min(8192, power_of_2(vocabulary))), "num_warps": 8}
+
+
+def gemv_rows(width: int) -> int:
+    """Rows of W a program of the decode GEMV owns: few while programs are few, more where the
+    records of all programs would not fit one."""
+    return 16 if width <= 8192 else 32 if width <= 32768 else 128
+
+
+def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
+    """Never depends on the number of tokens: every token is one row of the same 16-row product."""
+    stream = STREAM[architecture]
+    return {
+        "BLOCK_O": gemv_rows(width),
+        "BLOCK_K": stream.row_bytes // element_size,
+        "STAGES": stream.stages,
+        "num_warps": stream.warps,
+    }
+
+
+def decode_apply(width: int, records: int) -> dict[str, int]:
+    """256 outputs a program; all records of a group fit in its registers."""
+    block = max(16, power_of_2(records))
+    return {
+        "RECORDS": block,
+        "BLOCK_D": max(16, min(256, power_of_2(width))),
+        "num_warps": 8 if block >= 4096 else 4,
+    }
