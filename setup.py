@@ -35,7 +35,6 @@ EXTRAS["test"] = [
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 
-
 def cpp_extension() -> dict:
     """What setup() needs to build csrc; nothing where torch or a compiler is missing.
 
@@ -70,7 +69,13 @@ def cpp_extension() -> dict:
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.[hi]*")),
         # torch's stable ABI of 2.10: one library for every torch since.
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000ULL")],
-        extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden", "-g0", "-Wno-uninitialized"],
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-fvisibility=hidden",
+            "-g0",
+            "-Wno-uninitialized",
+        ],
         py_limited_api=True,
         optional=wanted != "1",
     )

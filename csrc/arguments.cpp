@@ -136,7 +136,7 @@ Shape check(const Arguments& a) {
   else if (s.torch_dtype == aoti_torch_dtype_float16())
     s.dtype = Dtype::float16;
   else
-    fail("x", " must be float32, bfloat16 or float16 on a CPU, got ", dtype_name(s.torch_dtype));
+    fail("x", " must be float32, bfloat16 or float16, got ", dtype_name(s.torch_dtype));
   s.element_size = s.dtype == Dtype::float32 ? 4 : 2;
   if (a.x.dim() != 3) fail("x", " must have shape [G, T, d_in], got ", shape_of(a.x));
   if (a.weight.dim() != 2)
