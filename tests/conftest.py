@@ -1,0 +1,69 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, with outputs and scratch poisoned."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def repair_interpreter():
+    """bfloat16 as on a device: rounded to nearest even, multiplied as numbers.
+
+    The interpreter cuts float32 off to bfloat16, and multiplies bfloat16 matrices bit patterns.
+    """
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    truncate, dot = InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot
+
+    def create_fp_trunc(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return truncate(self, src, dst_type)
+        values = torch.from_numpy(numpy.array(src.data, dtype=numpy.float32))
+        bits = values.bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+        return TensorHandle(bits.reshape(numpy.shape(src.data)), tl.bfloat16)
+
+    def create_dot(self, a, b, *rest):
+        a, b = (
+            self.create_fp_ext(operand, tl.float32) if operand.dtype == tl.bfloat16 else operand
+            for operand in (a, b)
+        )
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc
+    InterpreterBuilder.create_dot = create_dot
+
+
+if INTERPRETED and find_spec("triton") is not None:
+    repair_interpreter()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Where kernels run: interpreted on a CPU, compiled on a GPU, never both in one process."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if request.param == "cuda" and INTERPRETED:
+        pytest.skip("needs a CUDA device")
+    if request.param == "cpu" and not INTERPRETED:
+        pytest.skip("kernels of this process are compiled for the GPU")
+    return request.param
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """``torch.empty`` full of NaN, or of a huge number where there is none."""
+    allocate = torch.empty
+
+    def empty(*shape, **options):
+        fresh = allocate(*shape, **options)
+        if fresh.dtype.is_floating_point:
+            return fresh.fill_(float("nan"))
+        return fresh.fill_(True if fresh.dtype == torch.bool else torch.iinfo(fresh.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", empty)
