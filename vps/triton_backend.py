@@ -1,4 +1,4 @@
-"""The Triton backend: ``H = x Wᵀ`` by cuBLAS, and fused kernels for the rest (SPEC §2–§5).
+"""The Triton backend: a GEMV of ours for a few tokens, else cuBLAS and fused kernels (SPEC §2–§5).
 
 Plain selection with component clip and first order, which is the default, runs in kernels alone;
 the r × r cores of coupling, spectral clip and second order are built in torch.
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vps import gradient, torch_backend
-from vps.kernels import delta, factors, scores, select
+from vps.kernels import decode, delta, factors, scores, select
 from vps.policy import Settings
 from vps.torch_backend import Inputs, Outputs
 
@@ -19,6 +19,13 @@ from vps.torch_backend import Inputs, Outputs
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
     """Policy first, then the selection and its core, then the update (SPEC §3–§5)."""
     x, W, bias, mask, I_in, I_out, numbers, entropy = inputs
+    plain = not (settings.coupled or settings.spectral or settings.second_order)
+    # The bits of our GEMV are not those of the base layer, which masked-out tokens are promised.
+    if plain and mask is None and decode.refusal(x, W, settings.r) is None:
+        y, features, core, gamma, t = decode.launch(
+            *inputs, settings.r, settings.adaptive, settings.tau, settings.clamp
+        )
+        return Outputs(y, features[:, 0], features[:, 1], core, gamma, t)
     H = F.linear(x, W)
     s_out = energy = None
     if settings.adaptive:
@@ -27,7 +34,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
     I_out = _top_k(H, s_out, mask, settings.r) if I_out is None else I_out
     counted = None if mask is None else mask.any(1)
     t = None
-    if settings.coupled or settings.spectral or settings.second_order:
+    if not plain:
         B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
         core, gamma, t, inactive = torch_backend.build(inputs, H, energy, I_in, I_out, B, settings)
         core = torch_backend.square(core)
