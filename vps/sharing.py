@@ -59,7 +59,10 @@ def forget() -> None:
 
 
 def _versions(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(source._version for source in sources)
+    """Their versions, and the stream on which a selection is ready."""
+    x = sources[0]
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return stream, *(source._version for source in sources)
 
 
 def _can_be_watched(sources: tuple[Tensor, ...]) -> bool:
