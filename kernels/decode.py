@@ -64,7 +64,7 @@ def gemv_kernel(
     weight_rows = weight_ptr + rows_64[:, None] * stride_out
 
     product = tl.zeros([BLOCK_N, BLOCK_O], dtype=tl.float32)
-    row_squares = tl.zeros([BLOCK_O], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_O, BLOCK_K], dtype=tl.float32)
     for start in tl.range(0, D_IN, BLOCK_K, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK_K)
         at_64 = at.to(tl.int64)[None, :]
@@ -74,10 +74,10 @@ def gemv_kernel(
         weight = tl.load(weight_rows + at_64 * stride_in, mask=weight_mask, other=0.0)
         product = tl.dot(x, tl.trans(weight), product, input_precision="ieee")
         if row_squares_ptr is not None:
-            square = weight.to(tl.float32)
-            row_squares += tl.sum(square * square, axis=1)
+            wide = weight.to(tl.float32)
+            squares += wide * wide
     if row_squares_ptr is not None:
-        tl.store(row_squares_ptr + rows, row_squares, mask=in_width)
+        tl.store(row_squares_ptr + rows, tl.sum(squares, axis=1), mask=in_width)
 
     H = product.to(H_ptr.dtype.element_ty)
     inside = here[:, None] & in_width[None, :]
@@ -187,8 +187,8 @@ def apply_kernel(
         tl.store(features_ptr + group * 2 * R + ranks, I_in, mask=inside)
         tl.store(features_ptr + (group * 2 + 1) * R + ranks, I_out, mask=inside)
         core = tl.where(ranks[:, None] == ranks[None, :], inverse[:, None], 0.0)
-        address = core_ptr + group * R * R + ranks[:, None] * R + ranks[None, :]
-        tl.store(address, core, mask=inside[:, None] & inside[None, :])
+        core_at = core_ptr + group * R * R + ranks[:, None] * R + ranks[None, :]
+        tl.store(core_at, core, mask=inside[:, None] & inside[None, :])
         tl.store(gamma_ptr + group, gamma)
         if t_ptr is not None:
             tl.store(t_ptr + group * R + ranks, t, mask=inside)

@@ -237,11 +237,12 @@ def launch(
         rows, columns, every_row, every_column = squares(weight, I_in, I_out)
         sizes = (rows.shape[1], columns.shape[1], rows.shape[0], columns.shape[0])
     power = tuning.power_of_2
+    tile = tuning.factors(power(r) * power(max(sizes[2:])))
     factors_kernel[groups,](
         rows, columns, I_in, I_out, policy, energy, entropy, any_counted, core, gamma, active,
         *sizes, ACC=acc, TAU=tau, EVERY_ROW=every_row, EVERY_COLUMN=every_column, R=r,
         RANKS=power(r), SPLITS_ROWS=power(sizes[2]), SPLITS_COLUMNS=power(sizes[3]),
-        num_warps=1, enable_fp_fusion=True,
+        **tile, enable_fp_fusion=True,
     )  # fmt: skip
     return core, gamma, active
 

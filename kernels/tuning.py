@@ -87,6 +87,11 @@ def squares(entries: int) -> dict[str, int]:
     return {"ENTRIES": 4, "ALONG": 512, "STEPS": 4, "num_warps": 4}
 
 
+def factors(elements: int) -> dict[str, int]:
+    """One program a group; ``elements`` partial sums of a factor in its registers."""
+    return {"num_warps": 1 if elements <= 1024 else 4 if elements <= 4096 else 8}
+
+
 def delta(tokens: int, width: int) -> dict[str, int]:
     """8 × 512 outputs a program: the r gathered elements of a row cost 6 % of its bytes."""
     return {
@@ -109,12 +114,13 @@ def gemv_rows(width: int) -> int:
 
 def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
     """Never depends on the number of tokens: every token is one row of the same 16-row product."""
-    stream = STREAM[architecture]
+    stream, rows = STREAM[architecture], gemv_rows(width)
+    large = rows == 128  # as many bytes in flight from more rows, spread over more warps
     return {
-        "BLOCK_O": gemv_rows(width),
-        "BLOCK_K": stream.row_bytes // element_size,
+        "BLOCK_O": rows,
+        "BLOCK_K": stream.row_bytes // element_size // (2 if large else 1),
         "STAGES": stream.stages,
-        "num_warps": stream.warps,
+        "num_warps": stream.warps * (2 if large else 1),
     }
 
 

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, with outputs and scratch poisoned."""
+"""Without a GPU the Triton kernels run in Triton's interpreter; ``poison`` fills fresh tensors."""
 
 import os
 from importlib.util import find_spec
@@ -12,15 +12,17 @@ if INTERPRETED:  # before anything imports triton
 
 
 def repair_interpreter():
-    """bfloat16 as on a device: rounded to nearest even, multiplied as numbers.
+    """Make it round and multiply as a device does.
 
-    The interpreter cuts float32 off to bfloat16, and multiplies bfloat16 matrices bit patterns.
+    It cuts float32 off to bfloat16 instead of rounding to nearest even, multiplies matrices of
+    bfloat16 as integers, and leaves those of float32 to a BLAS, where the order of a row's sum
+    depends on the row's place.
     """
     import numpy
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    truncate, dot = InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot
+    truncate = InterpreterBuilder.create_fp_trunc
 
     def create_fp_trunc(self, src, dst_type):
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
@@ -29,12 +31,14 @@ def repair_interpreter():
         bits = values.bfloat16().view(torch.int16).numpy().view(numpy.uint16)
         return TensorHandle(bits.reshape(numpy.shape(src.data)), tl.bfloat16)
 
-    def create_dot(self, a, b, *rest):
+    def create_dot(self, a, b, d, *precision):
         a, b = (
-            self.create_fp_ext(operand, tl.float32) if operand.dtype == tl.bfloat16 else operand
+            (
+                self.create_fp_ext(operand, tl.float32) if operand.dtype == tl.bfloat16 else operand
+            ).data.astype(d.data.dtype)
             for operand in (a, b)
         )
-        return dot(self, a, b, *rest)
+        return TensorHandle((a[:, :, None] * b).sum(1) + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_fp_trunc = create_fp_trunc
     InterpreterBuilder.create_dot = create_dot

@@ -1,0 +1,178 @@
+"""Compile every Triton kernel ahead of time, as its launcher would, without a GPU.
+
+``python -m benchmarks.aot`` prints registers, shared memory and spills per architecture and fails
+on any spill; on sm_90 also unless the decode GEMV moves W in loads of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from vps.kernels import decode, delta, entropy, factors, scores, select, tuning
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.E\S*\.128\b|\bUTMALDG")
+
+
+class Device:
+    """A driver for a GPU that is not there: it names the target, and nothing is ever launched."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every launcher with the arguments of common layers, on tensors without memory."""
+    tuning.architecture = lambda device: architecture  # type: ignore[assignment]
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    policy = new(9, dtype=torch.float64)
+    for dtype in (torch.bfloat16, torch.float32):  # float16 differs from bfloat16 in opcodes only
+        name = str(dtype).removeprefix("torch.")
+        layers = (3584, 3584, 4, 1), (3584, 18944, 4, 16), (8192, 28672, 8, 1), (3584, 151936, 4, 1)
+        for d_in, d_out, r, tokens in layers:
+            W, b = new(d_out, d_in, dtype=dtype), new(d_out, dtype=dtype)
+            x, I_in = new(tokens, 1, d_in, dtype=dtype), new(tokens, r, dtype=torch.int64)
+            arguments = (x, W, b, None, I_in, None, policy, None, r, True, 0.8, None)
+            yield f"decode {name}", lambda a=arguments: decode.launch(*a)
+        for r in (4, 64):
+            I_in = I_out = new(2, r, dtype=torch.int64)
+            core, gamma = new(2, r, r), new(2)
+            H, active = new(2, 512, d_out, dtype=dtype), new(2, dtype=torch.int32)
+            arguments = (H, b, W, I_in, I_out, core, gamma, active, None)
+            yield f"delta {name}", lambda a=arguments: delta.launch(*a)
+            arguments = (W, I_in, I_out, policy, gamma, None, 0.8, None)
+            yield f"factors {name}", lambda a=arguments: factors.launch(*a)
+        values = new(2, 512, 3584, dtype=dtype)
+        mask = new(2, 512, dtype=torch.bool)
+        yield f"scores {name}", lambda v=values: scores.launch(v, None, True)
+        yield f"scores {name}", lambda v=values, m=mask: scores.launch(v, m, True)
+        yield f"scores {name}", lambda v=values[:, :1]: scores.launch(v, None, True)
+        yield f"select {name}", lambda v=values[:, 0]: select.launch(v, 4, True)
+        logits = new(2, 151936, dtype=dtype)
+        yield f"entropy {name}", lambda z=logits: entropy.launch(z)
+    for width, k in ((3584, 4), (262144, 4), (262144, 64)):
+        yield "select float32", lambda w=width, k=k: select.launch(new(2, w), k)
+    yield "select float64", lambda: select.launch(new(2, 8192, dtype=torch.float64), 8)
+    yield "scores float64", lambda: scores.launch(new(2, 512, 512, dtype=torch.float64), None, True)
+    yield "entropy float64", lambda: entropy.launch(new(2, 8192, dtype=torch.float64))
+
+
+def compiled(architecture: str) -> Iterator[tuple[str, Any]]:
+    """``(name, compiled kernel)`` of every kernel that the launches compile."""
+    driver.set_active(Device(TARGETS[architecture]))  # type: ignore[arg-type]
+    run, kernels = JITFunction.run, []
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        kernels.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    seen = set()
+    for name, launch in launches(architecture):
+        kernels.clear()
+        launch()
+        for function, kernel in kernels:
+            if id(kernel) not in seen:
+                seen.add(id(kernel))
+                yield f"{name}: {function}", kernel
+    JITFunction.run = run
+
+
+def resources(architecture: str, kernel: Any) -> dict[str, int]:
+    """Registers a thread, bytes of shared memory, and bytes or registers spilled."""
+    shared = int(kernel.metadata.shared)
+    if architecture.startswith("gfx"):
+        found = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
+        spilled = sum(int(found[f"{kind}gpr_spill_count"]) for kind in "vs")
+        return {"registers": int(found["vgpr_count"]), "shared": shared, "spills": spilled}
+    report = _tool("cuobjdump", "-res-usage", kernel.asm["cubin"])
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
+    spilled = int(found["STACK"]) + int(found["LOCAL"])
+    return {"registers": int(found["REG"]), "shared": shared, "spills": spilled}
+
+
+def wide_loads(kernel: Any) -> int:
+    """How many loads of 16 bytes from global memory stand in the machine code."""
+    return len(WIDE_LOAD.findall(_tool("cuobjdump", "-sass", kernel.asm["cubin"])))
+
+
+def why_missing(architecture: str) -> str | None:
+    """Why the resources of this architecture cannot be read here, or ``None``."""
+    if architecture.startswith("gfx") or (TOOLS / "cuobjdump").exists():
+        return None
+    return f"no cuobjdump in {TOOLS}"
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / name), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Print the table; exit with 1 on a spill or a narrow load of W."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architectures", nargs="*", default=list(TARGETS))
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit("benchmarks.aot: TRITON_INTERPRET is set, so nothing would be compiled")
+    failures = []
+    for architecture in parser.parse_args().architectures:
+        if (reason := why_missing(architecture)) is not None:
+            print(f"{architecture}: not read, {reason}")
+        print(f"{architecture:<42} registers  shared  spills  16-byte loads")
+        for name, kernel in compiled(architecture):
+            if reason is not None:
+                continue
+            row = resources(architecture, kernel)
+            wide = ""
+            if architecture == "sm_90" and "gemv_kernel" in name:
+                wide = str(wide_loads(kernel))
+                if wide == "0":
+                    failures.append(f"{architecture} {name}: W is not read by 16 bytes")
+            print(
+                f"{name:<42} {row['registers']:9} {row['shared']:7} {row['spills']:7}  {wide:>13}"
+            )
+            if row["spills"]:
+                failures.append(f"{architecture} {name}: {row['spills']} spilled")
+    print(*failures, sep="\n")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

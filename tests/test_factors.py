@@ -1,0 +1,156 @@
+"""Kernel of policy, norms and clip against the reference in float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from vps import VPSConfig, reference
+from vps.kernels import factors
+
+pytestmark = pytest.mark.usefixtures("poison")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+POLICY = [1.0, 0.3, 0.8, 1, 4, 16, 64, 1, 1]
+
+
+def selections(groups, r, d_in, d_out, device):
+    def drawn(d):
+        return torch.stack([torch.randperm(d, device=device)[:r] for _ in range(groups)])
+
+    return drawn(d_in), drawn(d_out)
+
+
+def numbers(device, values=POLICY):
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def expected_core(W, I_in, I_out, active, tau):
+    W, (groups, r) = W.double().cpu(), I_in.shape
+    core = torch.zeros(groups, r, r, dtype=torch.float64)
+    for g in range(groups):
+        n = int(active[g])
+        A, B = W[I_out[g, :n].cpu()].T, W[:, I_in[g, :n].cpu()]
+        core[g, range(n), range(n)] = 1 / reference.clip_scale(A, B, tau, "component")
+    return core
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "d_in, d_out, groups, r", [(1, 1, 1, 1), (9, 2100, 2, 8), (2100, 33, 1, 3), (20, 5, 6, 4)]
+)
+def test_factors(device, dtype, d_in, d_out, groups, r):
+    """The last shape selects more than there is of W, which then is read whole."""
+    W = torch.randn(d_out, d_in, device=device).to(dtype)
+    I_in, I_out = selections(groups, r, d_in, d_out, device)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    energy = torch.rand(groups, device=device, dtype=accumulate)
+    policy, scale = numbers(device), float(W.double().norm()) / 5
+    core, gamma, active = factors.launch(W, I_in, I_out, policy, energy, None, scale, None)
+    decisions = [reference.decide(VPSConfig(), float(E), None, ()) for E in energy]
+    accuracy = 1e-12 if dtype == torch.float64 else 1e-6
+    assert active.tolist() == [min(r, decision[1]) for decision in decisions]
+    assert core.dtype == gamma.dtype == accumulate
+    strength = torch.tensor([decision[2] for decision in decisions], dtype=torch.float64)
+    torch.testing.assert_close(gamma.double().cpu(), strength, rtol=accuracy / 10, atol=0)
+    expected = expected_core(W, I_in, I_out, active, scale)
+    torch.testing.assert_close(core.double().cpu(), expected, rtol=accuracy, atol=0)
+
+    norm_A, norm_B = factors.launch_norms(W, I_in, I_out)
+    wide = W.double()
+    torch.testing.assert_close(norm_A.double(), wide[I_out].norm(dim=2), rtol=accuracy, atol=0)
+    torch.testing.assert_close(norm_B.double(), wide.T[I_in].norm(dim=2), rtol=accuracy, atol=0)
+
+
+@pytest.mark.parametrize("entropy", [None, 0.0, 0.9, 7.0])
+@pytest.mark.parametrize("outcomes", [(), (True,), (False,) * 5])
+def test_policy(device, entropy, outcomes):
+    energy = torch.tensor([0.0, 1e-12, 0.02, 0.4, 2.0, 50.0, float("inf")], device=device)
+    W = torch.ones(70, 70, device=device)
+    I_in, I_out = selections(7, 9, 70, 70, device)
+    config = VPSConfig(adaptive_topk=True, topk_bounds=(2, 6), rank_bounds=(1, 8))
+    factor = 1.3 if outcomes == (True,) else 0.7 if outcomes else 1.0
+    policy = numbers(device, [factor, 0.3, 0.8, 1, 8, 2, 6, 1, 1])
+    nats = None if entropy is None else torch.tensor(entropy, device=device)
+    core, gamma, active = factors.launch(W, I_in, I_out, policy, energy, nats, None, None)
+    for g in range(7):
+        _, rank, strength, topk, _ = reference.decide(config, float(energy[g]), entropy, outcomes)
+        assert active[g] == min(rank, topk)
+        assert float(gamma[g]) == pytest.approx(strength, abs=1e-7)
+        assert torch.equal(core[g].cpu(), torch.diag((torch.arange(9) < min(rank, topk)).float()))
+
+
+def test_fixed_settings_and_uncounted_groups(device):
+    W = torch.randn(12, 10, device=device)
+    I_in, I_out = selections(3, 4, 10, 12, device)
+    policy = numbers(device, [1.3, 0.65, 0.65, 2, 2, 32, 32, 1, 1])
+    counted = torch.tensor([True, False, True], device=device)
+    core, gamma, active = factors.launch(W, I_in, I_out, policy, None, None, 0.8, counted)
+    assert active.tolist() == [2, 0, 2]
+    torch.testing.assert_close(gamma.cpu(), torch.tensor([0.65, 0.0, 0.65]))
+    assert not core[1].any()
+    torch.testing.assert_close(core.double().cpu(), expected_core(W, I_in, I_out, active, 0.8))
+
+
+def test_strides(device):
+    W = torch.randn(30, 24, device=device)
+    I_in, I_out = selections(2, 5, 24, 30, device)
+    policy, energy = numbers(device), torch.ones(2, device=device)
+    plain = factors.launch(W, I_in, I_out, policy, energy, None, 0.8, None)
+    shared = I_in[:1].expand(2, 5)
+    for weight, left in ((W.T.contiguous().T, I_in), (W.repeat(1, 2)[:, :24], I_in), (W, shared)):
+        core, _, active = factors.launch(
+            weight, left, I_out[:, :5], policy, energy, None, 0.8, None
+        )
+        expected = expected_core(weight, left, I_out, active, 0.8)
+        torch.testing.assert_close(core.double().cpu(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(plain[2], active)
+
+
+def test_a_group_does_not_depend_on_the_others(device):
+    W = torch.randn(9, 1100, device=device)
+    I_in, I_out = selections(5, 4, 1100, 9, device)
+    policy, energy = numbers(device), torch.rand(5, device=device)
+    together = factors.launch(W, I_in, I_out, policy, energy, None, 0.8, None)
+    again = factors.launch(W, I_in, I_out, policy, energy, None, 0.8, None)
+    for g in range(5):
+        one = slice(g, g + 1)
+        alone = factors.launch(W, I_in[one], I_out[one], policy, energy[one], None, 0.8, None)
+        for whole, repeated, single in zip(together, again, alone, strict=True):
+            assert torch.equal(whole, repeated) and torch.equal(whole[one], single)
+
+
+def test_beyond_2_31_elements(device, tmp_path):
+    if device == "cuda":
+        pytest.skip("a sparse file stands for the memory")
+    stride = 2**30 + 1
+    sparse = torch.from_file(str(tmp_path / "sparse"), True, 4 * stride, dtype=torch.float16)
+    weight = sparse.as_strided((4, 6), (stride, 1))
+    weight.copy_(torch.randn(4, 6))
+    I_in, I_out = torch.tensor([[5, 0]]), torch.tensor([[3, 2]])
+    for W in (weight, weight.T):
+        left, right = (I_in, I_out) if W is weight else (I_out, I_in)
+        norm_A, norm_B = factors.launch_norms(W, left, right)
+        wide = W.double()
+        torch.testing.assert_close(norm_A[0].double(), wide[right[0]].norm(dim=1))
+        torch.testing.assert_close(norm_B[0].double(), wide[:, left[0]].norm(dim=0))
+
+
+def test_errors():
+    W, index = torch.ones(3, 4), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"weight must be \[d_out, d_in\]"):
+        factors.launch_norms(W[0], index, index)
+    with pytest.raises(ValueError, match="I_out must be int64"):
+        factors.launch_norms(W, index, index.int())
+    with pytest.raises(TypeError, match="policy must be float64"):
+        factors.launch(W, index, index, torch.ones(9), None, None, None, None)
+
+
+def test_operators(device):
+    W = torch.randn(12, 10, device=device)
+    I_in, I_out = selections(3, 4, 10, 12, device)
+    energy, nats = torch.rand(3, device=device), torch.tensor(1.0, device=device)
+    counted = torch.tensor([True, False, True], device=device)
+    torch.library.opcheck(torch.ops.vps.norms.default, (W, I_in, I_out))
+    for arguments in [(None, None, None, None), (energy, nats, 0.8, counted)]:
+        torch.library.opcheck(
+            torch.ops.vps.factors.default, (W, I_in, I_out, numbers(device), *arguments)
+        )
