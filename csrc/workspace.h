@@ -12,9 +12,11 @@
 
 namespace vps {
 
-/// Uninitialized arrays, freed together.
+/// Uninitialized arrays, freed together; the first few kilobytes need no allocation.
 class Workspace {
  public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
   template <class T>
   T* take(int64_t count) {
     static_assert(std::is_trivially_destructible_v<T>);
@@ -34,10 +36,11 @@ class Workspace {
 
  private:
   static constexpr size_t kAlign = 64;
-  static constexpr size_t kBlock = 96 * 1024;  // malloc maps larger ones anew for each call
+  static constexpr size_t kBlock = 64 * 1024;  // malloc may map larger ones anew for each call
+  alignas(kAlign) std::byte first_[8 * 1024];
+  std::byte* next_ = first_;
+  size_t left_ = sizeof(first_);
   std::vector<std::unique_ptr<std::byte[]>> blocks_;
-  std::byte* next_ = nullptr;
-  size_t left_ = 0;
 };
 
 constexpr int64_t kSerialWork = 1 << 16;  // elements that take less time than waking a thread
