@@ -36,7 +36,10 @@ WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.E\S*\.128\b|\bUTMALDG")
 
 
 class Device:
-    """A driver for a GPU that is not there: it names the target, and nothing is ever launched."""
+    """A driver for a GPU that is not there: it names the target, and nothing is ever launched.
+
+    Each target is a device of its own, since Triton keeps compiled kernels per device.
+    """
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -45,7 +48,7 @@ class Device:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return list(TARGETS.values()).index(self.target)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -102,14 +105,16 @@ def compiled(architecture: str) -> Iterator[tuple[str, Any]]:
 
     JITFunction.run = compile_only
     seen = set()
-    for name, launch in launches(architecture):
-        kernels.clear()
-        launch()
-        for function, kernel in kernels:
-            if id(kernel) not in seen:
-                seen.add(id(kernel))
-                yield f"{name}: {function}", kernel
-    JITFunction.run = run
+    try:
+        for name, launch in launches(architecture):
+            kernels.clear()
+            launch()
+            for function, kernel in kernels:
+                if id(kernel) not in seen:
+                    seen.add(id(kernel))
+                    yield f"{name}: {function}", kernel
+    finally:
+        JITFunction.run = run
 
 
 def resources(architecture: str, kernel: Any) -> dict[str, int]:
@@ -170,8 +175,7 @@ def main() -> None:
             )
             if row["spills"]:
                 failures.append(f"{architecture} {name}: {row['spills']} spilled")
-    print(*failures, sep="\n")
-    sys.exit(bool(failures))
+    sys.exit("\n".join(failures) or None)
 
 
 if __name__ == "__main__":

@@ -115,10 +115,10 @@ def gemv_rows(width: int) -> int:
 def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
     """Never depends on the number of tokens: every token is one row of the same 16-row product."""
     stream, rows = STREAM[architecture], gemv_rows(width)
-    large = rows == 128  # as many bytes in flight from more rows, spread over more warps
+    large = rows == 128  # twice the bytes in flight from eight times the rows, over more warps
     return {
         "BLOCK_O": rows,
-        "BLOCK_K": stream.row_bytes // element_size // (2 if large else 1),
+        "BLOCK_K": stream.row_bytes // element_size // (4 if large else 1),
         "STAGES": stream.stages,
         "num_warps": stream.warps * (2 if large else 1),
     }

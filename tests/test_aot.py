@@ -39,13 +39,13 @@ def test_no_spill(architecture):
 
 
 def test_a_spill_is_seen(tmp_path):
-    """The same kernels, held to 16 registers a thread."""
+    """The same kernels, held to 40 registers a thread."""
     code = """
 import sys
 from benchmarks import aot
 compile_with = aot.JITFunction.run
 def held(self, *arguments, **options):
-    return compile_with(self, *arguments, maxnreg=16, **options)
+    return compile_with(self, *arguments, maxnreg=40, **options)
 aot.JITFunction.run = held
 kernels = aot.compiled("sm_90")
 print(sum(aot.resources("sm_90", next(kernels)[1])["spills"] > 0 for _ in range(2)))
