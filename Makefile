@@ -28,6 +28,7 @@ bench: .venv/.ok $(MODEL)/.ok  ## Time sharpened against plain SmolLM2 on this m
 
 gpu:  ## On a GPU machine, without a virtual environment: tests marked cuda, then benchmarks, to $(OUT)
 	@mkdir -p $(OUT)
+	@$(PYTHON) -m vps.cuda || echo "the CUDA operator is not built; its tests are skipped"
 	@$(PYTHON) -m pytest -q -m cuda --junitxml=$(OUT)/cuda.xml || { [ $$? -eq 5 ] && echo "no test is marked cuda yet"; }
 	@$(PYTHON) -m benchmarks.layer --out $(OUT)
 

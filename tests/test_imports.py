@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "reference", "constants"},
     {"masking", "policy", "selection", "clipping", "gradient", "matching", "sharing"},
     {"kernels", "cpp"},
-    {"torch_backend", "triton_backend"},
+    {"torch_backend", "triton_backend", "cuda"},
     {"operator"},
     {"dispatch"},
     {"functional"},

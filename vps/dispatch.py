@@ -1,8 +1,9 @@
 """Which backend computes: asked with :func:`backends`, chosen with :func:`backend`.
 
 Left alone, a layer takes the fastest that its tensors allow: on CUDA and ROCm ``triton``, on a CPU
-``cpp`` where it is built, and ``torch`` for float64 and everywhere else. A backend that was asked
-for runs or raises; nothing falls back in silence.
+``cpp`` where it is built, and ``torch`` for float64 and everywhere else. ``cuda``, which is
+``triton`` with one token at a time decoded in a single launch, runs only where it is asked for. A
+backend that was asked for runs or raises; nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from vps import cpp
+from vps import cpp, cuda
 from vps.constants import kept
 from vps.masking import STATE
 
@@ -96,7 +97,7 @@ _why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see
 @cache
 def _reasons() -> dict[str, str | None]:
     reasons: dict[str, str | None] = dict.fromkeys(NAMES)
-    reasons["cuda"] = "not part of this version of vps"
+    reasons["cuda"] = cuda.why_missing()
     reasons["cpp"] = cpp.why_missing()
     if find_spec("triton") is None:
         reasons["triton"] = "triton is not installed: pip install 'vps-kernels[gpu]'"
@@ -107,7 +108,10 @@ def _reasons() -> dict[str, str | None]:
 
 def _why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot take such an input, or ``None``."""
-    if name == "triton":
+    if name == "cuda":
+        if device != "cuda":
+            return f"x is on {device!r}, expected 'cuda'"
+    elif name == "triton":
         if device != "cuda" and not (INTERPRETED and device == "cpu"):
             return f"x is on {device!r}, expected 'cuda'"
     elif name == "cpp":

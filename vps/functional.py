@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vps import (
     constants,
+    cuda,
     dispatch,
     masking,
     operator,
@@ -90,6 +91,8 @@ def vps_linear(
     inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.policy, entropy)
     if name == "torch":
         y, selected = torch_backend.sharpen(inputs, plan.settings, torch_backend.forward)
+    elif name == "cuda":
+        y, selected = torch_backend.sharpen(inputs, plan.settings, cuda.forward)
     elif name == "triton" and not x.is_cuda:
         y, selected = _interpreted(inputs, plan.settings)
     else:

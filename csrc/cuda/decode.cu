@@ -1,0 +1,192 @@
+// vps::cooperative_decode: decode.cuh for torch, through its stable ABI.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+
+#include "decode.cuh"
+
+namespace vps {
+namespace {
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("vps::cooperative_decode: ") + what);
+}
+
+void succeed(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  std::ostringstream message;
+  message << "vps::cooperative_decode: " << call << ": " << cudaGetErrorString(status);
+  throw std::runtime_error(message.str());
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+void check(const Optional& tensor, int32_t device, int32_t dtype,
+           std::initializer_list<int64_t> sizes, const char* what) {
+  if (!tensor) return;
+  bool holds = tensor->defined() && tensor->is_cuda() && tensor->get_device() == device &&
+               dtype_of(*tensor) == dtype && tensor->dim() == static_cast<int64_t>(sizes.size());
+  for (int64_t i = 0; holds && i < tensor->dim(); ++i)
+    holds = tensor->size(i) == sizes.begin()[i];
+  require(holds && tensor->is_contiguous(), what);
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, int32_t device) {
+  std::array<int64_t, 3> strides;
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes.begin()[i];
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
+                               aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
+template <class T>
+T* pointer(const Optional& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+using Kernel = void (*)(Decode);
+
+/// Blocks that run at once, each with `p.rows_per_block` rows of W, and their shared memory.
+std::pair<int, size_t> plan(Kernel kernel, Decode& p, int32_t device) {
+  int processors, limit;
+  succeed(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+          "cudaDeviceGetAttribute");
+  succeed(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "cudaDeviceGetAttribute");
+  for (const int together : {2, 1}) {
+    const int most = std::min(processors * together, (p.d_out + kWarps - 1) / kWarps);
+    p.rows_per_block = (p.d_out + most - 1) / most;
+    const size_t bytes = shared_bytes(p.d_in, p.rows_per_block, p.r);
+    if (bytes + 1024 > static_cast<size_t>(limit)) continue;  // 1 KB for the static part
+    succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)),
+            "cudaFuncSetAttribute");
+    int resident = 0;
+    succeed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, bytes),
+            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    const int blocks = (p.d_out + p.rows_per_block - 1) / p.rows_per_block;
+    if (static_cast<int64_t>(resident) * processors >= blocks) return {blocks, bytes};
+  }
+  throw std::invalid_argument(
+      "vps::cooperative_decode: weight must be small enough for x and one block's rows to fit in "
+      "shared memory");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
+    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& I_in,
+    const Optional& I_out, const Tensor& policy, const Optional& entropy, int64_t r, bool adaptive,
+    std::optional<double> tau, std::optional<double> clamp) {
+  require(x.defined() && x.is_cuda() && weight.defined() && weight.dim() == 2,
+          "x must be a CUDA tensor [1, 1, d_in] and weight a matrix [d_out, d_in]");
+  const int32_t device = x.get_device(), dtype = dtype_of(x);
+  const int64_t d_out = weight.size(0), d_in = weight.size(1);
+  const bool is_float = dtype == aoti_torch_dtype_float32();
+  const bool is_half = dtype == aoti_torch_dtype_float16();
+  require(is_float || is_half || dtype == aoti_torch_dtype_bfloat16(),
+          "x must be float32, float16 or bfloat16");
+  require(d_in > 0 && d_in < (1 << 20) && d_out > 0 && d_out < (1 << 24),
+          "weight must have 1 to 2^20 columns and 1 to 2^24 rows");
+  require(r >= 1 && r <= std::min<int64_t>({kLargestR, d_in, d_out}),
+          "r must be from 1 to 8, at most d_in and d_out");
+  require(!tau || *tau > 0, "tau must be positive");
+  require(!clamp || *clamp > 0, "clamp must be positive");
+  require(weight.is_cuda() && weight.get_device() == device && dtype_of(weight) == dtype &&
+              weight.stride(1) == 1 && weight.stride(0) >= d_in,
+          "weight must be on the device of x, of its dtype, with rows of unit step");
+  check(x, device, dtype, {1, 1, d_in}, "x must be contiguous [1, 1, d_in]");
+  check(bias, device, dtype, {d_out}, "bias must be [d_out], like x");
+  check(I_in, device, aoti_torch_dtype_int64(), {1, r}, "I_in must be int64 [1, r], contiguous");
+  check(I_out, device, aoti_torch_dtype_int64(), {1, r}, "I_out must be int64 [1, r], contiguous");
+  check(policy, device, aoti_torch_dtype_float64(), {9}, "policy must be float64 [9]");
+  check(entropy, device, aoti_torch_dtype_float64(), {}, "entropy must be a float64 scalar");
+
+  const int32_t single = aoti_torch_dtype_float32();
+  Tensor y = empty({1, 1, d_out}, dtype, device);
+  Tensor features = empty({1, 2, r}, aoti_torch_dtype_int64(), device);
+  Tensor core = empty({1, r, r}, single, device), gamma = empty({1}, single, device);
+  Tensor t = clamp ? empty({1, 1, r}, dtype, device) : empty({0}, dtype, device);
+
+  Decode p{};
+  p.x = x.data_ptr();
+  p.weight = weight.data_ptr();
+  p.bias = pointer<void>(bias);
+  p.I_in = pointer<int64_t>(I_in);
+  p.I_out = pointer<int64_t>(I_out);
+  p.policy = pointer<double>(policy);
+  p.entropy = pointer<double>(entropy);
+  p.y = y.data_ptr();
+  p.features = pointer<int64_t>(features);
+  p.core = pointer<float>(core);
+  p.gamma = pointer<float>(gamma);
+  p.t = clamp ? t.data_ptr() : nullptr;
+  p.row_stride = weight.stride(0);
+  p.d_in = static_cast<int>(d_in);
+  p.d_out = static_cast<int>(d_out);
+  p.r = static_cast<int>(r);
+  p.inverse_width = 1.0 / static_cast<double>(d_out);
+  p.adaptive = adaptive;
+  p.tau = tau ? static_cast<float>(*tau) : -1.0f;
+  p.clamp = clamp ? static_cast<float>(*clamp) : -1.0f;
+
+  int before;
+  succeed(cudaGetDevice(&before), "cudaGetDevice");
+  if (before != device) succeed(cudaSetDevice(device), "cudaSetDevice");
+  const Kernel kernel = is_float ? decode_kernel<float>
+                        : is_half ? decode_kernel<__half>
+                                  : decode_kernel<__nv_bfloat16>;
+  const auto [blocks, bytes] = plan(kernel, p, device);
+  // Scratch of this call, from torch's allocator: it belongs to this stream.
+  Tensor scratch = empty({blocks * r, 5}, single, device), energy = empty({blocks}, single, device);
+  float* floats = pointer<float>(scratch);
+  p.keys = reinterpret_cast<uint64_t*>(floats);
+  p.outputs = floats + 2 * blocks * r;
+  p.row_squares = floats + 3 * blocks * r;
+  p.column_squares = floats + 4 * blocks * r;
+  p.energy = pointer<float>(energy);
+
+  void* stream;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  void* arguments[] = {&p};
+  const cudaError_t launched =
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
+                                  dim3(kThreads), arguments, bytes,
+                                  static_cast<cudaStream_t>(stream));
+  if (before != device) cudaSetDevice(before);
+  succeed(launched, "cudaLaunchCooperativeKernel");
+  return {y, features, core, gamma, t};
+}
+
+}  // namespace
+}  // namespace vps
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vps, m) {
+  m.def(
+      "cooperative_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? I_in, Tensor? I_out, "
+      "Tensor policy, Tensor? entropy, int r, bool adaptive, float? tau, float? clamp) "
+      "-> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vps, CUDA, m) {
+  m.impl("cooperative_decode", TORCH_BOX(&vps::decode));
+}

@@ -1,0 +1,80 @@
+"""csrc/cuda: compiles for every architecture without spills; on a GPU, right and repeatable."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+import vps
+from vps import VPSConfig, VPSLinear, cuda
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_compiles_without_spills(architecture, tmp_path):
+    line = cuda.command(architecture, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "cubin"))
+    run = subprocess.run(line, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    assert len(spills) == 3 and set(spills) == {("0", "0")}, run.stderr
+
+
+def test_why_it_is_missing_is_said():
+    if not torch.cuda.is_available():
+        assert vps.backends()["cuda"] == "no CUDA device"
+        with pytest.raises(RuntimeError, match="no CUDA device"), vps.backend("cuda"):
+            pass
+        with pytest.raises(RuntimeError, match="name an architecture"):
+            cuda.build()
+
+
+def layer_and_input(dtype, d_in, d_out, **settings):
+    torch.manual_seed(0)
+    linear = nn.Linear(d_in, d_out, device="cuda", dtype=dtype).requires_grad_(False)
+    return VPSLinear.from_linear(linear, VPSConfig(**settings)), torch.randn(
+        1, 1, d_in, device="cuda", dtype=dtype
+    )
+
+
+@pytest.fixture
+def built():
+    reason = vps.backends()["cuda"]
+    if reason is not None:
+        pytest.skip(f"cuda: {reason}")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3584, 3584), (1536, 8960), (577, 33), (8, 1), (18944, 3584)])
+@pytest.mark.parametrize("settings", [{}, {"tau": None, "clamp": 0.05}, {"adaptive_rank": False}])
+@torch.no_grad()
+def test_equals_the_reference(built, dtype, shape, settings):
+    layer, x = layer_and_input(dtype, *shape, **settings)
+    with vps.backend("cuda"):
+        y = layer(x)
+        again = layer(x.clone())
+    with vps.backend("reference"):
+        expected = layer(x)
+    tolerance = {torch.float32: 1e-5}.get(dtype, 4 * torch.finfo(dtype).eps)
+    assert torch.equal(y, again)
+    assert (y.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_soak_in_a_graph(built):
+    """1000 replays bitwise equal; 10⁵ of them are asked for before it becomes a default."""
+    layer, x = layer_and_input(torch.bfloat16, 3584, 3584)
+    with vps.backend("cuda"):
+        expected = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+    for _ in range(1000):
+        graph.replay()
+        assert torch.equal(y, expected)
