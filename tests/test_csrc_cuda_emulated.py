@@ -1,0 +1,124 @@
+"""The logic of csrc/cuda/decode.cuh on a CPU: emulated threads and blocks, watched for data races.
+
+It says nothing of speed or of the compiler for GPUs; tests/test_csrc_cuda.py runs there.
+"""
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from vps import VPSConfig, policy, reference
+
+ROOT = Path(__file__).parents[1]
+EMULATOR = Path(__file__).with_name("emulator")
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not on PATH")
+    folder = tmp_path_factory.mktemp("emulator")
+    source = (ROOT / "csrc/cuda/decode.cuh").read_text()
+    for old, new in (
+        ("extern __shared__ float shared[];", "float* const shared = emulated_shared;"),
+        ("constexpr int kThreads = 512;", "constexpr int kThreads = kEmulatedThreads;"),
+    ):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (folder / "decode.cuh").write_text(source)
+    line = [compiler, "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-Wno-tsan", "-pthread"]
+    line += [f"-I{folder}", f"-I{EMULATOR}", str(EMULATOR / "run.cpp"), "-o", str(folder / "run")]
+    built = subprocess.run(line, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder / "run"
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor is not None else b""
+
+
+def run(program, x, W, b, config, blocks, entropy=None, I_in=None, I_out=None):
+    d_out, d_in = W.shape
+    settings = policy.settings(config, False, d_in, d_out)
+    rows = -(-d_out // blocks)
+    header = struct.pack(
+        "12i2f",
+        x.element_size(), x.dtype == torch.bfloat16, blocks, rows, d_in, d_out, settings.r,
+        settings.adaptive, b is not None, I_in is not None, I_out is not None, entropy is not None,
+        -1.0 if config.tau is None else config.tau, -1.0 if config.clamp is None else config.clamp,
+    )  # fmt: skip
+    numbers = torch.tensor(policy.bounds(config, 1.0), dtype=torch.float64)
+    ticks = None if entropy is None else torch.tensor([entropy], dtype=torch.float64)
+    parts = [x.reshape(-1), W, b, I_in, I_out, numbers, ticks]
+    done = subprocess.run(
+        [program], input=header + b"".join(map(bytes_of, parts)), capture_output=True, timeout=120
+    )
+    assert done.returncode == 0 and b"WARNING" not in done.stderr, done.stderr.decode()
+    r, at = settings.r, 0
+
+    def take(count, dtype):
+        nonlocal at
+        size = count * dtype.itemsize
+        at += size
+        return torch.frombuffer(bytearray(done.stdout[at - size : at]), dtype=dtype)
+
+    y, features = take(d_out, x.dtype), take(2 * r, torch.int64).view(2, r)
+    return y, features, take(r * r, torch.float32).view(r, r), take(1, torch.float32)
+
+
+CASES = [
+    (dict(), 33, 40, 3),
+    (dict(tau=None, clamp=0.05), 64, 17, 1),
+    (dict(adaptive_rank=False, rank=8, adaptive_gamma=False), 100, 9, 2),
+    (dict(gamma_bounds=(0.1, 3.0), tau=0.1), 8, 70, 4),
+]
+
+
+@pytest.mark.parametrize("settings, d_in, d_out, blocks", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equals_the_reference(program, settings, d_in, d_out, blocks, dtype):
+    config = VPSConfig(**settings)
+    generator = torch.Generator().manual_seed(d_in)
+    # Small integers keep H exact in every dtype and full of ties.
+    x = torch.randint(-2, 3, (1, 1, d_in), generator=generator).double()
+    W = torch.randint(-1, 2, (d_out, d_in), generator=generator).double()
+    b = torch.randint(-3, 4, (d_out,), generator=generator).double()
+    for bias, entropy in ((None, None), (b, 0.7)):
+        expected = reference.vps_linear(x, W, bias, config=config, entropy=entropy)
+        group = expected.groups[0]
+        narrow = [None if t is None else t.to(dtype) for t in (x, W, bias)]
+        y, features, core, gamma = run(program, *narrow, config, blocks, entropy)
+        assert features[0, : group.rank].tolist() == group.I_in[: group.rank].tolist()
+        assert features[1, : group.rank].tolist() == group.I_out[: group.rank].tolist()
+        assert abs(gamma.item() - group.gamma) < 1e-6
+        diagonal = torch.zeros(len(core), dtype=torch.float64)
+        diagonal[: group.rank] = 1 / group.scale
+        assert torch.allclose(core.double(), diagonal.diag(), rtol=1e-5)
+        error = (y.double() - expected.y.flatten()).norm() / expected.y.norm()
+        assert error <= max(1e-6, 2 * torch.finfo(dtype).eps)
+
+
+def test_given_features_are_used(program):
+    x, W = torch.randn(1, 1, 24), torch.randn(30, 24)
+    I_in, I_out = torch.tensor([5, 0, 23, 7]), torch.tensor([29, 3, 11, 0])
+    config = VPSConfig(adaptive_rank=False, rank=4, adaptive_gamma=False, tau=None)
+    y, features, _, _ = run(program, x, W, None, config, 3, I_in=I_in, I_out=I_out)
+    H = x.double().flatten() @ W.double().T
+    expected = H + 0.5 * H[I_out] @ W.double()[:, I_in].T
+    assert features.tolist() == [I_in.tolist(), I_out.tolist()]
+    assert numpy.allclose(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_non_finite_outputs_are_never_preferred(program):
+    x = torch.ones(1, 1, 4)
+    W = torch.eye(6, 4)
+    x[0, 0, 2] = float("inf")
+    y, features, _, gamma = run(program, x, W, None, VPSConfig(tau=None), 2)
+    assert features[0].tolist()[:3] == [0, 1, 3] and gamma.isfinite()
+    assert not y.isfinite().any()  # every output reads inf or inf · 0
