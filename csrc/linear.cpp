@@ -63,13 +63,17 @@ class Call {
         s_(check(arguments)),
         kernels_(kernels(s_.dtype)),
         x_(contiguous(Optional(a_.x)).value()),
+        x_data_(x_.data_ptr()),
         bias_(contiguous(a_.bias)),
         mask_(contiguous(a_.mask)),
         counted_(mask_ ? data<bool>(*mask_) : nullptr),
         W_{a_.weight.data_ptr(), s_.d_out, s_.d_in, a_.weight.stride(0), a_.weight.stride(1)},
         features_(empty({s_.groups, 2, a_.r}, aoti_torch_dtype_int64())),
         core_(empty({s_.groups, a_.r, a_.r}, aoti_torch_dtype_float32())),
-        gamma_(empty({s_.groups}, aoti_torch_dtype_float32())) {
+        gamma_(empty({s_.groups}, aoti_torch_dtype_float32())),
+        features_data_(data<int64_t>(features_)),
+        core_data_(data<float>(core_)),
+        gamma_data_(data<float>(gamma_)) {
     count_tokens();
   }
 
@@ -77,16 +81,17 @@ class Call {
     if (a_.I_in)
       copy_features(*a_.I_in, 0);
     else
-      select(x_, s_.d_in, 0, nullptr);
+      select(x_data_, s_.d_in, 0, nullptr);
     const int64_t** chosen = workspace_.take<const int64_t*>(s_.groups);
     for (int64_t g = 0; g < s_.groups; ++g) chosen[g] = features(g, 0);
     wanted_ = distinct(chosen, s_.groups, a_.r, s_.d_in, workspace_);
     columns_ = workspace_.take<std::byte>(wanted_.count * s_.d_out * s_.element_size);
 
-    Tensor y = product();
+    const Tensor y = product();
+    void* const H = y.data_ptr();
     double* energy = workspace_.take<double>(s_.groups);
     if (a_.I_out) copy_features(*a_.I_out, 1);
-    if (!a_.I_out || a_.adaptive) select(y, s_.d_out, 1, energy, !a_.I_out);
+    if (!a_.I_out || a_.adaptive) select(H, s_.d_out, 1, energy, !a_.I_out);
     if (!a_.adaptive) std::fill(energy, energy + s_.groups, 0.0);
 
     norms_ = workspace_.take<double>(wanted_.count);
@@ -95,22 +100,22 @@ class Call {
     const int64_t r = a_.r;
     parallel(s_.groups, r * (s_.d_in + 50 * r) + s_.tokens * r, [&](int64_t g, int64_t end) {
       Workspace scratch;
-      for (; g < end; ++g) build(g, energy[g], y, scratch);
+      for (; g < end; ++g) build(g, energy[g], H, scratch);
     });
-    Tensor t = a_.clamp ? empty({s_.groups, s_.tokens, r}, s_.torch_dtype)
-                        : empty({0}, s_.torch_dtype);
-    update(y, t);
-    restore(y);
+    const Tensor t = a_.clamp ? empty({s_.groups, s_.tokens, r}, s_.torch_dtype)
+                              : empty({0}, s_.torch_dtype);
+    update(H, t.data_ptr());
+    restore(H);
     return {y, features_, core_, gamma_, t};
   }
 
  private:
-  std::byte* at(const Tensor& tensor, int64_t offset) const {
-    return data<std::byte>(tensor) + offset * s_.element_size;
+  std::byte* at(void* elements, int64_t offset) const {
+    return static_cast<std::byte*>(elements) + offset * s_.element_size;
   }
   const void* column(int64_t slot) const { return columns_ + slot * s_.d_out * s_.element_size; }
   int64_t* features(int64_t g, int64_t side) const {
-    return data<int64_t>(features_) + (2 * g + side) * a_.r;
+    return features_data_ + (2 * g + side) * a_.r;
   }
   float value(const void* elements, int64_t i) const {
     if (s_.dtype == Dtype::float32) return static_cast<const float*>(elements)[i];
@@ -134,7 +139,7 @@ class Call {
   }
 
   /// Best features of values [G, T, width] and, unless null, the energy [G].
-  void select(const Tensor& values, int64_t width, int64_t side, double* energy, bool top = true) {
+  void select(void* values, int64_t width, int64_t side, double* energy, bool top = true) {
     const int64_t r = a_.r, T = s_.tokens;
     const int64_t tiles = (width + kColumnTile - 1) / kColumnTile;
     const int64_t chunk = std::min(s_.groups, std::max<int64_t>(1, (1 << 18) / width));
@@ -178,10 +183,10 @@ class Call {
       return H;
     }
     Tensor H = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
-    const float* x = data<float>(x_);
+    const float* x = static_cast<const float*>(x_data_);
     if (s_.dtype != Dtype::float32) {
       float* wide = workspace_.take<float>(N * s_.d_in);
-      kernels_.widen(x_.data_ptr(), N * s_.d_in, wide);
+      kernels_.widen(x_data_, N * s_.d_in, wide);
       x = wide;
     }
     parallel(s_.d_out, s_.d_in, [&](int64_t begin, int64_t end) {
@@ -219,7 +224,7 @@ class Call {
   }
 
   /// T of SC from the selected inputs and outputs of the counted tokens.
-  double* coupling(int64_t g, int64_t a, const Tensor& H, Workspace& scratch) const {
+  double* coupling(int64_t g, int64_t a, void* H, Workspace& scratch) const {
     double* X = scratch.take<double>(counts_[g] * a);
     double* Y = scratch.take<double>(counts_[g] * a);
     int64_t n = 0;
@@ -227,7 +232,7 @@ class Call {
       const int64_t token = g * s_.tokens + i;
       if (counted_ && !counted_[token]) continue;
       for (int64_t c = 0; c < a; ++c) {
-        const float x = value(at(x_, token * s_.d_in), features(g, 0)[c]);
+        const float x = value(at(x_data_, token * s_.d_in), features(g, 0)[c]);
         const float h = value(at(H, token * s_.d_out), features(g, 1)[c]);
         X[n * a + c] = std::isfinite(x) ? x : 0;
         Y[n * a + c] = std::isfinite(h) ? h : 0;
@@ -270,14 +275,14 @@ class Call {
   }
 
   /// Policy, clip and core of one group.
-  void build(int64_t g, double energy, const Tensor& H, Workspace& scratch) {
+  void build(int64_t g, double energy, void* H, Workspace& scratch) {
     const int64_t r = a_.r;
-    float* core = data<float>(core_) + g * r * r;
+    float* core = core_data_ + g * r * r;
     std::fill(core, core + r * r, 0.0f);
     Decision& d = decisions_[g];
     d = counts_[g] ? decide(s_.policy, s_.entropy, energy, r, a_.second_order)
                    : Decision{0, 0, false};
-    data<float>(gamma_)[g] = static_cast<float>(d.gamma);
+    gamma_data_[g] = static_cast<float>(d.gamma);
     const int64_t a = d.active;
     if (a == 0) return;
     const double* T = a_.coupled ? coupling(g, a, H, scratch) : nullptr;
@@ -298,7 +303,7 @@ class Call {
   }
 
   /// t of all tokens first, then y in place on H.
-  void update(const Tensor& y, const Tensor& t) {
+  void update(void* y, void* t) {
     const int64_t r = a_.r, T = s_.tokens, N = s_.groups * T, d = s_.d_out;
     float* u = workspace_.take<float>(N * r);
     parallel(N, r * (r + 16), [&](int64_t n, int64_t end) {
@@ -310,6 +315,7 @@ class Call {
     for (int64_t i = 0; i < s_.groups * r; ++i) columns[i] = column(wanted_.slots[i]);
     constexpr int64_t kTokens = 16, kWidth = 1024;
     const int64_t across = (d + kWidth - 1) / kWidth, down = (T + kTokens - 1) / kTokens;
+    const void* const bias = bias_ ? bias_->data_ptr() : nullptr;
     const int64_t work = std::min(T, kTokens) * std::min(d, kWidth) * (1 + r / 4);
     parallel(s_.groups * down * across, work, [&](int64_t i, int64_t end) {
       for (; i < end; ++i) {
@@ -319,16 +325,16 @@ class Call {
         const int64_t token = g * T + n;
         kernels_.apply(at(y, token * d), std::min(kTokens, T - n), d, begin,
                        std::min(d, begin + kWidth), u + token * r, r, decisions_[g].active,
-                       columns + g * r, bias_ ? bias_->data_ptr() : nullptr,
-                       data<float>(gamma_)[g], a_.clamp ? static_cast<float>(*a_.clamp) : -1.0f);
+                       columns + g * r, bias, gamma_data_[g],
+                       a_.clamp ? static_cast<float>(*a_.clamp) : -1.0f);
       }
     });
   }
 
   /// u [r] of token n: its selected outputs times the core, times γ where no clamp comes between.
-  void mix(int64_t n, const Tensor& H, const Tensor& t, float* selected, float* u) const {
+  void mix(int64_t n, void* H, void* t, float* selected, float* u) const {
     const int64_t r = a_.r, g = n / s_.tokens, a = decisions_[g].active;
-    const float* core = data<float>(core_) + g * r * r;
+    const float* core = core_data_ + g * r * r;
     for (int64_t c = 0; c < a; ++c)
       selected[c] = value(at(H, n * s_.d_out), features(g, 1)[c]);
     if (a_.clamp) {
@@ -336,7 +342,7 @@ class Call {
       for (int64_t c = 0; c < a; ++c)
         std::memcpy(at(t, n * r + c), at(H, n * s_.d_out + features(g, 1)[c]), s_.element_size);
     }
-    const float scale = a_.clamp ? 1.0f : data<float>(gamma_)[g];
+    const float scale = a_.clamp ? 1.0f : gamma_data_[g];
     for (int64_t c = 0; c < a; ++c) {
       float total = 0;
       for (int64_t j = 0; j < a; ++j) total += selected[j] * core[j * r + c];
@@ -345,23 +351,26 @@ class Call {
   }
 
   /// Groups without a counted token get the very bits of the base layer.
-  void restore(const Tensor& y) const {
+  void restore(void* y) const {
     if (std::find(counts_, counts_ + s_.groups, 0) == counts_ + s_.groups) return;
     const Tensor base = base_linear(a_.x, a_.weight, a_.bias);
     const int64_t size = s_.tokens * s_.d_out;
     for (int64_t g = 0; g < s_.groups; ++g)
       if (counts_[g] == 0)
-        std::memcpy(at(y, g * size), at(base, g * size), size * s_.element_size);
+        std::memcpy(at(y, g * size), at(base.data_ptr(), g * size), size * s_.element_size);
   }
 
   const Arguments& a_;
   const Shape s_;
   const Kernels& kernels_;
   const Tensor x_;
+  void* const x_data_;
   const Optional bias_, mask_;
   const bool* counted_;  // [G, T] or null
   const Matrix W_;
   const Tensor features_, core_, gamma_;
+  int64_t* const features_data_;
+  float *const core_data_, *const gamma_data_;
   Workspace workspace_;
   int64_t* counts_;         // counted tokens of each group
   Distinct wanted_;         // features in I_in

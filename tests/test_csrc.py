@@ -292,7 +292,7 @@ for n in threads:
     torch.set_num_threads(n)
     for dtype in own.DTYPES:
         for G, T in ((1, 1), (4, 1), (1, 300), (300, 1), (3, 100)):
-            data = own.make(G, T, 96, 1100, dtype)
+            data = own.make(G, T, 400, 1100, dtype)
             for builder in ("sk", "sc"):
                 out = own.call(data, VPSConfig(builder=builder, clamp=0.2, clip="spectral"))
                 key = str(dtype), G, T, builder
