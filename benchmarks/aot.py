@@ -32,7 +32,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.E\S*\.128\b|\bUTMALDG")
+STREAMED = re.compile(r"\bLDGSTS\.E(?:\.\w+)*?(?:\.(64|128))?(?=[\s;])")
 
 
 class Device:
@@ -131,8 +131,14 @@ def resources(architecture: str, kernel: Any) -> dict[str, int]:
 
 
 def wide_loads(kernel: Any) -> int:
-    """How many loads of 16 bytes from global memory stand in the machine code."""
-    return len(WIDE_LOAD.findall(_tool("cuobjdump", "-sass", kernel.asm["cubin"])))
+    """How many copies of 16 bytes stream W and x to shared memory; 0 unless W is among them.
+
+    W is half of what is streamed or more, so it is when they carry more than half of the bytes.
+    """
+    sass = _tool("cuobjdump", "-sass", kernel.asm["cubin"])
+    sizes = [int(bits or 32) // 8 for bits in STREAMED.findall(sass)]
+    wide = sizes.count(16)
+    return wide if 2 * 16 * wide > sum(sizes) else 0
 
 
 def why_missing(architecture: str) -> str | None:
