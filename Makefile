@@ -7,18 +7,22 @@ BIN := .venv/bin
 MODEL := .cache/smollm2
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
 UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,scores select factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test lint bench gpu clean help
+.PHONY: demo test test-triton-3.6 lint bench gpu clean help
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 demo: .venv/.ok $(MODEL)/.ok  ## Generate with SmolLM2-135M, plain and sharpened; writes demo/report.html
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps demo --model-dir $(MODEL)
 
 test: .venv/.ok  ## Run the tests
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
+
+test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
+	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)
 
 lint: .venv/.ok  ## Check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -36,7 +40,11 @@ clean:  ## Remove what the other targets made
 	rm -rf .venv .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.ok: setup.py pyproject.toml constraints.txt
+.venv/triton-3.6/.ok: | .venv/.ok
+	@$(BIN)/python -m pip install -q --no-deps --target .venv/triton-3.6 triton==3.6.0
+	@touch $@
+
+.venv/.ok: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.[chi]*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (once, a minute or two)"
 	@$(INSTALL) $(VPS_TORCH) torch "setuptools>=77"
