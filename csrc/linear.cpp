@@ -316,7 +316,7 @@ class Call {
     constexpr int64_t kTokens = 16, kWidth = 1024;
     const int64_t across = (d + kWidth - 1) / kWidth, down = (T + kTokens - 1) / kTokens;
     const void* const bias = bias_ ? bias_->data_ptr() : nullptr;
-    const int64_t work = std::min(T, kTokens) * std::min(d, kWidth) * (1 + r / 4);
+    const int64_t work = std::min(T, kTokens) * std::min(d, kWidth) * (8 + r) / 8;
     parallel(s_.groups * down * across, work, [&](int64_t i, int64_t end) {
       for (; i < end; ++i) {
         const int64_t g = i / (down * across), n = i / across % down * kTokens;
