@@ -1,0 +1,53 @@
+"""Text in, losses out: verification of what a language model wrote, without evaluating it.
+
+``L = Σ w_i ℓ_i`` with parts *numeric*, *units*, *self_consistency* and *algebraic* (SPEC §9).
+Plain numbers are compared in process as exact fractions; expressions go to a worker process
+with limits on time and memory. Imports neither torch nor any other part of vps.
+"""
+
+from vps.verify.answer import Answer, extract_answer, extract_number
+from vps.verify.composite import (
+    DEFAULT_WEIGHTS,
+    CompositeVerifier,
+    Losses,
+    Verdict,
+    check,
+)
+from vps.verify.losses import (
+    algebraic_loss,
+    numeric_loss,
+    self_consistency_loss,
+    units_loss,
+)
+from vps.verify.pool import Pool, default_pool
+
+__all__ = [
+    "DEFAULT_WEIGHTS",
+    "Answer",
+    "CompositeVerifier",
+    "Losses",
+    "Pool",
+    "Verdict",
+    "algebraic_loss",
+    "check",
+    "default_pool",
+    "extract_answer",
+    "extract_number",
+    "numeric_loss",
+    "self_consistency_loss",
+    "units_loss",
+    "warm",
+]
+
+
+def warm(timeout: float = 60.0) -> None:
+    """Wait until a worker of the default pool is ready, so that no verdict waits for it.
+
+    Args:
+        timeout: seconds to wait.
+
+    Raises:
+        TimeoutError: none was ready in time.
+        ImportError: sympy or latex2sympy2_extended is not installed.
+    """
+    default_pool().warm(timeout)

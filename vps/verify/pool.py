@@ -1,0 +1,287 @@
+"""Warm worker processes behind a time limit: a late one is killed, another takes its place."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import math
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from vps.verify.missing import missing
+
+WORKER = Path(__file__).with_name("worker.py")
+MEMORY = 1 << 30
+MAX_ANSWER = 1 << 16
+# Less than a pipe holds, so that writing never waits for the worker.
+MAX_REQUEST = 60_000
+logger = logging.getLogger("vps.verify")
+# What a Python needs to start; nothing else of the environment is passed on.
+KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL")
+
+
+class WorkerDiedError(Exception):
+    """The worker ended, was killed or sent nonsense."""
+
+
+class WorkerLateError(Exception):
+    """No answer within the time limit."""
+
+
+class Worker:
+    """One process and the pipes to it; used by one thread at a time."""
+
+    def __init__(self, script: Path = WORKER, memory: int = MEMORY) -> None:
+        if not sys.executable:
+            raise RuntimeError("vps.verify: no Python to start a worker with (sys.executable)")
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in KEPT if name in os.environ},
+            cwd=os.path.abspath(os.sep),
+            bufsize=0,
+            start_new_session=True,
+        )
+        self.buffer = b""
+        self.missing: list[str] | None = None
+        path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry)]
+        try:
+            self.send({"path": path, "memory": memory})
+        except WorkerDiedError:
+            self.kill()
+            raise
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write one line.
+
+        Raises:
+            WorkerDiedError: nobody reads it.
+        """
+        try:
+            self.process.stdin.write(json.dumps(message, default=str).encode() + b"\n")  # type: ignore[union-attr]
+        except (OSError, ValueError):
+            raise WorkerDiedError("the worker is gone") from None
+
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """Read one line.
+
+        Raises:
+            WorkerLateError: it was not complete at ``deadline``, in ``time.monotonic()``.
+            WorkerDiedError: the pipe closed, or what came is no answer.
+        """
+        stream = self.process.stdout
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)  # type: ignore[arg-type]
+            while b"\n" not in self.buffer:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise WorkerLateError("no answer in time")
+                read = os.read(stream.fileno(), MAX_ANSWER)  # type: ignore[union-attr]
+                self.buffer += read
+                if not read or len(self.buffer) > MAX_ANSWER:
+                    raise WorkerDiedError("the worker ended")
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        try:
+            found = json.loads(line)
+        except ValueError:
+            raise WorkerDiedError("the worker sent no JSON") from None
+        if not isinstance(found, dict):
+            raise WorkerDiedError("the worker sent no object")
+        return found
+
+    def ready(self, deadline: float) -> None:
+        """Wait until it has started.
+
+        Raises:
+            WorkerLateError, WorkerDiedError: as for :meth:`receive`.
+        """
+        if self.missing is None:
+            self.missing = list(self.receive(deadline).get("missing", ()))
+
+    def end(self) -> None:
+        """End the process and collect it; another thread may be reading from it."""
+        self.process.kill()
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # stuck in the system; Popen collects it later
+            return
+
+    def kill(self) -> None:
+        """End the process and close its pipes; safe to call twice."""
+        self.end()
+        for stream in (self.process.stdin, self.process.stdout):
+            try:
+                stream.close()  # type: ignore[union-attr]
+            except OSError:
+                continue
+
+
+class Pool:
+    """Workers for any number of threads, started when they are needed.
+
+    Args:
+        size: most workers at a time.
+        memory: address space of each, in bytes.
+    """
+
+    def __init__(self, size: int = 2, memory: int = MEMORY, script: Path = WORKER) -> None:
+        if size < 1:
+            raise ValueError(f"vps.verify.Pool: size must be at least 1, got {size}")
+        self.size, self.memory, self.script = size, memory, script
+        self.reset()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.reset)
+        atexit.register(self.close)
+
+    def reset(self) -> None:
+        """Forget all workers without ending them: after a fork they are the parent's."""
+        self.free = threading.Condition()
+        self.idle: list[Worker] = []
+        self.busy: set[Worker] = set()
+        self.closed = False
+
+    def start(self) -> None:
+        """Start one worker, if there is none, and do not wait for it."""
+        with self.free:
+            if not self.closed and not self.idle and not self.busy:
+                self.idle.append(Worker(self.script, self.memory))
+
+    def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any] | None:
+        """The answer of a worker; ``None`` if there is none at ``deadline``.
+
+        A worker that died is replaced and asked once more, one that is late is killed.
+
+        Args:
+            request: what :func:`vps.verify.worker.answer` takes.
+            deadline: in ``time.monotonic()``.
+
+        Raises:
+            ImportError: sympy or latex2sympy2_extended is not installed.
+        """
+        if len(json.dumps(request, default=str)) > MAX_REQUEST:
+            return None
+        for _ in range(2):
+            try:
+                worker = self.take(deadline)
+            except (OSError, WorkerDiedError) as error:
+                logger.warning("no worker could be started: %s", error)
+                return None
+            if worker is None:
+                return None
+            healthy = False
+            try:
+                worker.ready(deadline)
+                if worker.missing:
+                    healthy = True
+                    raise missing("algebra", " and ".join(worker.missing))
+                worker.send(request | {"seconds": max(0.0, deadline - time.monotonic())})
+                found = worker.receive(deadline)
+                healthy = not found.get("exhausted")
+                return found
+            except WorkerLateError:
+                return None
+            except WorkerDiedError:
+                if worker.missing is None:
+                    logger.warning("a worker ended while it started")
+                continue
+            finally:
+                self.give_back(worker, healthy)
+        return None
+
+    def take(self, deadline: float) -> Worker | None:
+        """A living worker for this thread alone; ``None`` if all are busy until ``deadline``."""
+        with self.free:
+            while not self.closed:
+                while self.idle:
+                    worker = self.idle.pop()
+                    if worker.process.poll() is None:
+                        self.busy.add(worker)
+                        return worker
+                    worker.kill()
+                if len(self.busy) < self.size:
+                    worker = Worker(self.script, self.memory)
+                    self.busy.add(worker)
+                    return worker
+                left = deadline - time.monotonic()
+                if left <= 0 or not self.free.wait(left):
+                    return None
+        return None
+
+    def give_back(self, worker: Worker, healthy: bool) -> None:
+        """End the use of a worker; one that is not healthy is killed and another started."""
+        if not healthy:
+            worker.kill()
+        with self.free:
+            self.busy.discard(worker)
+            if self.closed:
+                worker.kill()
+            elif healthy:
+                self.idle.append(worker)
+            elif worker.missing is not None:  # else it never got ready, nor would the next
+                try:
+                    self.idle.append(Worker(self.script, self.memory))
+                except (OSError, WorkerDiedError):
+                    pass  # take() tries again and raises
+            self.free.notify()
+
+    def warm(self, timeout: float = 60.0) -> None:
+        """Wait until a worker is ready, so that the first verdict does not wait for it.
+
+        Raises:
+            TimeoutError: it did not start in time.
+            ImportError: sympy or latex2sympy2_extended is not installed.
+        """
+        deadline = time.monotonic() + timeout
+        if self.ask({"left": ["symbol", "x"], "right": ["symbol", "x"]}, deadline) is None:
+            raise TimeoutError(f"vps.verify: no worker was ready within {timeout:g} s")
+
+    def processes(self) -> list[int]:
+        """Process ids of the living workers."""
+        with self.free:
+            return [worker.process.pid for worker in (*self.idle, *self.busy)]
+
+    def close(self) -> None:
+        """Kill all workers; requests after that are not answered."""
+        with self.free:
+            self.closed = True
+            idle, busy = list(self.idle), list(self.busy)
+            self.idle.clear()
+            self.free.notify_all()
+        for worker in busy:
+            worker.end()
+        for worker in idle:
+            worker.kill()
+
+
+def check_timeout(timeout: float) -> float:
+    """A time limit in seconds.
+
+    Raises:
+        TypeError, ValueError: not a positive number.
+    """
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"vps.verify: timeout must be a number, got {type(timeout).__name__}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"vps.verify: timeout must be positive and finite, got {timeout!r}")
+    return float(timeout)
+
+
+_default: Pool | None = None
+_default_lock = threading.Lock()
+
+
+def default_pool() -> Pool:
+    """The pool that verdicts use where none is named."""
+    global _default
+    with _default_lock:
+        if _default is None or _default.closed:
+            _default = Pool()
+        return _default
