@@ -148,3 +148,18 @@ def test_fake_tensors_leave_nothing_behind():
     with torch.no_grad(), vps.backend("reference"):
         expected = VPSLinear.from_linear(linear)(x)
     assert torch.allclose(vps_linear(x, linear.weight, linear.bias), expected, atol=1e-5)
+
+
+def test_a_library_that_does_not_load_is_a_reason_not_a_crash(tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    code = (
+        "import torch, vps; print(vps.backends()['cpp']);"
+        "print(vps.VPSLinear(4, 4)(torch.randn(2, 4)).shape)"
+    )
+    environment = {**os.environ, "VPS_CPP_LIBRARY": str(broken)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "does not load" in run.stdout and "[2, 4]" in run.stdout

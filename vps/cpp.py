@@ -6,32 +6,25 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
 
 
+@cache
 def why_missing() -> str | None:
-    """Why the library cannot be loaded, or ``None``."""
+    """Why there is no implementation of ``torch.ops.vps.linear`` in C++, or ``None``; loads it."""
     library = _library()
     if library is None:
         return "its library is not built: VPS_BUILD_CPP=1 pip install ... says why"
-    return None if library.is_file() else f"VPS_CPP_LIBRARY={library} is no file"
-
-
-def load() -> None:
-    """Register its implementation of ``torch.ops.vps.linear`` for CPUs.
-
-    Raises:
-        ImportError: no library, or one that does not fit this torch or machine.
-    """
-    reason = why_missing()
-    if reason is not None:
-        raise ImportError(f"vps: no C++ backend: {reason}")
+    if not library.is_file():
+        return f"VPS_CPP_LIBRARY={library} is no file"
     try:
-        torch.ops.load_library(str(_library()))
-    except OSError as error:
-        raise ImportError(f"vps: the C++ backend cannot be loaded: {error}") from error
+        torch.ops.load_library(str(library))
+    except OSError as error:  # built for another machine or torch
+        return f"its library does not load: {error}"
+    return None
 
 
 def _library() -> Path | None:

@@ -111,7 +111,5 @@ def _packed(forward: Callable[[Inputs, Settings], Outputs], arguments: tuple[Any
 
 
 LIBRARY.impl("linear", _triton, "CUDA")
-if cpp.why_missing() is None:
-    cpp.load()
-else:
+if cpp.why_missing() is not None:
     LIBRARY.impl("linear", _torch, "CPU")

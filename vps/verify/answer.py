@@ -32,7 +32,7 @@ from vps.verify.units import Unit
 
 Source = Literal["boxed", "hashes", "phrase", "text"]
 
-BRACE = re.compile(r"\\f?boxed\s{0,3}\{|\\.|[{}]", re.DOTALL)
+BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
 PHRASE = re.compile(r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)[\s:]{0,9}", re.IGNORECASE)
 INLINE_LATEX = re.compile(r"\$([^$\n]{1,400})\$")
 GLUE = frozenset({"*", "**", "/", "^", "!", "_"})
@@ -125,8 +125,6 @@ def last_box(text: str) -> str:
     opened: list[int | None] = []
     best = (-1, -1)
     for brace in BRACE.finditer(text):
-        if brace[0].endswith("boxed"):  # an escape before the word
-            continue
         if brace[0] == "{":
             opened.append(None)
         elif brace[0][0] == "\\" and brace[0][-1] == "{" and len(brace[0]) > 2:

@@ -12,7 +12,7 @@ REPLACEMENTS = [
     (re.compile(r"(?<=\w)\\?\$(?=\w)|\$\$"), " "),
     (re.compile(r"\\?[$€£¥]"), ""),
     (re.compile(r"\\[()\[\]]"), " "),
-    (re.compile(r"\\f?boxed(?![A-Za-z])"), " "),
+    (re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])"), " "),
     (re.compile(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])"), ""),
     (
         re.compile(

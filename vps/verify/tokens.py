@@ -137,7 +137,11 @@ def runs(text: str, letters: int = 1) -> list[list[Token]]:
             depth += 1
         elif token.text in CLOSING:
             depth = max(0, depth - 1)
-        if token.kind == "junk" or token.kind == "word" and prose(token, before, after, letters):
+        if token.kind == "junk" or (
+            token.kind == "word"
+            and not follows_function(tokens, index)
+            and prose(token, before, after, letters)
+        ):
             depth = 0
             found.append([])
             continue
@@ -152,12 +156,25 @@ def runs(text: str, letters: int = 1) -> list[list[Token]]:
     return [run for run in found if run]
 
 
+def follows_function(tokens: list[Token], index: int) -> bool:
+    """Whether a short word is the argument of a function: ``sin x``, ``sin^2 x``."""
+    at = index - 1
+    if at >= 2 and tokens[at].kind == "number" and tokens[at - 1].text in ("^", "**"):
+        at -= 2
+    if at < 0 or len(tokens[index].text) > 1 or tokens[at].kind not in ("word", "command"):
+        return False
+    return tokens[at].text.lstrip("\\") in FUNCTIONS
+
+
 def prose(token: Token, before: Token | None, after: Token | None, letters: int) -> bool:
     """Whether a word belongs to the sentence rather than to a formula."""
     if len(token.text) > 1 and known(token.text):
         return False
     if len(token.text) > letters:
         return True
+    if token.text in ("x", "X") and before and after:
+        if before.kind == after.kind == "number":
+            return False
     for other, gap in (
         (before, token.start - before.end if before else 1),
         (after, after.start - token.end if after else 1),

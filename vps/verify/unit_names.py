@@ -140,7 +140,6 @@ NAMES = {
     "week": "week",
     "month": "month",
     "year": "year",
-    "decade": "decade",
     "century": "century",
     "inch": "inch",
     "foot": "foot",
