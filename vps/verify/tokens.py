@@ -59,6 +59,8 @@ TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+# "\\pi m" has a unit, "\\pi h" is a product.
+AFTER_PI = re.compile("m(?![A-Za-z])|[A-Za-z]{2}")
 SENTENCE_COMMA = re.compile(r",(?=\s|$)")
 OPENING, CLOSING = frozenset("([{"), frozenset(")]}")
 BINARY = frozenset({"+", "-", "*", "/", "^", "**", "=", "<", ">", "<=", ">="})
@@ -78,13 +80,13 @@ class Token:
 def scan(text: str) -> Iterator[Token]:
     """Every token of ``text`` but the spaces."""
     position = 0
-    after_value = False
+    after_value = after_pi = False
     while position < len(text):
-        if after_value:
+        if after_value or after_pi:
             found = unit_at(text, position)
-            if found:
+            if found and (after_value or AFTER_PI.match(found.text)):
                 yield found
-                position, after_value = found.end, False
+                position, after_value, after_pi = found.end, False, False
                 continue
         token = TOKEN.match(text, position)
         if token is None:
@@ -94,6 +96,7 @@ def scan(text: str) -> Iterator[Token]:
             continue
         kind = "junk" if kind == "hexadecimal" else kind
         after_value = kind == "number" or token[0] in CLOSING
+        after_pi = token[0] in (r"\pi", "pi")
         yield Token(kind, token[0], token.start(), position)
 
 
