@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 from vps.verify import latex
+from vps.verify.compound import compound
 from vps.verify.expression import parse_tokens
 from vps.verify.limits import NotAnExpressionError, UndecidableError
 from vps.verify.nodes import Node, value
@@ -34,7 +35,9 @@ from vps.verify.units import Unit
 Source = Literal["boxed", "hashes", "phrase", "text"]
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
-PHRASE = re.compile(r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE)
+PHRASE = re.compile(
+    r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE
+)
 INLINE_LATEX = re.compile(r"\$([^$\n]{1,400})\$")
 GLUE = frozenset({"*", "**", "/", "^", "!", "_"})
 COMMAND = re.compile(r"\\([A-Za-z]+)")
@@ -155,6 +158,11 @@ def read(region: str, source: Source) -> Answer:
     if SPACED_THOUSANDS.fullmatch(text):
         text = text.replace(" ", "")
     answer = Answer(region, source)
+    tokens = list(scan(text))
+    quantity = compound(tokens)
+    if quantity and (source == "text" or quantity.first is tokens[0]):
+        node: Node = ("number", quantity.value)
+        return replace(answer, value=quantity.value, unit=quantity.unit, expression=node)
     whole = read_whole(text, answer) or read_alternatives(text, answer)
     if whole is not None:
         return whole
@@ -339,7 +347,8 @@ def plain_number(tokens: Sequence[Token], last: bool) -> Token | None:
         and not (index and tokens[index - 1].text in GLUE)
         and not (index + 1 < len(tokens) and tokens[index + 1].text in GLUE | {"("})
         and not any(
-            other.kind == "number" and (other.end == token.start or other.start == token.end)
+            other.kind in ("number", "word")
+            and (other.end == token.start or other.kind == "number" and other.start == token.end)
             for other in tokens[max(0, index - 1) : index + 2]
         )
     ]

@@ -230,7 +230,8 @@ class Parser:
         if not all(part.isdecimal() and len(part) < 10 for part in parts):
             return ("number", whole)
         numerator, denominator = map(int, parts)
-        if not 0 < numerator < denominator:
+        divides = self.position > 1 and self.tokens[self.position - 2].text in ("/", "^", "**")
+        if divides or not 0 < numerator < denominator:  # "1/2 1/2" is no 1/(2 + 1/2)
             raise NotAnExpressionError("two numbers in a row")
         self.position += length
         return ("number", whole + Fraction(numerator, denominator))

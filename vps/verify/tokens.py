@@ -80,7 +80,8 @@ class Token:
 def scan(text: str) -> Iterator[Token]:
     """Every token of ``text`` but the spaces."""
     position = 0
-    after_value = after_pi = False
+    after_value = after_pi = after_word = False
+    letter_power = False  # in the exponent of a letter: "r^2 h" is no "2 hours", "10^3 m" is metres
     while position < len(text):
         if after_value or after_pi:
             found = unit_at(text, position)
@@ -95,7 +96,12 @@ def scan(text: str) -> Iterator[Token]:
         if kind == "space":
             continue
         kind = "junk" if kind == "hexadecimal" else kind
-        after_value = kind == "number" or token[0] in CLOSING
+        if token[0] in ("^", "**"):
+            letter_power = after_word
+        elif kind != "number" and token[0] not in ("{", "}", "-"):
+            letter_power = False
+        after_word = kind == "word"
+        after_value = (kind == "number" or token[0] in CLOSING) and not letter_power
         after_pi = token[0] in (r"\pi", "pi")
         yield Token(kind, token[0], token.start(), position)
 
