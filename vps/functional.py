@@ -16,6 +16,7 @@ from vps import (
     cuda,
     dispatch,
     masking,
+    one_group,
     operator,
     policy,
     reference,
@@ -90,7 +91,10 @@ def vps_linear(
     entropy = None if state is None else state.entropy_on(x.device)
     inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.policy, entropy)
     if name == "torch":
-        y, selected = torch_backend.sharpen(inputs, plan.settings, torch_backend.forward)
+        result = one_group.sharpen(inputs, plan.settings)
+        if result is None:
+            result = torch_backend.sharpen(inputs, plan.settings, torch_backend.forward)
+        y, selected = result
     elif name == "cuda":
         y, selected = torch_backend.sharpen(inputs, plan.settings, cuda.forward)
     elif name == "triton" and not x.is_cuda:
