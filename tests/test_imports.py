@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 # A module may import those of its own and of lower layers.
 LAYERS = [
     {"config", "reference", "constants", "verify"},
-    {"masking", "policy", "selection", "clipping", "gradient", "matching", "sharing"},
+    {"masking", "policy", "selection", "clipping", "gradient", "matching", "sharing", "lbfgs"},
     {"kernels", "cpp"},
     {"torch_backend", "triton_backend", "cuda"},
     {"operator"},
