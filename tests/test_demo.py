@@ -14,6 +14,7 @@ from vps.demo import CONFIG, Answer, DemoRun, compare, heatmap, run_demo
 from vps.demo.report import write_report
 from vps.generation import Generation, changed_choices, encode, first_difference
 from vps.patching import sharpened_layers
+from vps.statistics import measure
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_statistics_are_those_of_the_layers(model, tokenizer):
         layer.register_forward_hook(lambda m, x, y, name=name: seen.update({name: (m, x[0], y)}))
         for name, layer in sharpened_layers(model).items()
     ]
-    statistics = heatmap.measure(model, inputs)
+    statistics = measure(model, inputs)
     for handle in handles:
         handle.remove()
     assert [entry.name for entry in statistics] == list(seen) and len(statistics) == 14
@@ -117,8 +118,8 @@ def test_columns_tell_the_layers_of_a_block_apart():
 
 def test_heat_maps_take_what_a_model_may_give(tmp_path):
     entries = [
-        heatmap.LayerStatistics("m.0.q_proj", 0.3, 1, 0.0, 0.0),
-        heatmap.LayerStatistics("m.5.k_proj", 0.8, 4, 1e9, math.nan),
+        heatmap.LayerStatistics("m.0.q_proj", 0.0, 0.3, 1, 0.0, 0.0),
+        heatmap.LayerStatistics("m.5.k_proj", 1.0, 0.8, 4, 1e9, math.nan),
     ]
     for number in (1, 2):
         heatmap.draw(entries[:number], tmp_path / "map.png")

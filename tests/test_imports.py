@@ -22,7 +22,8 @@ LAYERS = [
     {"functional"},
     {"linear", "conv1d", "attention_mask"},
     {"patching"},
-    {"settings", "generation", "loading", "doctor"},
+    {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture"},
+    {"refine"},
     {"demo", "evaluation"},
     {"cli"},
 ]

@@ -5,8 +5,10 @@ weight and the activations passing through.
 """
 
 from vps import reference
+from vps.capture import capture
 from vps.config import VPSConfig
 from vps.dispatch import backend, backends
+from vps.entropy import EntropyProcessor, token_entropy
 from vps.functional import vps_linear
 from vps.linear import VPSLinear
 from vps.masking import token_mask
@@ -17,6 +19,7 @@ from vps.settings import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "EntropyProcessor",
     "PatchReport",
     "PolicyState",
     "VPSConfig",
@@ -24,6 +27,7 @@ __all__ = [
     "__version__",
     "backend",
     "backends",
+    "capture",
     "disabled",
     "load",
     "patch",
@@ -31,6 +35,7 @@ __all__ = [
     "reference",
     "save",
     "set_config",
+    "token_entropy",
     "token_mask",
     "unpatch",
     "vps_linear",

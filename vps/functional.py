@@ -83,7 +83,7 @@ def vps_linear(
     if plan is None or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
     dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
-    grouped = _group(x, dims, config.scope)
+    grouped = group(x, dims, config.scope)
     counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
     pairs = memory.pairs if memory is not None and config.lbfgs else ()
     name = dispatch.choose_with_memory() if pairs else dispatch.choose(x)
@@ -202,7 +202,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
+def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
     """x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
     if scope == "sequence" and x.dim() == 3:
         return x

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from vps.config import VPSConfig
-from vps.demo.heatmap import LayerStatistics, draw, measure
+from vps.demo.heatmap import draw
 from vps.demo.report import write_report
 from vps.generation import Generation, changed_choices, encode, first_difference, generate
 from vps.loading import load_model
 from vps.patching import disabled, patch, set_config
+from vps.statistics import LayerStatistics, measure
 
 PROMPTS = (
     "Tom has 3 boxes with 4 apples each. He eats 5 apples. How many apples are left?",
