@@ -23,6 +23,7 @@ LAYERS = [
     {"linear", "conv1d", "attention_mask"},
     {"patching"},
     {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture"},
+    {"ephemeral"},
     {"refine"},
     {"demo", "evaluation"},
     {"cli"},

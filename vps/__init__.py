@@ -14,14 +14,17 @@ from vps.linear import VPSLinear
 from vps.masking import token_mask
 from vps.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
 from vps.policy import PolicyState
+from vps.refine import Iteration, RefineResult, refine
 from vps.settings import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EntropyProcessor",
+    "Iteration",
     "PatchReport",
     "PolicyState",
+    "RefineResult",
     "VPSConfig",
     "VPSLinear",
     "__version__",
@@ -33,6 +36,7 @@ __all__ = [
     "patch",
     "policy_state",
     "reference",
+    "refine",
     "save",
     "set_config",
     "token_entropy",
