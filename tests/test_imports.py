@@ -24,7 +24,7 @@ LAYERS = [
     {"patching"},
     {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture"},
     {"ephemeral"},
-    {"refine"},
+    {"refine", "batch"},
     {"demo", "evaluation"},
     {"cli"},
 ]

@@ -154,12 +154,14 @@ def test_the_loop_is_that_of_the_specification(tokenizer, prompt):
 def test_what_the_policy_decided(tokenizer):
     """By the formula, from the energies of a pass without an entropy."""
     model = tiny()
+    with torch.no_grad():  # an entropy above some layers' σ and below others'
+        model.lm_head.weight.mul_(4)
     entry = run(model, tokenizer, iterations=2).iterations[1]
     layers = measure(model, tokenizer(PROMPTS[0], return_tensors="pt"))
     sigmas = [max(1 - math.exp(-layer.energy), entry.entropy / 3) for layer in layers]
     gammas = [0.3 + 0.5 * sigma for sigma in sigmas]
     ranks = [1 + math.floor(3 * sigma + 2**-20) for sigma in sigmas]
-    assert entry.entropy < 3 and len({round(sigma, 6) for sigma in sigmas}) > 3
+    assert 14 > len({round(sigma, 6) for sigma in sigmas}) > 3
     for name, values in (("sigma", sigmas), ("gamma", gammas), ("rank", ranks)):
         assert math.isclose(getattr(entry, name), sum(values) / 14, rel_tol=1e-5), name
 
