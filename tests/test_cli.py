@@ -282,7 +282,7 @@ def test_progress_is_shown_on_a_slow_terminal_only(monkeypatch):
 
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        progress = cli._Progress()
+        progress = cli.Progress()
         progress.step("quick", 3)
         progress.advance()
         progress.close()

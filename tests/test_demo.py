@@ -9,11 +9,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from vps import VPSConfig, disabled, patch, set_config
-from vps.demo import CONFIG, Answer, DemoRun, compare, heatmap, run_demo
+from vps import Iteration, RefineResult, VPSConfig, disabled, patch, set_config
+from vps.demo import CONFIG, Answer, DemoRun, Refined, compare, heatmap, run_demo
 from vps.demo.report import write_report
 from vps.generation import Generation, changed_choices, encode, first_difference
 from vps.patching import sharpened_layers
+from vps.statistics import measure
+from vps.verify import Losses
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def model():
 def test_comparison_and_report(model, tokenizer, tmp_path):
     messages = []
     run = compare(model, tokenizer, tmp_path / "out", 6, messages.append)
-    assert len(run.answers) == 3 and len(messages) == 4
+    assert len(run.answers) == 3 and len(messages) == 5
     for answer in run.answers:
         assert answer.first_difference == first_difference(
             answer.plain.tokens, answer.sharpened.tokens
@@ -60,6 +62,10 @@ def test_comparison_and_report(model, tokenizer, tmp_path):
     assert (
         f"{run.changed:.1%}" in page and f"{run.plain_rate / run.sharpened_rate:.2f} times" in page
     )
+    iterations = run.refined.result.iterations
+    assert len(iterations) == 3 and run.refined.result.used_labels
+    for entry in iterations:
+        assert f"total {entry.losses.total:.4g}\n" in page and entry.text in page
     assert (tmp_path / "out/heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -91,7 +97,7 @@ def test_statistics_are_those_of_the_layers(model, tokenizer):
         layer.register_forward_hook(lambda m, x, y, name=name: seen.update({name: (m, x[0], y)}))
         for name, layer in sharpened_layers(model).items()
     ]
-    statistics = heatmap.measure(model, inputs)
+    statistics = measure(model, inputs)
     for handle in handles:
         handle.remove()
     assert [entry.name for entry in statistics] == list(seen) and len(statistics) == 14
@@ -117,8 +123,8 @@ def test_columns_tell_the_layers_of_a_block_apart():
 
 def test_heat_maps_take_what_a_model_may_give(tmp_path):
     entries = [
-        heatmap.LayerStatistics("m.0.q_proj", 0.3, 1, 0.0, 0.0),
-        heatmap.LayerStatistics("m.5.k_proj", 0.8, 4, 1e9, math.nan),
+        heatmap.LayerStatistics("m.0.q_proj", 0.0, 0.3, 1, 0.0, 0.0),
+        heatmap.LayerStatistics("m.5.k_proj", 1.0, 0.8, 4, 1e9, math.nan),
     ]
     for number in (1, 2):
         heatmap.draw(entries[:number], tmp_path / "map.png")
@@ -137,10 +143,15 @@ def test_text_of_the_model_is_escaped_and_its_difference_marked(tmp_path):
         hostile,
         "& other",
     )
-    run = DemoRun([answer], 2.0, 1.0, 0.25, [], 7, VPSConfig(), tmp_path / "report.html")
+    losses = Losses({"numeric": 4.0}, 4.0)
+    refined = Refined("<i>how</i>", "7", RefineResult(
+        hostile, 0, "best", True, (Iteration(0, hostile, 2, losses),)
+    ))  # fmt: skip
+    run = DemoRun([answer], 2.0, 1.0, 0.25, [], 7, refined, VPSConfig(), tmp_path / "report.html")
     write_report(run, picture)
     page = run.report.read_text()
-    assert "<script" not in page and "<b>" not in page
+    assert "<script" not in page and "<b>" not in page and "<i>" not in page
+    assert "total 4\nnumeric 4" in page
     assert "same <mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark>" in page
     assert "same <mark>&amp; other</mark>" in page and "They part at token 2." in page
     assert "25.0% of 2" in page and re.search(r"\b2\.00 times", page)

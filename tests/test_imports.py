@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 # A module may import those of its own and of lower layers.
 LAYERS = [
     {"config", "reference", "constants", "verify"},
-    {"masking", "policy", "selection", "clipping", "gradient", "matching", "sharing"},
+    {"masking", "policy", "selection", "clipping", "gradient", "matching", "sharing", "lbfgs"},
     {"kernels", "cpp"},
     {"torch_backend", "one_group", "triton_backend", "cuda"},
     {"operator"},
@@ -22,7 +22,9 @@ LAYERS = [
     {"functional"},
     {"linear", "conv1d", "attention_mask"},
     {"patching"},
-    {"settings", "generation", "loading", "doctor"},
+    {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture"},
+    {"ephemeral"},
+    {"refine", "batch"},
     {"demo", "evaluation"},
     {"cli"},
 ]

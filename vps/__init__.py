@@ -5,32 +5,41 @@ weight and the activations passing through.
 """
 
 from vps import reference
+from vps.capture import capture
 from vps.config import VPSConfig
 from vps.dispatch import backend, backends
+from vps.entropy import EntropyProcessor, token_entropy
 from vps.functional import vps_linear
 from vps.linear import VPSLinear
 from vps.masking import token_mask
 from vps.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
 from vps.policy import PolicyState
+from vps.refine import Iteration, RefineResult, refine
 from vps.settings import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EntropyProcessor",
+    "Iteration",
     "PatchReport",
     "PolicyState",
+    "RefineResult",
     "VPSConfig",
     "VPSLinear",
     "__version__",
     "backend",
     "backends",
+    "capture",
     "disabled",
     "load",
     "patch",
     "policy_state",
     "reference",
+    "refine",
     "save",
     "set_config",
+    "token_entropy",
     "token_mask",
     "unpatch",
     "vps_linear",

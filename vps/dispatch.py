@@ -4,6 +4,9 @@ Left alone, a layer takes the fastest that its tensors allow: on CUDA and ROCm `
 ``cpp`` where it is built, and ``torch`` for float64 and everywhere else. ``cuda``, which is
 ``triton`` with one token at a time decoded in a single launch, runs only where it is asked for. A
 backend that was asked for runs or raises; nothing falls back in silence.
+
+A layer that holds L-BFGS pairs, which only a refinement records, is computed by ``torch`` on every
+device: no other backend but ``reference`` knows them, and asking for one there raises.
 """
 
 from __future__ import annotations
@@ -60,17 +63,37 @@ def choose(x: Tensor) -> str:
     Raises:
         RuntimeError: the backend asked for cannot run or cannot take x.
     """
-    if STATE.backends:
-        name = STATE.backends[-1]
-    elif _FROM_ENVIRONMENT is not None:
-        name = _FROM_ENVIRONMENT
-        _check(name, VARIABLE)
-    else:
+    name = _asked()
+    if name is None:
         return _fastest(x.device.type, x.dtype)
     reason = _why_not(name, x.device.type, x.dtype)
     if reason is not None:
         raise RuntimeError(f"vps backend {name!r} cannot run this layer: {reason}")
     return name
+
+
+def choose_with_memory() -> str:
+    """The backend for a layer that holds L-BFGS pairs: torch, or the reference.
+
+    Raises:
+        RuntimeError: another backend was asked for.
+    """
+    name = _asked() or "torch"
+    if name not in ("torch", "reference"):
+        raise RuntimeError(
+            f"vps backend {name!r} cannot run this layer: it holds L-BFGS pairs, which only "
+            "'torch' and 'reference' compute; set lbfgs=False in the config to go without them"
+        )
+    return name
+
+
+def _asked() -> str | None:
+    """The backend asked for, or ``None``."""
+    if STATE.backends:
+        return STATE.backends[-1]
+    if _FROM_ENVIRONMENT is not None:
+        _check(_FROM_ENVIRONMENT, VARIABLE)
+    return _FROM_ENVIRONMENT
 
 
 @kept

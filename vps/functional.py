@@ -5,6 +5,7 @@ The only door to the backends.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from vps import (
     torch_backend,
 )
 from vps.config import VPSConfig
+from vps.lbfgs import CurvatureMemory, Pair
 from vps.torch_backend import Inputs
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,6 +41,7 @@ def vps_linear(
     mask: Tensor | None = None,
     state: policy.PolicyState | None = None,
     gradient: bool = False,
+    memory: CurvatureMemory | None = None,
 ) -> Tensor:
     """Sharpen one linear layer.
 
@@ -51,6 +54,8 @@ def vps_linear(
             uses what :func:`vps.token_mask` or the patched model says.
         state: entropy and improvement history.
         gradient: the layer holds a gradient, which turns ``builder="hybrid"`` into SC.
+        memory: L-BFGS pairs of the layer; without one, or with ``lbfgs=False``, no change. Only
+            the torch backend and the reference compute with pairs.
 
     Returns:
         ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and for a
@@ -59,8 +64,9 @@ def vps_linear(
     Raises:
         TypeError: x or weight no floating-point tensor, or a mask that is not bool.
         ValueError: shapes that do not fit, naming both.
+        RuntimeError: another backend was asked for than can run this layer.
 
-    Source: SPEC §2–§6.
+    Source: SPEC §2–§6, §8.
     """
     config = VPSConfig() if config is None else config
     _check(x, weight, mask)
@@ -70,17 +76,20 @@ def vps_linear(
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
         with torch.autocast(kind, enabled=False):
-            return vps_linear(x, weight, bias, config, mask=mask, state=state, gradient=gradient)
+            return vps_linear(
+                x, weight, bias, config, mask=mask, state=state, gradient=gradient, memory=memory
+            )
     factor = 1.0 if state is None else state.factor()
     plan = _plan(config, gradient, factor, weight.shape[0], weight.shape[1], x.device)
     if plan is None or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
     dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
-    grouped = _group(x, dims, config.scope)
+    grouped = group(x, dims, config.scope)
     counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
-    name = dispatch.choose(x)
+    pairs = memory.pairs if memory is not None and config.lbfgs else ()
+    name = dispatch.choose_with_memory() if pairs else dispatch.choose(x)
     if name == "reference":
-        y = _reference(grouped, weight, bias, config, counted, state, gradient)
+        y = _reference(grouped, weight, bias, config, counted, state, gradient, pairs)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     I_in = I_out = None
@@ -90,7 +99,10 @@ def vps_linear(
         I_in, I_out = (index.expand(len(grouped), -1) for index in plan.drawn)
     entropy = None if state is None else state.entropy_on(x.device)
     inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.policy, entropy)
-    if name == "torch":
+    if pairs:
+        forward = partial(torch_backend.forward, pairs=pairs)
+        y, selected = torch_backend.sharpen(inputs, plan.settings, forward, pairs)
+    elif name == "torch":
         result = one_group.sharpen(inputs, plan.settings)
         if result is None:
             result = torch_backend.sharpen(inputs, plan.settings, torch_backend.forward)
@@ -145,6 +157,7 @@ def _reference(
     mask: Tensor | None,
     state: policy.PolicyState | None,
     gradient: bool,
+    pairs: tuple[Pair, ...],
 ) -> Tensor:
     """The literal algorithm for x ``[G, T, d_in]``, without a gradient."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -161,6 +174,7 @@ def _reference(
         entropy=None if entropy is None else float(entropy),
         outcomes=() if state is None else state.outcomes,
         gradient=gradient,
+        memory=[(pair.s, pair.y) for pair in pairs],
     ).y
 
 
@@ -192,7 +206,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
+def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
     """x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
     if scope == "sequence" and x.dim() == 3:
         return x

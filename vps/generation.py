@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,12 @@ def generate(
     inputs: dict[str, Tensor],
     new_tokens: int,
     advance: Callable[[], None] | None = None,
+    processors: Sequence[Any] = (),
 ) -> Generation:
-    """Greedy continuation of at most ``new_tokens`` tokens; ``advance`` is called after each."""
+    """Greedy continuation of at most ``new_tokens`` tokens; ``advance`` is called after each.
+
+    ``processors`` are logits processors, such as :class:`vps.EntropyProcessor`.
+    """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     start = time.perf_counter()
     with torch.inference_mode():
@@ -77,13 +81,52 @@ def generate(
             max_new_tokens=new_tokens,
             do_sample=False,
             streamer=None if advance is None else _Counter(advance),
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
+            logits_processor=list(processors),
+            pad_token_id=_padding(tokenizer),
         )
     seconds = time.perf_counter() - start
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tokens, seconds)
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    count: int,
+    *,
+    seed: int,
+    temperature: float = 0.7,
+    processors: Sequence[Any] = (),
+) -> list[str]:
+    """``count`` continuations drawn at ``temperature``, as text; the caller's random state stays.
+
+    The same seed draws the same numbers, so that equal models give equal samples.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=count,
+            logits_processor=list(processors),
+            pad_token_id=_padding(tokenizer),
+        )
+    tails = output[:, inputs["input_ids"].shape[1] :]
+    return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails.tolist()]
+
+
+def _padding(tokenizer: Any) -> int | None:
+    """The token that fills up finished sequences."""
+    pad: int | None = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:

@@ -1,13 +1,16 @@
 """The backward pass of a sharpened layer, one for all backends (SPEC §6).
 
 ``∂L/∂x = (g + scatter of γ (g ∘ mask) B Cᵀ into the columns I_out) W``: selection, core, B, γ and
-W are constants. ``∂L/∂W = gᵀx`` and ``∂L/∂b = Σ g``, as of the base layer.
+W are constants, and B is ``B′`` of SPEC §8 with L-BFGS pairs. ``∂L/∂W = gᵀx`` and ``∂L/∂b = Σ g``,
+as of the base layer.
 """
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from vps.lbfgs import Pair, precondition
 
 
 def of_input(
@@ -19,6 +22,7 @@ def of_input(
     gamma: Tensor,
     t: Tensor | None,
     clamp: float | None,
+    pairs: tuple[Pair, ...] = (),
 ) -> Tensor:
     """``∂L/∂x``, ``[G, T, d_in]``.
 
@@ -31,11 +35,16 @@ def of_input(
         gamma: ``[G]``.
         t: ``H[:, I_out]``, ``[G, T, r]``; needed with a clamp.
         clamp: bound of δ, or ``None``.
+        pairs: of the layer's L-BFGS memory.
     """
     grad_delta = g
     if clamp is not None:
         assert t is not None
-        grad_delta = g * (expand(mix(t, core), weight, I_in).abs() <= clamp)
+        delta = expand(mix(t, core), weight, I_in)
+        delta = precondition(pairs, delta) if pairs else delta
+        grad_delta = g * (delta.abs() <= clamp)
+    if pairs:
+        grad_delta = precondition(pairs, grad_delta)
     grad_u = _contract(grad_delta, weight, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
     grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
     return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight

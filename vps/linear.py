@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vps.config import VPSConfig
 from vps.functional import FLOATING, vps_linear
+from vps.lbfgs import CurvatureMemory
 from vps.masking import STATE
 from vps.policy import PolicyState
 
@@ -16,16 +17,30 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class SharpenedLayer:
-    """What every sharpened layer holds beside its base layer: ``config`` and ``state``."""
+    """What every sharpened layer holds beside its base layer.
+
+    ``config`` and ``state`` always; during a refinement also ``gradient``, whether the last
+    verification pass brought one here (Hybrid turns to SC), and the L-BFGS ``memory``.
+    """
 
     config: VPSConfig
     state: PolicyState
+    gradient: bool = False
+    memory: CurvatureMemory | None = None
 
     def sharpen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The sharpened output, or ``None`` where the layer is switched off."""
         if STATE.disabled and any(state is self.state for state in STATE.disabled):
             return None
-        return vps_linear(x, weight, bias, self.config, state=self.state)
+        return vps_linear(
+            x,
+            weight,
+            bias,
+            self.config,
+            state=self.state,
+            gradient=self.gradient,
+            memory=self.memory,
+        )
 
 
 class VPSLinear(SharpenedLayer, nn.Linear):
@@ -99,7 +114,7 @@ class VPSLinear(SharpenedLayer, nn.Linear):
 def as_class(module: nn.Module, cls: type[M], **attributes: Any) -> M:
     """``module`` as another class: same parameters, buffers and hooks, other attributes."""
     other: M = cls.__new__(cls)  # type: ignore[call-overload]
-    inner = {k: v for k, v in module.__dict__.items() if k not in ("config", "state")}
+    inner = {k: v for k, v in module.__dict__.items() if k not in SharpenedLayer.__annotations__}
     for name in ("_parameters", "_buffers", "_modules"):
         inner[name] = inner[name].copy()
     other.__dict__.update(inner, **attributes)

@@ -48,7 +48,8 @@ class PolicyState:
                 raise ValueError(
                     f"set_entropy: nats must hold one element, got shape {tuple(nats.shape)}"
                 )
-            self.entropy = nats.detach().reshape(()).clone()
+            with torch.inference_mode(False):  # else it would be of no use outside that mode
+                self.entropy = nats.detach().reshape(()).clone()
             return
         if isinstance(nats, bool) or not isinstance(nats, (int, float)):
             raise TypeError(f"set_entropy: nats must be a number, got {type(nats).__name__}")
@@ -163,6 +164,14 @@ def bounds(config: VPSConfig, factor: float) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
+def sigma(energy: Tensor, entropy: Tensor | None, factor: float | Tensor) -> Tensor:
+    """``σ`` ``[G]`` of energies ``[G]``, overwritten; the rest as for :func:`decide` (SPEC §5)."""
+    strength = energy.neg_().expm1_().neg_()
+    if entropy is not None:
+        strength = torch.maximum(strength, (entropy.to(strength.dtype) / 3).clamp_(max=1))
+    return (strength * factor).clamp_(max=1)
+
+
 def decide(
     policy: Tensor, energy: Tensor | None, entropy: Tensor | None, groups: int, settings: Settings
 ) -> Decision:
@@ -182,13 +191,10 @@ def decide(
     if energy is None:
         second = (low[3:] >= 2).expand(groups) if settings.second_order else None
         return Decision(low[0].expand(groups), None, second)
-    sigma = energy.neg_().expm1_().neg_()
-    if entropy is not None:
-        sigma = torch.maximum(sigma, (entropy.to(sigma.dtype) / 3).clamp_(max=1))
-    sigma = (sigma * policy[0]).clamp_(max=1)
-    levels = torch.lerp(low, high, sigma.unsqueeze(-1))  # [G, 4]: γ, rank, topk, order
+    strength = sigma(energy, entropy, policy[0])
+    levels = torch.lerp(low, high, strength.unsqueeze(-1))  # [G, 4]: γ, rank, topk, order
     needed = tuple(column + 1 - FLOOR_GUARD for column in range(settings.r))
     # ⌊z⌋ < m is z < m for an integer m, so no floor is needed.
-    inactive = levels[:, 1:3].amin(1, keepdim=True) < constant(needed, sigma)
+    inactive = levels[:, 1:3].amin(1, keepdim=True) < constant(needed, strength)
     second = levels[:, 3] >= 2 - FLOOR_GUARD if settings.second_order else None
     return Decision(levels[:, 0], inactive, second)

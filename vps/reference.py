@@ -69,6 +69,7 @@ def vps_linear(
     entropy: float | None = None,
     outcomes: Sequence[bool] = (),
     gradient: bool = False,
+    memory: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Result:
     """Sharpen one linear layer, literally.
 
@@ -81,11 +82,13 @@ def vps_linear(
         entropy: ℋ of the next token in nats, or ``None``.
         outcomes: improvement history, oldest first; the last five are used.
         gradient: whether the layer holds a gradient, which turns ``"hybrid"`` into SC.
+        memory: L-BFGS pairs ``(s, y)``, each ``[d_out]``, oldest first; unused where the config
+            says ``lbfgs=False``.
 
     Returns:
         The output and every intermediate.
 
-    Source: SPEC §1–§5; the paper, algorithms 1, 2, 4 and 5.
+    Source: SPEC §1–§5 and §8; the paper, algorithms 1, 2, 4 and 5.
     """
     accumulate = torch.promote_types(x.dtype, torch.float32)
     x2d = x.reshape(-1, x.shape[-1])
@@ -105,6 +108,7 @@ def vps_linear(
             entropy,
             outcomes,
             gradient,
+            memory if config.lbfgs else (),
         )
         if group.rank:
             y[tokens] = (y[tokens] + group.gamma * group.delta).to(y.dtype)
@@ -142,6 +146,7 @@ def _sharpen(
     entropy: float | None,
     outcomes: Sequence[bool],
     gradient: bool,
+    memory: Sequence[tuple[Tensor, Tensor]],
 ) -> Group:
     d_out, d_in = W.shape
     x_counted, H_counted = clean(x[counted]), clean(H[counted])
@@ -168,12 +173,15 @@ def _sharpen(
     A, B = W.T @ V, W @ U
     scale = clip_scale(A, B, config.tau, config.clip)
     A_clipped, B_clipped = A / scale.sqrt(), B / scale.sqrt()
+    B_used = B_clipped
+    if memory:
+        B_used = B_clipped + 1e-3 * inverse_hessian(memory).to(W) @ B_clipped
     if order == 2:
         M = (V / scale.sqrt()).T @ B_clipped
         core = torch.eye(r, dtype=W.dtype, device=W.device) + (gamma / 2) * M.T
-        delta = ((x @ A_clipped) @ core) @ B_clipped.T
+        delta = ((x @ A_clipped) @ core) @ B_used.T
     else:
-        delta = (x @ A_clipped) @ B_clipped.T
+        delta = (x @ A_clipped) @ B_used.T
     if config.clamp is not None:
         delta = delta.clamp(-config.clamp, config.clamp)
     return Group(
@@ -240,3 +248,18 @@ def clip_scale(A: Tensor, B: Tensor, tau: float | None, clip: str) -> Tensor:
         return (A.norm(dim=0) * B.norm(dim=0) / tau).clamp(min=1)
     norm = torch.linalg.matrix_norm(A @ B.T, ord=2)
     return (norm / tau).clamp(min=1).expand(A.shape[1])
+
+
+def inverse_hessian(memory: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """``H_k`` [d_out, d_out] of L-BFGS pairs, oldest first, as one BFGS update after another.
+
+    ``H ← (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ`` with ``ρ = 1/sᵀy``, from ``H₀ = (sᵀy)/(yᵀy) I`` of
+    the newest pair (SPEC §8).
+    """
+    s, y = memory[-1]
+    one = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    H = (s @ y) / (y @ y) * one
+    for s, y in memory:
+        rho = 1 / (s @ y)
+        H = (one - rho * s.outer(y)) @ H @ (one - rho * y.outer(s)) + rho * s.outer(s)
+    return H

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vps import clipping, gradient, policy, selection
 from vps.constants import constant
+from vps.lbfgs import Pair, precondition
 from vps.policy import Settings
 
 
@@ -67,10 +68,14 @@ def sharpen(
     inputs: Inputs,
     settings: Settings,
     forward: Callable[[Inputs, Settings], Outputs],
+    pairs: tuple[Pair, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[G, T, d_out]``, differentiable, and ``I_in``, with ``forward`` of a backend."""
+    """Output ``[G, T, d_out]``, differentiable, and ``I_in``, with ``forward`` of a backend.
+
+    ``pairs`` are the L-BFGS pairs with which ``forward`` computes.
+    """
     if needs_gradient(inputs):
-        y, I_in = _Sharpen.apply(*inputs, settings, forward)
+        y, I_in = _Sharpen.apply(*inputs, settings, forward, pairs)
         return y, I_in
     return forward(inputs, settings)[:2]
 
@@ -87,9 +92,10 @@ class _Sharpen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        inputs, (settings, forward) = Inputs(*arguments[:-2]), arguments[-2:]
+        inputs, (settings, forward, pairs) = Inputs(*arguments[:-3]), arguments[-3:]
         out = forward(inputs, settings)
         ctx.clamp = settings.clamp
+        ctx.pairs = pairs
         ctx.save_for_backward(
             inputs.x if inputs.weight.requires_grad else None,
             inputs.weight,
@@ -105,7 +111,7 @@ class _Sharpen(torch.autograd.Function):
         x, weight, I_in, I_out, core, gamma, t = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         return (
-            gradient.of_input(g, weight, I_in, I_out, core, gamma, t, ctx.clamp)
+            gradient.of_input(g, weight, I_in, I_out, core, gamma, t, ctx.clamp, ctx.pairs)
             if wanted[0]
             else None,
             gradient.of_weight(g, x) if wanted[1] else None,
@@ -114,8 +120,8 @@ class _Sharpen(torch.autograd.Function):
         )
 
 
-def forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """Policy first, then the selection and its core, then the update (SPEC §3–§5)."""
+def forward(inputs: Inputs, settings: Settings, pairs: tuple[Pair, ...] = ()) -> Outputs:
+    """Policy first, then the selection and its core, then the update (SPEC §3–§5, §8)."""
     x, W, bias, mask, I_in, I_out = inputs[:6]
     H = F.linear(x, W)
     count = None if mask is None else mask.sum(1).clamp_(min=1)
@@ -127,7 +133,11 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         I_out = selection.top_k(s_out, settings.r)
     B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
     core, gamma, t, _ = build(inputs, H, energy, I_in, I_out, B, settings)
-    y = _apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H=mask is not None)
+    if pairs:
+        delta = precondition(pairs, gradient.expand(gradient.mix(t, core), W, I_in))
+        y = _add(H, delta, gamma, settings.clamp)
+    else:
+        y = _apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H=mask is not None)
     if bias is not None:
         y = y.add_(bias)
     if mask is not None:  # a group without a counted token keeps the bits of the base layer
@@ -187,8 +197,7 @@ def _apply(
 ) -> Tensor:
     """``H + γ · clamp(t C Bᵀ)``, in place of H if it may be."""
     if clamp is not None:
-        delta = gradient.expand(gradient.mix(t, core), W, I_in).clamp_(-clamp, clamp)
-        return delta.mul_(gamma.to(H.dtype).view(-1, 1, 1)).add_(H)
+        return _add(H, gradient.expand(gradient.mix(t, core), W, I_in), gamma, clamp)
     u = gradient.mix(t, core * gamma.view(-1, 1, 1))
     if B is None:
         return gradient.expand(u, W, I_in).add_(H)
@@ -196,6 +205,13 @@ def _apply(
         target = H[0].clone() if keep_H else H[0]
         return target.addmm_(u[0], B.squeeze(1).t()).unsqueeze(0)
     return torch.baddbmm(H, u, B.permute(1, 2, 0))
+
+
+def _add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor:
+    """``H + γ · clamp(δ)``, in place of δ ``[G, T, d_out]``."""
+    if clamp is not None:
+        delta = delta.clamp_(-clamp, clamp)
+    return delta.mul_(gamma.to(H.dtype).view(-1, 1, 1)).add_(H)
 
 
 def _core(

@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M answers three prompts, plain and sharpened, with a report."""
+"""The demo: SmolLM2-135M answers three prompts, plain and sharpened, and refines one answer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from vps.config import VPSConfig
-from vps.demo.heatmap import LayerStatistics, draw, measure
+from vps.demo.heatmap import draw
 from vps.demo.report import write_report
 from vps.generation import Generation, changed_choices, encode, first_difference, generate
 from vps.loading import load_model
 from vps.patching import disabled, patch, set_config
+from vps.refine import RefineResult, refine
+from vps.statistics import LayerStatistics, measure
 
 PROMPTS = (
     "Tom has 3 boxes with 4 apples each. He eats 5 apples. How many apples are left?",
     "Explain in two sentences why the sky is blue.",
     "Write a short poem about a lighthouse.",
 )
+GOLD = "7"  # of the first prompt, which is refined
 CONFIG = VPSConfig(scope="sequence")
 
 
@@ -38,9 +41,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Refined:
+    """One refinement: prompt, gold answer and what came of them."""
+
+    prompt: str
+    gold: str
+    result: RefineResult
+
+
+@dataclass(frozen=True)
 class DemoRun:
     """Answers, tokens per second of both, share of changed choices, the layers' statistics for
-    the first prompt of ``prompt_tokens`` tokens, the settings, and the report's path."""
+    the first prompt of ``prompt_tokens`` tokens, one refinement, the settings, and the report's
+    path."""
 
     answers: list[Answer]
     plain_rate: float
@@ -48,6 +61,7 @@ class DemoRun:
     changed: float
     statistics: list[LayerStatistics]
     prompt_tokens: int
+    refined: Refined
     config: VPSConfig
     report: Path
 
@@ -102,6 +116,9 @@ def compare(
     set_config(model, CONFIG)
     changed = sum(share * n for share, n in shares) / sum(n for _, n in shares)
 
+    progress("refining the first answer")
+    result = refine(model, tokenizer, PROMPTS[0], GOLD, max_new_tokens=new_tokens)
+
     out.mkdir(parents=True, exist_ok=True)
     prompt_tokens = encoded[0]["input_ids"].shape[1]
     draw(statistics, out / "heatmap.png", f"the {prompt_tokens} tokens of the first prompt")
@@ -112,6 +129,7 @@ def compare(
         changed,
         statistics,
         prompt_tokens,
+        Refined(PROMPTS[0], GOLD, result),
         CONFIG,
         out / "report.html",
     )

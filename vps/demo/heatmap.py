@@ -1,19 +1,12 @@
-"""What the policy decided in every layer for one prompt, measured by the reference and drawn."""
+"""What the policy decided in every layer for one prompt, drawn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from vps import reference
 from vps.matching import layer_index
-from vps.patching import sharpened_layers
+from vps.statistics import LayerStatistics
 
 PANELS = (
     ("gamma", "scale γ", "γ, no unit"),
@@ -21,17 +14,6 @@ PANELS = (
     ("energy", "energy", "mean H², logarithmic"),
     ("relative_size", "relative size of the update", "‖γδ‖ / ‖H‖, percent"),
 )
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """Decision and effect in one layer; ``relative_size`` is ``‖γδ‖/‖H‖`` over all tokens."""
-
-    name: str
-    gamma: float
-    rank: int
-    energy: float
-    relative_size: float
 
 
 def column_names(names: list[str]) -> list[str]:
@@ -43,32 +25,6 @@ def column_names(names: list[str]) -> list[str]:
         if len(places) == len(set(names)):
             return ends
         depth += 1
-
-
-def measure(model: Any, inputs: dict[str, Tensor]) -> list[LayerStatistics]:
-    """Run one forward pass and recompute every layer by the reference, in the order of use."""
-    statistics: list[LayerStatistics] = []
-
-    def observe(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            result = reference.vps_linear(args[0], layer.weight, layer.bias, config=layer.config)
-            group = result.groups[0]
-            size = group.gamma * group.delta.norm() / result.H.norm()
-            statistics.append(
-                LayerStatistics(name, group.gamma, group.rank, group.energy, float(size))
-            )
-
-        return hook
-
-    layers = sharpened_layers(model)
-    handles = [layer.register_forward_hook(observe(name)) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return statistics
 
 
 def draw(statistics: list[LayerStatistics], path: Path, subject: str = "one prompt") -> None:
@@ -107,7 +63,7 @@ def draw(statistics: list[LayerStatistics], path: Path, subject: str = "one prom
         if field == "energy":
             norm = LogNorm()
         elif field == "rank":
-            ticks = list(range(1, max(entry.rank for entry in statistics) + 1))
+            ticks = list(range(1, max(1, math.ceil(max(entry.rank for entry in statistics))) + 1))
             norm = BoundaryNorm([0.5, *(rank + 0.5 for rank in ticks)], 256)
         image = axes.imshow(grid, aspect="auto", cmap="viridis", norm=norm)
         axes.set_title(title)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vps.demo import Answer, DemoRun
+    from vps.demo import Answer, DemoRun, Refined
 
 STYLE = """
 body { font-family: sans-serif; max-width: 70rem; margin: 2rem auto; line-height: 1.4 }
 table { border-collapse: collapse; width: 100%; table-layout: fixed }
 td, th { border: 1px solid #ccc; padding: .6rem; vertical-align: top; text-align: left }
 td { white-space: pre-wrap } img { width: 100% } mark { background: #fff3b0 }
+.refined th:nth-child(-n+2) { width: 22% }
 .figures { width: auto } dt { font-weight: bold } code { font-size: .85em }
 """
 
@@ -42,6 +43,7 @@ count uses scope "token", where no position sees later ones; under scope "{run.c
 wrote the answers, reading a finished text would look ahead. A difference is a difference: whether
 it is better, it does not say.</p>
 {body}
+{_refinement(run.refined)}
 <h2>What sharpening decided and did</h2>
 <p>One forward pass over the {run.prompt_tokens} tokens of the first prompt. Every layer sets its
 scale γ and its rank by the energy of its own output H = xWᵀ; the last map is what the update
@@ -53,6 +55,29 @@ src="data:image/png;base64,{encoded}">
 """,
         encoding="utf-8",
     )
+
+
+def _refinement(refined: Refined) -> str:
+    result = refined.result
+    rows = ""
+    for entry in result.iterations:
+        how = "plain"
+        if entry.index:
+            how = (
+                f"{entry.builder}, γ {entry.gamma:.2f}, rank {entry.rank:.1f}, "
+                f"{entry.pairs:.1f} L-BFGS pairs"
+            )
+        parts = {} if entry.losses is None else {"total": entry.losses.total, **entry.losses.parts}
+        losses = "\n".join(f"{name} {loss:.4g}" for name, loss in parts.items())
+        text = html.escape(entry.text)
+        rows += f"<tr><td>{entry.index}: {how}</td><td>{losses}</td><td>{text}</td></tr>\n"
+    return f"""<h2>One refinement</h2>
+<p>{html.escape(refined.prompt)} Gold answer: {html.escape(refined.gold)}. Iteration 0 is the plain
+model's; γ, rank and pairs are means over the layers. The answer kept is that of iteration
+{result.chosen}, of lowest loss. The gold answer steered it, so being right here is no accuracy.</p>
+<table class="refined"><tr><th>iteration</th><th>loss</th><th>text</th></tr>
+{rows}</table>
+"""
 
 
 def _section(answer: Answer) -> str:

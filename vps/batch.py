@@ -1,0 +1,178 @@
+"""Refine the rows of a JSONL file into another, which can be continued after any interruption.
+
+A row in is ``{"prompt": …, "gold"?: …, "id"?: …}``; a row out is what :func:`vps.refine` gave for
+it, or its error, with its number and the settings of the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vps.refine import refine
+
+
+class ContinuationError(ValueError):
+    """The output file is not of this run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: its number from 1, its parts, and why it cannot be used, or ``None``."""
+
+    number: int
+    prompt: str = ""
+    gold: str | None = None
+    id: Any = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """How many rows were refined, failed, and had been finished before."""
+
+    refined: int
+    failed: int
+    skipped: int
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file, broken ones with their error; empty lines are none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    lines = path.read_bytes().split(b"\n")
+    return [_row(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> set[int]:
+    """Numbers of the rows that an output file holds, after its cut last line is removed from it.
+
+    Raises:
+        ContinuationError: the file is no output of these rows with these settings.
+        OSError: the file cannot be read or shortened.
+    """
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    lines = content.split(b"\n")
+    finished, known, end = set(), {row.number: row for row in rows}, 0
+    wanted = json.loads(json.dumps(settings))
+    for place, line in enumerate(lines, 1):
+        record = _object(line)
+        if record is None:
+            if any(rest.strip() for rest in lines[place:]):
+                raise ContinuationError(f"{path}: line {place} is no JSON object")
+            break
+        number, made = record.get("row"), record.get("settings")
+        row = known.get(number) if isinstance(number, int) else None
+        if row is None or record.get("prompt") != row.prompt or record.get("gold") != row.gold:
+            raise ContinuationError(f"{path}: line {place} is not of a row of this input")
+        for name, value in wanted.items():
+            came = made.get(name) if isinstance(made, dict) else None
+            if came != value:
+                raise ContinuationError(
+                    f"{path}: line {place} was made with {name} {came!r}, not {value!r}"
+                )
+        finished.add(row.number)
+        end += len(line) + 1
+    with path.open("r+b") as file:
+        file.truncate(min(end, len(content)))
+        if end > len(content):  # whole, but for the end of its line
+            file.seek(0, 2)
+            file.write(b"\n")
+    return finished
+
+
+def refine_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    out: Path,
+    *,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+    advance: Callable[[], None] | None = None,
+) -> BatchResult:
+    """Refine every row that ``out`` does not hold, each written as soon as it is done.
+
+    A row that fails is written with its error and counts as finished: remove its line to try it
+    again.
+
+    Args:
+        model, tokenizer: as for :func:`vps.refine`.
+        rows: of :func:`read_rows`.
+        out: the output file; continued if it is there.
+        settings: what the run is, for JSON; written to each row and compared on continuing.
+        options: keyword arguments of :func:`vps.refine`.
+        advance: called after every row, finished ones too.
+
+    Raises:
+        ContinuationError: ``out`` is not of this run.
+        OSError: ``out`` cannot be written.
+    """
+    finished = finished_rows(out, rows, settings)
+    say = advance or (lambda: None)
+    refined = failed = 0
+    with out.open("a", encoding="utf-8") as file:
+        for row in rows:
+            if row.number not in finished:
+                record = _refined(model, tokenizer, row, options)
+                failed += "error" in record
+                refined += "error" not in record
+                line = json.dumps(record | {"settings": settings}, ensure_ascii=False)
+                file.write(line + "\n")
+                file.flush()
+            say()
+    return BatchResult(refined, failed, len(finished))
+
+
+def _refined(model: Any, tokenizer: Any, row: Row, options: Mapping[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "row": row.number,
+        "id": row.id,
+        "prompt": row.prompt,
+        "gold": row.gold,
+    }
+    labelled = row.gold is not None and options.get("iterations", 2) >= 2
+    if row.error is not None:
+        return record | {"error": row.error, "used_labels": False}
+    try:
+        return record | refine(model, tokenizer, row.prompt, row.gold, **options).as_dict()
+    except Exception as error:  # whatever a row brings up must not end the others
+        reason = " ".join(str(error).split())
+        return record | {
+            "error": f"{type(error).__name__}: {reason}",
+            "used_labels": labelled,
+        }
+
+
+def _row(number: int, line: bytes) -> Row:
+    values = _object(line)
+    if values is None:
+        return Row(number, error="not a JSON object")
+    prompt, gold = values.get("prompt"), values.get("gold")
+    found = Row(
+        number,
+        prompt if isinstance(prompt, str) else "",
+        gold if isinstance(gold, str) else None,
+        values.get("id"),
+    )
+    for name, value in (("prompt", prompt), ("gold", gold)):
+        if not isinstance(value, str) and (name == "prompt" or value is not None):
+            came = type(value).__name__ if name in values else "nothing"
+            error = f"{name!r} must be a string, got {came}"
+            return Row(found.number, found.prompt, found.gold, found.id, error)
+    return found
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,148 @@
+"""Arguments that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vps import VPSConfig
+from vps.config import nearest_field
+
+
+class UsageError(Exception):
+    """The user's arguments cannot be used; exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vps: error: {message} (see {self.prog} --help)\n")
+
+
+def positive(text: str) -> int:
+    """An argument's type: an integer above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """``--model`` and how to load it."""
+    parser.add_argument("--model", required=True, help="Hugging Face id, folder or .gguf file")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> Any:
+    """``--prompt`` and ``--prompt-file``; the group of these alternatives."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="the prompt; standard input when neither is given")
+    source.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
+    return source
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """``--config`` and ``--set``."""
+    parser.add_argument("--config", type=Path, help="JSON file of VPSConfig fields")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=[1,2]; may be repeated; "
+        "setting gamma, rank, topk or order also turns its adaptive_ switch off unless that is "
+        "set too",
+    )
+
+
+def add_answer(parser: argparse.ArgumentParser) -> None:
+    """``--max-new-tokens`` and ``--no-chat``."""
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N")
+    parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
+
+
+def read_config(path: Path | None, settings: list[str]) -> VPSConfig:
+    """The config of a file, changed by ``FIELD=VALUE`` settings.
+
+    Raises:
+        UsageError: a missing or broken file, an unknown field or a bad value.
+    """
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise UsageError(f"--set {setting}: expected FIELD=VALUE")
+        if name not in VPSConfig.field_names():
+            raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
+        changes[name] = _value(name, text)
+    for name in ("gamma", "rank", "topk", "order"):
+        if name in changes:
+            changes.setdefault(f"adaptive_{name}", False)
+    try:
+        config = VPSConfig() if path is None else VPSConfig.from_json(path.read_text("utf-8"))
+        return config.replace(**changes)
+    except (OSError, ValueError, TypeError) as error:
+        where = f"{path}: " if path is not None and not isinstance(error, OSError) else ""
+        raise UsageError(f"{where}{error}") from error
+
+
+def _value(name: str, text: str) -> Any:
+    """``text`` as field ``name`` takes it; what does not fit is left for VPSConfig to refuse."""
+    kind = str(next(field.type for field in dataclasses.fields(VPSConfig) if field.name == name))
+    word = text.strip().lower()
+    if "None" in kind and word in ("null", "none"):
+        return None
+    try:
+        if "bool" in kind:
+            return {"true": True, "false": False}[word]
+        if kind.startswith("float"):
+            return float(word)
+        if kind.startswith("tuple") and "str" not in kind and not word.startswith("["):
+            return json.loads(f"[{text}]")
+        return json.loads(text)
+    except (ValueError, KeyError, RecursionError):
+        return text
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The prompt, of its option, its file or standard input.
+
+    Raises:
+        UsageError: a file that cannot be read, or nothing in it.
+    """
+    if arguments.prompt is not None:
+        prompt = arguments.prompt
+    elif arguments.prompt_file is not None:
+        try:
+            prompt = arguments.prompt_file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--prompt-file {arguments.prompt_file}: {error}") from error
+    else:
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    return prompt
+
+
+def usable_device(name: str) -> str:
+    """``name``, once torch has shown that it can hold a tensor there."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not a usable torch device: {reason}") from None
+    if kind == "meta":
+        raise UsageError(f"--device {name}: holds no data")
+    return name

@@ -1,0 +1,297 @@
+"""Verified refinement: answer, verify, adapt the sharpening, answer again (SPEC §10).
+
+``ŷ₀`` comes from the plain model. Iteration t sets the entropy of the next token, takes the
+gradient of the gold answer's loss (SC, L-BFGS), answers ``ŷ_t`` sharpened, and tells the policy
+whether the verification loss fell.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vps import dispatch, ephemeral
+from vps.config import VPSConfig
+from vps.entropy import EntropyProcessor, token_entropy
+from vps.generation import Generation, encode, generate, sample
+from vps.patching import disabled, policy_state, set_config
+from vps.statistics import observe
+from vps.verify import CompositeVerifier, Losses
+from vps.verify.composite import DEFAULT_WEIGHTS, check_weights
+
+GOLD_TOKENS = 8
+KEEP = ("best", "last")
+WITHOUT_GOLD = ("self_consistency", "units")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One answer and how it came about; iteration 0 is the plain model's.
+
+    Args:
+        index: t.
+        text: the answer ŷ_t.
+        tokens: how many it has.
+        losses: parts and total of the verification loss; ``None`` where nothing was verified.
+        improved: whether the loss fell below the one before; ``None`` for iteration 0.
+        samples: the answers drawn for self-consistency.
+        entropy: ℋ of the first new token, in nats.
+        sigma, gamma, rank: what the policy decides for the prompt with that ℋ, averaged over
+            layers; 0 in iteration 0.
+        builder: ``"base"`` in iteration 0, else ``"sk"``, ``"sc"``, ``"random"``, or ``"mixed"``
+            where some layers had no gradient.
+        surrogate_loss: cross-entropy of the gold tokens in nats a token, or ``None``.
+        pairs: L-BFGS pairs, averaged over layers.
+    """
+
+    index: int
+    text: str
+    tokens: int
+    losses: Losses | None = None
+    improved: bool | None = None
+    samples: tuple[str, ...] = ()
+    entropy: float | None = None
+    sigma: float = 0.0
+    gamma: float = 0.0
+    rank: float = 0.0
+    builder: str = "base"
+    surrogate_loss: float | None = None
+    pairs: float = 0.0
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """What :func:`refine` returns.
+
+    Args:
+        answer: the text kept.
+        chosen: the iteration it is from.
+        keep: ``"best"`` or ``"last"``.
+        used_labels: whether the gold answer was looked at. If so, accuracy of ``answer`` on the
+            same gold is not accuracy.
+        iterations: all of them.
+    """
+
+    answer: str
+    chosen: int
+    keep: str
+    used_labels: bool
+    iterations: tuple[Iteration, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return asdict(self)
+
+
+def refine(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    gold: str | None = None,
+    *,
+    iterations: int = 3,
+    keep: str = "best",
+    surrogate: bool = True,
+    samples: int = 0,
+    weights: Mapping[str, float] | None = None,
+    config: VPSConfig | None = None,
+    max_new_tokens: int = 128,
+    chat: bool = True,
+    temperature: float = 0.7,
+    timeout: float = 2.0,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> RefineResult:
+    """Answer ``prompt``, verify, adapt the sharpening and answer again.
+
+    With ``gold`` the answer is steered by it: the result says so in ``used_labels``. Without it
+    the plain model's answer comes back, unless ``samples`` asks for the mode that judges by
+    agreement of sampled answers and their units alone. The model comes back bit for bit as it
+    was, its config, policy state and requires_grad included, also after an exception. Meanwhile
+    no other thread may run it.
+
+    Args:
+        model: a sharpened Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        prompt: the question, put into the chat template unless ``chat`` is false.
+        gold: the reference answer or solution, whose last number, unit or expression counts.
+        iterations: T, answers in all, the plain one included; with 1 that one comes back.
+        keep: ``"best"`` for the lowest loss, the earliest of equals, or ``"last"``.
+        surrogate: take the gradient of the gold's cross-entropy, over its last eight tokens
+            when the whole gold follows the prompt.
+        samples: answers drawn in each iteration for self-consistency, 0 or at least 2.
+        weights: of the parts of the loss, as for :class:`vps.verify.CompositeVerifier`.
+        config: used instead of the layers' own, with the same target modules.
+        max_new_tokens: of every answer.
+        temperature: of the samples, positive; answers themselves are greedy.
+        timeout: seconds for one verification.
+        seed: of the samples, the same in every iteration.
+        progress: called with what begins.
+
+    Raises:
+        TypeError: prompt or gold is no string.
+        ValueError: an argument out of range, naming it; no sharpened layer in the model.
+        RuntimeError: a backend was asked for that cannot compute what the run needs.
+        ImportError: verification needs a package of the extra ``verify``.
+
+    Source: SPEC §10; the paper, algorithm 3.
+    """
+    _check(prompt, gold, iterations, keep, samples, temperature)
+    state = policy_state(model)
+    refining = iterations >= 2 and (gold is not None or samples > 0)
+    verifier = CompositeVerifier(_usable(weights, gold), timeout=timeout) if refining else None
+    inputs = encode(tokenizer, prompt, chat)
+    run = _Run(model, tokenizer, inputs, max_new_tokens, samples, seed, temperature)
+    say = progress or (lambda message: None)
+    with ephemeral.restored(model):
+        if config is not None:
+            set_config(model, config)
+        if gold is not None and surrogate and iterations > 2:  # a pair comes of two passes
+            _check_backend(model)
+        ephemeral.start_over(model)
+        say("answering, plain")
+        with disabled(model):
+            answer, drawn = run.answer()
+        if verifier is None:
+            first = Iteration(0, answer.text, len(answer.tokens))
+            return RefineResult(answer.text, 0, keep, False, (first,))
+        losses = verifier(answer.text, gold, drawn or None)
+        done = [Iteration(0, answer.text, len(answer.tokens), losses, samples=drawn)]
+        for index in range(1, iterations):
+            say(f"iteration {index} of {iterations - 1}")
+            entropy, observed = run.look()
+            state.set_entropy(entropy)
+            loss = run.surrogate(gold) if gold is not None and surrogate else None
+            decided = [observation.decided() for observation in observed]
+            builder, pairs = ephemeral.builder_in_use(model), ephemeral.pairs_held(model)
+            answer, drawn = run.answer([EntropyProcessor(model)])
+            losses = verifier(answer.text, gold, drawn or None)
+            before = done[-1].losses
+            assert before is not None
+            improved = losses.total < before.total
+            state.record(improved)
+            ephemeral.forget_gradients(model)
+            done.append(
+                Iteration(
+                    index=index,
+                    text=answer.text,
+                    tokens=len(answer.tokens),
+                    losses=losses,
+                    improved=improved,
+                    samples=drawn,
+                    entropy=entropy,
+                    sigma=_mean([layer.sigma for layer in decided]),
+                    gamma=_mean([layer.gamma for layer in decided]),
+                    rank=_mean([layer.rank for layer in decided]),
+                    builder=builder,
+                    surrogate_loss=loss,
+                    pairs=pairs,
+                )
+            )
+    totals = [entry.losses.total for entry in done if entry.losses is not None]
+    chosen = totals.index(min(totals)) if keep == "best" else len(done) - 1
+    return RefineResult(done[chosen].text, chosen, keep, gold is not None, tuple(done))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The model passes of one refinement."""
+
+    model: Any
+    tokenizer: Any
+    inputs: dict[str, Tensor]
+    max_new_tokens: int
+    samples: int
+    seed: int
+    temperature: float
+
+    def answer(self, processors: Any = ()) -> tuple[Generation, tuple[str, ...]]:
+        """The greedy answer, and the samples asked for, each from the same entropy."""
+        common = (self.model, self.tokenizer, self.inputs, self.max_new_tokens)
+        state = policy_state(self.model)
+        entropy = state.entropy
+        answer = generate(*common, processors=processors)
+        drawn: list[str] = []
+        if self.samples:
+            state.set_entropy(entropy)
+            drawn = sample(
+                *common, self.samples, seed=self.seed, temperature=self.temperature,
+                processors=processors,
+            )  # fmt: skip
+        return answer, tuple(drawn)
+
+    def look(self) -> tuple[float, list[Any]]:
+        """ℋ after the prompt, decided on energy and history alone, and what the layers saw."""
+        policy_state(self.model).set_entropy(None)
+        with torch.inference_mode(), observe(self.model) as observed:
+            logits = self.logits(self.inputs["input_ids"], 1, self.inputs["attention_mask"])
+            entropy = token_entropy(logits[0, -1])
+        return float(entropy.nan_to_num(0.0)), observed
+
+    def surrogate(self, gold: str) -> float | None:
+        """Cross-entropy of the gold's last tokens, whose gradient the layers take note of;
+        ``None`` without tokens."""
+        ids = self.tokenizer(gold, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        if ids.numel() == 0:
+            return None
+        count = min(GOLD_TOKENS, ids.shape[1])
+        with torch.inference_mode(False), torch.enable_grad():
+            text = torch.cat([self.inputs["input_ids"], ids.long()], 1)
+            return ephemeral.take_gradient(self.model, self.logits, text, count)
+
+    def logits(self, ids: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+        """Logits ``[1, ≥ count, V]`` of the last tokens."""
+        arguments: dict[str, Any] = {"input_ids": ids.to(self.model.device), "use_cache": False}
+        if mask is not None:
+            arguments["attention_mask"] = mask.to(self.model.device)
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            arguments["logits_to_keep"] = count
+        logits: Tensor = self.model(**arguments).logits
+        return logits
+
+
+def _check(
+    prompt: str, gold: str | None, iterations: int, keep: str, samples: int, temperature: float
+) -> None:
+    for name, text in (("prompt", prompt), ("gold", gold)):
+        if not isinstance(text, str) and (name == "prompt" or text is not None):
+            raise TypeError(f"vps.refine: {name} must be a str, got {type(text).__name__}")
+        if text is not None and not text.strip():
+            raise ValueError(f"vps.refine: {name} must hold text, got {text!r}")
+    for name, number, low in (("iterations", iterations, 1), ("samples", samples, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < low:
+            raise ValueError(f"vps.refine: {name} must be an integer ≥ {low}, got {number!r}")
+    if samples == 1:
+        raise ValueError("vps.refine: samples must be 0 or at least 2, got 1")
+    if keep not in KEEP:
+        raise ValueError(f"vps.refine: keep must be one of {KEEP}, got {keep!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"vps.refine: temperature must be positive, got {temperature!r}")
+
+
+def _usable(weights: Mapping[str, float] | None, gold: str | None) -> Mapping[str, float] | None:
+    """The weights, without the parts that need a gold where there is none."""
+    if gold is not None:
+        return weights
+    checked = check_weights(DEFAULT_WEIGHTS if weights is None else weights)
+    usable = {name: checked[name] for name in WITHOUT_GOLD if name in checked}
+    if not usable:
+        raise ValueError(
+            f"vps.refine: without gold, weights must name one of {WITHOUT_GOLD}, "
+            f"got {tuple(checked)}"
+        )
+    return usable
+
+
+def _check_backend(model: Any) -> None:
+    if any(layer.config.lbfgs for layer in ephemeral.layers_of(model)):
+        dispatch.choose_with_memory()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

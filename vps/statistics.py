@@ -1,0 +1,119 @@
+"""What the policy decides in every layer in one forward pass, and how large the update is.
+
+``relative_size = ‖y − b − H‖ / ‖H‖`` over all tokens of the pass: of what the layer really added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vps import masking, policy, selection
+from vps.functional import group
+from vps.patching import sharpened_layers
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Decision and effect in one layer, averaged over its groups of tokens (SPEC §2, scope)."""
+
+    name: str
+    sigma: float
+    gamma: float
+    rank: float
+    energy: float
+    relative_size: float
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One layer's energies ``[G]`` (of groups with a counted token) and sizes of H and update."""
+
+    name: str
+    layer: Any
+    energy: Tensor
+    size_H: Tensor
+    size_update: Tensor
+
+    def decided(self) -> LayerStatistics:
+        """What the layer's config and policy state, as they are now, make of the energies."""
+        config, state = self.layer.config, self.layer.state
+        W = weight_of(self.layer)
+        relative = float(self.size_update / self.size_H) if self.size_H > 0 else 0.0
+        energy = float(self.energy.mean()) if len(self.energy) else 0.0
+        settings = policy.settings(config, self.layer.gradient, W.shape[1], W.shape[0])
+        entropy = state.entropy_on(self.energy.device)
+        sigma = policy.sigma(self.energy.clone(), entropy, state.factor())
+        average = float(sigma.mean()) if len(sigma) else 0.0
+        if settings is None or not len(sigma):  # γ is 0
+            return LayerStatistics(self.name, average, 0.0, 0, energy, relative)
+        numbers = self.energy.new_tensor(policy.bounds(config, state.factor()))
+        settings = settings._replace(adaptive=True)
+        decision = policy.decide(numbers, self.energy.clone(), entropy, len(sigma), settings)
+        assert decision.inactive is not None
+        rank = float((~decision.inactive).sum(1).to(self.energy.dtype).mean())
+        gamma = float(decision.gamma.mean())
+        return LayerStatistics(self.name, average, gamma, rank, energy, relative)
+
+
+@contextmanager
+def observe(model: nn.Module) -> Iterator[list[Observation]]:
+    """Collect an :class:`Observation` of every sharpened layer that runs inside, in that order.
+
+    Costs a second base product a layer.
+
+    Raises:
+        ValueError: no sharpened layer in the model.
+    """
+    layers = sharpened_layers(model)
+    if not layers:
+        raise ValueError("vps.statistics.observe: the model holds no sharpened layer")
+    seen: list[Observation] = []
+    handles = [
+        layer.register_forward_hook(partial(_observed, seen, name))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure(model: nn.Module, inputs: dict[str, Tensor]) -> list[LayerStatistics]:
+    """Run one forward pass over ``inputs``, which are moved to the model's device."""
+    with observe(model) as seen, torch.inference_mode():
+        model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+        return [observation.decided() for observation in seen]
+
+
+def weight_of(layer: Any) -> Tensor:
+    """``W`` ``[d_out, d_in]`` of a sharpened layer, also where it is stored transposed."""
+    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+
+
+@torch.no_grad()
+def _observed(
+    seen: list[Observation], name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor
+) -> None:
+    """Forward hook."""
+    x, W = args[0], weight_of(layer)
+    H = F.linear(x, W.to(x.dtype))
+    dims, mask = masking.token_dims(x)
+    grouped = group(H, dims, layer.config.scope)
+    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    count = None if counted is None else counted.sum(1).clamp_(min=1)
+    _, energy = selection.statistics(grouped, counted, count, True)
+    assert energy is not None
+    if counted is not None:
+        energy = energy[counted.any(1)]
+    update = y - H if layer.bias is None else y - H - layer.bias
+    sizes = (torch.linalg.vector_norm(z, dtype=energy.dtype) for z in (H, update))
+    seen.append(Observation(name, layer, energy, *sizes))
