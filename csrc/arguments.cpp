@@ -13,10 +13,12 @@
 namespace vps {
 namespace {
 
+thread_local const char* operation;  // whose arguments are checked
+
 template <class... Parts>
 [[noreturn]] void fail(const char* name, const Parts&... parts) {
   std::ostringstream message;
-  message << "vps::linear: " << name;
+  message << "vps::" << operation << ": " << name;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
 }
@@ -122,13 +124,12 @@ double read_number(const char* name, const Tensor& tensor) {
   fail(name, " must be floating point, got ", dtype_name(dtype));
 }
 
-}  // namespace
-
-Shape check(const Arguments& a) {
+/// Checks x [G, T, d_in] and a weight [d_out, d_in].
+Shape check_product(const Tensor& x, const char* name, const Tensor& weight) {
   Shape s;
-  check_plain("x", a.x);
-  check_plain("weight", a.weight);
-  s.torch_dtype = dtype_of(a.x);
+  check_plain("x", x);
+  check_plain(name, weight);
+  s.torch_dtype = dtype_of(x);
   if (s.torch_dtype == aoti_torch_dtype_float32())
     s.dtype = Dtype::float32;
   else if (s.torch_dtype == aoti_torch_dtype_bfloat16())
@@ -138,27 +139,64 @@ Shape check(const Arguments& a) {
   else
     fail("x", " must be float32, bfloat16 or float16, got ", dtype_name(s.torch_dtype));
   s.element_size = s.dtype == Dtype::float32 ? 4 : 2;
-  if (a.x.dim() != 3) fail("x", " must have shape [G, T, d_in], got ", shape_of(a.x));
-  if (a.weight.dim() != 2)
-    fail("weight", " must have shape [d_out, d_in], got ", shape_of(a.weight));
-  s.groups = a.x.size(0);
-  s.tokens = a.x.size(1);
-  s.d_out = a.weight.size(0);
-  s.d_in = a.weight.size(1);
+  if (x.dim() != 3) fail("x", " must have shape [G, T, d_in], got ", shape_of(x));
+  if (weight.dim() != 2) fail(name, " must have shape [d_out, d_in], got ", shape_of(weight));
+  s.groups = x.size(0);
+  s.tokens = x.size(1);
+  s.d_out = weight.size(0);
+  s.d_in = weight.size(1);
   if (s.groups < 1 || s.tokens < 1 || s.d_in < 1)
-    fail("x", " must not be empty, got ", shape_of(a.x));
-  if (s.d_out < 1) fail("weight", " must not be empty, got ", shape_of(a.weight));
-  check_shape("x", a.x, {s.groups, s.tokens, s.d_in});
-  check_dtype("weight", a.weight, s.torch_dtype);
+    fail("x", " must not be empty, got ", shape_of(x));
+  if (s.d_out < 1) fail(name, " must not be empty, got ", shape_of(weight));
+  check_shape("x", x, {s.groups, s.tokens, s.d_in});
+  check_dtype(name, weight, s.torch_dtype);
+  return s;
+}
+
+void check_mask(const std::optional<Tensor>& mask, const Shape& s) {
+  if (!mask) return;
+  check_plain("mask", *mask);
+  check_dtype("mask", *mask, aoti_torch_dtype_bool());
+  check_shape("mask", *mask, {s.groups, s.tokens});
+}
+
+}  // namespace
+
+Shape check(const JointArguments& a) {
+  operation = "couple";
+  const Shape q = check_product(a.x, "W_q", a.W_q), k = check_product(a.x, "W_k", a.W_k);
+  check_mask(a.mask, k);
+  if (a.kv_heads < 1 || k.d_out % a.kv_heads)
+    fail("kv_heads", " must divide the ", k.d_out, " rows of W_k, got ", a.kv_heads);
+  if (a.heads < 1 || a.heads % a.kv_heads || q.d_out % a.heads ||
+      q.d_out / a.heads != k.d_out / a.kv_heads)
+    fail("heads", " must be a multiple of kv_heads that makes heads of size ",
+         k.d_out / a.kv_heads, " of the ", q.d_out, " rows of W_q, got ", a.heads);
+  const int64_t limit = std::min(k.d_in, k.d_out);
+  if (a.r < 1 || a.r > limit)
+    fail("r", " must be from 1 to min(d_in, d_k) = ", limit, ", got ", a.r);
+  if (a.I_in) check_indices("I_in", *a.I_in, k.groups, a.r, k.d_in);
+  return k;
+}
+
+Shape check(const Arguments& a) {
+  operation = "linear";
+  Shape s = check_product(a.x, "weight", a.weight);
   if (a.bias) {
     check_plain("bias", *a.bias);
     check_dtype("bias", *a.bias, s.torch_dtype);
     check_shape("bias", *a.bias, {s.d_out});
   }
-  if (a.mask) {
-    check_plain("mask", *a.mask);
-    check_dtype("mask", *a.mask, aoti_torch_dtype_bool());
-    check_shape("mask", *a.mask, {s.groups, s.tokens});
+  check_mask(a.mask, s);
+  if (a.H) {
+    check_plain("H", *a.H);
+    check_dtype("H", *a.H, s.torch_dtype);
+    check_shape("H", *a.H, {s.groups, s.tokens, s.d_out});
+  }
+  if (a.energy) {
+    check_plain("energy", *a.energy);
+    check_dtype("energy", *a.energy, aoti_torch_dtype_float32());
+    check_shape("energy", *a.energy, {s.groups});
   }
   const int64_t limit = std::min(s.d_in, s.d_out);
   if (a.r < 1 || a.r > limit)

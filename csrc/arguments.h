@@ -22,6 +22,8 @@ struct Arguments {
   const std::optional<Tensor>& I_out;    // int64 [G, r]
   const Tensor& policy;                  // float64 [9]
   const std::optional<Tensor>& entropy;  // floating, one element
+  const std::optional<Tensor>& H;        // [G, T, d_out], contiguous
+  const std::optional<Tensor>& energy;   // float32 [G]
   int64_t r;
   bool adaptive, coupled, second_order;
   double alpha;
@@ -40,7 +42,19 @@ struct Shape {
   std::optional<double> entropy;
 };
 
-/// Raises std::invalid_argument naming the argument, what it must be and what it is.
+/// What a query and a key projection of one x decide together.
+struct JointArguments {
+  const Tensor& x;                    // [G, T, d_in]
+  const Tensor& W_q;                  // [d_q, d_in]
+  const Tensor& W_k;                  // [d_k, d_in]
+  const std::optional<Tensor>& mask;  // bool [G, T]
+  const std::optional<Tensor>& I_in;  // int64 [G, r]
+  int64_t r, heads, kv_heads;
+};
+
+/// Raise std::invalid_argument naming the argument, what it must be and what it is. The second
+/// returns the shape of the key's product.
 Shape check(const Arguments& a);
+Shape check(const JointArguments& a);
 
 }  // namespace vps

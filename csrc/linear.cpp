@@ -2,11 +2,8 @@
 // vps/operator.py. The base product is torch's, or for few tokens our own (gemv.inc); the rest is
 // one pass for scores and one to apply.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <tuple>
@@ -16,44 +13,12 @@
 #include "element.h"
 #include "gather.h"
 #include "kernels.h"
+#include "statistics.h"
+#include "tensors.h"
 #include "workspace.h"
 
 namespace vps {
 namespace {
-
-using Optional = std::optional<Tensor>;
-
-Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  std::array<int64_t, 3> strides;
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes.begin()[i];
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor base_linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
-}
-
-Optional contiguous(const Optional& tensor) {
-  return tensor && !tensor->is_contiguous() ? torch::stable::contiguous(*tensor) : tensor;
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
 
 /// One call; its members are what the steps below hand to each other.
 class Call {
@@ -67,15 +32,15 @@ class Call {
         bias_(contiguous(a_.bias)),
         mask_(contiguous(a_.mask)),
         counted_(mask_ ? data<bool>(*mask_) : nullptr),
+        counts_(count_tokens(s_.groups, s_.tokens, counted_, workspace_)),
+        all_{s_.groups, s_.tokens, counted_, counts_},
         W_{a_.weight.data_ptr(), s_.d_out, s_.d_in, a_.weight.stride(0), a_.weight.stride(1)},
         features_(empty({s_.groups, 2, a_.r}, aoti_torch_dtype_int64())),
         core_(empty({s_.groups, a_.r, a_.r}, aoti_torch_dtype_float32())),
         gamma_(empty({s_.groups}, aoti_torch_dtype_float32())),
         features_data_(data<int64_t>(features_)),
         core_data_(data<float>(core_)),
-        gamma_data_(data<float>(gamma_)) {
-    count_tokens();
-  }
+        gamma_data_(data<float>(gamma_)) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
     if (a_.I_in)
@@ -91,8 +56,11 @@ class Call {
     void* const H = y.data_ptr();
     double* energy = workspace_.take<double>(s_.groups);
     if (a_.I_out) copy_features(*a_.I_out, 1);
-    if (!a_.I_out || a_.adaptive) select(H, s_.d_out, 1, energy, !a_.I_out);
+    if (!a_.I_out || (a_.adaptive && !a_.energy)) select(H, s_.d_out, 1, energy, !a_.I_out);
     if (!a_.adaptive) std::fill(energy, energy + s_.groups, 0.0);
+    if (a_.adaptive && a_.energy)
+      for (int64_t g = 0; g < s_.groups; ++g)
+        energy[g] = data<float>(*a_.energy)[g * a_.energy->stride(0)];
 
     norms_ = workspace_.take<double>(wanted_.count);
     if (a_.tau && !a_.spectral) column_norms();
@@ -123,14 +91,6 @@ class Call {
     return to_float(static_cast<const Half*>(elements)[i]);
   }
 
-  void count_tokens() {
-    counts_ = workspace_.take<int64_t>(s_.groups);
-    for (int64_t g = 0; g < s_.groups; ++g) {
-      const bool* counted = counted_ ? counted_ + g * s_.tokens : nullptr;
-      counts_[g] = counted ? std::count(counted, counted + s_.tokens, true) : s_.tokens;
-    }
-  }
-
   void copy_features(const Tensor& given, int64_t side) {
     const int64_t* source = data<int64_t>(given);
     for (int64_t g = 0; g < s_.groups; ++g)
@@ -140,29 +100,13 @@ class Call {
 
   /// Best features of values [G, T, width] and, unless null, the energy [G].
   void select(void* values, int64_t width, int64_t side, double* energy, bool top = true) {
-    const int64_t r = a_.r, T = s_.tokens;
-    const int64_t tiles = (width + kColumnTile - 1) / kColumnTile;
-    const int64_t chunk = std::min(s_.groups, std::max<int64_t>(1, (1 << 18) / width));
+    const int64_t r = a_.r, chunk = groups_at_once(s_.groups, width);
     float* scores = workspace_.take<float>(chunk * width);
-    double* squares = workspace_.take<double>(chunk * tiles);
     float* best = workspace_.take<float>(chunk * r);
     for (int64_t first = 0; first < s_.groups; first += chunk) {
       const int64_t groups = std::min(chunk, s_.groups - first);
-      parallel(groups * tiles, T * std::min(width, kColumnTile), [&](int64_t i, int64_t end) {
-        for (; i < end; ++i) {
-          const int64_t g = first + i / tiles, j = i % tiles * kColumnTile;
-          squares[i] = kernels_.column_scores(
-              at(values, g * T * width + j), T, std::min(kColumnTile, width - j), width,
-              counted_ ? counted_ + g * T : nullptr, scores + i / tiles * width + j);
-        }
-      });
-      if (energy)
-        for (int64_t i = 0; i < groups; ++i) {
-          double total = 0;
-          for (int64_t tile = 0; tile < tiles; ++tile) total += squares[i * tiles + tile];
-          const int64_t n = std::max<int64_t>(1, counts_[first + i]);
-          energy[first + i] = total / (static_cast<double>(n) * static_cast<double>(width));
-        }
+      group_scores(kernels_, values, s_.element_size, width, all_, first, groups, scores, energy,
+                   workspace_);
       if (top)
         parallel(groups, width, [&](int64_t i, int64_t end) {
           for (; i < end; ++i)
@@ -174,25 +118,20 @@ class Call {
   /// H, and the wanted columns of W.
   Tensor product() {
     const int64_t N = s_.groups * s_.tokens;
-    if (N > kMaxGemvTokens || W_.step != 1) {
-      Tensor H = base_linear(a_.x, a_.weight, std::nullopt);
-      if (s_.element_size == 4)
-        gather_columns<uint32_t>(W_, wanted_, columns_);
-      else
-        gather_columns<uint16_t>(W_, wanted_, columns_);
+    if (!a_.H && is_gemv(N, W_)) {
+      Tensor H = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
+      gemv(kernels_, s_.dtype, W_, x_data_, N, H.data_ptr(), wanted_.features, wanted_.count,
+           columns_, workspace_);
       return H;
     }
-    Tensor H = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
-    const float* x = static_cast<const float*>(x_data_);
-    if (s_.dtype != Dtype::float32) {
-      float* wide = workspace_.take<float>(N * s_.d_in);
-      kernels_.widen(x_data_, N * s_.d_in, wide);
-      x = wide;
-    }
-    parallel(s_.d_out, s_.d_in, [&](int64_t begin, int64_t end) {
-      kernels_.gemv(W_.data, W_.stride, s_.d_out, s_.d_in, begin, end, x, N, H.data_ptr(),
-                    wanted_.features, wanted_.count, columns_);
-    });
+    Tensor H = a_.H ? empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype)
+                    : base_linear(a_.x, a_.weight, std::nullopt);
+    if (a_.H)
+      std::memcpy(H.data_ptr(), contiguous(a_.H)->data_ptr(), N * s_.d_out * s_.element_size);
+    if (s_.element_size == 4)
+      gather_columns<uint32_t>(W_, wanted_, columns_);
+    else
+      gather_columns<uint16_t>(W_, wanted_, columns_);
     return H;
   }
 
@@ -366,13 +305,14 @@ class Call {
   const Tensor x_;
   void* const x_data_;
   const Optional bias_, mask_;
+  Workspace workspace_;
   const bool* counted_;  // [G, T] or null
+  int64_t* counts_;      // counted tokens of each group
+  const Tokens all_;
   const Matrix W_;
   const Tensor features_, core_, gamma_;
   int64_t* const features_data_;
   float *const core_data_, *const gamma_data_;
-  Workspace workspace_;
-  int64_t* counts_;         // counted tokens of each group
   Distinct wanted_;         // features in I_in
   std::byte* columns_;      // [wanted, d_out]
   double* norms_;           // [wanted]
@@ -382,10 +322,11 @@ class Call {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear(
     const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& mask,
     const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
-    int64_t r, bool adaptive, bool coupled, bool second_order, double alpha,
+    const Optional& H, const Optional& energy, int64_t r, bool adaptive, bool coupled, bool second_order, double alpha,
     std::optional<double> tau, bool spectral, std::optional<double> clamp) {
-  const Arguments arguments{x,        weight,  bias,         mask,  I_in, I_out,    policy, entropy, r,
-                            adaptive, coupled, second_order, alpha, tau,  spectral, clamp};
+  const Arguments arguments{x,      weight,  bias, mask,     I_in,    I_out,
+                            policy, entropy, H,    energy,   r,       adaptive,
+                            coupled, second_order, alpha, tau, spectral, clamp};
   return Call(arguments).run();
 }
 

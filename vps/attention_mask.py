@@ -102,7 +102,8 @@ def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> 
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
     positions = given.get("cache_position")
     if not isinstance(positions, Tensor):
-        past = given.get("past_key_values")
+        # Called past_key_values before transformers 5.24.
+        past = given.get("cache", given.get("past_key_values"))
         first = allowed.shape[-1] - length
         if past is not None and hasattr(past, "get_seq_length"):
             first = past.get_seq_length()

@@ -89,6 +89,7 @@ def takes(inputs: Inputs, settings: Settings) -> bool:
     return (
         x.shape[:2] == (1, 1)
         and inputs.mask is None
+        and inputs.H is None
         and settings.r <= 8
         and not (settings.coupled or settings.spectral or settings.second_order)
         and x.dtype == weight.dtype != torch.float64
@@ -103,7 +104,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         from vps import triton_backend
 
         return triton_backend.forward(inputs, settings)
-    x, weight, bias, _, I_in, I_out, policy, entropy = inputs
+    x, weight, bias, _, I_in, I_out, policy, entropy = inputs[:8]
     y, features, core, gamma, t = torch.ops.vps.cooperative_decode(
         x.contiguous(),
         weight,

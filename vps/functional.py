@@ -69,18 +69,18 @@ def vps_linear(
     Source: SPEC §2–§6, §8.
     """
     config = VPSConfig() if config is None else config
-    _check(x, weight, mask)
+    check(x, weight, mask)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        x, weight = _cast(x, dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
+        x, weight = cast(x, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
         with torch.autocast(kind, enabled=False):
             return vps_linear(
                 x, weight, bias, config, mask=mask, state=state, gradient=gradient, memory=memory
             )
     factor = 1.0 if state is None else state.factor()
-    plan = _plan(config, gradient, factor, weight.shape[0], weight.shape[1], x.device)
+    plan = plan_for(config, gradient, factor, weight.shape[0], weight.shape[1], x.device)
     if plan is None or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
     dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
@@ -99,23 +99,29 @@ def vps_linear(
         I_in, I_out = (index.expand(len(grouped), -1) for index in plan.drawn)
     entropy = None if state is None else state.entropy_on(x.device)
     inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.policy, entropy)
-    if pairs:
-        forward = partial(torch_backend.forward, pairs=pairs)
-        y, selected = torch_backend.sharpen(inputs, plan.settings, forward, pairs)
-    elif name == "torch":
-        result = one_group.sharpen(inputs, plan.settings)
-        if result is None:
-            result = torch_backend.sharpen(inputs, plan.settings, torch_backend.forward)
-        y, selected = result
-    elif name == "cuda":
-        y, selected = torch_backend.sharpen(inputs, plan.settings, cuda.forward)
-    elif name == "triton" and not x.is_cuda:
-        y, selected = _interpreted(inputs, plan.settings)
-    else:
-        y, selected = operator.sharpen(inputs, plan.settings)
+    y, selected = run(name, inputs, plan.settings, pairs)
     if I_in is None:
         sharing.remember(x, mask, grouped.shape, selected)
     return y if grouped is x else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def run(
+    name: str, inputs: Inputs, settings: policy.Settings, pairs: tuple[Pair, ...]
+) -> tuple[Tensor, Tensor]:
+    """Output ``[G, T, d_out]`` and ``I_in`` ``[G, r]`` by the backend of that name."""
+    if pairs:
+        forward = partial(torch_backend.forward, pairs=pairs)
+        return torch_backend.sharpen(inputs, settings, forward, pairs)
+    if name == "torch":
+        result = one_group.sharpen(inputs, settings)
+        if result is not None:
+            return result
+        return torch_backend.sharpen(inputs, settings, torch_backend.forward)
+    if name == "cuda":
+        return torch_backend.sharpen(inputs, settings, cuda.forward)
+    if name == "triton" and not inputs.x.is_cuda:
+        return _interpreted(inputs, settings)
+    return operator.sharpen(inputs, settings)
 
 
 class _Plan(NamedTuple):
@@ -127,7 +133,7 @@ class _Plan(NamedTuple):
 
 
 @constants.kept
-def _plan(
+def plan_for(
     config: VPSConfig, gradient: bool, factor: float, d_out: int, d_in: int, device: torch.device
 ) -> _Plan | None:
     """``None`` when γ is 0 whatever the input."""
@@ -178,7 +184,7 @@ def _reference(
     ).y
 
 
-def _check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
+def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
     if x.dtype not in FLOATING:
         raise TypeError(f"vps_linear: x must be floating point (16 to 64 bits), got {x.dtype}")
     if weight.dim() != 2 or weight.dtype not in FLOATING:
@@ -201,7 +207,7 @@ def _check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
             )
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """What autocast does to an argument of F.linear: all but float64 takes its dtype."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 

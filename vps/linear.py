@@ -11,6 +11,7 @@ from vps.config import VPSConfig
 from vps.functional import FLOATING, vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.masking import STATE
+from vps.pairing import Coupling
 from vps.policy import PolicyState
 
 M = TypeVar("M", bound=nn.Module)
@@ -19,19 +20,24 @@ M = TypeVar("M", bound=nn.Module)
 class SharpenedLayer:
     """What every sharpened layer holds beside its base layer.
 
-    ``config`` and ``state`` always; during a refinement also ``gradient``, whether the last
-    verification pass brought one here (Hybrid turns to SC), and the L-BFGS ``memory``.
+    ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer. During a
+    refinement also ``gradient``, whether the last verification pass brought one here (Hybrid turns
+    to SC), and the L-BFGS ``memory``.
     """
 
     config: VPSConfig
     state: PolicyState
     gradient: bool = False
     memory: CurvatureMemory | None = None
+    coupling: Coupling | None = None
 
     def sharpen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The sharpened output, or ``None`` where the layer is switched off."""
         if STATE.disabled and any(state is self.state for state in STATE.disabled):
             return None
+        if self.coupling is not None and self.coupling.applies():
+            assert isinstance(self, VPSLinear)
+            return self.coupling.sharpen(self, x)
         return vps_linear(
             x,
             weight,

@@ -23,16 +23,18 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
     ``None`` where the call is not of this kind (eager, one group whose tokens all count, plain
     selection, component clip and first order) or a statistic is not finite.
     """
-    x, W, bias, mask, I_in, I_out, policy, entropy = inputs
+    x, W, bias, mask, I_in, I_out, policy, entropy, H, pooled = inputs
     if not (len(x) == 1 and mask is None and x.device.type == "cpu" and _is_plain(settings)):
         return None
     if needs_gradient(inputs) or _is_traced():
         return None
-    H = F.linear(x, W)
+    H = F.linear(x, W) if H is None else H.clone()
     h = H[0]
     best_in = _best(x[0], settings.r) if I_in is None else I_in[0]
     best_out = _best(h, settings.r) if I_out is None else I_out[0]
-    energy = _energy(h) if settings.adaptive else 0.0
+    energy = 0.0
+    if settings.adaptive:
+        energy = _energy(h) if pooled is None else float(pooled)
     if best_in is None or best_out is None or not math.isfinite(energy):
         return None
     gamma, rank = _decide(policy.tolist(), energy, entropy, settings.r)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import cpp, gradient, torch_backend
+from vps import coupling, cpp, gradient, torch_backend
 from vps.policy import Settings
 from vps.selection import accumulation_dtype
 from vps.torch_backend import Inputs, Outputs, needs_gradient
@@ -20,9 +20,14 @@ from vps.torch_backend import Inputs, Outputs, needs_gradient
 LIBRARY = torch.library.Library("vps", "DEF")
 LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? I_in, Tensor? I_out, "
-    "Tensor policy, Tensor? entropy, int r, bool adaptive, bool coupled, bool second_order, "
-    "float alpha, float? tau, bool spectral, float? clamp) "
+    "Tensor policy, Tensor? entropy, Tensor? H, Tensor? energy, int r, bool adaptive, "
+    "bool coupled, bool second_order, float alpha, float? tau, bool spectral, float? clamp) "
     "-> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+LIBRARY.define(
+    "couple(Tensor x, Tensor W_q, Tensor W_k, Tensor? mask, Tensor? I_in, int r, int heads, "
+    "int kv_heads) -> (Tensor H_q, Tensor H_k, Tensor energy, Tensor features)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -38,6 +43,46 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     return y, features[:, 0]
 
 
+def couple(
+    x: Tensor,
+    W_q: Tensor,
+    W_k: Tensor,
+    mask: Tensor | None,
+    I_in: Tensor | None,
+    r: int,
+    heads: int,
+    kv_heads: int,
+) -> coupling.Joint:
+    """What a query and a key projection decide together, without a gradient: see
+    :func:`vps.coupling.couple`.
+    """
+    with torch.no_grad():
+        x, W_q, W_k = x.detach(), W_q.detach(), W_k.detach()
+        return coupling.Joint(
+            *torch.ops.vps.couple.default(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
+        )
+
+
+@torch.library.register_fake("vps::couple")
+def _fake_joint(
+    x: Tensor,
+    W_q: Tensor,
+    W_k: Tensor,
+    mask: Tensor | None,
+    I_in: Tensor | None,
+    r: int,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, ...]:
+    groups, length = x.shape[:2]
+    return (
+        x.new_empty(groups, length, W_q.shape[0]),
+        x.new_empty(groups, length, W_k.shape[0]),
+        x.new_empty(groups, dtype=accumulation_dtype(x.dtype)),
+        x.new_empty(groups, 3, r, dtype=torch.int64),
+    )
+
+
 @torch.library.register_fake("vps::linear")
 def _fake(
     x: Tensor,
@@ -48,6 +93,8 @@ def _fake(
     I_out: Tensor | None,
     policy: Tensor,
     entropy: Tensor | None,
+    H: Tensor | None,
+    energy: Tensor | None,
     *settings: Any,
 ) -> Result:
     r, clamp = settings[0], settings[-1]
@@ -99,8 +146,9 @@ def _triton(*arguments: Any) -> Result:
 
 
 def _packed(forward: Callable[[Inputs, Settings], Outputs], arguments: tuple[Any, ...]) -> Result:
-    settings = Settings(*arguments[8:])
-    out = forward(Inputs(*arguments[:8]), settings)
+    count = len(Inputs._fields)
+    settings = Settings(*arguments[count:])
+    out = forward(Inputs(*arguments[:count]), settings)
     return (
         out.y,
         torch.stack([out.I_in, out.I_out], 1),
@@ -110,6 +158,14 @@ def _packed(forward: Callable[[Inputs, Settings], Outputs], arguments: tuple[Any
     )
 
 
+def _triton_joint(*arguments: Any) -> coupling.Joint:
+    from vps.triton_backend import couple
+
+    return couple(*arguments)
+
+
 LIBRARY.impl("linear", _triton, "CUDA")
+LIBRARY.impl("couple", _triton_joint, "CUDA")
 if cpp.why_missing() is not None:
     LIBRARY.impl("linear", _torch, "CPU")
+    LIBRARY.impl("couple", coupling.couple, "CPU")

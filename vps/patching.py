@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from vps import attention_mask
+from vps import attention, attention_mask, pairing
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer, VPSLinear, why_not_sharpenable
 from vps.masking import STATE
@@ -30,15 +30,19 @@ class PatchReport:
         patched: names of the layers now sharpened.
         refused: names the config asked for that cannot be sharpened, each with the reason.
         not_patched: other modules that hold weights the config's names suggest, such as fused
-            experts, and what is left undone for them (Q/K coupling), each with the reason.
+            experts, and attention blocks left without Q/K coupling, each with the reason.
+        coupled: names of the attention blocks whose query and key select together.
     """
 
     patched: tuple[str, ...]
     refused: dict[str, str] = field(default_factory=dict)
     not_patched: dict[str, str] = field(default_factory=dict)
+    coupled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.patched)} layers sharpened"]
+        if self.coupled:
+            lines[0] += f", query and key coupled in {len(self.coupled)} attention blocks"
         for title, reasons in (("refused", self.refused), ("not patched", self.not_patched)):
             lines += [f"{title}: {name}: {reason}" for name, reason in reasons.items()]
         return "\n".join(lines)
@@ -100,10 +104,11 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     if refused:
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         warnings.warn(f"vps.patch: {len(refused)} layers were refused: {listed}", stacklevel=2)
+    coupled, uncoupled = attention.couple_blocks(model)
     not_patched = _fused_experts(model)
-    if config.qk_coupling:
-        not_patched["qk_coupling"] = "not part of this version of vps; q and k select separately"
-    return PatchReport(tuple(wanted), refused, not_patched)
+    if not config.qk_coupling or config.builder == "random":
+        coupled, uncoupled = (), {}
+    return PatchReport(tuple(wanted), refused, not_patched | uncoupled, coupled)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -115,6 +120,7 @@ def unpatch(model: nn.Module) -> None:
     """
     layers = _require_layers(model, "unpatch")
     attention_mask.detach(model)
+    pairing.detach(model)
     _replace(model, {id(layer): _plain(layer) for layer in layers.values()})
 
 

@@ -51,6 +51,17 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """One of two coupled layers: weight [d_out, d_in], bias, and as for :func:`vps_linear`
+    ``gradient`` and ``memory``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    gradient: bool = False
+    memory: Sequence[tuple[Tensor, Tensor]] = ()
+
+
+@dataclass(frozen=True)
 class Result:
     """``y`` [..., d_out], ``H`` [N, d_out] without bias, and one :class:`Group` per group."""
 
@@ -116,6 +127,89 @@ def vps_linear(
     return Result(y.reshape(*x.shape[:-1], len(weight)), H, groups)
 
 
+def coupled_vps_linear(
+    x: Tensor,
+    query: Projection,
+    key: Projection,
+    *,
+    heads: int,
+    kv_heads: int,
+    config: Any,
+    mask: Tensor | None = None,
+    entropy: float | None = None,
+    outcomes: Sequence[bool] = (),
+) -> tuple[Result, Result]:
+    """Sharpen the query and the key projection of one attention block together, literally.
+
+    They share the policy decision, made from their pooled energy, and ``I_in``; ``I_out`` ranks
+    channels by what they add to the attention logits.
+
+    Args:
+        x: input of both, ``[..., d_in]``.
+        query: weight ``[heads * d, d_in]`` and what else belongs to the projection.
+        key: weight ``[kv_heads * d, d_in]``, likewise.
+        heads: query heads, of d channels each.
+        kv_heads: key-value heads; a divisor of ``heads``.
+        config, mask, entropy, outcomes: as for :func:`vps_linear`.
+
+    Source: SPEC §7; the paper, section 7.
+    """
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    x2d = x.reshape(-1, x.shape[-1])
+    counted = torch.ones(len(x2d), dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()
+    counted = counted.to(x.device)
+    both = (query, key)
+    H = [x2d @ p.weight.T for p in both]
+    y = [h.clone() if p.bias is None else h + p.bias for h, p in zip(H, both, strict=True)]
+    groups: tuple[list[Group], list[Group]] = ([], [])
+    for tokens in group_tokens(x.shape[:-1], config.scope):
+        tokens = tokens.to(x.device)
+        values = [clean(h[tokens][counted[tokens]].to(accumulate)) for h in H]
+        energy = mean_square(torch.cat(values, dim=1))
+        topk = decide(config, energy, entropy, outcomes)[3]
+        n = max(1, len(values[0]))
+        s_q, s_k = (v.abs().sum(0) / n for v in values)
+        pools = couple_heads(s_q, s_k, heads, kv_heads, min(topk, len(s_k)))
+        for i, p in enumerate(both):
+            group = _sharpen(
+                x2d[tokens].to(accumulate),
+                H[i][tokens].to(accumulate),
+                p.weight.to(accumulate),
+                tokens,
+                counted[tokens],
+                config,
+                entropy,
+                outcomes,
+                p.gradient,
+                p.memory if config.lbfgs else (),
+                joint=(energy, pools[i]),
+            )
+            if group.rank:
+                y[i][tokens] = (y[i][tokens] + group.gamma * group.delta).to(y[i].dtype)
+            groups[i].append(group)
+    shape = x.shape[:-1]
+    results = [
+        Result(y[i].reshape(*shape, len(p.weight)), H[i], groups[i]) for i, p in enumerate(both)
+    ]
+    return results[0], results[1]
+
+
+def couple_heads(
+    s_q: Tensor, s_k: Tensor, heads: int, kv_heads: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The best k output features of query and key: ``c[g, j]`` of SPEC §7 and its ``h*``."""
+    query = s_q.double().view(kv_heads, heads // kv_heads, -1)
+    size = query.shape[-1]
+    c = query.sum(1) * s_k.double().view(kv_heads, size)
+    pool_q, pool_k = [], []
+    for index in top_k(c.flatten(), k).tolist():
+        g, j = divmod(index, size)
+        h = g * (heads // kv_heads) + int(top_k(query[g, :, j], 1))
+        pool_q.append(h * size + j)
+        pool_k.append(index)
+    return torch.tensor(pool_q, device=s_q.device), torch.tensor(pool_k, device=s_q.device)
+
+
 def group_tokens(shape: Sequence[int], scope: str) -> list[Tensor]:
     """Flat token indices of each group, for token dims ``shape`` (SPEC §2, scope)."""
     tokens = torch.arange(math.prod(shape))
@@ -129,6 +223,11 @@ def group_tokens(shape: Sequence[int], scope: str) -> list[Tensor]:
 def clean(values: Tensor) -> Tensor:
     """``values`` with every non-finite element 0 (SPEC §2)."""
     return torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+
+
+def mean_square(values: Tensor) -> float:
+    """The energy ``E`` of cleaned values ``[n, d]``, 0 when there are none (SPEC §2)."""
+    return float((values.detach() ** 2).sum() / max(1, values.numel()))
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -147,15 +246,17 @@ def _sharpen(
     outcomes: Sequence[bool],
     gradient: bool,
     memory: Sequence[tuple[Tensor, Tensor]],
+    joint: tuple[float, Tensor] | None = None,
 ) -> Group:
+    """One group; ``joint`` is energy and pool of outputs where a coupling decided them."""
     d_out, d_in = W.shape
     x_counted, H_counted = clean(x[counted]), clean(H[counted])
     n = max(1, len(x_counted))
     s_in, s_out = x_counted.abs().sum(0) / n, H_counted.abs().sum(0) / n
-    energy = float((H_counted.detach() ** 2).sum() / (n * d_out))
+    energy = mean_square(H_counted) if joint is None else joint[0]
 
     sigma, rank, gamma, topk, order = decide(config, energy, entropy, outcomes)
-    k_in, k_out = min(topk, d_in), min(topk, d_out)
+    k_in, k_out = min(topk, d_in), min(topk, d_out) if joint is None else len(joint[1])
     r = min(rank, k_in, k_out)
     if not bool(counted.any()):
         r, gamma = 0, 0.0
@@ -165,7 +266,8 @@ def _sharpen(
         I_in = torch.randperm(d_in, generator=generator)[:k_in].to(x.device)
         I_out = torch.randperm(d_out, generator=generator)[:k_out].to(x.device)
     else:
-        I_in, I_out = top_k(s_in, k_in), top_k(s_out, k_out)
+        I_in = top_k(s_in, k_in)
+        I_out = top_k(s_out, k_out) if joint is None else joint[1]
     U, V = one_hot(I_in[:r], d_in, W), one_hot(I_out[:r], d_out, W)
     if config.builder == "sc" or (config.builder == "hybrid" and gradient):
         V = couple(V, x_counted[:, I_in[:r]], H_counted[:, I_out[:r]], config.alpha)

@@ -32,6 +32,8 @@ class Inputs(NamedTuple):
         I_out: selected outputs ``[G, r]`` where they are known, or ``None``.
         policy: the numbers of :func:`vps.policy.bounds`, float64 ``[9]``.
         entropy: ℋ in nats, one element, or ``None``.
+        H: base product ``[G, T, d_out]`` where it is known, or ``None``.
+        energy: ``[G]`` where it is known, or ``None``.
     """
 
     x: Tensor
@@ -42,6 +44,8 @@ class Inputs(NamedTuple):
     I_out: Tensor | None
     policy: Tensor
     entropy: Tensor | None
+    H: Tensor | None = None
+    energy: Tensor | None = None
 
 
 class Outputs(NamedTuple):
@@ -123,21 +127,26 @@ class _Sharpen(torch.autograd.Function):
 def forward(inputs: Inputs, settings: Settings, pairs: tuple[Pair, ...] = ()) -> Outputs:
     """Policy first, then the selection and its core, then the update (SPEC §3–§5, §8)."""
     x, W, bias, mask, I_in, I_out = inputs[:6]
-    H = F.linear(x, W)
+    H = F.linear(x, W) if inputs.H is None else inputs.H
     count = None if mask is None else mask.sum(1).clamp_(min=1)
-    s_out, energy = selection.statistics(H, mask, count, settings.adaptive)
+    s_out, energy = None, None if inputs.energy is None else inputs.energy.clone()
+    if I_out is None or (settings.adaptive and energy is None):
+        s_out, measured = selection.statistics(H, mask, count, settings.adaptive)
+        energy = measured if energy is None else energy
     if I_in is None:
         s_in, _ = selection.statistics(x, mask, count, False)
         I_in = selection.top_k(s_in, settings.r)
     if I_out is None:
+        assert s_out is not None
         I_out = selection.top_k(s_out, settings.r)
     B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
     core, gamma, t, _ = build(inputs, H, energy, I_in, I_out, B, settings)
+    keep_H = mask is not None or inputs.H is not None
     if pairs:
         delta = precondition(pairs, gradient.expand(gradient.mix(t, core), W, I_in))
         y = _add(H, delta, gamma, settings.clamp)
     else:
-        y = _apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H=mask is not None)
+        y = _apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H)
     if bias is not None:
         y = y.add_(bias)
     if mask is not None:  # a group without a counted token keeps the bits of the base layer

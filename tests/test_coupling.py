@@ -1,0 +1,417 @@
+"""Q/K coupling: every backend's joint decision against the reference, and layers in a model."""
+
+import copy
+import gc
+import pickle
+import random
+import threading
+import weakref
+
+import pytest
+import torch
+from cases import random_case, tiny_llama
+from torch import nn
+
+import vps
+from vps import VPSConfig, coupling, operator, pairing, reference
+from vps.coupled import Projection, coupled_vps_linear
+from vps.lbfgs import CurvatureMemory
+
+HEADS = [(1, 1, 3), (4, 2, 5), (6, 1, 4), (3, 3, 8)]  # query heads, key-value heads, size
+
+
+def coupled_case(seed):
+    """A case of the grid with a query and a key projection in place of its layer."""
+    case = random_case(seed)
+    heads, kv_heads, size = HEADS[seed % len(HEADS)]
+    generator = torch.Generator().manual_seed(seed)
+    d_in = case["x"].shape[-1]
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    config = case["config"]
+    if config.builder == "random":
+        config = config.replace(builder="hybrid")
+    weights = [tensor(n * size, d_in) / d_in**0.5 for n in (heads, kv_heads)]
+    bias = [tensor(len(W)) if case["b"] is not None else None for W in weights]
+    memories = [[], []]
+    if random.Random(seed).random() < 0.5:
+        memories = [[(s, s + 0.1 * tensor(len(W))) for s in tensor(2, len(W))] for W in weights]
+    return case | dict(
+        config=config, weights=weights, bias=bias, memories=memories, heads=(heads, kv_heads)
+    )
+
+
+def reference_of(case):
+    query, key = (
+        reference.Projection(W, b, gradient, memory)
+        for W, b, gradient, memory in zip(
+            case["weights"], case["bias"], (case["gradient"], True), case["memories"], strict=True
+        )
+    )
+    heads, kv_heads = case["heads"]
+    return reference.coupled_vps_linear(
+        case["x"],
+        query,
+        key,
+        heads=heads,
+        kv_heads=kv_heads,
+        config=case["config"],
+        mask=case["mask"],
+        entropy=case["entropy"],
+        outcomes=case["outcomes"],
+    )
+
+
+def fast(case):
+    projections = []
+    for W, b, gradient, pairs in zip(
+        case["weights"], case["bias"], (case["gradient"], True), case["memories"], strict=True
+    ):
+        memory = CurvatureMemory()
+        w = g = torch.zeros_like(W[:, 0])
+        memory.record(w, g)
+        for s, y in pairs:
+            w, g = w + s, g + y
+            memory.record(w, g)
+        assert len(memory.pairs) == len(pairs)
+        projections.append(Projection(W, b, gradient, memory))
+    return coupled_vps_linear(
+        case["x"], *projections, *case["heads"], case["config"],
+        mask=case["mask"], state=case["state"],
+    )  # fmt: skip
+
+
+def error(y, expected):
+    finite = expected.isfinite()
+    assert torch.equal(finite, y.isfinite())
+    size = expected[finite].norm().clamp(min=1e-300)
+    return float((y.double() - expected)[finite].norm() / size)
+
+
+def test_float64_with_sc_lbfgs_and_second_order():
+    seen = set()
+    for seed in range(300):
+        case = coupled_case(seed)
+        for y, expected in zip(fast(case), reference_of(case), strict=True):
+            assert error(y, expected.y) <= 1e-10, seed
+        config = case["config"]
+        coupled = config.builder == "sc" or (config.builder == "hybrid" and case["gradient"])
+        seen.add((coupled, config.order, bool(case["memories"][0])))
+    assert len(seen) == 8  # SC or not, both orders, memory or not
+
+
+@pytest.mark.parametrize("name", ["torch", "cpp", "triton", "reference"])
+def test_float32_by_backend(name):
+    reason = vps.backends()[name]
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    for seed in range(20 if name == "triton" else 150):
+        case = coupled_case(seed)
+        finite = case["x"].nan_to_num(0.0, 0.0, 0.0).abs().max()
+        case["x"] = (case["x"] * (1e-40 if finite > 1e30 else 1.0)).float()
+        case["weights"] = [W.float() for W in case["weights"]]
+        case["bias"] = [None if b is None else b.float() for b in case["bias"]]
+        case["memories"] = [[], []]
+        wide = case | dict(
+            x=case["x"].double(),
+            weights=[W.double() for W in case["weights"]],
+            bias=[None if b is None else b.double() for b in case["bias"]],
+        )
+        with vps.backend(name), torch.no_grad():
+            ys = fast(case)
+        for y, expected in zip(ys, reference_of(wide), strict=True):
+            assert error(y, expected.y) <= 1e-6, seed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["torch", "cpp", "triton"])
+def test_narrow_dtypes_round_once(name, dtype):
+    """Small integers make H exact in any dtype, so all choose alike, ties among them too."""
+    reason = vps.backends()[name]
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 1), (2, 7)):
+        x = torch.randint(-2, 3, (*shape, 33), generator=generator).double()
+        both = [torch.randint(-1, 2, (n, 33), generator=generator).double() for n in (24, 12)]
+        expected = reference.coupled_vps_linear(
+            x, *map(reference.Projection, both), heads=4, kv_heads=2, config=VPSConfig()
+        )
+        with vps.backend(name):
+            ys = coupled_vps_linear(x.to(dtype), *(Projection(W.to(dtype)) for W in both), 4, 2)
+        for y, right in zip(ys, expected, strict=True):
+            assert y.dtype == dtype and error(y, right.y) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("heads, kv_heads, size", HEADS)
+def test_selection_by_the_formula(heads, kv_heads, size):
+    """c[g, j] spelled out, on scores with many ties."""
+    generator = torch.Generator().manual_seed(heads)
+    s_q = torch.randint(0, 3, (2, heads * size), generator=generator).float()
+    s_k = torch.randint(0, 3, (2, kv_heads * size), generator=generator).float()
+    r = min(4, kv_heads * size)
+    I_q, I_k = coupling.select(s_q, s_k, r, heads, kv_heads)
+    per_group = heads // kv_heads
+    for group in range(2):
+        ranked = []
+        for g in range(kv_heads):
+            for j in range(size):
+                own = [
+                    float(s_q[group, h * size + j])
+                    for h in range(g * per_group, (g + 1) * per_group)
+                ]
+                best = g * per_group + own.index(max(own))
+                c = sum(own) * float(s_k[group, g * size + j])
+                ranked.append((-c, g * size + j, best * size + j))
+        ranked.sort()
+        assert I_k[group].tolist() == [k for _, k, _ in ranked[:r]]
+        assert I_q[group].tolist() == [q for _, _, q in ranked[:r]]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck(given):
+    torch.manual_seed(0)
+    x, W_q, W_k = torch.randn(2, 5, 12), torch.randn(16, 12), torch.randn(8, 12)
+    I_in = torch.tensor([[3, 1, 7, 0]] * 2) if given else None
+    mask = torch.rand(2, 5) < 0.7
+    arguments = (x, W_q, W_k, mask, I_in, 4, 4, 2)
+    torch.library.opcheck(torch.ops.vps.couple.default, arguments)
+    for ours, theirs in zip(operator.couple(*arguments), coupling.couple(*arguments), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(vps.backends()["cpp"] is not None, reason=str(vps.backends()["cpp"]))
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"r": 9}, "r must be from 1 to .* 8"),
+        ({"heads": 3}, "heads must be a multiple of kv_heads"),
+        ({"kv_heads": 3}, "kv_heads must divide"),
+        ({"kv_heads": 0}, "kv_heads must divide"),
+        ({"W_k": torch.randn(8, 11)}, "x must have shape"),
+        ({"W_q": torch.randn(16, 12).double()}, "W_q must be float32"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask must have shape"),
+        ({"I_in": torch.full((2, 4), 12)}, "I_in must hold features from 0 to 11"),
+    ],
+)
+def test_errors_of_the_operator_name_the_argument(changes, message):
+    given = dict(
+        x=torch.randn(2, 5, 12), W_q=torch.randn(16, 12), W_k=torch.randn(8, 12), mask=None,
+        I_in=None, r=4, heads=4, kv_heads=2,
+    ) | changes  # fmt: skip
+    with pytest.raises(ValueError, match=f"vps::couple: {message}"):
+        torch.ops.vps.couple(*given.values())
+
+
+def test_head_counts_that_do_not_fit_are_named():
+    x, q, k = torch.randn(3, 6), Projection(torch.randn(8, 6)), Projection(torch.randn(6, 6))
+    with pytest.raises(ValueError, match="8 in 2 and 6 in 1"):
+        coupled_vps_linear(x, q, k, 2, 1)
+    with pytest.raises(ValueError, match="multiple of kv_heads"):
+        coupled_vps_linear(x, q, k, 1, 2)
+
+
+def test_gradients_are_those_of_separate_layers_with_the_same_selection():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    both = [torch.randn(n, 12, dtype=torch.float64, requires_grad=True) for n in (16, 8)]
+    ys = coupled_vps_linear(x, *map(Projection, both), 4, 2)
+    weights = [torch.randn_like(y) for y in ys]
+    sum((w * y).sum() for w, y in zip(weights, ys, strict=True)).backward()
+
+    results = reference.coupled_vps_linear(
+        x.detach(), *(reference.Projection(W.detach()) for W in both), heads=4, kv_heads=2,
+        config=VPSConfig(),
+    )  # fmt: skip
+    expected = torch.zeros_like(x).flatten(0, 1)
+    for result, W, w in zip(results, both, weights, strict=True):
+        W, g = W.detach(), w.flatten(0, 1)
+        for group in result.groups:  # ∂L/∂x = g (W + γ B Aᵀ)
+            dense = W + group.gamma * group.B_clipped @ group.A_clipped.T
+            expected[group.tokens] += g[group.tokens] @ dense
+    torch.testing.assert_close(x.grad, expected.view_as(x), rtol=1e-9, atol=1e-9)
+
+
+# Layers of a model.
+
+
+class Block(nn.Module):
+    """What an attention block does with its projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.head_dim = 4
+        self.q_proj, self.k_proj = nn.Linear(12, 16), nn.Linear(12, 8)
+        self.between = lambda x: x
+
+    def forward(self, x):
+        q = self.q_proj(x)
+        return q, self.k_proj(self.between(x))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    model = nn.Sequential(Block()).requires_grad_(False)
+    report = vps.patch(model)
+    assert report.coupled == ("0",) and "1 attention blocks" in str(report)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts joint computations."""
+    seen = []
+
+    def counting(*arguments, **named):
+        seen.append(arguments[0])
+        return coupled_vps_linear(*arguments, **named)
+
+    monkeypatch.setattr(pairing, "coupled_vps_linear", counting)
+    return seen
+
+
+def expected_of(model, x):
+    q, k = model[0].q_proj, model[0].k_proj
+    results = reference.coupled_vps_linear(
+        x, reference.Projection(q.weight, q.bias), reference.Projection(k.weight, k.bias),
+        heads=4, kv_heads=2, config=VPSConfig(),
+    )  # fmt: skip
+    return [result.y for result in results]
+
+
+def test_both_are_computed_once_and_nothing_waits_after(block, calls):
+    x = torch.randn(2, 5, 12)
+    ys = block(x)
+    assert len(calls) == 1
+    for y, expected in zip(ys, expected_of(block, x), strict=True):
+        torch.testing.assert_close(y, expected)
+    calls.clear()
+    alive = [weakref.ref(tensor) for tensor in (x, *ys)]
+    del x, ys, y, expected
+    gc.collect()
+    assert all(dead() is None for dead in alive)
+
+
+def test_an_x_that_changed_between_them_is_computed_anew(block, calls):
+    x = torch.randn(2, 5, 12)
+    block[0].between = lambda x: x.mul_(2)
+    _, k = block(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(k, expected_of(block, x)[1])
+    block[0].between = lambda x: x.clone()
+    block(x)
+    assert len(calls) == 4
+
+
+def test_layers_outside_their_block_agree_and_nothing_waits(block):
+    x = torch.randn(2, 5, 12)
+    for layer, expected in zip(
+        (block[0].k_proj, block[0].q_proj), reversed(expected_of(block, x)), strict=True
+    ):
+        torch.testing.assert_close(layer(x), expected)
+        assert pairing._WAITING.y is None
+
+
+def test_an_error_in_the_block_leaves_nothing(block):
+    def fail(x):
+        raise KeyError("between")
+
+    block[0].between = fail
+    with pytest.raises(KeyError):
+        block(torch.randn(2, 5, 12))
+    assert pairing._WAITING.y is None and pairing._WAITING.pair is None
+
+
+def test_disabled_and_uncoupled(block, calls):
+    x = torch.randn(2, 5, 12)
+    with vps.disabled(block):
+        assert torch.equal(block(x)[0], nn.functional.linear(x, *block[0].q_proj.parameters()))
+    vps.set_config(block, VPSConfig(qk_coupling=False))
+    alone = vps.vps_linear(x, *block[0].q_proj.parameters())
+    torch.testing.assert_close(block(x)[0], alone)
+    vps.set_config(block, VPSConfig(builder="random"))
+    block(x)
+    assert calls == []
+
+
+def test_copies_couple_among_themselves(block, calls):
+    x = torch.randn(2, 5, 12)
+    block[0].between = None
+    copies = [copy.deepcopy(block), pickle.loads(pickle.dumps(block))]
+    for model in (block, *copies):
+        model[0].between = torch.nn.Identity()
+    for other in copies:
+        assert other[0].q_proj.coupling.key is other[0].k_proj
+        other[0].k_proj.weight.data.mul_(-3)
+        torch.testing.assert_close(other(x)[0], expected_of(other, x)[0])
+    assert list(block.state_dict()) == list(copies[0].state_dict())
+
+
+def test_unpatch_leaves_no_trace(block):
+    vps.patch(block)  # again
+    assert len(block[0]._forward_pre_hooks) == 1
+    vps.unpatch(block)
+    assert not block[0]._forward_pre_hooks and not block[0]._forward_hooks
+    assert not hasattr(block[0].q_proj, "coupling")
+
+
+def test_two_threads_keep_their_own(block):
+    xs = [torch.randn(2, 5, 12) for _ in range(2)]
+    expected = [[y.clone() for y in block(x)] for x in xs]
+    failures = []
+
+    def work(x, right):
+        for _ in range(50):
+            if not all(torch.equal(y, e) for y, e in zip(block(x), right, strict=True)):
+                failures.append(x)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(xs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_gradient_checkpointing_and_compile_agree():
+    model = tiny_llama()
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    model.get_input_embeddings().requires_grad_(True)
+
+    def gradient():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return model.get_input_embeddings().weight.grad.clone()
+
+    plain = gradient()
+    model.train()
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradient(), plain)
+    model.eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ids).logits, expected)
+
+
+def test_blocks_that_stay_uncoupled_are_reported():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder_attn = Block()
+            self.lone = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+            self.headless = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "k_proj": nn.Linear(4, 4)})
+
+    report = vps.patch(Cross())
+    assert not report.coupled
+    assert "another input" in report.not_patched["encoder_attn"]
+    assert "k_proj is not a sharpened" in report.not_patched["lone"]
+    assert "how many heads" in report.not_patched["headless"]
+    report = vps.patch(
+        nn.ModuleDict({"qkv_proj": nn.Linear(4, 12)}), VPSConfig(target_modules="qkv_proj")
+    )
+    assert "no block has separate" in report.not_patched["qk_coupling"]

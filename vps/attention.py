@@ -1,0 +1,80 @@
+"""Which layers are query and key projections of one attention block, and how many heads they have.
+
+A block is a module with children ``q_proj`` and ``k_proj``. Those that are one fused layer (GPT-2,
+GPT-NeoX, Phi-3) or sit in a cross-attention, whose keys come from another input, stay uncoupled.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from vps import pairing
+from vps.coupled import why_not
+from vps.linear import VPSLinear
+
+QUERY, KEY = "q_proj", "k_proj"
+CROSS = re.compile(r"cross|encoder_attn|enc_attn", re.IGNORECASE)
+
+
+def couple_blocks(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Couple query and key in every attention block of a patched model that allows it.
+
+    Returns:
+        Names of the coupled blocks, and of the others with the reason; ``"qk_coupling"`` stands
+        for the model where it has no such block.
+    """
+    coupled, reasons = [], {}
+    config = _text_config(getattr(model, "config", None))
+    for name, block in model.named_modules():
+        query, key = (_sharpened(block._modules.get(child)) for child in (QUERY, KEY))
+        if query is None and key is None:
+            continue
+        pair = _pair(name, block, query, key, config)
+        if isinstance(pair, str):
+            reasons[name] = f"q and k select separately: {pair}"
+        else:
+            pairing.attach(block, pair)
+            coupled.append(name)
+    if not coupled and not reasons:
+        reasons["qk_coupling"] = f"no block has separate sharpened layers {QUERY} and {KEY}"
+    return tuple(coupled), reasons
+
+
+def _sharpened(child: nn.Module | None) -> VPSLinear | None:
+    """The sharpened layer that a child is, or that an adapter of PEFT wraps."""
+    layer = getattr(child, "base_layer", child)
+    return layer if isinstance(layer, VPSLinear) else None
+
+
+def _pair(
+    name: str, block: nn.Module, query: VPSLinear | None, key: VPSLinear | None, config: Any
+) -> pairing.Coupling | str:
+    """The coupling of a block, or why there is none."""
+    if query is None or key is None:
+        return f"{QUERY if query is None else KEY} is not a sharpened linear layer"
+    if CROSS.search(name) or getattr(block, "is_cross_attention", False):
+        return "a cross-attention reads its keys from another input"
+    if query.coupling is not None or key.coupling is not None:
+        return "a layer is shared with another block"
+    if query.in_features != key.in_features:
+        return f"they read {query.in_features} and {key.in_features} features"
+    d_q, d_k = query.out_features, key.out_features
+    size = getattr(block, "head_dim", None)
+    if isinstance(size, int) and size > 0:
+        heads, kv_heads = d_q // size, d_k // size
+    else:
+        heads = getattr(config, "num_attention_heads", None)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        if not isinstance(heads, int) or not isinstance(kv_heads, int):
+            return "neither the block nor the model's config says how many heads there are"
+    reason = why_not(d_q, d_k, heads, kv_heads)
+    return pairing.Coupling(query, key, heads, kv_heads) if reason is None else reason
+
+
+def _text_config(config: Any) -> Any:
+    """The language model's part of a config."""
+    getter = getattr(config, "get_text_config", None)
+    return getter() if callable(getter) else config

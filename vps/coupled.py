@@ -1,0 +1,193 @@
+"""``coupled_vps_linear``: query and key projection of one attention block, sharpened together.
+
+As :func:`vps.vps_linear` for each, with one policy decision and selections that rank channels by
+what they add to the attention logits (SPEC §7).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vps import coupling, dispatch, masking, operator, policy, reference, sharing
+from vps.config import VPSConfig
+from vps.functional import cast, check, group, plan_for, run, vps_linear
+from vps.lbfgs import CurvatureMemory, Pair
+from vps.torch_backend import Inputs
+
+
+class Projection(NamedTuple):
+    """One of the two layers.
+
+    Args:
+        weight: ``[d_out, d_in]``.
+        bias: ``[d_out]`` or ``None``.
+        gradient: as for :func:`vps.vps_linear`.
+        memory: as for :func:`vps.vps_linear`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    gradient: bool = False
+    memory: CurvatureMemory | None = None
+
+
+def coupled_vps_linear(
+    x: Tensor,
+    query: Projection,
+    key: Projection,
+    heads: int,
+    kv_heads: int,
+    config: VPSConfig | None = None,
+    *,
+    mask: Tensor | None = None,
+    state: policy.PolicyState | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sharpen the query and the key projection of one attention block together.
+
+    With ``qk_coupling=False`` or ``builder="random"`` each is sharpened by itself.
+
+    Args:
+        x: input of both, ``[..., d_in]``.
+        query: the projection to ``[..., heads * d]``.
+        key: the projection to ``[..., kv_heads * d]``.
+        heads: query heads.
+        kv_heads: key-value heads; ``heads`` is a multiple.
+        config: the settings; defaults of :class:`VPSConfig` when ``None``.
+        mask: as for :func:`vps.vps_linear`.
+        state: entropy and improvement history.
+
+    Returns:
+        Both outputs, each as of :func:`vps.vps_linear`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`vps.vps_linear`.
+        ValueError: head counts that do not fit the weights.
+
+    Source: SPEC §7.
+    """
+    config = VPSConfig() if config is None else config
+    both = (query, key)
+    for projection in both:
+        check(x, projection.weight, mask)
+    reason = why_not(query.weight.shape[0], key.weight.shape[0], heads, kv_heads)
+    if reason is not None:
+        raise ValueError(f"coupled_vps_linear: {reason}")
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, both = cast(x, dtype), (_cast(query, dtype), _cast(key, dtype))
+        with torch.autocast(kind, enabled=False):
+            return coupled_vps_linear(x, *both, heads, kv_heads, config, mask=mask, state=state)
+    if not config.qk_coupling or config.builder == "random":
+        query_y, key_y = (
+            vps_linear(
+                x, p.weight, p.bias, config,
+                mask=mask, state=state, gradient=p.gradient, memory=p.memory,
+            )
+            for p in both
+        )  # fmt: skip
+        return query_y, key_y
+    factor = 1.0 if state is None else state.factor()
+    d_k, d_in = key.weight.shape
+    plans = [plan_for(config, p.gradient, factor, d_k, d_in, x.device) for p in both]
+    if plans[0] is None or plans[1] is None or x.numel() == 0 or plans[0].settings.r == 0:
+        return F.linear(x, *query[:2]), F.linear(x, *key[:2])
+    dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
+    grouped = group(x, dims, config.scope)
+    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    pairs = [p.memory.pairs if p.memory is not None and config.lbfgs else () for p in both]
+    name = dispatch.choose_with_memory() if any(pairs) else dispatch.choose(x)
+    if name == "reference":
+        ys = _reference(grouped, both, heads, kv_heads, config, counted, state, pairs)
+        return ys[0].view(*x.shape[:-1], -1), ys[1].view(*x.shape[:-1], -1)
+
+    r = plans[0].settings.r
+    I_in = sharing.find(x, mask, grouped.shape, r)
+    joint = _couple(name, grouped, query.weight, key.weight, counted, I_in, r, heads, kv_heads)
+    energy = joint.energy if plans[0].settings.adaptive else None
+    entropy = None if state is None else state.entropy_on(x.device)
+    selected = joint.features[:, 0]
+    outputs = []
+    for i, (p, plan) in enumerate(zip(both, plans, strict=True)):
+        assert plan is not None
+        inputs = Inputs(
+            grouped, p.weight, p.bias, counted, selected, joint.features[:, i + 1],
+            plan.policy, entropy, joint[i], energy,
+        )  # fmt: skip
+        y, _ = run(name, inputs, plan.settings, pairs[i])
+        outputs.append(y if grouped is x else y.view(*x.shape[:-1], y.shape[-1]))
+    if I_in is None:
+        sharing.remember(x, mask, grouped.shape, selected)
+    return outputs[0], outputs[1]
+
+
+def why_not(d_q: int, d_k: int, heads: int, kv_heads: int) -> str | None:
+    """Why projections of these widths are none of so many heads, or ``None``."""
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        return f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}"
+    if d_q % heads or d_k % kv_heads or d_q // heads != d_k // kv_heads:
+        return (
+            f"query and key features must be heads and kv_heads of one size, got {d_q} in {heads} "
+            f"and {d_k} in {kv_heads}"
+        )
+    return None
+
+
+def _couple(
+    name: str, x: Tensor, W_q: Tensor, W_k: Tensor, mask: Tensor | None, *rest: Any
+) -> coupling.Joint:
+    """The joint decision by the backend of that name."""
+    if name == "torch":
+        with torch.no_grad():
+            return coupling.couple(x, W_q, W_k, mask, *rest)
+    if name == "triton" and not x.is_cuda:
+        from vps import triton_backend
+
+        with torch.no_grad():
+            return triton_backend.couple(x, W_q, W_k, mask, *rest)
+    return operator.couple(x, W_q, W_k, mask, *rest)
+
+
+def _reference(
+    x: Tensor,
+    both: tuple[Projection, Projection],
+    heads: int,
+    kv_heads: int,
+    config: VPSConfig,
+    mask: Tensor | None,
+    state: policy.PolicyState | None,
+    pairs: list[tuple[Pair, ...]],
+) -> tuple[Tensor, Tensor]:
+    """The literal algorithm for x ``[G, T, d_in]``, without a gradient."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(p.weight for p in both))):
+        raise RuntimeError(
+            "vps backend 'reference' has no gradient: expected torch.no_grad() around the layers"
+        )
+    entropy = None if state is None else state.entropy
+    query, key = (
+        reference.Projection(p.weight, p.bias, p.gradient, [(pair.s, pair.y) for pair in own])
+        for p, own in zip(both, pairs, strict=True)
+    )
+    results = reference.coupled_vps_linear(
+        x,
+        query,
+        key,
+        heads=heads,
+        kv_heads=kv_heads,
+        config=config.replace(scope="sequence"),
+        mask=mask,
+        entropy=None if entropy is None else float(entropy),
+        outcomes=() if state is None else state.outcomes,
+    )
+    return results[0].y, results[1].y
+
+
+def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
+    bias = projection.bias
+    return projection._replace(
+        weight=cast(projection.weight, dtype), bias=None if bias is None else cast(bias, dtype)
+    )

@@ -1,0 +1,136 @@
+"""Query and key layers of a model, which its attention block calls one after the other.
+
+Whichever is called first computes both; the other's output waits until the block is done, for the
+very same x. Outside its block, and where a tracer runs, each call computes both for itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vps.config import VPSConfig
+from vps.coupled import Projection, coupled_vps_linear
+from vps.lbfgs import CurvatureMemory
+from vps.policy import PolicyState
+
+
+class Layer(Protocol):
+    """What a sharpened linear layer holds."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    config: VPSConfig
+    state: PolicyState
+    gradient: bool
+    memory: CurvatureMemory | None
+    coupling: Coupling | None
+
+
+class _Waiting(threading.local):
+    """Of the block that runs on this thread: its pair, and the output that waits."""
+
+    pair: Coupling | None = None
+    layer: Any = None
+    x: Tensor | None = None
+    version: int = 0
+    y: Tensor | None = None
+
+    def clear(self) -> None:
+        self.layer = self.x = self.y = None
+
+
+_WAITING = _Waiting()
+
+
+class Coupling:
+    """A query and a key layer that read the same x.
+
+    Args:
+        query: layer to ``heads`` heads.
+        key: layer to ``kv_heads`` heads of the same size.
+        heads: query heads.
+        kv_heads: key-value heads.
+    """
+
+    def __init__(self, query: Layer, key: Layer, heads: int, kv_heads: int) -> None:
+        self.query = query
+        self.key = key
+        self.heads = heads
+        self.kv_heads = kv_heads
+
+    def applies(self) -> bool:
+        """Whether both layers are set alike, and to be coupled."""
+        config, other = self.query.config, self.key.config
+        if self.query.state is not self.key.state or config is not other and config != other:
+            return False
+        return config.qk_coupling and config.builder != "random"
+
+    def sharpen(self, layer: Layer, x: Tensor) -> Tensor:
+        """Output of ``layer``, one of the two, for x ``[..., d_in]``."""
+        waits = self._may_wait(x)
+        if waits and _WAITING.layer is layer:
+            unchanged = x._version == _WAITING.version and _WAITING.x is x
+            y = _WAITING.y if unchanged else None
+            _WAITING.clear()
+            if y is not None:
+                return y
+        query, key = (
+            Projection(one.weight, one.bias, one.gradient, one.memory)
+            for one in (self.query, self.key)
+        )
+        ys = coupled_vps_linear(
+            x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
+        )
+        own, other = ys if layer is self.query else ys[::-1]
+        if waits:
+            _WAITING.layer = self.key if layer is self.query else self.query
+            _WAITING.x, _WAITING.version, _WAITING.y = x, x._version, other
+        return own
+
+    def _may_wait(self, x: Tensor) -> bool:
+        """Whether this runs in its block, eagerly, with an x whose changes show."""
+        if torch.compiler.is_compiling():
+            return False
+        return _WAITING.pair is self and not x.is_inference()
+
+
+class _Enter:
+    """Forward pre-hook of an attention block: its pair may let outputs wait."""
+
+    def __init__(self, pair: Coupling) -> None:
+        self.pair = pair
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            _WAITING.clear()
+            _WAITING.pair = self.pair
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook: nothing waits any longer."""
+    if not torch.compiler.is_compiling():
+        _WAITING.clear()
+        _WAITING.pair = None
+
+
+def attach(block: nn.Module, pair: Coupling) -> None:
+    """Couple the two layers of an attention block."""
+    pair.query.coupling = pair.key.coupling = pair
+    block.register_forward_pre_hook(_Enter(pair))
+    block.register_forward_hook(_leave, always_call=True)
+
+
+def detach(model: nn.Module) -> None:
+    """Remove the hooks of :func:`attach` everywhere in ``model``."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Enter):
+                del module._forward_pre_hooks[key]
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _leave:
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
