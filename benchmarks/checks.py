@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -25,11 +26,17 @@ DRAWS = 200
 def linear(d_in: int, d_out: int, dtype: torch.dtype, device: str, bias: bool = False) -> nn.Linear:
     """A frozen random layer; some of its outputs are larger than the rest."""
     layer = nn.Linear(d_in, d_out, bias, device=device, dtype=dtype).requires_grad_(False)
-    layer.weight.normal_(std=d_in**-0.5)
-    factors = torch.tensor(OUTLIERS[:d_out], device=device, dtype=dtype)
-    layer.weight[torch.randperm(d_out, device=device)[: len(factors)]] *= factors[:, None]
-    layer.weight /= (d_in**0.5) * layer.weight.square().mean(dtype=torch.float32).sqrt()
+    randomize(layer.weight)
     return layer
+
+
+def randomize(weight: Tensor) -> None:
+    """Fill a weight ``[d_out, d_in]`` so that it keeps the size of its input, with outliers."""
+    d_out, d_in = weight.shape
+    weight.normal_()
+    factors = torch.tensor(OUTLIERS[:d_out], device=weight.device, dtype=weight.dtype)
+    weight[torch.randperm(d_out, device=weight.device)[: len(factors)]] *= factors[:, None]
+    weight /= (d_in * weight.square().mean(dtype=torch.float32)).sqrt()
 
 
 def activations(groups: int, tokens: int, d_in: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -40,36 +47,50 @@ def activations(groups: int, tokens: int, d_in: int, dtype: torch.dtype, device:
     return x.mul_((ENERGY / x.square().mean(dtype=torch.float32)).sqrt())
 
 
-def clear_case(
-    layer: nn.Linear, groups: int, tokens: int, config: VPSConfig
-) -> tuple[Tensor, reference.Result]:
-    """A fresh input and what the reference says of it in float64.
+class Clear(NamedTuple):
+    """An input whose selection rounding cannot change, and what the oracle says of it.
+
+    x is ``[G, T, d_in]``, y float64 ``[G, T, d_out]``, I_in and I_out ``[G, most]``.
+    """
+
+    x: Tensor
+    y: Tensor
+    I_in: Tensor
+    I_out: Tensor
+
+
+def clear_case(layer: nn.Linear, groups: int, tokens: int, config: VPSConfig) -> Clear:
+    """A fresh input and what the reference says of it in float64, drawn group by group.
 
     Raises:
         AssertionError: no input with a clear selection was drawn.
     """
+    dtype, device = layer.weight.dtype, str(layer.weight.device)
     weight = layer.weight.double()
     bias = None if layer.bias is None else layer.bias.double()
-    for _ in range(DRAWS):
-        x = activations(
-            groups, tokens, layer.in_features, layer.weight.dtype, str(layer.weight.device)
-        )
-        expected = reference.vps_linear(x.double(), weight, bias, config=config)
-        if all(_is_clear(group, config) for group in expected.groups):
-            return x, expected
-    raise AssertionError(f"no clear selection in {DRAWS} inputs of {groups} × {tokens} tokens")
+    most = config.rank_bounds[1] if config.adaptive_rank else config.rank
+    found: list[tuple[Tensor, ...]] = []
+    for _ in range(DRAWS + groups):
+        x = activations(1, tokens, layer.in_features, dtype, device)
+        right = reference.vps_linear(x.double(), weight, bias, config=config)
+        group = right.groups[0]
+        if is_clear(group, config):
+            found.append((x, right.y, group.I_in[None, :most], group.I_out[None, :most]))
+        if len(found) == groups:
+            return Clear(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    raise AssertionError(f"no clear selection in {DRAWS} inputs of {tokens} tokens")
 
 
-def _is_clear(group: reference.Group, config: VPSConfig) -> bool:
+def is_clear(group: reference.Group, config: VPSConfig, margin: float = MARGIN) -> bool:
     """Whether rounding can change neither the selection nor the rank."""
     most = config.rank_bounds[1] if config.adaptive_rank else config.rank
     for scores in (group.s_in, group.s_out):
         best = scores.sort(descending=True).values[: most + 1]
-        if bool((best[1:] > (1 - MARGIN) * best[:-1]).any()):
+        if bool((best[1:] > (1 - margin) * best[:-1]).any()):
             return False
     low, high = config.rank_bounds
     level = low + (high - low) * group.sigma
-    return not config.adaptive_rank or abs(level - round(level)) > MARGIN
+    return not config.adaptive_rank or abs(level - round(level)) > margin
 
 
 def check(name: str, y: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:

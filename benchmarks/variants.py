@@ -5,9 +5,9 @@ Each is checked against the float64 oracle on a fresh input of every shape befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,22 @@ FEW = 8  # slow variants run every eighth layer
 Layer = Callable[[Tensor], Tensor]
 
 
-class Workload(NamedTuple):
+@dataclass
+class Workload:
     """Layers with an input each; ``linears[i]`` takes ``inputs[i]``, which several may share."""
 
     linears: list[nn.Linear]
     inputs: list[Tensor]
+    _clear: dict[tuple[int, ...], checks.Clear] = field(default_factory=dict)
 
-    def each_shape(self) -> list[nn.Linear]:
-        """One layer of every shape."""
-        return list({tuple(layer.weight.shape): layer for layer in self.linears}.values())
+    def clear_cases(self, config: VPSConfig) -> Iterator[tuple[nn.Linear, checks.Clear]]:
+        """One layer of every shape with a fresh input and what is right for it, made once."""
+        groups, tokens = self.inputs[0].shape[:2]
+        for layer in {tuple(layer.weight.shape): layer for layer in self.linears}.values():
+            shape = tuple(layer.weight.shape)
+            if shape not in self._clear:
+                self._clear[shape] = checks.clear_case(layer, groups, tokens, config)
+            yield layer, self._clear[shape]
 
 
 def random_workload(
@@ -147,13 +154,11 @@ def _captured(variant: Variant) -> Variant | str:
 
 def _made(work: Workload, config: VPSConfig, make: Callable[[nn.Linear], Layer]) -> Variant | str:
     """Layers made of the linear ones, compared with the oracle, ready to run."""
-    groups, tokens = work.inputs[0].shape[:2]
 
     def test() -> None:
-        for linear in work.each_shape():
-            x, expected = checks.clear_case(linear, groups, tokens, config)
+        for linear, clear in work.clear_cases(config):
             sharing.forget()
-            checks.check(str(tuple(linear.weight.shape)), make(linear)(x), expected.y)
+            checks.check(str(tuple(linear.weight.shape)), make(linear)(clear.x), clear.y)
 
     if (reason := checks.why_wrong(test)) is not None:
         return reason
