@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -91,18 +90,17 @@ def lora(layer: nn.Linear, r: int) -> nn.Module:
     return Linear(layer, "default", LoraConfig(r=r, init_lora_weights=False), r=r).eval()
 
 
-def lora_model(model: nn.Module, r: int) -> nn.Module:
-    """A copy of ``model`` with PEFT's LoRA on the layers that VPS sharpens by default."""
+def lora_in_place(model: nn.Module, r: int) -> nn.Module:
+    """``model`` with PEFT's LoRA on the layers that VPS sharpens by default."""
     from peft import LoraConfig, get_peft_model
 
     names = list(VPSConfig().target_modules)
     config = LoraConfig(r=r, target_modules=names, init_lora_weights=False)
-    return get_peft_model(copy.deepcopy(model), config).eval()
+    return get_peft_model(model, config).eval()
 
 
-def author_model(model: nn.Module, config: VPSConfig) -> nn.Module:
-    """A copy of ``model`` in the published form, patched by names as there."""
-    model = copy.deepcopy(model)
+def author_in_place(model: nn.Module, config: VPSConfig) -> nn.Module:
+    """``model`` in the published form, patched by the names of its layers as there."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name in config.target_modules:

@@ -78,10 +78,10 @@ class Variants:
         self.lora_name = f"peft lora r={baselines.rank(config, layer)}"
         self.lora: nn.Module | str = "not here: peft is not installed"
         try:
-            self.lora = baselines.lora_model(shared_copy(plain), baselines.rank(config, layer))
+            self.lora = baselines.lora_in_place(shared_copy(plain), baselines.rank(config, layer))
         except ImportError:
             pass
-        self.author = baselines.author_model(shared_copy(plain), config)
+        self.author = baselines.author_in_place(shared_copy(plain), config)
 
     def runs(
         self, run: Callable[[nn.Module], object], probe: Tensor, author: str | None = None

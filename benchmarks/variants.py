@@ -24,27 +24,31 @@ GEMV, GEMM = "our GEMV without VPS", "our GEMM without VPS"
 COMPILED = "clean formula, compiled"
 AUTHOR, REFERENCE = "published form, eager", "eager reference"
 WAITS = "not captured: it waits for the device"
-FEW = 8  # slow variants run every eighth layer
+FEW = 8  # slow variants run an eighth of the layers
 
 Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass
 class Workload:
-    """Layers with an input each; ``linears[i]`` takes ``inputs[i]``, which several may share."""
+    """Layers with an input each; ``linears[i]`` takes ``inputs[i]``, which several may share.
+
+    Shapes repeat after ``period`` layers; ``clear`` keeps what :meth:`clear_cases` made.
+    """
 
     linears: list[nn.Linear]
     inputs: list[Tensor]
-    _clear: dict[tuple[int, ...], checks.Clear] = field(default_factory=dict)
+    period: int
+    clear: dict[tuple[int, ...], checks.Clear] = field(default_factory=dict)
 
     def clear_cases(self, config: VPSConfig) -> Iterator[tuple[nn.Linear, checks.Clear]]:
         """One layer of every shape with a fresh input and what is right for it, made once."""
         groups, tokens = self.inputs[0].shape[:2]
-        for layer in {tuple(layer.weight.shape): layer for layer in self.linears}.values():
+        for layer in self.linears[: self.period]:
             shape = tuple(layer.weight.shape)
-            if shape not in self._clear:
-                self._clear[shape] = checks.clear_case(layer, groups, tokens, config)
-            yield layer, self._clear[shape]
+            if shape not in self.clear:
+                self.clear[shape] = checks.clear_case(layer, groups, tokens, config)
+            yield layer, self.clear[shape]
 
 
 def random_workload(
@@ -70,22 +74,25 @@ def random_workload(
                 inputs[-1] if shared else checks.activations(groups, tokens, d_in, dtype, device)
             )
             inputs.append(fresh)
-    return Workload(linears, inputs)
+    return Workload(linears, inputs, len(shapes))
 
 
 def of_layers(work: Workload, *, config: VPSConfig = CONFIG) -> dict[str, Variant | str]:
     """Every variant, checked; a string where it cannot run, with the reason."""
     groups = len(work.inputs[0])
-    r = baselines.rank(config, work.linears[0])
-    found: dict[str, Variant | str] = {BASE: Variant(partial(_run, work.linears, work.inputs))}
-    found[f"peft lora r={r}"] = _lora(work, r)
-    for name in BACKENDS:
-        found[f"vps {name}"] = of_backend(name, work, config)
+    found = usual(work, config)
     found[GEMV] = _gemv(work)
     found[GEMM] = "no such form: VPS takes the GEMM of torch (cuBLAS, oneDNN, MKL)"
     found[COMPILED] = _made(work, config, _compiled(config))
-    few = Workload(work.linears[::FEW], work.inputs[::FEW])
-    share = sum(_size(layer) for layer in few.linears) / sum(_size(w) for w in work.linears)
+    blocks = len(work.linears) // work.period
+    kept = max(1, blocks // FEW)
+    few = Workload(
+        work.linears[: kept * work.period],
+        work.inputs[: kept * work.period],
+        work.period,
+        work.clear,
+    )
+    share = kept / blocks
     if groups == 1:
         author = _made(few, config, lambda layer: baselines.AuthorStyle(layer, config))
     else:
@@ -93,6 +100,16 @@ def of_layers(work: Workload, *, config: VPSConfig = CONFIG) -> dict[str, Varian
     eager = _made(few, config, lambda layer: partial(_reference, layer, config))
     for name, variant in ((AUTHOR, author), (REFERENCE, eager)):
         found[name] = variant._replace(share=share) if isinstance(variant, Variant) else variant
+    return found
+
+
+def usual(work: Workload, config: VPSConfig) -> dict[str, Variant | str]:
+    """``nn.Linear``, LoRA of the same rank, and ours by backend."""
+    r = baselines.rank(config, work.linears[0])
+    found: dict[str, Variant | str] = {BASE: Variant(partial(_run, work.linears, work.inputs))}
+    found[f"peft lora r={r}"] = _lora(work, r)
+    for name in BACKENDS:
+        found[f"vps {name}"] = of_backend(name, work, config)
     return found
 
 
@@ -236,7 +253,3 @@ def _run(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> Tensor:
     for layer, x in zip(layers, inputs, strict=True):
         y = layer(x)
     return y
-
-
-def _size(layer: nn.Linear) -> int:
-    return layer.weight.numel()
