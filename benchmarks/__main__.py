@@ -91,7 +91,7 @@ def main() -> None:
     """Exit with 1 if a check failed or a benchmark broke."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--minutes", type=float, default=13)
+    parser.add_argument("--minutes", type=float, default=14)
     parser.add_argument("--model-dir", type=Path, default=Path(".cache/smollm2"))
     parser.add_argument("--only", nargs="+", default=[], choices=sorted(SHARES["cpu"]))
     arguments = parser.parse_args()

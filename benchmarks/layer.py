@@ -42,9 +42,11 @@ def single_cells(device: str) -> Iterator[list[Cell]]:
 
 def block_cells(device: str) -> Iterator[Cell]:
     """The seven projections of one block of every model."""
-    for name, model in shapes.MODELS.items():
+    more = shapes.MORE_TOKENS if device == "cuda" else {}
+    for name in sorted(shapes.MODELS, key=lambda name: name not in more):
+        model = shapes.MODELS[name]
         for dtype in shapes.DTYPES[device]:
-            for groups, tokens in shapes.TOKENS[device]:
+            for groups, tokens in more.get(name, shapes.TOKENS[device]):
                 text = f"7 linears of {name}, {title(groups, tokens, dtype)}"
                 seven = tuple(model.projections().values())
                 yield Cell(text, seven, groups, tokens, dtype, False)
@@ -103,6 +105,8 @@ def measure(cell: Cell, device: str, seconds: float) -> dict[str, Case]:
         case = results.case(variants.BASE, {variants.BASE: results.empty(common.TIME_WAS_UP)})
         return dict.fromkeys(("layer", "layer, eager") if device == "cuda" else ("layer",), case)
     torch.manual_seed(0)
+    if device == "cuda":
+        torch.cuda.empty_cache()
     work = variants.random_workload(
         cell.shapes, cell.groups, cell.tokens, cell.dtype, device, shapes.WEIGHT_BYTES[device]
     )

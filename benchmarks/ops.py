@@ -18,6 +18,7 @@ from benchmarks import checks, common, machine, results, roofline, shapes
 from benchmarks.common import Budget, Variant
 from benchmarks.results import Section
 from benchmarks.roofline import Cost
+from benchmarks.variants import GEMV
 
 PART = "in C++ it is a part of one operator: see linear and decode"
 BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
@@ -102,7 +103,7 @@ def why_not(case: OpCase, name: str, device: str) -> str | None:
     call = case.calls[name]
     if isinstance(call, str):
         return call
-    if name == "triton" and device == "cpu":
+    if name in ("triton", GEMV) and device == "cpu":
         return "not here: Triton's interpreter on a CPU says nothing of its speed"
     return checks.why_wrong(partial(check, case, name))
 

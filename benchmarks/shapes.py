@@ -47,9 +47,10 @@ SINGLE = {
     "cuda": ((1536, 8960), (3584, 3584), (3584, 18944), (18944, 3584), (8192, 28672)),
 }
 # (sequences, tokens of each)
-TOKENS = {
-    "cpu": ((1, 1), (1, 32), (1, 256)),
-    "cuda": ((1, 1), (16, 1), (1, 512), (1, 2048), (1, 8192)),
+TOKENS = {"cpu": ((1, 1), (1, 32), (1, 256)), "cuda": ((1, 1), (16, 1), (1, 2048))}
+MORE_TOKENS = {  # of the models that the targets name, which come first
+    "Qwen2.5-7B": ((1, 1), (1, 2048), (16, 1), (1, 512), (1, 8192)),
+    "Llama-3-70B": ((1, 1), (1, 2048), (16, 1), (1, 512), (1, 8192)),
 }
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 WEIGHT_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}  # four times the last-level cache

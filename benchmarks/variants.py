@@ -23,6 +23,7 @@ BACKENDS = ("torch", "cpp", "triton", "cuda")
 GEMV, GEMM = "our GEMV without VPS", "our GEMM without VPS"
 COMPILED = "clean formula, compiled"
 AUTHOR, REFERENCE = "published form, eager", "eager reference"
+NO_GEMV_IN_CPP = "no such form: the C++ GEMV is not reachable without the update"
 WAITS = "not captured: it waits for the device"
 FEW = 8  # slow variants run an eighth of the layers
 
@@ -203,7 +204,7 @@ def _lora(work: Workload, r: int) -> Variant | str:
 def _gemv(work: Workload) -> Variant | str:
     x = work.inputs[0]
     if not x.is_cuda:
-        return "no such form: the C++ GEMV is not reachable without the update"
+        return NO_GEMV_IN_CPP
     if vps.backends()["triton"] is not None:
         return f"not here: {vps.backends()['triton']}"
     from benchmarks import decode
@@ -239,7 +240,7 @@ def compiled_formula() -> Callable[..., Tensor]:
     """The clean formula under torch.compile, made once: later shapes share its dynamic code."""
     if not _COMPILED:
         torch._dynamo.config.recompile_limit = 64
-        _COMPILED.append(torch.compile(baselines.clean_formula))
+        _COMPILED.append(torch.compile(baselines.clean_formula, dynamic=True))
     return _COMPILED[0]
 
 
