@@ -45,8 +45,8 @@ class Workload:
     def clear_cases(self, config: VPSConfig) -> Iterator[tuple[nn.Linear, checks.Clear]]:
         """One layer of every shape with a fresh input and what is right for it, made once."""
         groups, tokens = self.inputs[0].shape[:2]
-        for layer in self.linears[: self.period]:
-            shape = tuple(layer.weight.shape)
+        first = {tuple(layer.weight.shape): layer for layer in self.linears[: self.period][::-1]}
+        for shape, layer in first.items():
             if shape not in self.clear:
                 self.clear[shape] = checks.clear_case(layer, groups, tokens, config)
             yield layer, self.clear[shape]
