@@ -58,43 +58,49 @@ def title(groups: int, tokens: int, dtype: torch.dtype) -> str:
     return f"N = {groups * tokens}{split}, {shapes.title(dtype)}"
 
 
+def plan(device: str) -> list[list[Cell]]:
+    """All cells, those that the targets name first; layers alone come in lists to be averaged."""
+    blocks = [[cell] for cell in block_cells(device)]
+    aimed_at = sum(any(f" {name}," in c.title for name in shapes.MORE_TOKENS) for [c] in blocks)
+    first = aimed_at if device == "cuda" else 0
+    return blocks[:first] + list(single_cells(device)) + blocks[first:]
+
+
 def run(seconds: float) -> dict[str, Section]:
     """Sections ``layer`` and, on a GPU, ``layer, eager``."""
     device = machine.device()
     before = machine.clocks()
     budget = Budget(seconds)
-    singles = list(single_cells(device))
-    blocks = list(block_cells(device))
-    here = [cell for cell in blocks if why_not(cell, device) is None]
-    left = sum(map(len, singles)) + len(here)
+    cells = plan(device)
+    left = sum(why_not(cell, device) is None for group in cells for cell in group)
     forms: dict[str, dict[str, Case]] = {"layer": {}}
     if device == "cuda":
         forms["layer, eager"] = {}
 
     with torch.no_grad():
-        for cell in here:  # the targets are here; singles take what is left
-            add(forms, cell, measure(cell, device, budget.part(left)))
-            left -= 1
-        for cells in singles:
+        for group in cells:
             found = []
-            for cell in cells:
-                found.append(measure(cell, device, budget.part(left)))
-                add(forms, cell, found[-1])
-                left -= 1
-            for form in forms:
-                name = f"geometric mean, {title(cells[0].groups, cells[0].tokens, cells[0].dtype)}"
-                forms[form][name] = common.mean_case(case[form] for case in found)
-                common.show(f"{form}: {name}", forms[form][name])
-    for cell in blocks:
-        if (reason := why_not(cell, device)) is not None:
-            case = results.case(variants.BASE, {variants.BASE: results.empty(reason)})
-            add(forms, cell, {form: case for form in forms})
+            for cell in group:
+                if (reason := why_not(cell, device)) is not None:
+                    found.append(_empty(reason, device))
+                else:
+                    found.append(measure(cell, device, budget.part(left)))
+                    left -= 1
+                for form, case in found[-1].items():
+                    forms[form][cell.title] = case
+                    common.show(f"{form}: {cell.title}", case)
+            if group[0].single:
+                of = title(group[0].groups, group[0].tokens, group[0].dtype)
+                for form, mean in forms.items():
+                    mean[f"geometric mean, {of}"] = common.mean_case(each[form] for each in found)
+                    common.show(f"{form}: geometric mean, {of}", mean[f"geometric mean, {of}"])
     return {form: common.section(cases, before) for form, cases in forms.items()}
 
 
 def why_not(cell: Cell, device: str) -> str | None:
     """Why a cell is not run on this device, or ``None``."""
-    if device == "cpu" and not any(f" {name}," in cell.title for name in shapes.ON_A_CPU):
+    here = cell.single or any(f" {name}," in cell.title for name in shapes.ON_A_CPU)
+    if device == "cpu" and not here:
         return "not measured: too large for the time on a CPU"
     return None
 
@@ -102,8 +108,7 @@ def why_not(cell: Cell, device: str) -> str | None:
 def measure(cell: Cell, device: str, seconds: float) -> dict[str, Case]:
     """The case in every form; empty when there is no time left."""
     if seconds <= 0:
-        case = results.case(variants.BASE, {variants.BASE: results.empty(common.TIME_WAS_UP)})
-        return dict.fromkeys(("layer", "layer, eager") if device == "cuda" else ("layer",), case)
+        return _empty(common.TIME_WAS_UP, device)
     torch.manual_seed(0)
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -123,11 +128,9 @@ def measure(cell: Cell, device: str, seconds: float) -> dict[str, Case]:
     return {"layer": in_graphs, "layer, eager": eager}
 
 
-def add(forms: dict[str, dict[str, Case]], cell: Cell, found: dict[str, Case]) -> None:
-    """Put a case into every form and print it."""
-    for form, case in found.items():
-        forms[form][cell.title] = case
-        common.show(f"{form}: {cell.title}", case)
+def _empty(reason: str, device: str) -> dict[str, Case]:
+    case = results.case(variants.BASE, {variants.BASE: results.empty(reason)})
+    return dict.fromkeys(("layer", "layer, eager") if device == "cuda" else ("layer",), case)
 
 
 if __name__ == "__main__":
