@@ -27,7 +27,7 @@ def captured(call: Callable[[], Tensor]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = call()
-    output.fill_(float("nan"))
+    output.fill_(float("nan") if output.is_floating_point() else -1)
     graph.replay()
     torch.cuda.synchronize()
     error = float((output.double() - expected).norm() / expected.norm())

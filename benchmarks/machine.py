@@ -14,7 +14,7 @@ import torch
 import vps
 
 ROOT = Path(__file__).parents[1]
-COMPARED = ("cpu", "threads", "gpu")  # what must agree for times to be compared
+COMPARED = ("cpu", "instructions", "threads", "gpu")  # what must agree for times to be compared
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
@@ -81,11 +81,12 @@ def clocks() -> dict[str, object]:
 
 
 def name() -> str:
-    """The machine as a file name: its GPU, else its processor and threads."""
+    """The machine as a file name: its GPU, else processor, instruction set and threads."""
     if torch.cuda.is_available():
         title = torch.cuda.get_device_name()
     else:
-        title = f"{_cpu()} {torch.get_num_threads()} threads"
+        isa = torch.backends.cpu.get_cpu_capability()
+        title = f"{_cpu()} {isa} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 

@@ -1,6 +1,7 @@
 """Every op beside the same in plain torch: checked in float64, then timed over distinct inputs.
 
-The inputs of a case exceed the cache together; on a GPU the calls are replayed from CUDA graphs.
+The inputs of a case, at most 64, exceed the cache together unless they are small; on a GPU the
+calls are replayed from CUDA graphs.
 Each row also tells which share of the measured copy bandwidth or GEMM rate it achieves.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import vps
-from benchmarks import checks, common, machine, results, roofline, shapes
+from benchmarks import checks, common, graphs, machine, results, roofline, shapes
 from benchmarks.common import Budget, Variant
 from benchmarks.results import Section
 from benchmarks.roofline import Cost
@@ -148,16 +149,10 @@ def measure(case: OpCase, device: str, seconds: float, peaks: dict[str, float]) 
             found[name] = reason
             continue
         whole = partial(run_all, call, inputs)
-        found[name] = Variant(whole if device == "cpu" else _graph(whole))
+        found[name] = Variant(whole if device == "cpu" else graphs.captured(whole))
     measured = common.measure(found, case.base, seconds, work=len(inputs))
     dtype = inputs[0][0].dtype
     return measured | {"roofline": roofline.shares(measured, case.cost, peaks, dtype)}
-
-
-def _graph(whole: Callable[[], Tensor]) -> Callable[[], object]:
-    from benchmarks import graphs
-
-    return graphs.captured(lambda: whole().float())
 
 
 def run(seconds: float) -> Section:

@@ -143,6 +143,7 @@ def test_model():
     assert {p.data_ptr() for p in models.Variants(plain).sharpened.parameters()} == weights
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU allocates")
 def test_memory():
     plain = models.random_model("tiny", torch.float32, "cpu", 1, 64)
     found = memory.measure(plain, 16, torch.float32, "cpu")
@@ -201,6 +202,22 @@ def test_sections_without_time(monkeypatch):
         section = found if "cases" in found else next(iter(found.values()))
         rows = [row for case in section["cases"].values() for row in case["rows"].values()]
         assert rows and all(row["empty"].startswith("not measured: ") for row in rows)
+
+
+def test_what_cannot_be_captured_is_left_out(monkeypatch):
+    def captured(call):
+        if call() == 1:
+            raise RuntimeError("operation not permitted\nwhen capturing")
+        if call() == 2:
+            raise AssertionError("the replay differs")
+        return call
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    calls = {name: common.Variant(lambda n=n: n, 0.5) for n, name in enumerate("abc")}
+    found = variants.in_graphs({**calls, variants.REFERENCE: calls["a"], "d": "no reason"})
+    assert found["a"] == calls["a"] and found["d"] == "no reason"
+    assert found["b"] == "not captured: operation not permitted"
+    assert found["c"].startswith("wrong: ") and found[variants.REFERENCE] == variants.WAITS
 
 
 @pytest.mark.cuda
