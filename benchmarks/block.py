@@ -17,7 +17,7 @@ from benchmarks.common import Budget, Variant
 from benchmarks.results import Case, Section
 
 HERE = {
-    "cpu": ("SmolLM2-135M", "Qwen2.5-0.5B", "Qwen2.5-1.5B"),
+    "cpu": ("SmolLM2-135M", "Qwen2.5-0.5B"),
     "cuda": ("Qwen2.5-7B", "Qwen2.5-1.5B", "Llama-3-8B", "Llama-3-70B"),
 }
 TOKENS = {"cpu": ((1, 1), (1, 256)), "cuda": ((1, 1), (1, 2048))}
