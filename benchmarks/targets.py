@@ -1,6 +1,6 @@
-"""The targets of PERFORMANCE.md §4 beside what was measured, as Markdown.
+"""The targets of PERFORMANCE.md §4, and of issues 2 and 4 for SmolLM2, beside what was measured.
 
-``python -m benchmarks.targets RESULTS_DIR`` prints it. A cell never measured says so.
+``python -m benchmarks.targets RESULTS_DIR`` prints them as Markdown. A cell never measured says so.
 """
 
 from __future__ import annotations
@@ -52,10 +52,14 @@ def _fused(title: str, most: float) -> Target:
     return Target(title, "fused consumers", most, None, "", (), RATIO, True)
 
 
-def _on_cpu(title: str, most: float, cases: str, variants: tuple[str, ...] = CPU) -> Target:
-    return Target(title, "drop-in", most, "layer", cases, variants, RATIO, False)
+def _on_cpu(
+    title: str, most: float, cases: str, variants: tuple[str, ...] = CPU, section: str = "layer"
+) -> Target:
+    return Target(title, "drop-in", most, section, cases, variants, RATIO, False)
 
 
+GREEDY = "SmolLM2-135M, 64 greedy tokens after 32, float32"
+PREFILL = "SmolLM2-135M, prefill of 512 tokens, float32"
 WIDE = "(3584 to 18944|18944 to 3584)"
 TARGETS = (
     _drop_in("decode 3584²", 1.35, "3584 to 3584, N = 1, bfloat16"),
@@ -96,6 +100,10 @@ TARGETS = (
         "CPU, torch, N = 256, mean of 5 shapes", 1.25, f"geometric mean, N = 256, {TYPES}",
         ("vps torch",),
     ),
+    _on_cpu("SmolLM2 on a CPU, 64 greedy tokens, C++", 1.08, GREEDY, section="model"),
+    _on_cpu("SmolLM2 on a CPU, prefill of 512, C++", 1.04, PREFILL, section="model"),
+    _on_cpu("SmolLM2 on a CPU, 64 greedy tokens, torch", 1.30, GREEDY, ("vps torch",), "model"),
+    _on_cpu("SmolLM2 on a CPU, prefill of 512, torch", 1.10, PREFILL, ("vps torch",), "model"),
 )  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def test_targets_met_missed_and_never_measured():
     assert "| met: vps torch" in lines["CPU, torch, N = 256, mean of 5 shapes"]
     assert lines["decode 3584²"].endswith("| no such form yet |")
     drop_in = [line for line in text.splitlines() if "| drop-in |" in line and "CPU" not in line]
-    assert drop_in[0].endswith("| not measured |") and len(targets.TARGETS) == 23
+    assert drop_in[0].endswith("| not measured |") and len(targets.TARGETS) == 27
     assert "CPU" not in targets.table({}, gpu=True)
 
 
@@ -195,10 +195,14 @@ def test_target_cases_exist():
     """Every target names cases that the benchmarks make."""
     import re
 
-    from benchmarks import layer
+    from benchmarks import layer, model
 
     for target in targets.TARGETS:
         if target.section is None:
+            continue
+        if target.section == "model":
+            assert model.HERE["cpu"] == ("SmolLM2-135M",) and model.NEW_TOKENS["cpu"] == 64
+            assert (model.PROMPT, model.PREFILL) == (32, 512)
             continue
         device = "cuda" if target.gpu else "cpu"
         titles = [cell.title for cells in layer.single_cells(device) for cell in cells]
