@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VPS_TORCH ?= -c constraints.txt
 OUT ?= benchmarks/results
+MINUTES ?= 14
+GPU_MINUTES ?= 6
 BIN := .venv/bin
 MODEL := .cache/smollm2
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
@@ -10,7 +12,7 @@ UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,scores select factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-triton-3.6 lint bench gpu clean help
+.PHONY: demo test test-triton-3.6 lint bench plots gpu clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -27,14 +29,17 @@ test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the inter
 lint: .venv/.ok  ## Check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .venv/.ok $(MODEL)/.ok  ## Time sharpened against plain SmolLM2 on this machine
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.model --model-dir $(MODEL) --out $(OUT)
+bench: .venv/.ok $(MODEL)/.ok  ## Time everything that this machine can, in about MINUTES
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks --minutes $(MINUTES) --model-dir $(MODEL) --out $(OUT)
+
+plots: .venv/.ok  ## Draw the results in $(OUT) into docs/
+	@$(BIN)/python -m benchmarks.plot $(OUT) --out docs
 
 gpu:  ## On a GPU machine, without a virtual environment: tests marked cuda, then benchmarks, to $(OUT)
 	@mkdir -p $(OUT)
 	@$(PYTHON) -m vps.cuda || echo "the CUDA operator is not built; its tests are skipped"
 	@$(PYTHON) -m pytest -q -m cuda --junitxml=$(OUT)/cuda.xml || { [ $$? -eq 5 ] && echo "no test is marked cuda yet"; }
-	@$(PYTHON) -m benchmarks.layer --out $(OUT)
+	@$(PYTHON) -m benchmarks --minutes $(GPU_MINUTES) --out $(OUT)
 
 clean:  ## Remove what the other targets made
 	rm -rf .venv .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,91 +1,197 @@
-"""Interleaved timing of variants, after a check, with machine and versions in the result."""
+"""The shared runner: variants timed in turns, an A/A band beside every ratio, a budget of time.
+
+Every round runs each variant once, in an order drawn anew, since rotating would let each one find
+the cache as the same other left it. The base runs twice; what its second run differs by is noise.
+The order of things is: check, then warm up, then time (PERFORMANCE §5).
+"""
 
 from __future__ import annotations
 
-import json
-import platform
+import argparse
+import math
+import random
 import statistics
-import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-import vps
+from benchmarks import machine, results
+from benchmarks.results import AGAIN, Case, Row, Section
+
+WARM_UP = 20
+MOST_ROUNDS = 200
+TIME_WAS_UP = "not measured: the time was up"
 
 
-def interleave(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per variant and round; every round runs each once, in rotating order."""
-    names = list(variants)
+class Variant(NamedTuple):
+    """What is timed: ``call`` does ``share`` of the work of the case."""
+
+    call: Callable[[], object]
+    share: float = 1.0
+
+
+class Budget:
+    """Wall-clock time left for what is still to do."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds left, at least 0."""
+        return max(0.0, self._end - time.monotonic())
+
+    def part(self, parts: int) -> float:
+        """An equal part of what is left, for one of so many."""
+        return self.left() / max(1, parts)
+
+
+def least_rounds() -> int:
+    """Rounds below which no ratio is reported: 50 on a GPU, 7 where a call takes long."""
+    return 50 if torch.cuda.is_available() else 7
+
+
+def measure(
+    variants: dict[str, Variant | str],
+    base: str,
+    seconds: float,
+    *,
+    work: int = 1,
+    least: int | None = None,
+) -> Case:
+    """Time variants against ``base`` for about so many seconds.
+
+    Args:
+        variants: by name; a string is the reason why that one is not measured.
+        base: the variant that the others are compared with.
+        seconds: how long; there are ``least`` rounds however long they take.
+        work: how many calls of the operation one call of a variant is; the times are of one.
+        least: rounds at least; :func:`least_rounds` when ``None``.
+    """
+    timed = {name: v for name, v in variants.items() if isinstance(v, Variant)}
+    if base not in timed:
+        return results.case(base, {name: results.empty(str(v)) for name, v in variants.items()})
+    timed = {base: timed[base], base + AGAIN: timed[base], **timed}
+    times = interleave({n: v.call for n, v in timed.items()}, seconds, least or least_rounds())
+    rows: dict[str, Row] = {}
+    for name, variant in timed.items():
+        scale = 1 / (variant.share * work)
+        rows[name] = _row([t * scale for t in times[name]], [t / work for t in times[base]])
+    for name, variant in variants.items():
+        if isinstance(variant, str):
+            rows[name] = results.empty(variant)
+    return results.case(base, rows)
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]], seconds: float, least: int
+) -> dict[str, list[float]]:
+    """Seconds per call and round."""
+    names = list(calls)
+    one_round = 0.0
     for name in names:
-        variants[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            _wait()
-            start = time.perf_counter()
-            variants[name]()
-            _wait()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+        start, spent = time.perf_counter(), 0.0
+        for _ in range(WARM_UP):
+            spent = timed(calls[name])
+            if time.perf_counter() - start > 0.1 * seconds / len(names):
+                break
+        one_round += spent
+    rounds = min(MOST_ROUNDS, max(least, int(0.9 * seconds / max(one_round, 1e-9))))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
+            found[name].append(timed(calls[name]))
+    return found
 
 
-def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Median ratio to ``base`` within a round, its quartiles, and the median seconds."""
-    rows = {}
-    for name, times in seconds.items():
-        quotients = [t / b for t, b in zip(times, seconds[base], strict=True)]
-        low, median, high = statistics.quantiles(quotients, n=4)
-        rows[name] = {
-            "seconds": statistics.median(times),
-            "ratio": median,
-            "ratio_q1": low,
-            "ratio_q3": high,
-        }
-    return rows
-
-
-def machine() -> dict[str, object]:
-    """Where and with what a measurement was made."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "vps": vps.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
-
-
-def write(out: Path, name: str, rows: dict[str, dict[str, dict[str, float]]]) -> Path:
-    """Write ``out/name.json`` and print a table."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "results": rows}, indent=2) + "\n")
-    for case, variants in rows.items():
-        print(case)
-        for variant, row in variants.items():
-            print(
-                f"  {variant:<28} {row['seconds'] * 1e3:9.3f} ms   "
-                f"{row['ratio']:.3f}× [{row['ratio_q1']:.3f}, {row['ratio_q3']:.3f}]"
-            )
-    print(path)
-    return path
-
-
-def _wait() -> None:
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call: on a GPU between two events, so that waiting for it costs nothing."""
     if torch.cuda.is_available():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def mean_case(cases: Iterable[Case]) -> Case:
+    """Geometric means over cases of one base; a variant empty in any of them is empty."""
+    cases = list(cases)
+    rows: dict[str, Row] = {}
+    for name, first in cases[0]["rows"].items():
+        row = [case["rows"].get(name, results.empty("not in every case")) for case in cases]
+        missing = next((r for r in row if "empty" in r), None)
+        rows[name] = missing or {
+            key: math.exp(statistics.fmean(math.log(r[key]) for r in row))
+            for key in first
+            if key != "rounds"
+        }
+    return results.case(cases[0]["base"], rows)
+
+
+def section(cases: dict[str, Case], before: dict[str, object], **more: object) -> Section:
+    """A section of a result file, with the clocks as they were ``before`` and are now."""
+    clocks = {"before": before, "after": machine.clocks()}
+    return {"machine": machine.facts(), "clocks": clocks, "cases": cases, **more}
+
+
+def show(title: str, case: Case) -> None:
+    """Print one case as soon as it is there."""
+    print(title, *results.lines(case), sep="\n", flush=True)
+
+
+def failures(section: Section) -> list[str]:
+    """Every variant that its check found wrong."""
+    return [
+        f"{title}: {variant}: {row['empty']}"
+        for title, case in section["cases"].items()
+        for variant, row in case["rows"].items()
+        if str(row.get("empty", "")).startswith("wrong: ")
+    ]
+
+
+def command(
+    name: str,
+    run: Callable[..., Section | dict[str, Section]],
+    description: str | None,
+    seconds: float,
+    options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """The command line of a benchmark: run it and save its section; exit with 1 if one is wrong."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder")
+    parser.add_argument("--seconds", type=float, default=seconds, help="about how long")
+    if options is not None:
+        options(parser)
+    arguments = vars(parser.parse_args())
+    path = arguments.pop("out") / f"{machine.name()}.json"
+    sys.exit("\n".join(keep(path, name, run(**arguments))) or None)
+
+
+def keep(path: Path, name: str, found: Section | dict[str, Section]) -> list[str]:
+    """Save one section, or several by name, and return what failed its check."""
+    sections = {name: found} if "cases" in found else found
+    wrong = []
+    for title, part in sections.items():
+        results.save(path, title, part)
+        wrong += failures(part)
+    print(path)
+    return wrong
+
+
+def _row(times: list[float], base: list[float]) -> Row:
+    quotients = [t / b for t, b in zip(times, base, strict=True)]
+    row: Row = {}
+    for key, values in (("seconds", times), ("ratio", quotients)):
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        row |= {key: median, f"{key}_q1": low, f"{key}_q3": high}
+    return row | {"rounds": len(times)}

@@ -1,119 +1,137 @@
-"""Linear layers as a decoder meets them, each with its own weight and input: ``nn.Linear``, the
-backends of ``VPSLinear``, PEFT LoRA and the eager reference; checked, then timed.
+"""Linear layers as a decoder meets them, alone and the seven of a block, by every variant.
+
+On a GPU in CUDA graphs, one a variant, over distinct layers whose weights exceed the cache four
+times, and as a second table call by call; on a CPU call by call. One stream orders the layers.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-import vps
-from benchmarks.common import interleave, ratios, write
-from vps import VPSConfig, VPSLinear, reference
-
-SHAPES = {
-    "cpu": ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (896, 4864)),
-    "cuda": ((1536, 8960), (3584, 3584), (3584, 18944), (18944, 3584), (8192, 28672)),
-}
-TOKENS = {"cpu": (1, 32, 256), "cuda": (1, 16, 2048)}
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-WEIGHT_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}  # several times the last-level cache
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-CONFIG = VPSConfig()
+from benchmarks import common, machine, results, shapes, variants
+from benchmarks.common import Budget
+from benchmarks.results import Case, Section
 
 
-def main() -> None:
-    """Write ``<out>/layer.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--rounds", type=int, default=11)
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = {}
+class Cell(NamedTuple):
+    """One case: shapes of the layers, and sequences × tokens."""
+
+    title: str
+    shapes: tuple[tuple[int, int], ...]
+    groups: int
+    tokens: int
+    dtype: torch.dtype
+    single: bool
+
+
+def single_cells(device: str) -> Iterator[list[Cell]]:
+    """Layers by themselves, a list for each mean over shapes."""
+    for dtype in shapes.DTYPES[device]:
+        for groups, tokens in shapes.TOKENS[device]:
+            yield [
+                Cell(
+                    f"{d_in} to {d_out}, {title(groups, tokens, dtype)}",
+                    ((d_in, d_out),), groups, tokens, dtype, True,
+                )
+                for d_in, d_out in shapes.SINGLE[device]
+            ]  # fmt: skip
+
+
+def block_cells(device: str) -> Iterator[Cell]:
+    """The seven projections of one block of every model."""
+    more = shapes.MORE_TOKENS if device == "cuda" else {}
+    for name in sorted(shapes.MODELS, key=lambda name: name not in more):
+        model = shapes.MODELS[name]
+        for dtype in shapes.DTYPES[device]:
+            for groups, tokens in more.get(name, shapes.TOKENS[device]):
+                text = f"7 linears of {name}, {title(groups, tokens, dtype)}"
+                seven = tuple(model.projections().values())
+                yield Cell(text, seven, groups, tokens, dtype, False)
+
+
+def title(groups: int, tokens: int, dtype: torch.dtype) -> str:
+    """Such as ``"N = 16 (16 × 1), bfloat16"``: tokens in all, and how they are grouped."""
+    split = f" ({groups} × {tokens})" if groups > 1 else ""
+    return f"N = {groups * tokens}{split}, {shapes.title(dtype)}"
+
+
+def plan(device: str) -> list[list[Cell]]:
+    """All cells, those that the targets name first; layers alone come in lists to be averaged."""
+    blocks = [[cell] for cell in block_cells(device)]
+    aimed_at = sum(any(f" {name}," in c.title for name in shapes.MORE_TOKENS) for [c] in blocks)
+    first = aimed_at if device == "cuda" else 0
+    return blocks[:first] + list(single_cells(device)) + blocks[first:]
+
+
+def run(seconds: float) -> dict[str, Section]:
+    """Sections ``layer`` and, on a GPU, ``layer, eager``."""
+    device = machine.device()
+    before = machine.clocks()
+    budget = Budget(seconds)
+    cells = plan(device)
+    left = sum(why_not(cell, device) is None for group in cells for cell in group)
+    forms: dict[str, dict[str, Case]] = {"layer": {}}
+    if device == "cuda":
+        forms["layer, eager"] = {}
+
     with torch.no_grad():
-        for dtype in DTYPES[device]:
-            for tokens in TOKENS[device]:
-                cells = []
-                for d_in, d_out in SHAPES[device]:
-                    row = _measure(d_in, d_out, tokens, dtype, device, arguments.rounds)
-                    rows[f"{d_in} to {d_out}, N = {tokens}, {str(dtype)[6:]}"] = row
-                    cells.append(row)
-                rows[f"geometric mean, N = {tokens}, {str(dtype)[6:]}"] = _mean(cells)
-    write(arguments.out, "layer", rows)
+        for group in cells:
+            found = []
+            for cell in group:
+                if (reason := why_not(cell, device)) is not None:
+                    found.append(_empty(reason, device))
+                else:
+                    found.append(measure(cell, device, budget.part(left)))
+                    left -= 1
+                for form, case in found[-1].items():
+                    forms[form][cell.title] = case
+                    common.show(f"{form}: {cell.title}", case)
+            if group[0].single:
+                of = title(group[0].groups, group[0].tokens, group[0].dtype)
+                for form, mean in forms.items():
+                    mean[f"geometric mean, {of}"] = common.mean_case(each[form] for each in found)
+                    common.show(f"{form}: geometric mean, {of}", mean[f"geometric mean, {of}"])
+    return {form: common.section(cases, before) for form, cases in forms.items()}
 
 
-def _measure(
-    d_in: int, d_out: int, tokens: int, dtype: torch.dtype, device: str, rounds: int
-) -> dict[str, dict[str, float]]:
+def why_not(cell: Cell, device: str) -> str | None:
+    """Why a cell is not run on this device, or ``None``."""
+    here = cell.single or any(f" {name}," in cell.title for name in shapes.ON_A_CPU)
+    if device == "cpu" and not here:
+        return "not measured: too large for the time on a CPU"
+    return None
+
+
+def measure(cell: Cell, device: str, seconds: float) -> dict[str, Case]:
+    """The case in every form; empty when there is no time left."""
+    if seconds <= 0:
+        return _empty(common.TIME_WAS_UP, device)
     torch.manual_seed(0)
-    count = max(1, WEIGHT_BYTES[device] // (d_in * d_out * dtype.itemsize))
-    options = {"device": device, "dtype": dtype}
-    linears = [nn.Linear(d_in, d_out, bias=False, **options) for _ in range(count)]
-    inputs = [torch.randn(1, tokens, d_in, **options) for _ in range(count)]
-    layers = [VPSLinear.from_linear(linear, CONFIG) for linear in linears]
-    adapted = _with_lora(linears)
-    variants: dict[str, Callable[[], object]] = {
-        "nn.Linear": lambda: _run(linears, inputs),
-        "nn.Linear again": lambda: _run(linears, inputs),
-        "peft lora r=2": lambda: _run(adapted, inputs),
-    }
-    for name, reason in vps.backends().items():
-        if reason is None and name != "reference" and (name != "triton" or device == "cuda"):
-            _check(name, layers[0], inputs[0])
-            variants[f"vps {name}"] = lambda name=name: _run(layers, inputs, name)
-    few = range(max(1, count // 8))  # it is slow, and the same at every layer
-    variants["eager reference"] = lambda: [_reference(linears[i], inputs[i]) for i in few]
-    seconds = interleave(variants, rounds)
-    seconds["eager reference"] = [t * count / len(few) for t in seconds["eager reference"]]
-    per_layer = {name: [t / count for t in times] for name, times in seconds.items()}
-    return ratios(per_layer, "nn.Linear")
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    work = variants.random_workload(
+        cell.shapes, cell.groups, cell.tokens, cell.dtype, device, shapes.WEIGHT_BYTES[device]
+    )
+    budget = Budget(seconds)
+    found = variants.of_layers(work)
+    calls = len(work.linears) // len(cell.shapes)
+    if device == "cpu":
+        return {"layer": common.measure(found, variants.BASE, budget.left(), work=calls)}
+    graphs = variants.in_graphs(found)
+    in_graphs = common.measure(graphs, variants.BASE, budget.part(2), work=calls)
+    del graphs
+    # Call by call the host takes most of the time, and far more of it.
+    eager = common.measure(found, variants.BASE, budget.left(), work=calls, least=10)
+    return {"layer": in_graphs, "layer, eager": eager}
 
 
-def _run(layers: list[nn.Module], inputs: list[Tensor], backend: str | None = None) -> None:
-    if backend is None:
-        for layer, x in zip(layers, inputs, strict=True):
-            layer(x)
-    else:
-        with vps.backend(backend):
-            _run(layers, inputs)
-
-
-def _reference(linear: nn.Linear, x: Tensor) -> Tensor:
-    return reference.vps_linear(x, linear.weight, config=CONFIG).y
-
-
-def _check(name: str, layer: VPSLinear, x: Tensor) -> None:
-    with vps.backend(name):
-        y = layer(x).double()
-    expected = _reference(layer, x).double()
-    error = (y - expected).norm() / expected.norm()
-    assert error <= TOLERANCE[x.dtype], f"{name} is wrong: relative error {error:.1e}"
-
-
-def _with_lora(linears: list[nn.Linear]) -> list[nn.Module]:
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    return [
-        Linear(linear, "default", LoraConfig(r=2, init_lora_weights=False), r=2).eval()
-        for linear in linears
-    ]
-
-
-def _mean(cells: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    return {
-        variant: {
-            key: math.exp(sum(math.log(cell[variant][key]) for cell in cells) / len(cells))
-            for key in cells[0][variant]
-        }
-        for variant in cells[0]
-    }
+def _empty(reason: str, device: str) -> dict[str, Case]:
+    case = results.case(variants.BASE, {variants.BASE: results.empty(reason)})
+    return dict.fromkeys(("layer", "layer, eager") if device == "cuda" else ("layer",), case)
 
 
 if __name__ == "__main__":
-    main()
+    common.command("layer", run, __doc__, seconds=360)

@@ -1,85 +1,115 @@
-"""SmolLM2-135M on a CPU: 64 greedy tokens and a 512-token prefill, sharpened against plain.
+"""Whole models: greedy tokens and a prefill, by every variant.
 
-``plain again`` is the A/A band: what differs there is noise.
+On a CPU SmolLM2-135M; on a GPU random weights in the sizes of Qwen2.5-1.5B and 7B, with a static
+cache, not compiled.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
-import vps
-from benchmarks.common import interleave, ratios, write
-from vps.loading import load_model
+from benchmarks import common, machine, models, results, shapes
+from benchmarks.common import Budget, Variant
+from benchmarks.results import Case, Section
 
-T = TypeVar("T")
+PROMPT, PREFILL = 32, 512
+NEW_TOKENS = {"cpu": 64, "cuda": 16}
+HERE = {"cpu": (models.SMOLLM2,), "cuda": ("Qwen2.5-1.5B", "Qwen2.5-7B")}
+TOO_SLOW = "left out: several times slower; see the prefill"
 
 
-def main() -> None:
-    """Check, time, write ``<out>/model.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model-dir", type=Path, default=Path(".cache/smollm2"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    files = sorted(arguments.model_dir.glob("*.gguf"))
-    plain, tokenizer = load_model(str(files[0] if files else arguments.model_dir))
-    sharpened = copy.deepcopy(plain)
-    vps.patch(sharpened)
-    models = {"plain": plain, "plain again": plain, "peft lora r=2": _with_lora(plain)}
-    names = [name for name in ("torch", "cpp") if vps.backends()[name] is None]
-    text = "The quick brown fox jumps over the lazy dog. " * 80
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
-
-    def variants(run: Callable[[torch.nn.Module], object]) -> dict[str, Callable[[], object]]:
-        calls = {name: lambda model=model: run(model) for name, model in models.items()}
-        return calls | {
-            f"vps {name}": lambda name=name: _with(name, run, sharpened) for name in names
-        }
-
+def run(seconds: float, model_dir: Path) -> Section:
+    """The section ``model``."""
+    device = machine.device()
+    before = machine.clocks()
+    budget = Budget(seconds)
+    found: dict[str, Case] = {}
+    names = HERE[device]
     with torch.no_grad():
-        with vps.disabled(sharpened):
-            assert torch.equal(sharpened(ids).logits, plain(ids).logits)
-        logits = [_with(name, lambda model: model(ids).logits, sharpened) for name in names]
-        for other in logits[1:]:
-            torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-2)
-        prefill = interleave(variants(lambda model: model(ids)), arguments.rounds * 2)
-        generate = interleave(variants(lambda model: _generate(model, ids)), arguments.rounds)
-    rows = {
-        "generate 64 tokens after 32": ratios(generate, "plain"),
-        "prefill 512 tokens": ratios(prefill, "plain"),
-    }
-    write(arguments.out, "model", rows)
+        for number, name in enumerate(names):
+            if budget.left() <= 0:
+                row = results.empty(common.TIME_WAS_UP)
+                found[name] = results.case(models.PLAIN, {models.PLAIN: row})
+                continue
+            plain, dtype = load(name, device, model_dir)
+            part = budget.part(len(names) - number)
+            for title, case in measure(plain, dtype, part, NEW_TOKENS[device]).items():
+                found[f"{name}, {title}"] = case
+                common.show(f"{name}, {title}", case)
+            del plain
+    return common.section(found, before)
 
 
-def _with(backend: str, run: Callable[[torch.nn.Module], T], model: torch.nn.Module) -> T:
-    with vps.backend(backend):
-        return run(model)
+def load(name: str, device: str, model_dir: Path) -> tuple[Any, torch.dtype]:
+    """A model and its dtype."""
+    if name == models.SMOLLM2:
+        return models.smollm2(model_dir).to(device), torch.float32
+    torch.manual_seed(0)
+    return models.random_model(name, torch.bfloat16, device), torch.bfloat16
 
 
-def _with_lora(model: torch.nn.Module) -> torch.nn.Module:
-    from peft import LoraConfig, get_peft_model
+def measure(
+    plain: Any,
+    dtype: torch.dtype,
+    seconds: float,
+    new_tokens: int,
+    prefill: int = PREFILL,
+) -> dict[str, Case]:
+    """Generation, then the prefill; checked first on 64 tokens."""
+    budget = Budget(seconds)
+    model = models.Variants(plain)
+    device = next(plain.parameters()).device
+    torch.manual_seed(0)
+    ids = torch.randint(0, plain.config.vocab_size, (1, prefill), device=device)
 
-    config = LoraConfig(r=2, target_modules=list(vps.VPSConfig().target_modules))
-    return get_peft_model(copy.deepcopy(model), config).eval()
+    def logits(module: Any) -> Tensor:
+        return module(ids, use_cache=False).logits
+
+    def answer(module: Any) -> Tensor:
+        return generate(module, ids[:, :PROMPT], new_tokens)
+
+    wrong = model.check(lambda module: module(ids[:, :64], use_cache=False).logits, dtype)
+    kind = shapes.title(dtype)
+    found = {}
+    for title, call, part, author in (
+        (f"prefill of {prefill} tokens, {kind}", logits, 3, None),
+        (f"{new_tokens} greedy tokens after {min(PROMPT, prefill)}, {kind}", answer, 1, TOO_SLOW),
+    ):
+        probe = torch.empty(1, 1, 0, device=device)
+        calls = model.runs(call, probe, author)
+        ready: dict[str, Variant | str] = {
+            name: wrong.get(name) or (run if isinstance(run, str) else Variant(run))
+            for name, run in calls.items()
+        }
+        found[title] = common.measure(ready, models.PLAIN, budget.part(part), least=5)
+    return found
 
 
-def _generate(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    prompt = ids[:, :32]
+def generate(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
+    """Greedy tokens, exactly so many; with a static cache on a GPU."""
+    options: dict[str, Any] = {}
+    if prompt.is_cuda:
+        options = {"cache_implementation": "static", "disable_compile": True}
     return model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=64,
-        min_new_tokens=64,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,
+        **options,
     )
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    """Where SmolLM2 is."""
+    parser.add_argument("--model-dir", type=Path, default=Path(".cache/smollm2"))
+
+
 if __name__ == "__main__":
-    main()
+    common.command("model", run, __doc__, 240, options)

@@ -1,0 +1,103 @@
+"""Everything this machine can measure, within a time: ``python -m benchmarks --minutes 14``.
+
+Writes one JSON file named after the machine, and beside it the tables as Markdown. Sections are
+saved as they finish; what there was no time for stays empty and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import common, machine, results, roofline, targets
+from benchmarks.common import Budget
+from benchmarks.results import Section
+
+# Shares of the time; what a section does not use goes to those after it.
+SHARES = {
+    "cpu": {"layer": 43, "model": 27, "memory": 2, "ops": 7, "block": 9, "scaling": 12},
+    "cuda": {"layer": 38, "block": 14, "model": 18, "ops": 12, "memory": 4, "scaling": 14},
+}
+
+
+def run(name: str, seconds: float, model_dir: Path) -> Section | dict[str, Section]:
+    """One benchmark by name."""
+    if name == "model":
+        from benchmarks import model
+
+        return model.run(seconds, model_dir)
+    from benchmarks import block, layer, memory, ops, scaling
+
+    modules = {"ops": ops, "memory": memory, "layer": layer, "block": block, "scaling": scaling}
+    return modules[name].run(seconds)
+
+
+def everything(out: Path, minutes: float, model_dir: Path, only: list[str]) -> list[str]:
+    """Measure and write; returns what failed."""
+    budget = Budget(60 * minutes)
+    path = out / f"{machine.name()}.json"
+    shares = {n: s for n, s in SHARES[machine.device()].items() if not only or n in only}
+    failed = []
+    for number, (name, share) in enumerate(shares.items()):
+        rest = sum(list(shares.values())[number:])
+        start = time.monotonic()
+        print(f"== {name}, about {budget.left() * share / rest:.0f} s", flush=True)
+        try:
+            failed += common.keep(path, name, run(name, budget.left() * share / rest, model_dir))
+        except Exception as error:  # the sections after it are still to be had
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+        took, left = time.monotonic() - start, budget.left()
+        print(f"== {name} took {took:.0f} s, {left:.0f} s left", flush=True)
+    write_tables(path)
+    return failed
+
+
+def write_tables(path: Path) -> None:
+    """``<machine>.md`` beside the result file: targets, ratios, roofline, memory."""
+    if not path.exists():
+        return
+    sections = results.read(path)
+    gpu = next(iter(sections.values()))["machine"]["gpu"] is not None
+    lines = [f"# {path.stem}", "", "## Targets", "", targets.table(sections, gpu)]
+    for name, section in sections.items():
+        lines += ["", f"## {name}", ""]
+        if name == "memory":
+            lines += memory_table(section)
+        elif name == "ops":
+            lines += [roofline.table(section["cases"], section["peaks"])]
+        else:
+            lines += [targets.ratios(section, "")]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print(targets.table(sections, gpu))
+    print(path.with_suffix(".md"))
+
+
+def memory_table(section: Section) -> list[str]:
+    """Peaks in MiB, a case a row."""
+    names = list(dict.fromkeys(n for case in section["cases"].values() for n in case["rows"]))
+    lines = [f"| MiB over the base | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for title, case in section["cases"].items():
+        cells = [
+            f"{row['bytes'] / 2**20:.2f}" if "bytes" in row else "not measured"
+            for row in (case["rows"].get(name, {}) for name in names)
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Exit with 1 if a check failed or a benchmark broke."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--minutes", type=float, default=14)
+    parser.add_argument("--model-dir", type=Path, default=Path(".cache/smollm2"))
+    parser.add_argument("--only", nargs="+", default=[], choices=sorted(SHARES["cpu"]))
+    arguments = parser.parse_args()
+    failed = everything(arguments.out, arguments.minutes, arguments.model_dir, arguments.only)
+    sys.exit("\n".join(failed) or None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Where, with what and at which clocks a measurement was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import vps
+
+ROOT = Path(__file__).parents[1]
+COMPARED = ("cpu", "instructions", "threads", "gpu")  # what must agree for times to be compared
+PACKAGES = ("torch", "triton", "transformers", "peft")
+
+
+def device() -> str:
+    """``"cuda"`` where there is a GPU, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def facts() -> dict[str, object]:
+    """Machine, versions and commit."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "vps": vps.__version__,
+        **versions,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source, ``-dirty`` with changes, or ``None`` outside of a checkout."""
+    run = subprocess.run(
+        ["git", "-c", f"safe.directory={ROOT}", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.stdout.strip() or None
+
+
+def clocks() -> dict[str, object]:
+    """Clocks and load at this moment; they are read, never set."""
+    found: dict[str, object] = {"load": os.getloadavg()[0]}
+    try:
+        lines = Path("/proc/cpuinfo").read_text()
+        found["cpu_mhz"] = [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", lines)]
+    except OSError:
+        found["cpu_mhz"] = []
+    if torch.cuda.is_available():
+        fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+        try:
+            run = subprocess.run(
+                ["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            values = run.stdout.strip().split(", ")
+            found |= dict(zip(fields.split(","), values, strict=True))
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
+            found["gpu_clocks"] = f"not read: {error}"
+    return found
+
+
+def name() -> str:
+    """The machine as a file name: its GPU, else processor, instruction set and threads."""
+    if torch.cuda.is_available():
+        title = torch.cuda.get_device_name()
+    else:
+        isa = torch.backends.cpu.get_cpu_capability()
+        title = f"{_cpu()} {isa} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()

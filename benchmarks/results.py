@@ -1,0 +1,100 @@
+"""Result files: one JSON file a machine, with one section a benchmark.
+
+A section holds machine, clocks and ``cases``; a case its ``base`` and ``rows`` by variant; a row
+what was measured, or ``{"empty": reason}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FORMAT = "vps-benchmarks-1"
+AGAIN = " again"  # what the second, identical base of the A/A band is called
+
+Row = dict[str, Any]
+Case = dict[str, Any]
+Section = dict[str, Any]
+
+
+def empty(reason: str) -> Row:
+    """A cell that was not measured, and why."""
+    return {"empty": reason}
+
+
+def case(base: str, rows: dict[str, Row]) -> Case:
+    """A case as files hold it."""
+    return {"base": base, "rows": rows}
+
+
+def noise(case: Case) -> tuple[float, float] | None:
+    """Quartiles of the A/A ratio, or ``None`` where it was not measured."""
+    row = case["rows"].get(case["base"] + AGAIN, {})
+    return (row["ratio_q1"], row["ratio_q3"]) if "ratio_q1" in row else None
+
+
+def read(path: Path) -> dict[str, Section]:
+    """The sections of a file.
+
+    Raises:
+        ValueError: not a result file of this format.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no result file of {FORMAT}")
+    return content["sections"]
+
+
+def read_folder(folder: Path) -> dict[str, dict[str, Section]]:
+    """Sections of every result file in a folder, by file name without its suffix.
+
+    Raises:
+        FileNotFoundError: no result file there.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.stem] = read(path)
+        except ValueError as error:
+            print(f"left out: {error}")
+    if not found:
+        raise FileNotFoundError(f"no result file in {folder}")
+    return found
+
+
+def save(path: Path, name: str, section: Section) -> None:
+    """Put one section into a file, in place of an older one of that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sections = read(path) if path.exists() else {}
+    sections[name] = section
+    content = {"format": FORMAT, "sections": dict(sorted(sections.items()))}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def lines(case: Case) -> Iterable[str]:
+    """A case as text, a row a line, with the noise band beside every ratio."""
+    band = noise(case)
+    beside = "" if band is None else f"   (noise {band[0]:.3f} to {band[1]:.3f})"
+    for variant, row in case["rows"].items():
+        if "empty" in row:
+            yield f"  {variant:<26} -- {row['empty']}"
+            continue
+        parts = []
+        if "seconds" in row:
+            parts.append(f"{row['seconds'] * 1e3:10.4f} ms")
+        if "ratio_q1" in row:
+            parts.append(f"{row['ratio']:.3f}× [{row['ratio_q1']:.3f}, {row['ratio_q3']:.3f}]")
+            parts.append(beside.strip() if variant != case["base"] else "")
+        elif "ratio" in row:
+            parts.append(f"{row['ratio']:.3f}× modelled")
+        if "bytes" in row:
+            parts.append(f"{row['bytes'] / 2**20:10.3f} MiB")
+        yield f"  {variant:<26} " + "   ".join(parts).rstrip()

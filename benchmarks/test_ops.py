@@ -1,0 +1,41 @@
+"""The ops for pytest-benchmark: ``pytest benchmarks --benchmark-only``, ``--benchmark-compare``.
+
+One call on one input, call by call; for ratios between variants use ``python -m benchmarks.ops``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import machine, ops
+
+DEVICE = machine.device()
+CASES = [case for problem in ops.problems(DEVICE) for case in ops.cases(problem)]
+EACH = [
+    pytest.param(
+        case, name, id=f"{case.name}: {name}", marks=pytest.mark.benchmark(group=case.name)
+    )
+    for case in CASES
+    for name in case.calls
+]
+
+
+@pytest.mark.parametrize(("case", "name"), EACH)
+def test_op(benchmark, case: ops.OpCase, name: str) -> None:
+    """Checked first, then timed."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        reason = ops.why_not(case, name, DEVICE)
+        if reason is not None and reason.startswith("wrong: "):
+            pytest.fail(reason)
+        if reason is not None:
+            pytest.skip(reason)
+        call, arguments = case.calls[name], case.inputs()
+
+        def timed() -> None:
+            call(*arguments)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark(timed)
