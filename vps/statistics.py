@@ -71,6 +71,7 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
 
     Raises:
         ValueError: no sharpened layer in the model.
+        RuntimeError: at the end of a block in which none ran.
     """
     layers = sharpened_layers(model)
     if not layers:
@@ -82,6 +83,11 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
     ]
     try:
         yield seen
+        if not seen:
+            raise RuntimeError(
+                "vps.statistics.observe: no sharpened layer was seen; run the model inside the "
+                "block, uncompiled if torch.compile compiled it before"
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -117,3 +123,6 @@ def _observed(
     update = y - H if layer.bias is None else y - H - layer.bias
     sizes = (torch.linalg.vector_norm(z, dtype=energy.dtype) for z in (H, update))
     seen.append(Observation(name, layer, energy, *sizes))
+
+
+_observed._torchdynamo_disable = True  # as in capture
