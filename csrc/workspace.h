@@ -43,7 +43,7 @@ class Workspace {
   std::vector<std::unique_ptr<std::byte[]>> blocks_;
 };
 
-constexpr int64_t kSerialWork = 1 << 18;  // elements that take no longer than to wake a thread
+constexpr int64_t kSerialWork = 1 << 20;  // elements that take no longer than to wake a thread
 
 /// f(begin, end) over parts of [0, count), each item of which costs `work` elements.
 template <class F>

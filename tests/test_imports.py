@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "reference", "constants", "verify"},
     {"masking", "policy", "selection", "clipping", "gradient", "matching", "sharing", "lbfgs"},
     {"kernels", "cpp"},
-    {"torch_backend", "triton_backend", "cuda"},
+    {"torch_backend", "one_group", "triton_backend", "cuda"},
     {"operator"},
     {"dispatch"},
     {"functional"},

@@ -17,6 +17,7 @@ from vps import (
     cuda,
     dispatch,
     masking,
+    one_group,
     operator,
     policy,
     reference,
@@ -102,7 +103,10 @@ def vps_linear(
         forward = partial(torch_backend.forward, pairs=pairs)
         y, selected = torch_backend.sharpen(inputs, plan.settings, forward, pairs)
     elif name == "torch":
-        y, selected = torch_backend.sharpen(inputs, plan.settings, torch_backend.forward)
+        result = one_group.sharpen(inputs, plan.settings)
+        if result is None:
+            result = torch_backend.sharpen(inputs, plan.settings, torch_backend.forward)
+        y, selected = result
     elif name == "cuda":
         y, selected = torch_backend.sharpen(inputs, plan.settings, cuda.forward)
     elif name == "triton" and not x.is_cuda:

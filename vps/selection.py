@@ -7,8 +7,7 @@ from torch import Tensor
 
 from vps.constants import constant, tie_breakers
 
-SERIAL_ELEMENTS = 2**15 - 1  # torch splits an elementwise operation over threads from 2**15
-CACHED_ELEMENTS = 2**16  # for each of many threads
+CACHED_ELEMENTS = 2**17
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,41 +36,35 @@ def statistics(
         Sum of |values| ``[G, d]``, which orders features as the mean does, and mean of values²
         ``[G]`` or ``None``, in the accumulation dtype. Non-finite elements count as 0.
     """
-    length, width = values.shape[1:]
     dtype = accumulation_dtype(values.dtype)
-    scores: Tensor | None = None
-    squares: Tensor | None = None
-    for start in range(0, length, rows := _block_rows(values)):
-        block = values[:, start : start + rows] if rows < length else values
-        size = block.abs().to(dtype).nan_to_num_(0.0, 0.0, 0.0)
+    scores, squares = [], []
+    for start in range(0, len(values), groups := _block_groups(values)):
+        block = slice(start, start + groups)
+        size = values[block].abs().to(dtype).nan_to_num_(0.0, 0.0, 0.0)
         if mask is not None:
-            size.masked_fill_(~mask[:, start : start + rows].unsqueeze(-1), 0.0)
-        part = size.squeeze(1) if length == 1 else size.sum(1)
-        scores = part if scores is None else scores.add_(part)
+            size.masked_fill_(~mask[block].unsqueeze(-1), 0.0)
+        alone = size.shape[1] == 1
+        scores.append(size.squeeze(1) if alone else size.sum(1))
         if energy:
-            part = (size.square() if length == 1 else size.square_()).sum((1, 2))
-            squares = part if squares is None else squares.add_(part)
-    assert scores is not None
-    if length > 1:
-        scores.clamp_(max=torch.finfo(dtype).max)  # sums that overflow stay in order
-    if squares is not None:
-        squares.div_(constant(width * (length if count is None else 1), squares))
-        if count is not None:
-            squares.div_(count)
-    return scores, squares
+            squares.append((size.square() if alone else size.square_()).sum((1, 2)))
+    sums = scores[0] if len(scores) == 1 else torch.cat(scores)
+    if values.shape[1] > 1:
+        sums.clamp_(max=torch.finfo(dtype).max)  # sums that overflow stay in order
+    if not energy:
+        return sums, None
+    mean = squares[0] if len(squares) == 1 else torch.cat(squares)
+    mean.div_(constant(values.shape[2] * (values.shape[1] if count is None else 1), mean))
+    return sums, mean if count is None else mean.div_(count)
 
 
-def _block_rows(values: Tensor) -> int:
-    """Tokens to take at once: on a CPU few enough for the second-level cache.
+def _block_groups(values: Tensor) -> int:
+    """Groups to take at once: on a CPU few enough for the second-level cache.
 
-    Few threads lose more by waiting for each other than they gain. Never depends on the batch,
-    so sums come in the same order for every batch size.
+    Sums of a group come in the same order whatever the other groups.
     """
     if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return values.shape[1]
-    threads = torch.get_num_threads()
-    elements = SERIAL_ELEMENTS if threads <= 4 else threads * CACHED_ELEMENTS
-    return max(4, elements // values.shape[2])
+        return len(values)
+    return max(1, CACHED_ELEMENTS // (values.shape[1] * values.shape[2]))
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

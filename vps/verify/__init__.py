@@ -20,6 +20,7 @@ from vps.verify.losses import (
     units_loss,
 )
 from vps.verify.pool import Pool, default_pool
+from vps.verify.units import registry
 
 __all__ = [
     "DEFAULT_WEIGHTS",
@@ -41,13 +42,16 @@ __all__ = [
 
 
 def warm(timeout: float = 60.0) -> None:
-    """Wait until a worker of the default pool is ready, so that no verdict waits for it.
+    """Wait until a worker of the default pool and the table of units are ready.
+
+    No verdict waits for them then.
 
     Args:
         timeout: seconds to wait.
 
     Raises:
         TimeoutError: none was ready in time.
-        ImportError: sympy or latex2sympy2_extended is not installed.
+        ImportError: pint, sympy or latex2sympy2_extended is not installed.
     """
+    registry()
     default_pool().warm(timeout)

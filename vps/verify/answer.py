@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 from vps.verify import latex
+from vps.verify.compound import compound
 from vps.verify.expression import parse_tokens
 from vps.verify.limits import NotAnExpressionError, UndecidableError
 from vps.verify.nodes import Node, value
@@ -25,6 +26,7 @@ from vps.verify.tokens import (
     GREEK_NAMES,
     OPENING,
     Token,
+    known,
     runs,
     scan,
 )
@@ -33,12 +35,16 @@ from vps.verify.units import Unit
 Source = Literal["boxed", "hashes", "phrase", "text"]
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
-PHRASE = re.compile(r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)[\s:]{0,9}", re.IGNORECASE)
+PHRASE = re.compile(
+    r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE
+)
 INLINE_LATEX = re.compile(r"\$([^$\n]{1,400})\$")
 GLUE = frozenset({"*", "**", "/", "^", "!", "_"})
 COMMAND = re.compile(r"\\([A-Za-z]+)")
 COMMANDS = frozenset({"frac", "sqrt", *FUNCTIONS, *CONSTANTS, *GREEK_NAMES})
 INTERVAL = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
+PLAIN_SET = re.compile(r"\{[^{}\\]+,[^{}\\]+\}")
+ALTERNATIVES = re.compile(r"(?:,|\b)\s{1,9}(?:or|and)\s{1,9}")
 SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 MAX_LATEX = 400
 
@@ -152,9 +158,21 @@ def read(region: str, source: Source) -> Answer:
     if SPACED_THOUSANDS.fullmatch(text):
         text = text.replace(" ", "")
     answer = Answer(region, source)
-    whole = read_whole(text, answer)
+    tokens = list(scan(text))
+    quantity = compound(tokens)
+    if quantity and (source == "text" or quantity.first is tokens[0]):
+        node: Node = ("number", quantity.value)
+        return replace(answer, value=quantity.value, unit=quantity.unit, expression=node)
+    whole = read_whole(text, answer) or read_alternatives(text, answer)
     if whole is not None:
         return whole
+    if source == "text":
+        inline = list(INLINE_LATEX.finditer(region))
+        if inline and not re.search(r"\w", region[inline[-1].end() :]):
+            content = latex.plain(inline[-1][1]).strip()
+            whole = read_whole(content, answer) if informative(list(scan(content))) else None
+            if whole is not None:
+                return whole
     notation = foreign(region)
     if notation is not None:
         return replace(answer, latex=notation)
@@ -172,7 +190,7 @@ def read_whole(text: str, answer: Answer) -> Answer | None:
     expression = found[:-1] if unit else found
     if any(token.kind in ("junk", "unit") for token in expression):
         return None
-    if not (len(text) < 8 and letter_alone(expression)):
+    if not (len(text) < 8 and letter_alone(expression) or letters_only(expression)):
         # Runs leave out the commas after which a sentence goes on; here a tuple does.
         covered = sum(len(run) for run in runs(text, 3))
         if covered < len(found) - sum(token.text == "," for token in expression):
@@ -184,6 +202,25 @@ def read_whole(text: str, answer: Answer) -> Answer | None:
     except NotAnExpressionError:
         return None
     return replace(answer, value=value(node), unit=unit, expression=node)
+
+
+def read_alternatives(text: str, answer: Answer) -> Answer | None:
+    """The answer where all of the text is expressions with "and" or "or" between them.
+
+    Of inequalities they say different things, which is not worked out.
+    """
+    joined = ALTERNATIVES.sub(", ", text)
+    whole = read_whole(joined, answer) if joined != text else None
+    if whole is not None and re.search("[<>]", text):
+        return replace(answer, undecidable=True)
+    return whole
+
+
+def letters_only(tokens: Sequence[Token]) -> bool:
+    """Whether a text is mathematics whose unknown words all have one letter: ``2 x y``."""
+    return informative(tokens) and all(
+        token.kind != "word" or len(token.text) == 1 or known(token.text) for token in tokens
+    )
 
 
 def letter_alone(tokens: Sequence[Token]) -> bool:
@@ -252,37 +289,32 @@ def read_run(text: str, run: Sequence[Token], answer: Answer, last: bool) -> Ans
 
 
 def trim(text: str, tokens: list[Token]) -> list[Token]:
-    """A run without operators and brackets that lead to nothing.
+    """A run without operators and brackets that lead to nothing, in one pass from both ends.
 
     A hyphen after a word and a bullet before a space are no signs; a power or product that a
     word is part of (``foo**9``) stays, and is no number.
     """
-    while tokens:
-        first, last = tokens[0], tokens[-1]
-        if last.text in BINARY | OPENING | {"!", "_", ",", "|"} and not balanced_bar(tokens):
-            tokens.pop()
-        elif last.text in CLOSING and unmatched(tokens):
-            tokens.pop()
+    start, end = 0, len(tokens)
+    excess = sum((token.text in OPENING) - (token.text in CLOSING) for token in tokens)
+    bars = sum(token.text == "|" for token in tokens)
+    while start < end:
+        first, last = tokens[start], tokens[end - 1]
+        closes = last.text == "|" and bars % 2 == 0
+        if last.text in BINARY | OPENING | {"!", "_", ",", "|"} and not closes:
+            gone, end = last, end - 1
+        elif last.text in CLOSING and excess:
+            gone, end = last, end - 1
         elif first.text in CLOSING | {"=", "<", ">", "<=", ">=", ",", "+"}:
-            tokens.pop(0)
-        elif first.text in OPENING and unmatched(tokens):
-            tokens.pop(0)
-        elif first.text in ("-", "*", "**") and not sign(text, tokens):
-            tokens.pop(0)
+            gone, start = first, start + 1
+        elif first.text in OPENING and excess:
+            gone, start = first, start + 1
+        elif first.text in ("-", "*", "**") and not sign(text, tokens[start : start + 2]):
+            gone, start = first, start + 1
         else:
             break
-    return tokens
-
-
-def balanced_bar(tokens: Sequence[Token]) -> bool:
-    """Whether the last token closes an absolute value."""
-    return tokens[-1].text == "|" and sum(token.text == "|" for token in tokens) % 2 == 0
-
-
-def unmatched(tokens: Sequence[Token]) -> bool:
-    """Whether brackets open and close unequally often."""
-    opening = sum(token.text in OPENING for token in tokens)
-    return opening != sum(token.text in CLOSING for token in tokens)
+        excess -= (gone.text in OPENING) - (gone.text in CLOSING)
+        bars -= gone.text == "|"
+    return tokens[start:end]
 
 
 def sign(text: str, tokens: Sequence[Token]) -> bool:
@@ -315,7 +347,8 @@ def plain_number(tokens: Sequence[Token], last: bool) -> Token | None:
         and not (index and tokens[index - 1].text in GLUE)
         and not (index + 1 < len(tokens) and tokens[index + 1].text in GLUE | {"("})
         and not any(
-            other.kind == "number" and (other.end == token.start or other.start == token.end)
+            other.kind in ("number", "word")
+            and (other.end == token.start or other.kind == "number" and other.start == token.end)
             for other in tokens[max(0, index - 1) : index + 2]
         )
     ]
@@ -338,6 +371,8 @@ def foreign(region: str) -> str | None:
         text = region.strip().strip("$").strip()
     if len(text) > MAX_LATEX or "\n" in text:
         return None
+    if PLAIN_SET.fullmatch(text):
+        return rf"\{{{text[1:-1]}\}}"
     if INTERVAL.fullmatch(text.replace(r"\left", "").replace(r"\right", "")) or r"\{" in text:
         return text
     commands = COMMAND.findall(latex.plain(text))

@@ -92,18 +92,20 @@ class Parser:
         return items[0] if len(items) == 1 else ("tuple", *items)
 
     def relation(self) -> Node:
-        """``a``, ``a = b = c`` or ``a < b``."""
+        """``a``, ``a = b = c``, ``a < b``, or ``a < b < c`` as a tuple of two."""
         sides = [self.sum()]
         while self.accept("="):
             sides.append(self.sum())
         if len(sides) > 1:
             return ("equals", *sides)
-        sign = self.accept(*RELATIONS)
-        if not sign:
+        relations: list[Node] = []
+        while sign := self.accept(*RELATIONS):
+            sides.append(self.sum())
+            left, right = sides[-2:] if sign[0] == "<" else sides[:-3:-1]
+            relations.append((RELATIONS[sign], left, right))
+        if not relations:
             return sides[0]
-        other = self.sum()
-        left, right = (sides[0], other) if sign[0] == "<" else (other, sides[0])
-        return (RELATIONS[sign], left, right)
+        return relations[0] if len(relations) == 1 else ("tuple", *relations)
 
     def sum(self) -> Node:
         """Terms with signs between them."""
@@ -228,7 +230,8 @@ class Parser:
         if not all(part.isdecimal() and len(part) < 10 for part in parts):
             return ("number", whole)
         numerator, denominator = map(int, parts)
-        if not 0 < numerator < denominator:
+        divides = self.position > 1 and self.tokens[self.position - 2].text in ("/", "^", "**")
+        if divides or not 0 < numerator < denominator:  # "1/2 1/2" is no 1/(2 + 1/2)
             raise NotAnExpressionError("two numbers in a row")
         self.position += length
         return ("number", whole + Fraction(numerator, denominator))
@@ -320,7 +323,11 @@ class Parser:
             known = number(degree)
             if known is None or known.denominator != 1 or not 2 <= known <= 100:
                 raise UndecidableError("degree of a root")
-            return combine("power", self.group(), ("number", 1 / known))
+            radicand = self.group()
+            below = number(radicand)
+            if below is not None and below < 0 and known.numerator % 2:
+                return negate(combine("power", ("number", -below), ("number", 1 / known)))
+            return combine("power", radicand, ("number", 1 / known))
         return call("sqrt", self.group() if self.peek() in ("{", "(") else self.primary())
 
     def function(self, name: str) -> Node:

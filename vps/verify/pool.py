@@ -106,17 +106,17 @@ class Worker:
         if self.missing is None:
             self.missing = list(self.receive(deadline).get("missing", ()))
 
-    def end(self) -> None:
+    def end(self, wait: float = 5.0) -> None:
         """End the process and collect it; another thread may be reading from it."""
         self.process.kill()
         try:
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=wait)
         except subprocess.TimeoutExpired:  # stuck in the system; Popen collects it later
             return
 
-    def kill(self) -> None:
+    def kill(self, wait: float = 5.0) -> None:
         """End the process and close its pipes; safe to call twice."""
-        self.end()
+        self.end(wait)
         for stream in (self.process.stdin, self.process.stdout):
             try:
                 stream.close()  # type: ignore[union-attr]
@@ -136,28 +136,34 @@ class Pool:
         if size < 1:
             raise ValueError(f"vps.verify.Pool: size must be at least 1, got {size}")
         self.size, self.memory, self.script = size, memory, script
-        self.reset()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.reset)
-        atexit.register(self.close)
-
-    def reset(self) -> None:
-        """Forget all workers without ending them: after a fork they are the parent's."""
         self.free = threading.Condition()
         self.idle: list[Worker] = []
         self.busy: set[Worker] = set()
         self.closed = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forget)
+        atexit.register(self.close)
+
+    def forget(self) -> None:
+        """Let go of all workers without ending them: after a fork they are the parent's."""
+        self.free = threading.Condition()
+        for worker in (*self.idle, *self.busy):
+            worker.process.returncode = 0  # so that Popen does not wait for it, or warn
+        self.idle, self.busy = [], set()
 
     def start(self) -> None:
         """Start one worker, if there is none, and do not wait for it."""
         with self.free:
             if not self.closed and not self.idle and not self.busy:
-                self.idle.append(Worker(self.script, self.memory))
+                try:
+                    self.idle.append(Worker(self.script, self.memory))
+                except (OSError, WorkerDiedError):
+                    pass  # take() tries again, and then it is logged
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any] | None:
         """The answer of a worker; ``None`` if there is none at ``deadline``.
 
-        A worker that died is replaced and asked once more, one that is late is killed.
+        A worker that died is replaced and the next one asked, one that is late is killed.
 
         Args:
             request: what :func:`vps.verify.worker.answer` takes.
@@ -168,7 +174,8 @@ class Pool:
         """
         if len(json.dumps(request, default=str)) > MAX_REQUEST:
             return None
-        for _ in range(2):
+        # All idle workers may have been killed from outside.
+        for _ in range(self.size + 1):
             try:
                 worker = self.take(deadline)
             except (OSError, WorkerDiedError) as error:
@@ -218,7 +225,7 @@ class Pool:
     def give_back(self, worker: Worker, healthy: bool) -> None:
         """End the use of a worker; one that is not healthy is killed and another started."""
         if not healthy:
-            worker.kill()
+            worker.kill(wait=0.05)  # a verdict waits for this
         with self.free:
             self.busy.discard(worker)
             if self.closed:
@@ -276,6 +283,16 @@ def check_timeout(timeout: float) -> float:
 
 _default: Pool | None = None
 _default_lock = threading.Lock()
+
+
+def unlock() -> None:
+    """A lock that a thread held during a fork would stay locked in the child."""
+    global _default_lock
+    _default_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=unlock)
 
 
 def default_pool() -> Pool:

@@ -13,6 +13,7 @@ EQUAL, DIFFERENT, UNDECIDED = "equal", "different", "undecided"
 # Values put in for variables, none of them special: fractions of both signs, small and large.
 POINTS = ((7, 11), (-13, 17), (23, 5), (-19, 3))
 DIGITS = 30
+RELATIONS = ("equals", "less", "at_most")
 
 FUNCTIONS = {
     **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan")},
@@ -109,10 +110,27 @@ def decide_containers(left: tuple[Any, ...], right: tuple[Any, ...]) -> str:
     if left[0] == "matrix" and left[1:3] != right[1:3]:
         return DIFFERENT
     first = 3 if left[0] == "matrix" else 1
+    if all(isinstance(side, tuple) and side[0] in RELATIONS for side in (*left[1:], *right[1:])):
+        return decide_systems(left[1:], right[1:])
     verdicts = [decide(a, b) for a, b in zip(left[first:], right[first:], strict=True)]
     if DIFFERENT in verdicts:
         return DIFFERENT
     return UNDECIDED if UNDECIDED in verdicts else EQUAL
+
+
+def decide_systems(left: tuple[Any, ...], right: tuple[Any, ...]) -> str:
+    """Relations in any order: each of one side must be equal to another one of the other."""
+    rest = list(right)
+    verdict = EQUAL
+    for equation in left:
+        found = [decide(equation, other) for other in rest]
+        if EQUAL in found:
+            del rest[found.index(EQUAL)]
+        elif UNDECIDED in found:
+            verdict = UNDECIDED
+        else:
+            return DIFFERENT
+    return verdict
 
 
 def decide_relations(left: tuple[Any, ...], right: tuple[Any, ...], signed: bool) -> str:
@@ -122,6 +140,8 @@ def decide_relations(left: tuple[Any, ...], right: tuple[Any, ...], signed: bool
     if any(isinstance(side, tuple) for side in (*left, *right)):
         return UNDECIDED
     above, below = left[0] - left[1], right[0] - right[1]
+    if above.is_number and below.is_number:  # "0 = 1" and "2 = 3" hold equally and say no same
+        return EQUAL if left == right else UNDECIDED
     if decide_expressions(below, sympy.S.Zero) != DIFFERENT:
         return UNDECIDED
     if decide_expressions(above, sympy.S.Zero) != DIFFERENT:

@@ -59,6 +59,8 @@ TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+# "\\pi m" has a unit, "\\pi h" is a product.
+AFTER_PI = re.compile("m(?![A-Za-z])|[A-Za-z]{2}")
 SENTENCE_COMMA = re.compile(r",(?=\s|$)")
 OPENING, CLOSING = frozenset("([{"), frozenset(")]}")
 BINARY = frozenset({"+", "-", "*", "/", "^", "**", "=", "<", ">", "<=", ">="})
@@ -78,13 +80,14 @@ class Token:
 def scan(text: str) -> Iterator[Token]:
     """Every token of ``text`` but the spaces."""
     position = 0
-    after_value = False
+    after_value = after_pi = after_word = False
+    letter_power = False  # in the exponent of a letter: "r^2 h" is no "2 hours", "10^3 m" is metres
     while position < len(text):
-        if after_value:
+        if after_value or after_pi:
             found = unit_at(text, position)
-            if found:
+            if found and (after_value or AFTER_PI.match(found.text)):
                 yield found
-                position, after_value = found.end, False
+                position, after_value, after_pi = found.end, False, False
                 continue
         token = TOKEN.match(text, position)
         if token is None:
@@ -93,7 +96,13 @@ def scan(text: str) -> Iterator[Token]:
         if kind == "space":
             continue
         kind = "junk" if kind == "hexadecimal" else kind
-        after_value = kind == "number" or token[0] in CLOSING
+        if token[0] in ("^", "**"):
+            letter_power = after_word
+        elif kind != "number" and token[0] not in ("{", "}", "-"):
+            letter_power = False
+        after_word = kind == "word"
+        after_value = (kind == "number" or token[0] in CLOSING) and not letter_power
+        after_pi = token[0] in (r"\pi", "pi")
         yield Token(kind, token[0], token.start(), position)
 
 

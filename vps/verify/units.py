@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from fractions import Fraction
@@ -116,6 +117,16 @@ def factor(text: str, start: int) -> tuple[str, int, int] | None:
 
 _registry: Any = None
 _registry_lock = threading.Lock()
+
+
+def unlock() -> None:
+    """A lock that a thread held during a fork would stay locked in the child."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=unlock)
 
 
 def registry() -> Any:

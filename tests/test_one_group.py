@@ -1,0 +1,86 @@
+"""The short way for one group on a CPU against the general one of the torch backend."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vps import VPSConfig, one_group, policy, torch_backend
+from vps.torch_backend import Inputs
+
+CONFIG = VPSConfig()
+
+
+def call(x, W, config=CONFIG, factor=1.0, **given):
+    """Inputs and settings of a call; ``given`` are further inputs by name."""
+    numbers = torch.tensor(policy.bounds(config, factor), dtype=torch.float64)
+    inputs = Inputs(x, W, None, None, None, None, numbers, None)._replace(**given)
+    return inputs, policy.settings(config, False, W.shape[1], W.shape[0])
+
+
+def both(inputs, settings):
+    """The short way's output and ``I_in``, and the general one's."""
+    short = one_group.sharpen(inputs, settings)
+    assert short is not None, "the call was expected to take the short way"
+    return short, torch_backend.forward(inputs, settings)[:2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+@pytest.mark.parametrize("shape", [(3, 2), (17, 40), (64, 64)])
+def test_agrees_with_the_general_way(dtype, tokens, shape):
+    torch.manual_seed(0)
+    x, W = torch.randn(1, tokens, shape[1]).to(dtype), torch.randn(*shape).to(dtype)
+    extras = {"bias": torch.randn(shape[0]).to(dtype), "entropy": torch.tensor(1.7)}
+    for given in ({}, extras):
+        for config in (CONFIG, VPSConfig(tau=None), CONFIG.replace(adaptive_gamma=False)):
+            short, general = both(*call(x, W, config, factor=1.3, **given))
+            assert torch.equal(short[1], general[1])
+            error = (short[0] - general[0]).double().norm() / general[0].double().norm()
+            assert error <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_ties_go_to_the_lower_index(tokens):
+    x = torch.ones(1, tokens, 9)
+    x[..., 5] = -1
+    W = torch.eye(7, 9)
+    short, general = both(*call(x, W))
+    assert short[1].tolist() == [[0, 1, 2, 3]]
+    torch.testing.assert_close(short[0], general[0], rtol=1e-6, atol=0)
+
+
+def test_given_selections_are_used():
+    x, W = torch.randn(1, 1, 8), torch.randn(6, 8)
+    index = torch.tensor([[7, 1, 3, 2]])
+    short, general = both(*call(x, W, I_in=index, I_out=torch.tensor([[5, 0, 2, 1]])))
+    assert torch.equal(short[1], index)
+    torch.testing.assert_close(short[0], general[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_statistics_that_are_not_finite_take_the_general_way(value):
+    x, W = torch.randn(1, 2, 8), torch.randn(6, 8)
+    x[0, 0, 3] = value
+    assert one_group.sharpen(*call(x, W)) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [VPSConfig(clamp=0.1), VPSConfig(builder="sc"), VPSConfig(clip="spectral")],
+    ids=["clamp", "sc", "spectral"],
+)
+def test_other_settings_take_the_general_way(config):
+    assert one_group.sharpen(*call(torch.randn(1, 1, 8), torch.randn(6, 8), config)) is None
+
+
+def test_groups_masks_gradients_and_tracers_take_the_general_way():
+    x, W = torch.randn(1, 2, 8), torch.randn(6, 8)
+    assert one_group.sharpen(*call(x.expand(2, -1, -1), W)) is None
+    assert one_group.sharpen(*call(x, W, mask=torch.ones(1, 2, dtype=torch.bool))) is None
+    assert one_group.sharpen(*call(x.clone().requires_grad_(), W)) is None
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(tensor) for tensor in (x, W)]
+        assert one_group.sharpen(*call(*fake)) is None
+    seen = []
+    torch.vmap(lambda row: seen.append(one_group.sharpen(*call(row, W))) or row)(x.unsqueeze(0))
+    assert seen == [None]

@@ -1,0 +1,104 @@
+"""One group of tokens on a CPU in few torch calls, for the torch backend (SPEC §2–§5).
+
+A call of torch costs as much as the work itself where a token is decoded. On a CPU a number may be
+read without waiting for a device, so what depends on r numbers alone is worked out in Python.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vps import selection
+from vps.policy import FLOOR_GUARD, Settings
+from vps.torch_backend import Inputs, needs_gradient
+
+
+def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
+    """Output ``[1, T, d_out]`` and ``I_in`` ``[1, r]``, without a gradient.
+
+    ``None`` where the call is not of this kind (eager, one group whose tokens all count, plain
+    selection, component clip and first order) or a statistic is not finite.
+    """
+    x, W, bias, mask, I_in, I_out, policy, entropy = inputs
+    if not (len(x) == 1 and mask is None and x.device.type == "cpu" and _is_plain(settings)):
+        return None
+    if needs_gradient(inputs) or _is_traced():
+        return None
+    H = F.linear(x, W)
+    h = H[0]
+    best_in = _best(x[0], settings.r) if I_in is None else I_in[0]
+    best_out = _best(h, settings.r) if I_out is None else I_out[0]
+    energy = _energy(h) if settings.adaptive else 0.0
+    if best_in is None or best_out is None or not math.isfinite(energy):
+        return None
+    gamma, rank = _decide(policy.tolist(), energy, entropy, settings.r)
+    chosen = best_out[:rank]
+    B = W.index_select(1, best_in[:rank])
+    scale = [gamma] * rank
+    if settings.tau is not None:
+        norms = zip(_norms(W.index_select(0, chosen), 1), _norms(B, 0), strict=True)
+        scale = [gamma / max(1.0, a * b / settings.tau) for a, b in norms]
+    t = h.index_select(1, chosen)
+    u = t * torch.tensor(scale, dtype=selection.accumulation_dtype(W.dtype))
+    h.addmm_(u.to(h.dtype), B.t())
+    return (H if bias is None else H.add_(bias)), best_in.unsqueeze(0)
+
+
+def _is_plain(settings: Settings) -> bool:
+    return settings.clamp is None and not (
+        settings.coupled or settings.second_order or settings.spectral
+    )
+
+
+def _is_traced() -> bool:
+    """Whether a compiler, a mode or a functional transform looks on, which sees no numbers."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _best(values: Tensor, r: int) -> Tensor | None:
+    """Indices ``[r]`` of the largest mean |values| ``[T, d]``; ``None`` where one is not finite."""
+    size = values.abs()
+    dtype = selection.accumulation_dtype(values.dtype)
+    scores = size[0] if len(size) == 1 else size.sum(0, dtype=dtype)
+    best, index = scores.topk(min(r + 1, len(scores)))
+    ranked = best.tolist()
+    if not math.isfinite(ranked[0]):  # NaN, too, sorts first
+        return None
+    if all(a > b for a, b in zip(ranked, ranked[1:], strict=False)):
+        return index[:r]
+    return selection.top_k(scores.to(dtype), r)
+
+
+def _energy(h: Tensor) -> float:
+    """``E = mean h²``."""
+    flat = h.reshape(-1).to(selection.accumulation_dtype(h.dtype))
+    return float(torch.dot(flat, flat)) / len(flat)
+
+
+def _decide(
+    policy: list[float], energy: float, entropy: Tensor | None, r: int
+) -> tuple[float, int]:
+    """γ and the active rank, as :func:`vps.policy.decide` has them."""
+    factor, *bounds = policy
+    sigma = -math.expm1(-energy)
+    if entropy is not None:
+        sigma = max(sigma, min(1.0, float(entropy) / 3))
+    sigma = min(1.0, factor * sigma)
+    gamma, rank, topk = (
+        low + (high - low) * sigma for low, high in zip(bounds[:6:2], bounds[1:6:2], strict=True)
+    )
+    return gamma, min(r, int(rank + FLOOR_GUARD), int(topk + FLOOR_GUARD))
+
+
+def _norms(vectors: Tensor, dim: int) -> list[float]:
+    dtype = selection.accumulation_dtype(vectors.dtype)
+    norms: list[float] = torch.linalg.vector_norm(vectors, 2, dim=dim, dtype=dtype).tolist()
+    return norms
