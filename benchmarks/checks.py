@@ -68,24 +68,28 @@ def clear_case(layer: nn.Linear, groups: int, tokens: int, config: VPSConfig) ->
     dtype, device = layer.weight.dtype, str(layer.weight.device)
     weight = layer.weight.double()
     bias = None if layer.bias is None else layer.bias.double()
-    most = config.rank_bounds[1] if config.adaptive_rank else config.rank
+    columns = most(config)
     found: list[tuple[Tensor, ...]] = []
     for _ in range(DRAWS + groups):
         x = activations(1, tokens, layer.in_features, dtype, device)
         right = reference.vps_linear(x.double(), weight, bias, config=config)
         group = right.groups[0]
         if is_clear(group, config):
-            found.append((x, right.y, group.I_in[None, :most], group.I_out[None, :most]))
+            found.append((x, right.y, group.I_in[None, :columns], group.I_out[None, :columns]))
         if len(found) == groups:
             return Clear(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     raise AssertionError(f"no clear selection in {DRAWS} inputs of {tokens} tokens")
 
 
+def most(config: VPSConfig) -> int:
+    """Columns of a selection."""
+    return config.rank_bounds[1] if config.adaptive_rank else config.rank
+
+
 def is_clear(group: reference.Group, config: VPSConfig, margin: float = MARGIN) -> bool:
     """Whether rounding can change neither the selection nor the rank."""
-    most = config.rank_bounds[1] if config.adaptive_rank else config.rank
     for scores in (group.s_in, group.s_out):
-        best = scores.sort(descending=True).values[: most + 1]
+        best = scores.sort(descending=True).values[: most(config) + 1]
         if bool((best[1:] > (1 - margin) * best[:-1]).any()):
             return False
     low, high = config.rank_bounds

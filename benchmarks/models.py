@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,38 @@ class Variants:
             return y if layer.base_layer.bias is None else y + layer.base_layer.bias.double()
         base = layer.base if isinstance(layer, baselines.AuthorStyle) else layer
         bias = None if base.bias is None else base.bias.double()
+        if isinstance(layer, vps.VPSLinear) and len(layer.deciding()) == 2:
+            return self._right_of_two(layer, x, margin)
         right = reference.vps_linear(x, base.weight.double(), bias, config=self.config)
         clear = all(checks.is_clear(group, self.config, margin) for group in right.groups)
         return right.y if clear else None
+
+    def _right_of_two(self, layer: vps.VPSLinear, x: Tensor, margin: float) -> Tensor | None:
+        """The same for a query or key layer that is coupled with the other."""
+        pair = layer.coupling
+        assert pair is not None
+        both = [
+            reference.Projection(
+                one.weight.double(), None if one.bias is None else one.bias.double()
+            )
+            for one in (pair.query, pair.key)
+        ]
+        heads, kv_heads = pair.heads, pair.kv_heads
+        results = reference.coupled_vps_linear(
+            x, *both, heads=heads, kv_heads=kv_heads, config=self.config
+        )
+        for query, key in zip(*(result.groups for result in results), strict=True):
+            per_head = query.s_out.view(kv_heads, heads // kv_heads, -1)
+            pairs = replace(key, s_out=per_head.sum(1).flatten() * key.s_out)
+            best = per_head.sort(dim=1, descending=True).values
+            chosen = key.I_out[: checks.most(self.config)]
+            if heads > kv_heads:
+                near = (best[:, 1] > (1 - margin) * best[:, 0]).flatten()[chosen]
+                if bool(near.any()):
+                    return None
+            if not checks.is_clear(pairs, self.config, margin):
+                return None
+        return results[0 if layer is pair.query else 1].y
 
 
 def _is_variant(module: nn.Module) -> bool:

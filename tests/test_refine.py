@@ -1,5 +1,6 @@
 """The refinement loop on a tiny random Llama that speaks in numbers."""
 
+import gc
 import json
 import math
 from functools import partial
@@ -352,6 +353,36 @@ def test_bad_arguments(tokenizer, options, error, message):
     with pytest.raises(error, match=message):
         run(model, tokenizer, **options)
     assert_unchanged(before, everything(model))
+
+
+def test_a_compiled_model(tokenizer):
+    """Compiled on the way it is refined like any other; compiled before, it may refuse."""
+    wanted = run(tiny(), tokenizer, iterations=2)
+    torch.compiler.reset()
+    model = tiny()
+    model.compile(backend="eager")
+    found = run(model, tokenizer, iterations=2)
+    assert [entry.text for entry in found.iterations] == [e.text for e in wanted.iterations]
+    assert found.iterations[1].builder == "sc"
+    assert math.isclose(found.iterations[1].sigma, wanted.iterations[1].sigma, rel_tol=1e-5)
+    with pytest.raises(RuntimeError, match="no sharpened layer was seen"):
+        with vps.statistics.observe(model):
+            pass
+    assert not any(layer._forward_hooks for layer in sharpened_layers(model).values())
+
+
+def test_refining_again_and_again_holds_no_memory(tokenizer):
+    model = tiny()
+
+    def tensors():
+        gc.collect()
+        return sum(torch.is_tensor(item) for item in gc.get_objects())
+
+    run(model, tokenizer)
+    before = tensors()
+    for _ in range(3):
+        run(model, tokenizer)
+    assert tensors() <= before
 
 
 def test_other_families(tokenizer):

@@ -63,8 +63,12 @@ def choose(x: Tensor) -> str:
     Raises:
         RuntimeError: the backend asked for cannot run or cannot take x.
     """
-    name = _asked()
-    if name is None:
+    if STATE.backends:
+        name = STATE.backends[-1]
+    elif _FROM_ENVIRONMENT is not None:
+        name = _FROM_ENVIRONMENT
+        _check(name, VARIABLE)
+    else:
         return _fastest(x.device.type, x.dtype)
     reason = _why_not(name, x.device.type, x.dtype)
     if reason is not None:
@@ -78,22 +82,13 @@ def choose_with_memory() -> str:
     Raises:
         RuntimeError: another backend was asked for.
     """
-    name = _asked() or "torch"
+    name = STATE.backends[-1] if STATE.backends else _FROM_ENVIRONMENT or "torch"
     if name not in ("torch", "reference"):
         raise RuntimeError(
             f"vps backend {name!r} cannot run this layer: it holds L-BFGS pairs, which only "
             "'torch' and 'reference' compute; set lbfgs=False in the config to go without them"
         )
     return name
-
-
-def _asked() -> str | None:
-    """The backend asked for, or ``None``."""
-    if STATE.backends:
-        return STATE.backends[-1]
-    if _FROM_ENVIRONMENT is not None:
-        _check(_FROM_ENVIRONMENT, VARIABLE)
-    return _FROM_ENVIRONMENT
 
 
 @kept

@@ -37,6 +37,8 @@ def of_input(
         clamp: bound of δ, or ``None``.
         pairs: of the layer's L-BFGS memory.
     """
+    if clamp is None and not pairs and I_out.numel() < len(weight):
+        return _by_rows(g, weight, I_in, I_out, core, gamma)
     grad_delta = g
     if clamp is not None:
         assert t is not None
@@ -48,6 +50,25 @@ def of_input(
     grad_u = _contract(grad_delta, weight, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
     grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
     return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight
+
+
+def _by_rows(
+    g: Tensor, weight: Tensor, I_in: Tensor, I_out: Tensor, core: Tensor, gamma: Tensor
+) -> Tensor:
+    """The same without a clamp: ``g W`` holds ``g B`` in its columns I_in, so that g is read once,
+    and the update adds ``γ g B Cᵀ`` times the rows I_out of W."""
+    product = g @ weight
+    if len(product) == 1:
+        grad_u = product.index_select(-1, I_in[0])
+    else:
+        grad_u = product.gather(-1, I_in.unsqueeze(1).expand(-1, g.shape[1], -1))
+    core = core * gamma.view(-1, 1, 1)
+    grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
+    if len(product) == 1:
+        product[0].addmm_(grad_t[0], weight.index_select(0, I_out[0]))
+        return product
+    rows = weight.index_select(0, I_out.reshape(-1)).view(*I_out.shape, -1)
+    return product.baddbmm_(grad_t, rows)
 
 
 def of_weight(g: Tensor, x: Tensor) -> Tensor:

@@ -31,6 +31,14 @@ class SharpenedLayer:
     memory: CurvatureMemory | None = None
     coupling: Coupling | None = None
 
+    def deciding(self) -> tuple[Any, ...]:
+        """The layers that share one policy decision with this one, which is among them (SPEC §7):
+        query and key where they are coupled, else this one alone.
+        """
+        if self.coupling is None or not self.coupling.applies():
+            return (self,)
+        return self.coupling.query, self.coupling.key
+
     def sharpen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The sharpened output, or ``None`` where the layer is switched off."""
         if STATE.disabled and any(state is self.state for state in STATE.disabled):

@@ -45,10 +45,11 @@ class Observation:
     def decided(self) -> LayerStatistics:
         """What the layer's config and policy state, as they are now, make of the energies."""
         config, state = self.layer.config, self.layer.state
-        W = weight_of(self.layer)
+        shapes = [weight_of(layer).shape for layer in self.layer.deciding()]
+        d_out, d_in = min(shapes)
         relative = float(self.size_update / self.size_H) if self.size_H > 0 else 0.0
         energy = float(self.energy.mean()) if len(self.energy) else 0.0
-        settings = policy.settings(config, self.layer.gradient, W.shape[1], W.shape[0])
+        settings = policy.settings(config, self.layer.gradient, d_in, d_out)
         entropy = state.entropy_on(self.energy.device)
         sigma = policy.sigma(self.energy.clone(), entropy, state.factor())
         average = float(sigma.mean()) if len(sigma) else 0.0
@@ -71,6 +72,7 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
 
     Raises:
         ValueError: no sharpened layer in the model.
+        RuntimeError: at the end of a block in which none ran.
     """
     layers = sharpened_layers(model)
     if not layers:
@@ -82,6 +84,11 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
     ]
     try:
         yield seen
+        if not seen:
+            raise RuntimeError(
+                "vps.statistics.observe: no sharpened layer was seen; run the model inside the "
+                "block, uncompiled if torch.compile compiled it before"
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -106,8 +113,10 @@ def _observed(
     """Forward hook."""
     x, W = args[0], weight_of(layer)
     H = F.linear(x, W.to(x.dtype))
+    weights = [weight_of(one).to(x.dtype) for one in layer.deciding()]
+    products = H if len(weights) == 1 else torch.cat([F.linear(x, one) for one in weights], -1)
     dims, mask = masking.token_dims(x)
-    grouped = group(H, dims, layer.config.scope)
+    grouped = group(products, dims, layer.config.scope)
     counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
     count = None if counted is None else counted.sum(1).clamp_(min=1)
     _, energy = selection.statistics(grouped, counted, count, True)
@@ -117,3 +126,6 @@ def _observed(
     update = y - H if layer.bias is None else y - H - layer.bias
     sizes = (torch.linalg.vector_norm(z, dtype=energy.dtype) for z in (H, update))
     seen.append(Observation(name, layer, energy, *sizes))
+
+
+_observed._torchdynamo_disable = True  # as in capture
