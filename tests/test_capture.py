@@ -199,9 +199,20 @@ class Literal(nn.Module):
         super().__init__()
         self.layer = layer
 
+    def groups(self, x):
+        both = [reference.Projection(one.weight, one.bias) for one in self.layer.deciding()]
+        if len(both) == 1:
+            weight, bias = self.layer.weight, self.layer.bias
+            return reference.vps_linear(x, weight, bias, config=self.layer.config).groups
+        pair = self.layer.coupling
+        results = reference.coupled_vps_linear(
+            x, *both, heads=pair.heads, kv_heads=pair.kv_heads, config=self.layer.config
+        )
+        return results[0 if self.layer is pair.query else 1].groups
+
     def forward(self, x):
         W, b = self.layer.weight.double(), self.layer.bias
-        groups = reference.vps_linear(x.detach(), W, b, config=self.layer.config).groups
+        groups = self.groups(x.detach())
         flat = x.reshape(-1, x.shape[-1])
         delta = torch.zeros(len(flat), len(W), dtype=x.dtype)
         for group in groups:
