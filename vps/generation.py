@@ -1,4 +1,8 @@
-"""Generate text and compare a sharpened model with its plain self."""
+"""Generate text and compare a sharpened model with its plain self.
+
+Without gradients, but not in torch's inference mode: its tensors count no versions, so layers that
+read the same x could share nothing.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +79,7 @@ def generate(
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.no_grad():
         output = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
@@ -106,7 +110,7 @@ def sample(
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(
             **inputs,
@@ -146,7 +150,7 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
     prompt = inputs["input_ids"].to(model.device)
     tail = torch.tensor([continuation], dtype=prompt.dtype, device=model.device)
     ids = torch.cat([prompt, tail], dim=1)
-    with torch.inference_mode():
+    with torch.no_grad():
         sharpened = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
         with disabled(model):
             plain = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)

@@ -1,0 +1,1 @@
+"""Does sharpening help? Tasks, controls, ablations and the statistics to tell."""
