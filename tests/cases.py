@@ -95,6 +95,69 @@ def in_float32(case):
     return case | tensors, case | wide
 
 
+HEADS = [(1, 1, 3), (4, 2, 5), (6, 1, 4), (3, 3, 8)]  # query heads, key-value heads, size
+
+
+def coupled_case(seed):
+    """A case of the grid with a query and a key projection in place of its layer."""
+    case = random_case(seed)
+    heads, kv_heads, size = HEADS[seed % len(HEADS)]
+    generator = torch.Generator().manual_seed(seed)
+    d_in = case["x"].shape[-1]
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    config = case["config"]
+    if config.builder == "random":
+        config = config.replace(builder="hybrid")
+    weights = [tensor(n * size, d_in) / d_in**0.5 for n in (heads, kv_heads)]
+    bias = [tensor(len(W)) if case["b"] is not None else None for W in weights]
+    memories = [[], []]
+    if random.Random(seed).random() < 0.5:
+        memories = [[(s, s + 0.1 * tensor(len(W))) for s in tensor(2, len(W))] for W in weights]
+    return case | dict(
+        config=config, weights=weights, bias=bias, memories=memories, heads=(heads, kv_heads)
+    )
+
+
+def coupled_reference_of(case):
+    query, key = (
+        reference.Projection(W, b, gradient, memory)
+        for W, b, gradient, memory in zip(
+            case["weights"], case["bias"], (case["gradient"], True), case["memories"], strict=True
+        )
+    )
+    heads, kv_heads = case["heads"]
+    return reference.coupled_vps_linear(
+        case["x"],
+        query,
+        key,
+        heads=heads,
+        kv_heads=kv_heads,
+        config=case["config"],
+        mask=case["mask"],
+        entropy=case["entropy"],
+        outcomes=case["outcomes"],
+    )
+
+
+def coupled_in_float32(case):
+    """As :func:`in_float32`, and without a memory, which only torch computes with."""
+    size = case["x"].nan_to_num(0.0, 0.0, 0.0).abs().max()
+    narrow = case | dict(
+        x=(case["x"] * (1e-40 if size > 1e30 else 1.0)).float(),
+        weights=[W.float() for W in case["weights"]],
+        bias=[None if b is None else b.float() for b in case["bias"]],
+        memories=[[], []],
+    )
+    return narrow, narrow | dict(
+        x=narrow["x"].double(),
+        weights=[W.double() for W in narrow["weights"]],
+        bias=[None if b is None else b.double() for b in narrow["bias"]],
+    )
+
+
 def tiny_llama():
     """A patched model of one block."""
     torch.manual_seed(0)

@@ -3,65 +3,18 @@
 import copy
 import gc
 import pickle
-import random
 import threading
 import weakref
 
 import pytest
 import torch
-from cases import random_case, tiny_llama
+from cases import HEADS, coupled_case, coupled_in_float32, coupled_reference_of, tiny_llama
 from torch import nn
 
 import vps
 from vps import VPSConfig, coupling, operator, pairing, reference
 from vps.coupled import Projection, coupled_vps_linear
 from vps.lbfgs import CurvatureMemory
-
-HEADS = [(1, 1, 3), (4, 2, 5), (6, 1, 4), (3, 3, 8)]  # query heads, key-value heads, size
-
-
-def coupled_case(seed):
-    """A case of the grid with a query and a key projection in place of its layer."""
-    case = random_case(seed)
-    heads, kv_heads, size = HEADS[seed % len(HEADS)]
-    generator = torch.Generator().manual_seed(seed)
-    d_in = case["x"].shape[-1]
-
-    def tensor(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    config = case["config"]
-    if config.builder == "random":
-        config = config.replace(builder="hybrid")
-    weights = [tensor(n * size, d_in) / d_in**0.5 for n in (heads, kv_heads)]
-    bias = [tensor(len(W)) if case["b"] is not None else None for W in weights]
-    memories = [[], []]
-    if random.Random(seed).random() < 0.5:
-        memories = [[(s, s + 0.1 * tensor(len(W))) for s in tensor(2, len(W))] for W in weights]
-    return case | dict(
-        config=config, weights=weights, bias=bias, memories=memories, heads=(heads, kv_heads)
-    )
-
-
-def reference_of(case):
-    query, key = (
-        reference.Projection(W, b, gradient, memory)
-        for W, b, gradient, memory in zip(
-            case["weights"], case["bias"], (case["gradient"], True), case["memories"], strict=True
-        )
-    )
-    heads, kv_heads = case["heads"]
-    return reference.coupled_vps_linear(
-        case["x"],
-        query,
-        key,
-        heads=heads,
-        kv_heads=kv_heads,
-        config=case["config"],
-        mask=case["mask"],
-        entropy=case["entropy"],
-        outcomes=case["outcomes"],
-    )
 
 
 def fast(case):
@@ -94,7 +47,7 @@ def test_float64_with_sc_lbfgs_and_second_order():
     seen = set()
     for seed in range(300):
         case = coupled_case(seed)
-        for y, expected in zip(fast(case), reference_of(case), strict=True):
+        for y, expected in zip(fast(case), coupled_reference_of(case), strict=True):
             assert error(y, expected.y) <= 1e-10, seed
         config = case["config"]
         coupled = config.builder == "sc" or (config.builder == "hybrid" and case["gradient"])
@@ -108,20 +61,10 @@ def test_float32_by_backend(name):
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     for seed in range(20 if name == "triton" else 150):
-        case = coupled_case(seed)
-        finite = case["x"].nan_to_num(0.0, 0.0, 0.0).abs().max()
-        case["x"] = (case["x"] * (1e-40 if finite > 1e30 else 1.0)).float()
-        case["weights"] = [W.float() for W in case["weights"]]
-        case["bias"] = [None if b is None else b.float() for b in case["bias"]]
-        case["memories"] = [[], []]
-        wide = case | dict(
-            x=case["x"].double(),
-            weights=[W.double() for W in case["weights"]],
-            bias=[None if b is None else b.double() for b in case["bias"]],
-        )
+        case, wide = coupled_in_float32(coupled_case(seed))
         with vps.backend(name), torch.no_grad():
             ys = fast(case)
-        for y, expected in zip(ys, reference_of(wide), strict=True):
+        for y, expected in zip(ys, coupled_reference_of(wide), strict=True):
             assert error(y, expected.y) <= 1e-6, seed
 
 

@@ -4,11 +4,20 @@ import copy
 
 import pytest
 import torch
-from cases import in_float32, random_case, reference_of, tiny_llama
+from cases import (
+    coupled_case,
+    coupled_in_float32,
+    coupled_reference_of,
+    in_float32,
+    random_case,
+    reference_of,
+    tiny_llama,
+)
 from torch import nn
 
 import vps
 from vps import VPSConfig, VPSLinear, vps_linear
+from vps.coupled import Projection, coupled_vps_linear
 
 pytestmark = [
     pytest.mark.cuda,
@@ -47,6 +56,41 @@ def test_float32_equals_the_reference(block):
         if finite.any():
             error = (y.cpu() - expected)[finite].norm() / expected[finite].norm().clamp(min=1e-300)
             assert error <= 1e-6, (seed, error)
+
+
+def test_coupled_float32_equals_the_reference():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for seed in range(100):
+        case, wide = coupled_in_float32(coupled_case(seed))
+        both = [
+            Projection(W.cuda(), None if b is None else b.cuda(), gradient)
+            for W, b, gradient in zip(
+                case["weights"], case["bias"], (case["gradient"], True), strict=True
+            )
+        ]
+        mask = None if case["mask"] is None else case["mask"].cuda()
+        ys = coupled_vps_linear(
+            case["x"].cuda(), *both, *case["heads"], case["config"], mask=mask, state=case["state"]
+        )
+        for y, result in zip(ys, coupled_reference_of(wide), strict=True):
+            finite = result.y.isfinite()
+            assert torch.equal(finite, y.cpu().isfinite()), seed
+            size = result.y[finite].norm().clamp(min=1e-300)
+            assert (y.cpu() - result.y)[finite].norm() <= 1e-6 * size, seed
+
+
+def test_coupled_layers_never_wait_for_the_device():
+    torch.manual_seed(0)
+    both = [Projection(torch.randn(n, 256, device="cuda")) for n in (256, 128)]
+    for tokens in (1, 40):
+        x = torch.randn(2, tokens, 256, device="cuda")
+        coupled_vps_linear(x, *both, 4, 2)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            coupled_vps_linear(x.clone(), *both, 4, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("settings", CONFIGS)
