@@ -12,7 +12,7 @@ UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,scores select factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-triton-3.6 lint bench plots gpu clean help
+.PHONY: demo test test-triton-3.6 sanitize lint bench plots gpu clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -25,6 +25,9 @@ test: .venv/.ok  ## Run the tests
 
 test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)
+
+sanitize: .venv/.ok  ## Run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@csrc/sanitize.sh $(BIN)/python
 
 lint: .venv/.ok  ## Check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -63,6 +63,8 @@ def cpp_extension() -> dict:
                     raise
                 print(f"vps: without the C++ backend: {error}", file=sys.stderr)
                 self.extensions = []
+                for stale in (ROOT / "vps").glob("_cpp*.so"):  # of an earlier build in place
+                    stale.unlink()
 
     extension = CppExtension(
         "vps._cpp",

@@ -197,6 +197,10 @@ Shape check(const Arguments& a) {
     check_plain("energy", *a.energy);
     check_dtype("energy", *a.energy, aoti_torch_dtype_float32());
     check_shape("energy", *a.energy, {s.groups});
+    const float* energy = static_cast<const float*>(a.energy->data_ptr());
+    for (int64_t g = 0; g < s.groups; ++g)
+      if (const float value = energy[g * a.energy->stride(0)]; !(value >= 0))
+        fail("energy", " must not be negative, got ", value);
   }
   const int64_t limit = std::min(s.d_in, s.d_out);
   if (a.r < 1 || a.r > limit)

@@ -47,12 +47,9 @@ class Call {
       copy_features(*a_.I_in, 0);
     else
       select(x_data_, s_.d_in, 0, nullptr);
-    const int64_t** chosen = workspace_.take<const int64_t*>(s_.groups);
-    for (int64_t g = 0; g < s_.groups; ++g) chosen[g] = features(g, 0);
-    wanted_ = distinct(chosen, s_.groups, a_.r, s_.d_in, workspace_);
-    columns_ = workspace_.take<std::byte>(wanted_.count * s_.d_out * s_.element_size);
-
-    const Tensor y = product();
+    const bool own = !a_.H && is_gemv(s_.groups * s_.tokens, W_);
+    if (own) want_columns(a_.r);
+    const Tensor y = own ? own_product() : product();
     void* const H = y.data_ptr();
     double* energy = workspace_.take<double>(s_.groups);
     if (a_.I_out) copy_features(*a_.I_out, 1);
@@ -62,13 +59,13 @@ class Call {
       for (int64_t g = 0; g < s_.groups; ++g)
         energy[g] = data<float>(*a_.energy)[g * a_.energy->stride(0)];
 
+    const int64_t r = a_.r, most = decide_all(energy);
+    if (!own) gather(most);
     norms_ = workspace_.take<double>(wanted_.count);
     if (a_.tau && !a_.spectral) column_norms();
-    decisions_ = workspace_.take<Decision>(s_.groups);
-    const int64_t r = a_.r;
     parallel(s_.groups, r * (s_.d_in + 50 * r) + s_.tokens * r, [&](int64_t g, int64_t end) {
       Workspace scratch;
-      for (; g < end; ++g) build(g, energy[g], H, scratch);
+      for (; g < end; ++g) build(g, H, scratch);
     });
     const Tensor t = a_.clamp ? empty({s_.groups, s_.tokens, r}, s_.torch_dtype)
                               : empty({0}, s_.torch_dtype);
@@ -81,7 +78,11 @@ class Call {
   std::byte* at(void* elements, int64_t offset) const {
     return static_cast<std::byte*>(elements) + offset * s_.element_size;
   }
-  const void* column(int64_t slot) const { return columns_ + slot * s_.d_out * s_.element_size; }
+  int64_t slot(int64_t g, int64_t c) const { return wanted_.slots[g * used_ + c]; }
+  const void* slot_column(int64_t slot) const {
+    return columns_ + slot * s_.d_out * s_.element_size;
+  }
+  const void* column(int64_t g, int64_t c) const { return slot_column(slot(g, c)); }
   int64_t* features(int64_t g, int64_t side) const {
     return features_data_ + (2 * g + side) * a_.r;
   }
@@ -115,30 +116,56 @@ class Call {
     }
   }
 
-  /// H, and the wanted columns of W.
-  Tensor product() {
-    const int64_t N = s_.groups * s_.tokens;
-    if (!a_.H && is_gemv(N, W_)) {
-      Tensor H = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
-      gemv(kernels_, s_.dtype, W_, x_data_, N, H.data_ptr(), wanted_.features, wanted_.count,
-           columns_, workspace_);
-      return H;
-    }
-    Tensor H = a_.H ? empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype)
-                    : base_linear(a_.x, a_.weight, std::nullopt);
-    if (a_.H)
-      std::memcpy(H.data_ptr(), contiguous(a_.H)->data_ptr(), N * s_.d_out * s_.element_size);
+  /// The first n features of I_in are those whose columns of W are read.
+  void want_columns(int64_t n) {
+    const int64_t** chosen = workspace_.take<const int64_t*>(s_.groups);
+    for (int64_t g = 0; g < s_.groups; ++g) chosen[g] = features(g, 0);
+    used_ = n;
+    wanted_ = distinct(chosen, s_.groups, n, s_.d_in, workspace_);
+    columns_ = workspace_.take<std::byte>(wanted_.count * s_.d_out * s_.element_size);
+  }
+
+  void gather(int64_t n) {
+    want_columns(n);
     if (s_.element_size == 4)
       gather_columns<uint32_t>(W_, wanted_, columns_);
     else
       gather_columns<uint16_t>(W_, wanted_, columns_);
+  }
+
+  /// H by our own GEMV, which picks the wanted columns of W on the way.
+  Tensor own_product() {
+    Tensor H = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
+    gemv(kernels_, s_.dtype, W_, x_data_, s_.groups * s_.tokens, H.data_ptr(), wanted_.features,
+         wanted_.count, columns_, workspace_);
     return H;
+  }
+
+  Tensor product() const {
+    if (!a_.H) return base_linear(a_.x, a_.weight, std::nullopt);
+    const Tensor y = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
+    std::memcpy(y.data_ptr(), contiguous(a_.H)->data_ptr(),
+                s_.groups * s_.tokens * s_.d_out * s_.element_size);
+    return y;
+  }
+
+  /// The policy of every group; returns the largest rank in use.
+  int64_t decide_all(const double* energy) {
+    decisions_ = workspace_.take<Decision>(s_.groups);
+    int64_t most = 0;
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      decisions_[g] = counts_[g]
+                          ? decide(s_.policy, s_.entropy, energy[g], a_.r, a_.second_order)
+                          : Decision{0, 0, false};
+      most = std::max(most, decisions_[g].active);
+    }
+    return most;
   }
 
   void column_norms() {
     parallel(wanted_.count, s_.d_out, [&](int64_t c, int64_t end) {
       for (; c < end; ++c)
-        norms_[c] = std::sqrt(kernels_.dot(column(c), column(c), s_.d_out));
+        norms_[c] = std::sqrt(kernels_.dot(slot_column(c), slot_column(c), s_.d_out));
     });
   }
 
@@ -193,7 +220,7 @@ class Call {
     if (!a_.spectral && !T) {
       for (int64_t c = 0; c < a; ++c) {
         const double norm = std::sqrt(kernels_.dot(vectors[c], vectors[c], s_.d_in));
-        scale[c] = at_least_one(norm * norms_[wanted_.slots[g * a_.r + c]] / *a_.tau);
+        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *a_.tau);
       }
       return;
     }
@@ -203,24 +230,22 @@ class Call {
     if (!a_.spectral) {
       for (int64_t c = 0; c < a; ++c) {
         const double norm = std::sqrt(std::max(0.0, gram_A[c * a + c]));
-        scale[c] = at_least_one(norm * norms_[wanted_.slots[g * a_.r + c]] / *a_.tau);
+        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *a_.tau);
       }
       return;
     }
-    for (int64_t c = 0; c < a; ++c) vectors[c] = column(wanted_.slots[g * a_.r + c]);
+    for (int64_t c = 0; c < a; ++c) vectors[c] = column(g, c);
     double* gram_B = gram(vectors, a, s_.d_out, scratch);
     std::fill(scale, scale + a,
               at_least_one(spectral_norm(gram_A, gram_B, a, work) / *a_.tau));
   }
 
-  /// Policy, clip and core of one group.
-  void build(int64_t g, double energy, void* H, Workspace& scratch) {
+  /// Clip and core of one group.
+  void build(int64_t g, void* H, Workspace& scratch) {
     const int64_t r = a_.r;
     float* core = core_data_ + g * r * r;
     std::fill(core, core + r * r, 0.0f);
-    Decision& d = decisions_[g];
-    d = counts_[g] ? decide(s_.policy, s_.entropy, energy, r, a_.second_order)
-                   : Decision{0, 0, false};
+    const Decision& d = decisions_[g];
     gamma_data_[g] = static_cast<float>(d.gamma);
     const int64_t a = d.active;
     if (a == 0) return;
@@ -233,7 +258,7 @@ class Call {
       for (int64_t j = 0; j < a; ++j)
         for (int64_t c = 0; c < a; ++c)
           selected[j * a + c] =
-              value(column(wanted_.slots[g * r + c]), features(g, 1)[j]);
+              value(column(g, c), features(g, 1)[j]);
     }
     double* C = scratch.take<double>(a * a);
     build_core(T, scale, selected, d.gamma, a, C, scratch.take<double>(a * a));
@@ -251,7 +276,8 @@ class Call {
       for (; n < end; ++n) mix(n, y, t, selected, u + n * r);
     });
     const void** columns = workspace_.take<const void*>(s_.groups * r);
-    for (int64_t i = 0; i < s_.groups * r; ++i) columns[i] = column(wanted_.slots[i]);
+    for (int64_t g = 0; g < s_.groups; ++g)
+      for (int64_t c = 0; c < decisions_[g].active; ++c) columns[g * r + c] = column(g, c);
     constexpr int64_t kTokens = 16, kWidth = 1024;
     const int64_t across = (d + kWidth - 1) / kWidth, down = (T + kTokens - 1) / kTokens;
     const void* const bias = bias_ ? bias_->data_ptr() : nullptr;
@@ -313,7 +339,8 @@ class Call {
   const Tensor features_, core_, gamma_;
   int64_t* const features_data_;
   float *const core_data_, *const gamma_data_;
-  Distinct wanted_;         // features in I_in
+  int64_t used_;            // the first so many of I_in [r] that are read
+  Distinct wanted_;         // those features
   std::byte* columns_;      // [wanted, d_out]
   double* norms_;           // [wanted]
   Decision* decisions_;     // [G]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests:
+# Builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests
+# (make sanitize):
 #   csrc/sanitize.sh [python] [arguments of pytest]
 # The interpreter is not instrumented, so libasan is preloaded; leaks are not looked for, since
 # CPython and torch keep memory until the process ends.
@@ -25,4 +26,4 @@ libasan=$(${CXX:-g++} -print-file-name=libasan.so)
 libstdcxx=$(${CXX:-g++} -print-file-name=libstdc++.so)
 VPS_CPP_LIBRARY="$build/_cpp_sanitized.so" LD_PRELOAD="$libasan:$libstdcxx" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  "$python" -m pytest -q -p no:cacheprovider tests/test_csrc.py "$@"
+  "$python" -m pytest -q -p no:cacheprovider tests/test_csrc.py tests/test_coupling.py "$@"

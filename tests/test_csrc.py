@@ -43,7 +43,7 @@ def call(data, config, mask=None, entropy=None, outcomes=(), gradient=False, **f
     I_in, I_out = features.get("I_in"), features.get("I_out")
     with torch.no_grad():
         out = torch.ops.vps.linear(
-            data.x, data.W, data.b, mask, I_in, I_out, numbers, entropy, *settings
+            data.x, data.W, data.b, mask, I_in, I_out, numbers, entropy, None, None, *settings
         )
     return SimpleNamespace(**dict(zip(("y", "features", "core", "gamma", "t"), out, strict=True)))
 
@@ -351,6 +351,8 @@ GOOD = {
     "I_out": torch.tensor([[0, 1], [2, 5]]),
     "policy": torch.tensor([1, 0.5, 0.5, 2, 2, 2, 2, 1, 1], dtype=torch.float64),
     "entropy": torch.tensor(1.0),
+    "H": torch.randn(2, 3, 6),
+    "energy": torch.rand(2),
     "r": 2,
     "adaptive": True,
     "coupled": True,
@@ -381,6 +383,12 @@ ERRORS = [
     ("policy", torch.full((9,), float("nan")).double(), "policy must be finite, got nan"),
     ("entropy", torch.ones(2), "entropy must have shape [], got [2]"),
     ("entropy", torch.tensor(1), "entropy must be floating point, got int64"),
+    ("H", torch.randn(2, 3, 8), "H must have shape [2, 3, 6], got [2, 3, 8]"),
+    ("H", torch.randn(2, 3, 6).half(), "H must be float32, got float16"),
+    ("energy", torch.rand(3), "energy must have shape [2], got [3]"),
+    ("energy", torch.rand(2).double(), "energy must be float32, got float64"),
+    ("energy", torch.tensor([1.0, -1.0]), "energy must not be negative, got -1"),
+    ("energy", torch.tensor([float("nan"), 1.0]), "energy must not be negative, got nan"),
     ("r", 0, "r must be from 1 to min(d_in, d_out) = 6, got 0"),
     ("r", 7, "r must be from 1 to min(d_in, d_out) = 6, got 7"),
     ("alpha", 0.0, "alpha must be positive and finite, got 0"),
@@ -420,7 +428,7 @@ def test_ten_thousand_bad_calls():
 
     wrong_index = torch.tensor([[0, 1], [2**62, -(2**62)]])
     tensors = [name for name, value in GOOD.items() if isinstance(value, torch.Tensor)]
-    optional = {"bias", "mask", "I_in", "I_out", "entropy", "tau", "clamp"}
+    optional = {"bias", "mask", "I_in", "I_out", "entropy", "H", "energy", "tau", "clamp"}
     raised = 0
     while raised < 10_000:
         name = pick(list(GOOD))
