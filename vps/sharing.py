@@ -14,10 +14,11 @@ from torch import Tensor
 
 
 class _Last(threading.local):
-    """The last selection: its sources, their versions, their grouping, and ``I_in``."""
+    """The last selection ``I_in``; whose x and mask it is of, their state then, the grouping."""
 
-    sources: tuple[weakref.ref[Tensor], ...] = ()
-    versions: tuple[int, ...] = ()
+    x: weakref.ref[Tensor] | None = None
+    mask: weakref.ref[Tensor] | None = None
+    state: tuple[int, ...] | None = None
     shape: tuple[int, ...] = ()
     I_in: Tensor | None = None
 
@@ -27,30 +28,22 @@ _LAST = _Last()
 
 def find(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], r: int) -> Tensor | None:
     """Indices ``[G, r]`` remembered for this x and mask, grouped as ``shape``; or ``None``."""
-    I_in, last = _LAST.I_in, _LAST.sources
-    if I_in is None or last[0]() is not x or _LAST.shape != shape or I_in.shape[1] < r:
+    I_in, of_x, of_mask = _LAST.I_in, _LAST.x, _LAST.mask
+    if I_in is None or of_x is None or of_x() is not x or _LAST.shape != shape:
         return None
-    if mask is None:
-        if len(last) > 1:
-            return None
-        sources: tuple[Tensor, ...] = (x,)
-    else:
-        if len(last) == 1 or last[1]() is not mask:
-            return None
-        sources = (x, mask)
-    if not _can_be_watched(sources) or _versions(sources) != _LAST.versions:
+    if (of_mask if of_mask is None else of_mask()) is not mask or _state(x, mask) != _LAST.state:
         return None
-    return I_in if I_in.shape[1] == r else I_in[:, :r]
+    width = I_in.shape[1]
+    return None if width < r else I_in if width == r else I_in[:, :r]
 
 
 def remember(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], I_in: Tensor) -> None:
     """Keep the indices ``[G, r]`` selected for x and mask until another x comes or x is freed."""
-    sources = (x,) if mask is None else (x, mask)
-    if _can_be_watched(sources):
-        _LAST.sources = tuple(weakref.ref(source, _forget) for source in sources)
-        _LAST.versions = _versions(sources)
-        _LAST.shape = shape
-        _LAST.I_in = I_in
+    state = _state(x, mask)
+    if state is not None:
+        _LAST.x = weakref.ref(x, _forget)
+        _LAST.mask = None if mask is None else weakref.ref(mask, _forget)
+        _LAST.state, _LAST.shape, _LAST.I_in = state, shape, I_in
 
 
 def forget() -> None:
@@ -58,24 +51,25 @@ def forget() -> None:
     _LAST.I_in = None
 
 
-def _versions(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Their versions, and the stream on which a selection is ready."""
-    x = sources[0]
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    return stream, *(source._version for source in sources)
-
-
-def _can_be_watched(sources: tuple[Tensor, ...]) -> bool:
-    """Whether a change of these tensors shows, here and wherever this call runs again.
+def _state(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
+    """Versions of both and the stream on which a selection is ready; ``None`` where a change would
+    not show, here or wherever this call runs again.
 
     Inference tensors count no versions. A compiled or captured call is replayed with other values.
     """
-    if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
-        return False
-    return not (sources[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    if torch.compiler.is_compiling() or x.is_inference():
+        return None
+    stream = 0
+    if x.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+    if mask is None:
+        return x._version, stream
+    return None if mask.is_inference() else (x._version, stream, mask._version)
 
 
 def _forget(reference: weakref.ref[Tensor]) -> None:
-    """Drop the selection with its x, on the thread that frees it."""
-    if any(reference is source for source in _LAST.sources):
+    """Drop the selection with its x or mask, on the thread that frees it."""
+    if reference is _LAST.x or reference is _LAST.mask:
         forget()
