@@ -228,7 +228,7 @@ class _Run:
     def look(self) -> tuple[float, list[Any]]:
         """ℋ after the prompt, decided on energy and history alone, and what the layers saw."""
         policy_state(self.model).set_entropy(None)
-        with torch.inference_mode(), observe(self.model) as observed:
+        with torch.no_grad(), observe(self.model) as observed:
             logits = self.logits(self.inputs["input_ids"], 1, self.inputs["attention_mask"])
             entropy = token_entropy(logits[0, -1])
         return float(entropy.nan_to_num(0.0)), observed
