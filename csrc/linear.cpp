@@ -13,6 +13,7 @@
 #include "element.h"
 #include "gather.h"
 #include "kernels.h"
+#include "linear.h"
 #include "statistics.h"
 #include "tensors.h"
 #include "workspace.h"
@@ -23,8 +24,9 @@ namespace {
 /// One call; its members are what the steps below hand to each other.
 class Call {
  public:
-  Call(const Arguments& arguments)
+  Call(const Arguments& arguments, const Product* given)
       : a_(arguments),
+        given_(given),
         s_(check(arguments)),
         kernels_(kernels(s_.dtype)),
         x_(contiguous(Optional(a_.x)).value()),
@@ -42,13 +44,14 @@ class Call {
         core_data_(data<float>(core_)),
         gamma_data_(data<float>(gamma_)) {}
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
+  Results run() {
     if (a_.I_in)
       copy_features(*a_.I_in, 0);
     else
       select(x_data_, s_.d_in, 0, nullptr);
-    const bool own = !a_.H && is_gemv(s_.groups * s_.tokens, W_);
-    if (own) want_columns(a_.r);
+    const bool own = !a_.H && !given_ && is_gemv(s_.groups * s_.tokens, W_);
+    const bool picked = own || (given_ && given_->columns);
+    if (picked) want_columns(a_.r);
     const Tensor y = own ? own_product() : product();
     void* const H = y.data_ptr();
     double* energy = workspace_.take<double>(s_.groups);
@@ -60,7 +63,7 @@ class Call {
         energy[g] = data<float>(*a_.energy)[g * a_.energy->stride(0)];
 
     const int64_t r = a_.r, most = decide_all(energy);
-    if (!own) gather(most);
+    if (!picked) gather(most);
     norms_ = workspace_.take<double>(wanted_.count);
     if (a_.tau && !a_.spectral) column_norms();
     parallel(s_.groups, r * (s_.d_in + 50 * r) + s_.tokens * r, [&](int64_t g, int64_t end) {
@@ -122,26 +125,31 @@ class Call {
     for (int64_t g = 0; g < s_.groups; ++g) chosen[g] = features(g, 0);
     used_ = n;
     wanted_ = distinct(chosen, s_.groups, n, s_.d_in, workspace_);
-    columns_ = workspace_.take<std::byte>(wanted_.count * s_.d_out * s_.element_size);
+    if (given_ && given_->columns)
+      columns_ = static_cast<const std::byte*>(given_->columns);
+    else
+      columns_ = fresh_ = workspace_.take<std::byte>(n_bytes(wanted_.count));
   }
+  int64_t n_bytes(int64_t columns) const { return columns * s_.d_out * s_.element_size; }
 
   void gather(int64_t n) {
     want_columns(n);
     if (s_.element_size == 4)
-      gather_columns<uint32_t>(W_, wanted_, columns_);
+      gather_columns<uint32_t>(W_, wanted_, fresh_);
     else
-      gather_columns<uint16_t>(W_, wanted_, columns_);
+      gather_columns<uint16_t>(W_, wanted_, fresh_);
   }
 
   /// H by our own GEMV, which picks the wanted columns of W on the way.
   Tensor own_product() {
     Tensor H = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
     gemv(kernels_, s_.dtype, W_, x_data_, s_.groups * s_.tokens, H.data_ptr(), wanted_.features,
-         wanted_.count, columns_, workspace_);
+         wanted_.count, fresh_, workspace_);
     return H;
   }
 
   Tensor product() const {
+    if (given_) return given_->H;
     if (!a_.H) return base_linear(a_.x, a_.weight, std::nullopt);
     const Tensor y = empty({s_.groups, s_.tokens, s_.d_out}, s_.torch_dtype);
     std::memcpy(y.data_ptr(), contiguous(a_.H)->data_ptr(),
@@ -326,6 +334,7 @@ class Call {
   }
 
   const Arguments& a_;
+  const Product* const given_;
   const Shape s_;
   const Kernels& kernels_;
   const Tensor x_;
@@ -341,12 +350,13 @@ class Call {
   float *const core_data_, *const gamma_data_;
   int64_t used_;            // the first so many of I_in [r] that are read
   Distinct wanted_;         // those features
-  std::byte* columns_;      // [wanted, d_out]
+  const std::byte* columns_;  // [wanted, d_out]
+  std::byte* fresh_ = nullptr;  // the same, while they are written
   double* norms_;           // [wanted]
   Decision* decisions_;     // [G]
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear(
+Results linear(
     const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& mask,
     const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
     const Optional& H, const Optional& energy, int64_t r, bool adaptive, bool coupled, bool second_order, double alpha,
@@ -354,10 +364,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear(
   const Arguments arguments{x,      weight,  bias, mask,     I_in,    I_out,
                             policy, entropy, H,    energy,   r,       adaptive,
                             coupled, second_order, alpha, tau, spectral, clamp};
-  return Call(arguments).run();
+  return sharpen(arguments, nullptr);
 }
 
 }  // namespace
+
+Results sharpen(const Arguments& arguments, const Product* product) {
+  return Call(arguments, product).run();
+}
 }  // namespace vps
 
 STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) { m.impl("linear", TORCH_BOX(&vps::linear)); }

@@ -12,9 +12,13 @@ from cases import HEADS, coupled_case, coupled_in_float32, coupled_reference_of,
 from torch import nn
 
 import vps
-from vps import VPSConfig, coupling, operator, pairing, reference
+from vps import VPSConfig, coupled, coupling, operator, pairing, policy, reference
 from vps.coupled import Projection, coupled_vps_linear
 from vps.lbfgs import CurvatureMemory
+
+needs_cpp = pytest.mark.skipif(
+    vps.backends()["cpp"] is not None, reason=f"no C++ backend: {vps.backends()['cpp']}"
+)
 
 
 def fast(case):
@@ -125,7 +129,30 @@ def test_opcheck(given):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.skipif(vps.backends()["cpp"] is not None, reason=str(vps.backends()["cpp"]))
+@needs_cpp
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 5)])
+def test_both_layers_in_one_call_are_those_of_two(shape):
+    torch.manual_seed(0)
+    x, W_q, W_k = torch.randn(*shape, 12), torch.randn(16, 12), torch.randn(8, 12)
+    b_q, mask = torch.randn(16), torch.rand(shape) < 0.7
+    for config in (VPSConfig(), VPSConfig(builder="sc", order=2, clamp=0.1, clip="spectral")):
+        numbers = torch.tensor(policy.bounds(config, 1.3), dtype=torch.float64)
+        r, *settings = policy.settings(config, False, 12, 8)
+        settings.insert(2, settings[1])
+        arguments = (x, W_q, b_q, W_k, None, mask, None, numbers, None, r, 4, 2, *settings)
+        torch.library.opcheck(torch.ops.vps.linear_pair.default, arguments)
+        with vps.backend("cpp"), torch.no_grad():
+            pair = Projection(W_q, b_q), Projection(W_k)
+            together = coupled_vps_linear(x, *pair, 4, 2, config, mask=mask)
+            monkey = pytest.MonkeyPatch()
+            monkey.setattr(coupled, "_is_plain_call", lambda *arguments: False)
+            apart = coupled_vps_linear(x, *pair, 4, 2, config, mask=mask)
+            monkey.undo()
+        for one, other in zip(together, apart, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@needs_cpp
 @pytest.mark.parametrize(
     "changes, message",
     [

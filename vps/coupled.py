@@ -107,22 +107,45 @@ def coupled_vps_linear(
 
     r = plans[0].settings.r
     I_in = sharing.find(x, mask, grouped.shape, r)
-    joint = _couple(name, grouped, query.weight, key.weight, counted, I_in, r, heads, kv_heads)
-    energy = joint.energy if plans[0].settings.adaptive else None
     entropy = None if state is None else state.entropy_on(x.device)
-    selected = joint.features[:, 0]
-    outputs = []
-    for i, (p, plan) in enumerate(zip(both, plans, strict=True)):
-        assert plan is not None
-        inputs = Inputs(
-            grouped, p.weight, p.bias, counted, selected, joint.features[:, i + 1],
-            plan.policy, entropy, joint[i], energy,
+    if name == "cpp" and _is_plain_call(x, query, key):
+        numbers, (_, *settings) = plans[0].policy, plans[0].settings
+        settings.insert(2, plans[1].settings.coupled)
+        with torch._C._AutoDispatchBelowAutograd():
+            y_q, y_k, selected = torch.ops.vps.linear_pair.default(
+                grouped, *query[:2], *key[:2], counted, I_in, numbers, entropy,
+                r, heads, kv_heads, *settings,
+            )  # fmt: skip
+    else:
+        joint = _couple(name, grouped, query.weight, key.weight, counted, I_in, r, heads, kv_heads)
+        energy = joint.energy if plans[0].settings.adaptive else None
+        selected = joint.features[:, 0]
+        y_q, y_k = (
+            run(
+                name,
+                Inputs(
+                    grouped, p.weight, p.bias, counted, selected, joint.features[:, i + 1],
+                    plan.policy, entropy, joint[i], energy,
+                ),
+                plan.settings,
+                pairs[i],
+            )[0]
+            for i, (p, plan) in enumerate(zip(both, (plans[0], plans[1]), strict=True))
         )  # fmt: skip
-        y, _ = run(name, inputs, plan.settings, pairs[i])
-        outputs.append(y if grouped is x else y.view(*x.shape[:-1], y.shape[-1]))
     if I_in is None:
         sharing.remember(x, mask, grouped.shape, selected)
-    return outputs[0], outputs[1]
+    if grouped is x:
+        return y_q, y_k
+    return y_q.view(*x.shape[:-1], -1), y_k.view(*x.shape[:-1], -1)
+
+
+def _is_plain_call(x: Tensor, query: Projection, key: Projection) -> bool:
+    """Whether neither a tracer nor a gradient asks for the operator of each layer by itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or not any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *query[:2], *key[:2])
+    )
 
 
 def why_not(d_q: int, d_k: int, heads: int, kv_heads: int) -> str | None:

@@ -30,6 +30,13 @@ LIBRARY.define(
     "int kv_heads) -> (Tensor H_q, Tensor H_k, Tensor energy, Tensor features)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
+LIBRARY.define(
+    "linear_pair(Tensor x, Tensor W_q, Tensor? b_q, Tensor W_k, Tensor? b_k, Tensor? mask, "
+    "Tensor? I_in, Tensor policy, Tensor? entropy, int r, int heads, int kv_heads, bool adaptive, "
+    "bool coupled_q, bool coupled_k, bool second_order, float alpha, float? tau, bool spectral, "
+    "float? clamp) -> (Tensor y_q, Tensor y_k, Tensor I_in)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -61,6 +68,25 @@ def couple(
         return coupling.Joint(
             *torch.ops.vps.couple.default(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
         )
+
+
+@torch.library.register_fake("vps::linear_pair")
+def _fake_pair(
+    x: Tensor,
+    W_q: Tensor,
+    b_q: Tensor | None,
+    W_k: Tensor,
+    b_k: Tensor | None,
+    mask: Tensor | None,
+    I_in: Tensor | None,
+    policy: Tensor,
+    entropy: Tensor | None,
+    r: int,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups, length = x.shape[:2]
+    outputs = (x.new_empty(groups, length, W.shape[0]) for W in (W_q, W_k))
+    return *outputs, x.new_empty(groups, r, dtype=torch.int64)  # type: ignore[return-value]
 
 
 @torch.library.register_fake("vps::couple")
