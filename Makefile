@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VPS_TORCH ?= -c constraints.txt
 OUT ?= benchmarks/results
-TASKS ?= vps_arithmetic,vps_chains_choice,vps_word_problems_choice,vps_units_choice
-LIMIT ?= 60
-KEEP ?= 20
+TASKS ?= vps_arithmetic,vps_chains_choice
+LIMIT ?= 40
+KEEP ?= 15
 MINUTES ?= 14
 GPU_MINUTES ?= 6
 BIN := .venv/bin

@@ -152,12 +152,13 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         dims, mask = masking.token_dims(x)
         grouped = group(x, dims, layer.config.scope)
         counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+        H: Tensor | None = None
         energy: Tensor | None = None
         if plan.drawn is not None:
             own = tuple(index.expand(len(grouped), -1) for index in plan.drawn)
         else:
             with torch.no_grad():
-                own, energy = _own_selection(layer, grouped, counted, r)
+                own, H, energy = _own_selection(layer, grouped, counted, r)
         chosen[name] = own
         donated = chosen.get(donors.get(name, ""))
         if donated is None or donated[0].shape != own[0].shape:
@@ -165,7 +166,8 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
             donated = tuple(torch.tensor(i, device=x.device).expand_as(own[0]) for i in drawn)  # type: ignore[assignment]
         inputs = Inputs(
             grouped, W, layer.bias, counted, *donated,  # type: ignore[misc]
-            plan.policy, layer.state.entropy_on(x.device), None,
+            plan.policy, layer.state.entropy_on(x.device),
+            None if torch.is_grad_enabled() else H,
             energy if plan.settings.adaptive else None,
         )  # fmt: skip
         memory = layer.memory
@@ -245,9 +247,9 @@ def _settings(layer: Any) -> policy.Settings | None:
 
 def _own_selection(
     layer: Any, x: Tensor, mask: Tensor | None, r: int
-) -> tuple[Features, Tensor | None]:
-    """Features ``[G, r]`` that the layer selects for x ``[G, T, d_in]``, and its policy's energy
-    where that is pooled with its peer's.
+) -> tuple[Features, Tensor, Tensor | None]:
+    """Features ``[G, r]`` that the layer selects for x ``[G, T, d_in]``, its base product
+    ``[G, T, d_out]``, and its policy's energy where that is pooled with its peer's.
     """
     deciding = layer.deciding()
     if len(deciding) == 2:
@@ -256,10 +258,10 @@ def _own_selection(
         joint = coupling.couple(
             x, query.weight, key.weight, mask, None, r, pair.heads, pair.kv_heads
         )
-        own = joint.features[:, 1 if layer is query else 2]
-        return (joint.features[:, 0], own), joint.energy
+        index = 0 if layer is query else 1
+        return (joint.features[:, 0], joint.features[:, index + 1]), joint[index], joint.energy
     count = None if mask is None else mask.sum(1).clamp_(min=1)
     H = torch.nn.functional.linear(x, weight_of(layer))
     scores = (selection.statistics(values, mask, count, False)[0] for values in (x, H))
     I_in, I_out = (selection.top_k(score, r) for score in scores)
-    return (I_in, I_out), None
+    return (I_in, I_out), H, None
