@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VPS_TORCH ?= -c constraints.txt
 OUT ?= benchmarks/results
+TASKS ?= vps_arithmetic,vps_chains_choice
+LIMIT ?= 40
+KEEP ?= 15
 MINUTES ?= 14
 GPU_MINUTES ?= 6
 BIN := .venv/bin
@@ -12,7 +15,7 @@ UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,scores select factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-triton-3.6 sanitize lint bench plots gpu clean help
+.PHONY: demo test test-triton-3.6 sanitize lint eval bench plots gpu clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -31,6 +34,9 @@ sanitize: .venv/.ok  ## Run the C++ tests under AddressSanitizer and UndefinedBe
 
 lint: .venv/.ok  ## Check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+eval: .venv/.ok $(MODEL)/.ok  ## Does it help? SmolLM2-135M on offline tasks: plain, sharpened, three controls
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps eval --model $(MODEL) --tasks $(TASKS) --limit $(LIMIT) --keep $(KEEP)
 
 bench: .venv/.ok $(MODEL)/.ok  ## Time everything that this machine can, in about MINUTES
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks --minutes $(MINUTES) --model-dir $(MODEL) --out $(OUT)

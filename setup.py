@@ -18,7 +18,7 @@ EXTRAS = {
     "gpu": ["triton>=3.6"],
     "hf": ["transformers>=5.17", "gguf", "accelerate", "tqdm"],
     "verify": ["sympy", "pint", "math-verify"],
-    "eval": ["lm-eval", "reasoning-gym", "scipy"],
+    "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy"],
     "plots": ["matplotlib"],
     "dev": ["ruff", "mypy", "pre-commit"],
 }
@@ -28,6 +28,7 @@ EXTRAS["test"] = [
     "numpy",
     "packaging",
     "peft",
+    *EXTRAS["eval"],
     *EXTRAS["gpu"],
     *EXTRAS["hf"],
     *EXTRAS["plots"],

@@ -43,7 +43,19 @@ LAYERS = [
 KNOW_TRANSFORMERS = {"patching", "conv1d", "loading", "evaluation", "demo", "cli"}
 
 # Imported inside functions only: importing vps loads none of them.
-OPTIONAL = {"transformers", "gguf", "tqdm", "matplotlib", "sympy", "pint", "scipy", "peft"}
+OPTIONAL = {
+    "transformers",
+    "gguf",
+    "tqdm",
+    "matplotlib",
+    "sympy",
+    "pint",
+    "scipy",
+    "peft",
+    "lm_eval",
+    "reasoning_gym",
+    "datasets",
+}
 # Subclasses a class of transformers, so imported inside functions only itself.
 NEEDS_TRANSFORMERS = {"conv1d"}
 

@@ -98,8 +98,16 @@ def test_family(family, ids):
     assert torch.allclose(sharpened[:1], alone, rtol=0, atol=error)
     pad = torch.zeros(2, 3, dtype=ids.dtype)
     real, none = torch.ones_like(ids), torch.zeros_like(pad)
-    right = model(torch.cat([ids, pad], 1), attention_mask=torch.cat([real, none], 1)).logits
+    right_ids, right_mask = torch.cat([ids, pad], 1), torch.cat([real, none], 1)
+    right = model(right_ids, attention_mask=right_mask).logits
     assert torch.allclose(right[:, :7], sharpened, rtol=0, atol=error)
+    with vps.token_mask(right_mask.bool()):  # as lm-eval pads, without an attention mask
+        said = model(right_ids).logits
+        assert torch.equal(model(ids).logits, sharpened)  # other token dims: not its mask
+        with vps.token_mask(torch.zeros(2, 10, dtype=torch.bool)):  # an attention mask goes first
+            assert torch.equal(model(right_ids, attention_mask=right_mask).logits, right)
+    assert torch.allclose(said[:, :7], sharpened, rtol=0, atol=error)
+    assert not torch.allclose(model(right_ids).logits[:, :7], sharpened, rtol=0, atol=1e-3)
     left_mask = torch.cat([none, real], 1)
     left_inputs = dict(
         input_ids=torch.cat([pad, ids], 1),

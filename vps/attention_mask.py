@@ -77,11 +77,22 @@ def _layout(module: nn.Module, given: Mapping[str, Any]) -> TokenLayout:
     mask = given.get("attention_mask")
     if isinstance(mask, Mapping):  # one mask per kind of layer
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    counted = _counted(mask, shape, given) if isinstance(mask, Tensor) else None
+    if isinstance(mask, Tensor):
+        counted = _counted(mask, shape, given)
+    else:
+        counted = None if mask is not None else _said(shape)
     if counted is not None and not torch.compiler.is_compiling():
         if counted.device.type == "cpu" and bool(counted.all()):
             counted = None  # asking is free on the CPU; elsewhere it would wait for the device
     return TokenLayout(shape, counted, module)
+
+
+def _said(shape: tuple[int, ...]) -> Tensor | None:
+    """The mask of the innermost :func:`vps.token_mask`, if it has this shape."""
+    for layout in reversed(STATE.layouts):
+        if layout.owner is None:
+            return layout.mask if layout.shape == shape else None
+    return None
 
 
 def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> Tensor | None:

@@ -43,7 +43,8 @@ STATE = _ThreadState()
 def token_mask(mask: Tensor) -> Iterator[None]:
     """Say which tokens count in the statistics of every VPS layer run inside, on this thread.
 
-    A patched model does this by itself from ``attention_mask``; this is for a bare layer. With
+    A patched model does this by itself from ``attention_mask``; this is for a bare layer, or for a
+    model called without one whose tokens do not all count, such as padding to the right. With
     ``torch.utils.checkpoint``, enter it inside the checkpointed function, which runs twice.
 
     Args:

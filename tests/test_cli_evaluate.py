@@ -1,0 +1,151 @@
+"""vps eval on a tiny random Llama and local JSONL tasks, and the table of its figures."""
+
+import json
+import math
+import re
+
+import pytest
+from evaluation_cases import plain_model, tokenizer, write_tasks
+
+from vps import VPSConfig, cli
+from vps.evaluation import table
+from vps.evaluation.harness import VARIANTS, Scores, evaluate
+from vps.evaluation.outcome import Outcome
+from vps.loading import load_model
+
+SETTINGS = ["--set", "gamma=0.5", "--set", "scope=sequence"]
+CONFIG = VPSConfig(gamma=0.5, adaptive_gamma=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_tasks(path)
+    tokenizer().save_pretrained(path)
+    plain_model().save_pretrained(path)
+    return path
+
+
+def run(capsys, folder, *arguments, tasks="local_choice,local_text"):
+    common = ["eval", "--model", folder, "--include-path", folder, "--tasks", tasks]
+    code = cli.main([str(argument) for argument in (*common, *arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_json_and_files(capsys, folder, tmp_path):
+    out = tmp_path / "runs/x"
+    code, text, err = run(
+        capsys,
+        folder,
+        *SETTINGS,
+        "--limit",
+        6,
+        "--batch-size",
+        3,
+        "--keep",
+        3,
+        "--out",
+        out,
+        "--json",
+    )
+    assert (code, err) == (0, "")
+    values = json.loads(text)
+    model, own = load_model(str(folder))
+    scores = evaluate(
+        model,
+        own,
+        ["local_choice", "local_text"],
+        CONFIG,
+        include_path=[folder],
+        limit=6,
+        batch_size=3,
+    )
+    assert list(values["variants"]) == list(scores) and set(scores) == set(VARIANTS)
+    for name, each in scores.items():
+        assert values["variants"][name]["results"] == each.results
+        assert values["variants"][name]["scopes"] == each.scopes
+    assert values["rows"] == json.loads(json.dumps(table.rows(scores)))
+    assert VPSConfig.from_json(json.dumps(values["config"])) == CONFIG
+    assert set(values["kept"]) == {"local_choice"}
+    assert set(values["kept"]["local_choice"]) == set(VARIANTS) - {"baseline"}
+    assert values["kept"]["local_choice"]["sharpened"]["kept"] == 3
+    assert json.loads((out / "scores.json").read_text()) == values
+    lines = [json.loads(line) for line in (out / "outcomes.jsonl").read_text().splitlines()]
+    read = [(line.pop("variant"), Outcome(**line)) for line in lines]
+    assert read == [(name, o) for name, each in scores.items() for o in each.outcomes]
+    assert sorted(path.name for path in out.iterdir()) == ["outcomes.jsonl", "scores.json"]
+    code, _, err = run(capsys, folder, "--out", out)
+    assert code == 2 and f"--out {out}: holds outcomes.jsonl of another run" in err
+
+
+def test_table(capsys, folder):
+    code, text, err = run(
+        capsys, folder, *SETTINGS, "--limit", 5, "--keep", 2, "--keep-by", "uncertain"
+    )
+    assert (code, err) == (0, "")
+    assert "local_choice, acc, 5 documents" in text and "local_text, nll, 5 documents" in text
+    for variant in VARIANTS:
+        assert len(re.findall(rf"^  {variant} +-?\d+\.\d{{4}}", text, re.MULTILINE)) == 3
+    assert "ran: loglikelihood under scope token, loglikelihood_rolling under scope token" in text
+    assert "local_choice, sharpened against the baseline:\n2 uncertain of 5 documents" in text
+    code, text, _ = run(
+        capsys, folder, *SETTINGS, "--limit", 2, "--no-controls", tasks="local_answer"
+    )
+    assert code == 0 and "sharpened" in text and "random" not in text
+    assert "ran: generate_until under scope sequence" in text
+
+
+def test_rows():
+    def scores(variant, *numbers):
+        outcomes = [
+            Outcome("t", str(i), metric, value, None, weight)
+            for i, (metric, value, weight) in enumerate(numbers)
+        ]
+        return Scores(variant, None, outcomes, {})
+
+    both = {
+        "baseline": scores(
+            "baseline", ("acc", 1, 1), ("acc", 0, 1), ("nll", 2.0, 3), ("nll", 1.0, 1)
+        ),
+        "sharpened": scores(
+            "sharpened", ("acc", 0, 1), ("acc", 1, 1), ("nll", 1.0, 3), ("nll", 1.0, 1)
+        ),
+    }
+    found = {(row["metric"], row["variant"]): row for row in table.rows(both)}
+    assert found["acc", "sharpened"] == {
+        "task": "t", "metric": "acc", "variant": "sharpened", "n": 2, "value": 0.5,
+        "difference": 0.0, "gained": 1, "lost": 1,
+    }  # fmt: skip
+    assert found["nll", "baseline"]["value"] == 1.75
+    assert math.isclose(found["nll", "sharpened"]["difference"], -0.75)
+    assert found["nll", "sharpened"]["gained"] is None
+    assert "difference" not in table.rows({"sharpened": both["sharpened"]})[0]
+    both["sharpened"].outcomes.pop()
+    with pytest.raises(ValueError, match="sharpened must have the documents .* 1 are in one"):
+        table.rows(both)
+    both["baseline"].outcomes.append(both["baseline"].outcomes[0])
+    with pytest.raises(ValueError, match="document '0' of 't' comes twice for 'acc'"):
+        table.rows(both)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", " , "], "--tasks ' , ': expected names, separated by commas"),
+        (["--num-fewshot", "-1"], "--num-fewshot -1: expected at least 0"),
+        (["--include-path", "/nowhere"], "--include-path /nowhere: no such folder"),
+        (["--limit", "3", "--keep", "4"], "--keep 4: local_choice has only 3 documents"),
+        (["--tasks", "local_text", "--keep", "2"], "--keep 2: no task is multiple choice"),
+        (["--model", "./nowhere"], "--model: no such model folder: ./nowhere"),
+    ],
+)
+def test_mistakes_are_named(capsys, folder, arguments, message):
+    code, out, err = run(capsys, folder, *arguments)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_out_that_is_a_file(capsys, folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, folder, "--out", tmp_path / "file")
+    assert code == 2 and f"--out {tmp_path / 'file'}: File exists" in err

@@ -1,0 +1,267 @@
+"""What sharpening has to beat: the same model with the guidance taken out of the update.
+
+Each control is a context manager on a patched model and leaves it as it was. ``baseline`` switches
+the layers off; ``random_indices`` draws the features; ``random_noise`` keeps the size of every
+update and takes its direction away; ``shuffled_selection`` uses features that another layer chose.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vps import coupling, masking, policy, selection
+from vps.functional import group, plan_for, run
+from vps.masking import STATE
+from vps.patching import disabled, sharpened_layers
+from vps.statistics import weight_of
+from vps.torch_backend import Inputs
+
+SHARPENED = "sharpened"
+Hook = Callable[[str, Any, tuple[Tensor, ...], Tensor], Tensor | None]
+Features = tuple[Tensor, Tensor]  # I_in and I_out, [G, r]
+
+
+def control(model: nn.Module, name: str, seed: int = 0) -> AbstractContextManager[None]:
+    """The control of that name; ``"sharpened"`` changes nothing.
+
+    Args:
+        model: a patched model.
+        name: one of :data:`CONTROLS` or ``"sharpened"``.
+        seed: of what the control draws.
+
+    Raises:
+        ValueError: an unknown name, or no sharpened layer in the model.
+    """
+    _layers(model)
+    if name == SHARPENED:
+        return nullcontext()
+    if name == "baseline":
+        return disabled(model)
+    if name not in CONTROLS:
+        raise ValueError(
+            f"control: name must be 'sharpened' or one of {', '.join(CONTROLS)}, got {name!r}"
+        )
+    return CONTROLS[name](model, seed)
+
+
+def baseline(model: nn.Module, seed: int = 0) -> AbstractContextManager[None]:
+    """The model bit-identical to the unpatched one; nothing is drawn."""
+    return disabled(model)
+
+
+@contextmanager
+def random_indices(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Features drawn at random, others in every layer, instead of selected (``builder="random"``).
+
+    Policy, clip and factors stay. Features that carry little make smaller updates; see
+    :func:`random_noise` for a control of equal size.
+    """
+    layers = _layers(model)
+    before = [(layer, layer.config) for layer in layers.values()]
+    try:
+        for number, layer in enumerate(layers.values()):
+            own = random.Random(f"{seed}:{number}").randrange(2**31)
+            layer.config = layer.config.replace(builder="random", seed=own)
+        yield
+    finally:
+        for layer, config in before:
+            layer.config = config
+
+
+@contextmanager
+def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Another update of equal norm: ``y = H + b + n · ‖u‖/‖n‖`` with ``n = (x P) Qᵀ``.
+
+    ``u`` is what the layer added; both norms are taken over the counted tokens of each group
+    (SPEC §2), so under ``scope="token"`` every token keeps its own. ``P`` ``[d_in, r]`` and ``Q``
+    ``[d_out, r]`` are Gaussian, fixed for each layer by the seed; r is the largest rank that its
+    config allows. Costs a second base product a layer; in 16-bit dtypes ``u`` carries the rounding
+    of the layer's output.
+    """
+    factors: dict[tuple[str, torch.device], Features] = {}
+    order = {name: number for number, name in enumerate(_layers(model))}
+
+    def hook(name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        x = args[0]
+        settings = _settings(layer)
+        if settings is None or x.numel() == 0:
+            return None
+        plain = _plain(layer, x)
+        key = (name, x.device)
+        if key not in factors:
+            d_out, d_in = weight_of(layer).shape
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
+            factors[key] = tuple(
+                torch.randn(d, settings.r, generator=generator).to(x.device) for d in (d_in, d_out)
+            )  # type: ignore[assignment]
+        P, Q = factors[key]
+        dims, mask = masking.token_dims(x)
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = selection.accumulation_dtype(y.dtype)
+            noise = (x.to(dtype) @ P.to(dtype)) @ Q.to(dtype).mT
+            sizes = []
+            for update in ((y - plain).to(dtype), noise):
+                finite = update.detach().nan_to_num(0.0, 0.0, 0.0)
+                grouped = group(finite, dims, layer.config.scope)
+                if mask is not None:
+                    counted = mask.to(x.device).reshape(*grouped.shape[:-1], 1)
+                    grouped = grouped.masked_fill(~counted, 0.0)
+                sizes.append(torch.linalg.vector_norm(grouped, dim=(1, 2), keepdim=True))
+            scale = (sizes[0] / sizes[1]).nan_to_num(0.0, 0.0, 0.0)
+            scaled = group(noise, dims, layer.config.scope) * scale
+        return plain + scaled.reshape(y.shape).to(y.dtype)
+
+    with _hooked(model, hook):
+        yield
+
+
+@contextmanager
+def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Every layer uses the features that another layer of its shape selected at the same tokens.
+
+    The donor is drawn by the seed among the layers that come earlier in the model, so it has run
+    by then and, under ``scope="token"``, nothing looks ahead. A layer without one (the first of
+    its shape, or where the donor saw other groups of tokens) uses features drawn at random.
+    Everything else of the layer stays: policy, pooled energy of query and key, clip, factors. The
+    updates are computed by the torch backend.
+    """
+    layers = _layers(model)
+    donors = _donors(layers, seed)
+    chosen: dict[str, Features] = {}
+
+    def begin(*_: Any) -> None:
+        chosen.clear()
+
+    def hook(name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        x, W = args[0], weight_of(layer)
+        if torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError("shuffled_selection: expected to run outside torch.autocast")
+        d_out, d_in = W.shape
+        factor = layer.state.factor()
+        plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device)
+        if plan is None or x.numel() == 0 or plan.settings.r == 0:
+            return None
+        r = plan.settings.r
+        dims, mask = masking.token_dims(x)
+        grouped = group(x, dims, layer.config.scope)
+        counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+        H: Tensor | None = None
+        energy: Tensor | None = None
+        if plan.drawn is not None:
+            own = tuple(index.expand(len(grouped), -1) for index in plan.drawn)
+        else:
+            with torch.no_grad():
+                own, H, energy = _own_selection(layer, grouped, counted, r)
+        chosen[name] = own
+        donated = chosen.get(donors.get(name, ""))
+        if donated is None or donated[0].shape != own[0].shape:
+            drawn = selection.random_features(seed, d_in, d_out, r)
+            donated = tuple(torch.tensor(i, device=x.device).expand_as(own[0]) for i in drawn)  # type: ignore[assignment]
+        inputs = Inputs(
+            grouped, W, layer.bias, counted, *donated,  # type: ignore[misc]
+            plan.policy, layer.state.entropy_on(x.device),
+            None if torch.is_grad_enabled() else H,
+            energy if plan.settings.adaptive else None,
+        )  # fmt: skip
+        memory = layer.memory
+        pairs = memory.pairs if memory is not None and layer.config.lbfgs else ()
+        return run("torch", inputs, plan.settings, pairs)[0].view(y.shape)
+
+    handle = model.register_forward_pre_hook(begin)
+    try:
+        with _hooked(model, hook):
+            yield
+    finally:
+        handle.remove()
+
+
+CONTROLS: dict[str, Callable[[nn.Module, int], AbstractContextManager[None]]] = {
+    "baseline": baseline,
+    "random_indices": random_indices,
+    "random_noise": random_noise,
+    "shuffled_selection": shuffled_selection,
+}
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    layers: dict[str, Any] = sharpened_layers(model) if isinstance(model, nn.Module) else {}
+    if not layers:
+        raise ValueError("control: the model holds no sharpened layer; call vps.patch first")
+    return layers
+
+
+def _donors(layers: dict[str, Any], seed: int) -> dict[str, str]:
+    """For every layer but the first of each shape, an earlier layer of the same shape."""
+    earlier: dict[tuple[int, ...], list[str]] = {}
+    donors = {}
+    generator = random.Random(seed)
+    for name, layer in layers.items():
+        alike = earlier.setdefault(tuple(weight_of(layer).shape), [])
+        if alike:
+            donors[name] = generator.choice(alike)
+        alike.append(name)
+    return donors
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
+    """``hook`` replaces the output of every layer that is not switched off, before other hooks."""
+
+    def call(name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        if any(state is layer.state for state in STATE.disabled):
+            return None
+        return hook(name, layer, args, y)
+
+    handles = [
+        layer.register_forward_hook(partial(call, name), prepend=True)
+        for name, layer in _layers(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _plain(layer: Any, x: Tensor) -> Tensor:
+    """``H + b`` as the unpatched layer has it; other hooks do not see the call."""
+    STATE.disabled.append(layer.state)
+    try:
+        y: Tensor = layer.forward(x)
+        return y
+    finally:
+        STATE.disabled.pop()
+
+
+def _settings(layer: Any) -> policy.Settings | None:
+    d_out, d_in = weight_of(layer).shape
+    return policy.settings(layer.config, layer.gradient, d_in, d_out)
+
+
+def _own_selection(
+    layer: Any, x: Tensor, mask: Tensor | None, r: int
+) -> tuple[Features, Tensor, Tensor | None]:
+    """Features ``[G, r]`` that the layer selects for x ``[G, T, d_in]``, its base product
+    ``[G, T, d_out]``, and its policy's energy where that is pooled with its peer's.
+    """
+    deciding = layer.deciding()
+    if len(deciding) == 2:
+        query, key = deciding
+        pair = layer.coupling
+        joint = coupling.couple(
+            x, query.weight, key.weight, mask, None, r, pair.heads, pair.kv_heads
+        )
+        index = 0 if layer is query else 1
+        return (joint.features[:, 0], joint.features[:, index + 1]), joint[index], joint.energy
+    count = None if mask is None else mask.sum(1).clamp_(min=1)
+    H = torch.nn.functional.linear(x, weight_of(layer))
+    scores = (selection.statistics(values, mask, count, False)[0] for values in (x, H))
+    I_in, I_out = (selection.top_k(score, r) for score in scores)
+    return (I_in, I_out), H, None

@@ -1,0 +1,155 @@
+"""lm-evaluation-harness's model of a sharpened model: right about padding, scope and batch size.
+
+``HFLM`` pads the rows it scores with token 0 to the right and passes no attention mask. A causal
+model does not mind, but the statistics of SPEC §2 would count the padding; here they do not. The
+call itself stays that of ``HFLM``, so a model without sharpening gives the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vps.masking import token_mask
+from vps.patching import sharpened_layers
+
+SCORING = ("loglikelihood", "loglikelihood_rolling")
+
+
+def language_model(model: Any, tokenizer: Any, batch_size: int, scoring_scope: str) -> Any:
+    """An lm-eval ``LM`` of a patched model.
+
+    Args:
+        model: a patched causal language model of transformers.
+        tokenizer: its tokenizer, which is copied.
+        batch_size: rows a call.
+        scoring_scope: scope for requests that score given continuations; ``"config"`` leaves the
+            config's.
+
+    Raises:
+        ModuleNotFoundError: lm-eval is not installed.
+        ValueError: an encoder-decoder model.
+    """
+    lm = _class()(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    if lm.backend != "causal":
+        raise ValueError(
+            f"evaluation: model must be a causal language model, got {type(model).__name__}, "
+            f"which lm-eval calls {lm.backend}"
+        )
+    lm.scoring_scope = scoring_scope
+    lm.ran = {}
+    return lm
+
+
+@contextmanager
+def scoped(model: nn.Module, scope: str) -> Iterator[None]:
+    """Every layer with its config under another scope."""
+    layers: list[Any] = list(sharpened_layers(model).values())
+    before = [layer.config for layer in layers]
+    changed = {id(config): config.replace(scope=scope) for config in before}
+    try:
+        for layer, config in zip(layers, before, strict=True):
+            layer.config = changed[id(config)]
+        yield
+    finally:
+        for layer, config in zip(layers, before, strict=True):
+            layer.config = config
+
+
+@cache
+def _class() -> type[Any]:
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"evaluation needs lm-eval: pip install 'vps-kernels[eval]' ({error})"
+        ) from None
+
+    class SharpenedLM(HFLM):  # type: ignore[misc]
+        scoring_scope: str
+        ran: dict[str, tuple[str, int]]  # scope and batch size by type of request
+        batch_size_per_gpu: int
+        _rows: Counter[tuple[int, ...]] | None = None
+
+        def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._scoring("loglikelihood"):
+                return super().loglikelihood(requests, *args, **kwargs)
+
+        def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._scoring("loglikelihood_rolling"):
+                return super().loglikelihood_rolling(requests, *args, **kwargs)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._own_batch("generate_until"):
+                return super().generate_until(requests, *args, **kwargs)
+
+        @contextmanager
+        def _scoring(self, kind: str) -> Iterator[None]:
+            if self.scoring_scope == "config":
+                with self._own_batch(kind):
+                    yield
+            else:
+                with scoped(self.model, self.scoring_scope), self._own_batch(kind):
+                    yield
+
+        @contextmanager
+        def _own_batch(self, kind: str) -> Iterator[None]:
+            """One row a call under the batch scope, whose results else depend on batch-mates."""
+            scopes = {layer.config.scope for layer in sharpened_layers(self.model).values()}
+            before = self.batch_size_per_gpu
+            if "batch" in scopes:
+                self.batch_size_per_gpu = 1
+            self.ran[kind] = (", ".join(sorted(scopes)), self.batch_size_per_gpu)
+            try:
+                yield
+            finally:
+                self.batch_size_per_gpu = before
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            # HFLM runs one row for all requests that share context + continuation[:-1].
+            keep = self.max_length + 1
+            rows = {tuple(ctx + cont[:-1]): (ctx + cont)[-keep:][:-1] for _, ctx, cont in requests}
+            self._rows = Counter(tuple(row) for row in rows.values())
+            try:
+                return super()._loglikelihood_tokens(requests, *args, **kwargs)
+            finally:
+                self._rows = None
+
+        def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Any:
+            mask = None if self._rows is None else _counted(inps, self._rows)
+            if mask is None:
+                return super()._model_call(inps, *args, **kwargs)
+            with token_mask(mask):
+                return super()._model_call(inps, *args, **kwargs)
+
+    return SharpenedLM
+
+
+def _counted(inputs: Tensor, waiting: Counter[tuple[int, ...]]) -> Tensor | None:
+    """Which tokens of inputs ``[B, T]`` belong to a row that waits to be scored, bool ``[B, T]``;
+    ``None`` where all do. Rows come longest first, so the longest that fits is the one.
+    """
+    lengths = []
+    for row in inputs.tolist():
+        length = len(row)
+        while not waiting[tuple(row[:length])]:
+            if length == 1 or row[length - 1] != 0:
+                raise RuntimeError(
+                    "evaluation: lm-eval ran a row that fits no request padded with 0 to the "
+                    "right, as version 0.4.13 has them; this version pads otherwise"
+                )
+            length -= 1
+        waiting[tuple(row[:length])] -= 1
+        lengths.append(length)
+    width = inputs.shape[1]
+    if min(lengths) == width:
+        return None
+    ends = torch.tensor(lengths, device=inputs.device).unsqueeze(1)
+    return torch.arange(width, device=inputs.device) < ends

@@ -1,0 +1,196 @@
+"""Tasks that need no download: drawn by reasoning-gym with fixed seeds, wrapped for lm-eval.
+
+Each kind comes in two forms: ``vps_KIND`` generates and compares the answer in the text exactly;
+``vps_KIND_choice`` scores four given answers, three of them near the right one.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import partial
+from typing import Any, NamedTuple
+
+from vps.verify import extract_number
+
+SIZE = 240
+EXAMPLES = 16
+SEED = 2026
+PROMPT = "Question: {{question}}\nAnswer:"
+NUMBER = re.compile(r"-?\d+")
+CLOCK = re.compile(r"(\d{1,4}):(\d{2})(?!\d)")
+
+
+class _Kind(NamedTuple):
+    """Which dataset of reasoning-gym, with which settings, and the form of its answers."""
+
+    dataset: str
+    settings: dict[str, Any]
+    answer: re.Pattern[str] = NUMBER
+
+
+# No division: reasoning-gym 0.1.25 calculates 4 / 1 to 2.
+KINDS = {
+    "arithmetic": _Kind(
+        "basic_arithmetic",
+        {
+            "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2,
+            "operators": ["+", "-", "*"], "allow_parentheses": False, "allow_negation": False,
+        },
+    ),
+    "chains": _Kind(
+        "chain_sum", {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 2}
+    ),
+    "word_problems": _Kind("gsm_symbolic", {}),
+    "units": _Kind("time_intervals", {"task_types": ["time"]}, CLOCK),
+}  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    """All offline tasks."""
+    return tuple(f"vps_{kind}{form}" for kind in KINDS for form in ("", "_choice"))
+
+
+def documents(kind: str, size: int = SIZE, seed: int = SEED) -> list[dict[str, Any]]:
+    """The first ``size`` different documents of a kind, the same for the same seed.
+
+    Args:
+        kind: a key of :data:`KINDS`.
+        size: how many, at least 1.
+        seed: of questions, wrong answers and their order.
+
+    Returns:
+        Dicts of ``question``, ``answer``, ``choices`` (four, one of them the answer) and ``gold``,
+        its index.
+
+    Raises:
+        ModuleNotFoundError: reasoning-gym is not installed.
+        ValueError: an unknown kind, a size below 1, or more documents than there are.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"documents: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"documents: size must be an integer ≥ 1, got {size!r}")
+    found: dict[str, dict[str, Any]] = {}
+    for question, answer in _drawn(KINDS[kind], 40 * size, seed):
+        if question in found:
+            continue
+        generator = random.Random(f"{seed}:{question}")
+        choices = [answer, *_near(answer, generator)]
+        generator.shuffle(choices)
+        found[question] = {
+            "question": question,
+            "answer": answer,
+            "choices": choices,
+            "gold": choices.index(answer),
+        }
+        if len(found) == size:
+            return list(found.values())
+    raise ValueError(f"documents: size is {size}, but {kind} has only {len(found)} for this seed")
+
+
+def task(name: str, size: int = SIZE, seed: int = SEED) -> Any:
+    """An offline task as an lm-eval task object.
+
+    Args:
+        name: one of :func:`names`.
+        size: documents in the test split; the training split has 16 others for few-shot examples.
+        seed: as for :func:`documents`.
+
+    Raises:
+        ModuleNotFoundError: lm-eval or reasoning-gym is not installed.
+        ValueError: an unknown name, or as for :func:`documents`.
+    """
+    if name not in names():
+        raise ValueError(f"task: name must be one of {', '.join(names())}, got {name!r}")
+    try:
+        from lm_eval.api.task import ConfigurableTask
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"evaluation needs lm-eval: pip install 'vps-kernels[eval]' ({error})"
+        ) from None
+    kind = name.removeprefix("vps_").removesuffix("_choice")
+    config: dict[str, Any] = {
+        "task": name,
+        "custom_dataset": partial(_splits, kind, size, seed),
+        "test_split": "test",
+        "training_split": "train",
+        "doc_to_text": PROMPT,
+        "num_fewshot": None,
+        "metadata": {"version": 1.0},
+    }
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    if name.endswith("_choice"):
+        config |= {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": "acc", **mean}],
+        }
+    else:
+        config |= {
+            "output_type": "generate_until",
+            "doc_to_target": "answer",
+            "process_results": _graded,
+            "metric_list": [{"metric": "exact_match", **mean}],
+            "generation_kwargs": {
+                "until": ["\n\n", "Question:"], "max_gen_toks": 64, "do_sample": False,
+            },
+        }  # fmt: skip
+    return ConfigurableTask(config=config)
+
+
+def right(text: str, answer: str) -> bool:
+    """Whether the last time of day in ``text``, or the number it answers, is ``answer``."""
+    gold = CLOCK.fullmatch(answer)
+    if gold is None:
+        return extract_number(text) == Fraction(answer)
+    given = CLOCK.findall(text)
+    return bool(given) and [int(part) for part in given[-1]] == [int(p) for p in gold.groups()]
+
+
+def _drawn(kind: _Kind, size: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Questions and answers as reasoning-gym has them, where the answer has the kind's form."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"offline tasks need reasoning-gym: pip install 'vps-kernels[eval]' ({error})"
+        ) from None
+    drawn = reasoning_gym.create_dataset(kind.dataset, size=size, seed=seed, **kind.settings)
+    for index in range(size):
+        entry = drawn[index]
+        question, answer = entry["question"].strip(), entry["answer"].strip()
+        if kind.answer.fullmatch(answer):
+            yield question, answer
+
+
+def _near(answer: str, generator: random.Random) -> list[str]:
+    """Three wrong answers near ``answer``, of its form and sign.
+
+    As a rule none to three of them are smaller, equally often: the middle one is no better guess.
+    """
+    clock = CLOCK.fullmatch(answer)
+    if clock is not None:
+        value, steps = int(clock[1]) * 60 + int(clock[2]), [1, 2, 5, 10, 20, 30, 60, 120]
+    else:
+        value, steps = int(answer), [1, 2, 3, 5, 10, 20, 100]
+    below = [value - step for step in steps if (value - step < 0) == (value < 0)]
+    above = [value + step for step in steps if (value + step < 0) == (value < 0)]
+    count = min(max(generator.randrange(4), 3 - len(above)), len(below))
+    wrong = generator.sample(below, count) + generator.sample(above, 3 - count)
+    return [f"{v // 60:02d}:{v % 60:02d}" if clock else str(v) for v in wrong]
+
+
+def _splits(kind: str, size: int, seed: int, **_: Any) -> dict[str, Any]:
+    """What lm-eval takes for a dataset."""
+    from datasets import Dataset
+
+    drawn = documents(kind, size + EXAMPLES, seed)
+    return {"test": Dataset.from_list(drawn[:size]), "train": Dataset.from_list(drawn[size:])}
+
+
+def _graded(document: dict[str, Any], results: list[str]) -> dict[str, float]:
+    return {"exact_match": float(right(results[0], document["answer"]))}
