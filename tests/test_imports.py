@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 
 # A module may import those of its own and of lower layers.
 LAYERS = [
-    {"config", "reference", "constants", "verify"},
+    {"config", "reference", "constants", "verify", "jsonl"},
     {
         "masking",
         "policy",
@@ -43,7 +43,17 @@ LAYERS = [
 KNOW_TRANSFORMERS = {"patching", "conv1d", "loading", "evaluation", "demo", "cli"}
 
 # Imported inside functions only: importing vps loads none of them.
-OPTIONAL = {"transformers", "gguf", "tqdm", "matplotlib", "sympy", "pint", "scipy", "peft"}
+OPTIONAL = {
+    "transformers",
+    "gguf",
+    "tqdm",
+    "matplotlib",
+    "sympy",
+    "pint",
+    "scipy",
+    "peft",
+    "yaml",
+}
 # Subclasses a class of transformers, so imported inside functions only itself.
 NEEDS_TRANSFORMERS = {"conv1d"}
 
