@@ -6,8 +6,8 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,18 @@ from vps.evaluation.outcome import Outcome
 from vps.evaluation.runs import Record
 from vps.evaluation.table import progress_table
 
-Evaluator = Callable[[Cell], list[Outcome]]
 PACKAGES = ("vps-kernels", "torch", "transformers", "lm-eval", "reasoning-gym")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of one variant: its outcomes, and the scope that ran by kind of request."""
+
+    outcomes: Sequence[Outcome]
+    scopes: Mapping[str, str] = field(default_factory=dict)
+
+
+Evaluator = Callable[[Cell], Evaluation]
 
 
 @dataclass(frozen=True)
@@ -95,27 +105,37 @@ def ablate(
 def harness_evaluator(
     model: Any,
     tokenizer: Any,
-    tasks: list[str],
+    tasks: Sequence[str],
     *,
     limit: int | None = None,
     batch_size: int = 1,
-    seed: int = 0,
+    num_fewshot: int | None = None,
+    include_path: Sequence[Path] = (),
+    chat: bool = False,
 ) -> Evaluator:
-    """Evaluation of cells by lm-eval: the one place that knows how the harness is called."""
-    from vps.evaluation import harness
+    """Evaluation of cells by lm-eval: the one place that knows how the harness is called.
 
-    def evaluate(cell: Cell) -> list[Outcome]:
-        found: list[Outcome] = harness.evaluate(
-            model,
-            tokenizer,
-            tasks,
-            config=cell.config,
-            control=cell.control,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed + cell.draw,
-        )
-        return found
+    Given continuations are scored under the scope of the cell, which is causal unless the grid
+    asks for another. The arguments are those of :class:`vps.evaluation.harness.Harness`.
+    """
+    from vps.evaluation.harness import Harness
+
+    harness = Harness(
+        model,
+        tokenizer,
+        tasks,
+        limit=limit,
+        batch_size=batch_size,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+        chat=chat,
+        scoring_scope="config",
+    )
+
+    def evaluate(cell: Cell) -> Evaluation:
+        variant = BASELINE if cell.config is None else cell.control or "sharpened"
+        scores = harness.run(cell.config, variant, seed=cell.draw)
+        return Evaluation(scores.outcomes, scores.scopes)
 
     return evaluate
 
@@ -155,11 +175,14 @@ def _show(folder: Path) -> None:
 def _evaluated(cell: Cell, evaluate: Evaluator, first: bool, facts: Mapping[str, Any]) -> Record:
     start = time.perf_counter()
     error = None
-    outcomes: tuple[Outcome, ...] = ()
+    found = Evaluation(())
     try:
-        outcomes = tuple(evaluate(cell))
-        runs.check_outcomes(outcomes)
+        found = evaluate(cell)
+        runs.check_outcomes(found.outcomes)
     except Exception as problem:  # whatever a cell brings up must not end the others
-        outcomes = ()
+        found = Evaluation(())
         error = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-    return Record(cell.index, outcomes, time.perf_counter() - start, first, facts, error)
+    seconds = time.perf_counter() - start
+    return Record(
+        cell.index, tuple(found.outcomes), seconds, first, facts, dict(found.scopes), error
+    )

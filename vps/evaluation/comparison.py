@@ -90,8 +90,9 @@ class Analysis:
 
     Args:
         run: what the folder holds.
-        to_baseline: cells and controls against the baseline: one family of Holm's correction.
-        to_controls: cells against their controls: another.
+        to_baseline: cells and controls against the baseline. Holm's correction takes the cells for
+            one family, over all tasks and metrics, and the controls for another.
+        to_controls: cells against their controls: the third family.
         detectable: for every task and metric.
         waiting: finished cells that are held back, with the controls they wait for.
         failed: cells with their errors.
@@ -142,24 +143,26 @@ def analyse(run: Run, *, without_controls: bool = False, resamples: int = 9999) 
     ]
     columns = {cell.name: _columns(finished[cell.index].outcomes) for cell in shown}
     columns[BASELINE] = _columns(finished[0].outcomes)
-    to_baseline, to_controls = [], []
+    to_baseline: dict[bool, list[Comparison]] = {False: [], True: []}  # by being a control
+    to_controls = []
     for cell in shown:
         if cell.control is not None and all(name in held for name in cell.of):
             continue
-        to_baseline += _compare(cell.name, BASELINE, columns, resamples)
+        control = cell.control is not None
+        to_baseline[control] += _compare(cell.name, BASELINE, columns, resamples)
         for name in cell.of:
             if name in columns:
                 to_controls += _compare(name, cell.name, columns, resamples)
     place = {cell.name: cell.index for cell in run.cells}
     to_controls.sort(key=lambda each: (place[each.cell], place[each.against]))
-    corrected = _corrected(to_baseline)
-    cells = {cell.name: cell for cell in run.cells}
+    asked = _corrected(to_baseline[False])
+    corrected = sorted((*asked, *_corrected(to_baseline[True])), key=lambda each: place[each.cell])
     seconds = finished[0].seconds
     return Analysis(
         run,
-        corrected,
+        tuple(corrected),
         _corrected(to_controls),
-        _detectable([each for each in corrected if cells[each.cell].control is None], corrected),
+        _detectable(asked),
         held,
         {run.cells[i].name: record.error for i, record in run.records.items() if record.error},
         tuple(cell.name for cell in run.cells if cell.index not in run.records),
@@ -265,11 +268,9 @@ def _corrected(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
     )
 
 
-def _detectable(
-    cells: Sequence[Comparison], family: Sequence[Comparison]
-) -> tuple[Detectable, ...]:
+def _detectable(family: Sequence[Comparison]) -> tuple[Detectable, ...]:
     groups: dict[tuple[str, str], list[Comparison]] = {}
-    for each in cells:
+    for each in family:
         groups.setdefault((each.task, each.metric), []).append(each)
     found = []
     for (task, metric), group in groups.items():

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Record:
         seconds: of wall-clock time.
         first: whether it was the first of its process, so that loading is in the seconds.
         facts: machine and versions.
+        scopes: that ran, by kind of request.
         error: why it failed, or ``None``.
     """
 
@@ -47,6 +48,7 @@ class Record:
     seconds: float
     first: bool
     facts: Mapping[str, Any]
+    scopes: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -157,6 +159,7 @@ def line_of(record: Record) -> dict[str, Any]:
         "first": record.first,
         "error": record.error,
         "facts": dict(record.facts),
+        "scopes": dict(record.scopes),
         "outcomes": [
             {
                 "task": task,
@@ -216,6 +219,7 @@ def _record(values: Mapping[str, Any]) -> Record:
         values["seconds"],
         values["first"],
         values["facts"],
+        values["scopes"],
         values["error"],
     )
 

@@ -13,7 +13,7 @@ WAITS = "waits for its controls"
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; the first column to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(_cell(each) for each in line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(plain(each) for each in line)} |" for line in lines) + "\n"
 
 
 def waiting(run: Run) -> dict[str, list[str]]:
@@ -59,8 +59,8 @@ def progress_table(run: Run) -> str:
     return f"# {' '.join(run.title.split())}\n\n{done} {note}\n\n{markdown(header, rows)}"
 
 
-def _cell(text: str) -> str:
-    """Text that cannot leave its cell or become markup."""
+def plain(text: str) -> str:
+    """Text that stays in its place in Markdown and becomes no markup."""
     for mark in "\\|`*_<>[]":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())
