@@ -133,14 +133,14 @@ def _baseline_sections(analysis: Analysis) -> str:
             control = cell.control is not None
             name = f"↳ {summary.control_title(cell)}" if control else each.cell
             cost = analysis.cost.get(each.cell, math.nan)
-            loading = "*" if analysis.run.records[cell.index].first else ""
+            first_mark = "*" if analysis.run.records[cell.index].first else ""
             rows += f'<tr class="{"control" if control else "asked"}">' + "".join(
                 (
                     _cell(name, cell.index),
                     _cell(summary.level(each.value, each.value_error, each), each.value, "value"),
                     _strip(each, ends),
                     *_numbers(each),
-                    _cell(f"{summary.number(cost, 2)}{loading}", cost, "time"),
+                    _cell(f"{summary.number(cost, 2)}{first_mark}", cost, "time"),
                 )
             ) + "</tr>\n"  # fmt: skip
         head = _head(
@@ -161,8 +161,8 @@ def _baseline_sections(analysis: Analysis) -> str:
         parts.append(
             f"<h2>{name} against the baseline</h2>\n"
             f'<p class="note">n = {first.n}; the baseline has {base}. Controls (↳) follow their '
-            "cell. p is corrected. A filled mark differs after the correction. Time with * "
-            f"includes loading.</p>\n<table>{head}<tbody>\n{rows}</tbody></table>"
+            "cell. p is corrected. A filled mark differs after the correction. Time with * is "
+            f"of the first cell of a process.</p>\n<table>{head}<tbody>\n{rows}</tbody></table>"
         )
     return "\n".join(parts)
 

@@ -49,7 +49,7 @@ def write_report(
 def markdown_text(analysis: Analysis) -> str:
     """The report for a repository; it shows ``forest.png`` and ``cost.png`` beside it."""
     words = summary.summarise(analysis)
-    parts = [f"# {' '.join(analysis.run.title.split())}"]
+    parts = [f"# {plain(analysis.run.title)}"]
     parts.append("\n".join(f"- {plain(line)}" for line in words.findings + words.missing))
     if analysis.to_baseline:
         parts.append("![Differences from the baseline](forest.png)")
@@ -124,12 +124,12 @@ def _row(analysis: Analysis, each: Comparison) -> list[str]:
     name = each.cell if cell.control is None else f"↳ {summary.control_title(cell)}"
     value = summary.level(each.value, each.value_error, each)
     cost = analysis.cost.get(each.cell)
-    time = "–" if cost is None else f"{summary.number(cost, 2)}{_loading(analysis, cell.index)}"
+    time = "–" if cost is None else f"{summary.number(cost, 2)}{_first(analysis, cell.index)}"
     return [name, value, *_numbers(each), time]
 
 
-def _loading(analysis: Analysis, index: int) -> str:
-    return " (with loading)" if analysis.run.records[index].first else ""
+def _first(analysis: Analysis, index: int) -> str:
+    return " (first)" if analysis.run.records[index].first else ""
 
 
 def _numbers(each: Comparison) -> list[str]:

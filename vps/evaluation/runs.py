@@ -37,7 +37,7 @@ class Record:
         cell: its index.
         outcomes: of its documents; empty where it failed.
         seconds: of wall-clock time.
-        first: whether it was the first of its process, so that loading is in the seconds.
+        first: whether it was the first of its process, whose seconds hold what is done once.
         facts: machine and versions.
         scopes: that ran, by kind of request.
         error: why it failed, or ``None``.

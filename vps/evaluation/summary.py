@@ -118,10 +118,10 @@ def _findings(analysis: Analysis) -> list[str]:
     names = list(dict.fromkeys(each.cell for each in asked))
     if not names:
         return ["No cell can be compared with the baseline yet."]
-    found = [_differing(f"the {len(names)} cells" if len(names) > 1 else "the cell", asked)]
+    found = [_differing(_counted(len(names), "cell"), asked)]
     if controls:
         count = len({each.cell for each in controls})
-        found.append(_differing(f"the {count} controls", controls))
+        found.append(_differing(_counted(count, "control"), controls))
         pairs = analysis.to_controls
         better = [each for each in pairs if each.verdict == "better"]
         worse = [each for each in pairs if each.verdict == "worse"]
@@ -142,6 +142,10 @@ def _findings(analysis: Analysis) -> list[str]:
     else:
         found.append("Controls are missing, and the cells are shown without them as was asked.")
     return found
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _against_control(analysis: Analysis, each: Comparison) -> str:

@@ -42,21 +42,21 @@ def progress_table(run: Run) -> str:
         columns |= dict.fromkeys(groups)
     rows = []
     for cell in run.cells:
-        record = run.records.get(cell.index)
-        if record is None:
+        ran = run.records.get(cell.index)
+        if ran is None:
             state = "not yet"
-        elif record.error is not None:
-            state = f"failed: {record.error}"
+        elif ran.error is not None:
+            state = f"failed: {ran.error}"
         else:
             state = WAITS if cell.name in held else "done"
         shown = means.get(cell.index, {}) if state == "done" else {}
         numbers = [f"{shown[key]:.4f}" if key in shown else "" for key in columns]
-        seconds = "" if record is None else f"{record.seconds:.1f}"
+        seconds = "" if ran is None else f"{ran.seconds:.1f}"
         rows.append([cell.name, state, *numbers, seconds])
     header = ["cell", "state", *(f"{task}, {metric}" for task, metric in columns), "seconds"]
     done = f"{len(run.finished)} of {len(run.cells)} cells are finished."
     note = "Means without statistics: `vps report` compares."
-    return f"# {' '.join(run.title.split())}\n\n{done} {note}\n\n{markdown(header, rows)}"
+    return f"# {plain(run.title)}\n\n{done} {note}\n\n{markdown(header, rows)}"
 
 
 def plain(text: str) -> str:
