@@ -1,12 +1,14 @@
 """What a run is said to show: nothing where there is nothing, and what was planted where it is."""
 
 import csv
+import html
 import html.parser
 import importlib
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -102,7 +104,7 @@ def test_a_null_experiment_reports_no_difference_in_every_cell(tmp_path, effect)
     assert any(turned) == (effect is chance)
     words = summarise(analysis).findings
     assert words[0] == "Against the baseline: no difference in any of 6 cells."
-    assert words[1] == "Against the baseline: no difference in any of 15 controls."
+    assert words[1] == "Controls against the baseline: no difference in any of 15 controls."
     assert words[2].startswith("Against controls: no difference in any cell.")
     with (tmp_path / "report.csv").open() as file:
         assert {row["verdict"] for row in csv.DictReader(file)} == {"no difference"}
@@ -259,6 +261,34 @@ def test_the_page_stands_alone_and_its_text_is_escaped(tmp_path):
             assert line.replace("\\|", "").count("|") in (wanted, 3)
     with (tmp_path / "out/report.csv").open() as file:
         assert next(csv.DictReader(file))["cell"].startswith("'=<script")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_table_sorts_in_a_browser(found, tmp_path):
+    folder, analysis = found
+    click = """<script>
+      const heads = [...document.querySelectorAll("table:first-of-type thead button")];
+      const head = heads.find(button => button.textContent === "difference");
+      head.click(); window.up = order(); head.click();
+      function order() {
+        return [...document.querySelector("tbody").rows].map(row => row.cells[3].dataset.value);
+      }
+      document.title = JSON.stringify([window.up, order()]);
+    </script>"""
+    path = tmp_path / "page.html"
+    text = (folder / "report.html").read_text()
+    assert text.count("</body>") == 1
+    path.write_text(text.replace("</body>", click + "</body>"))
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    title = html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1])
+    up, down = ([float(value) for value in each] for each in json.loads(title))
+    wanted = [
+        c.difference for c in analysis.to_baseline if (c.task, c.metric) == (ALL_TASKS, "acc")
+    ]
+    assert up == sorted(wanted) != wanted and down == sorted(wanted, reverse=True)
 
 
 def test_pictures_hold_every_interval(found):

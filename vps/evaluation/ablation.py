@@ -18,8 +18,8 @@ from vps.doctor import package_version, processor_name
 from vps.evaluation import runs
 from vps.evaluation.grid import BASELINE, Cell, Grid
 from vps.evaluation.outcome import Outcome
+from vps.evaluation.overview import progress_table
 from vps.evaluation.runs import Record
-from vps.evaluation.table import progress_table
 
 PACKAGES = ("vps-kernels", "torch", "transformers", "lm-eval", "reasoning-gym")
 

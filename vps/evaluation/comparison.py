@@ -13,8 +13,8 @@ import numpy as np
 from vps.evaluation import statistics
 from vps.evaluation.grid import BASELINE, Cell
 from vps.evaluation.outcome import Outcome
+from vps.evaluation.overview import waiting
 from vps.evaluation.runs import Run, RunError
-from vps.evaluation.table import waiting
 
 ALL_TASKS = "all tasks"
 LOWER_IS_BETTER = frozenset(

@@ -24,7 +24,8 @@ h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin-top:
 .note, caption { color: var(--soft); font-size: .87rem; text-align: left }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right;
-  vertical-align: middle } th:first-child, td:first-child { text-align: left }
+  vertical-align: middle; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; white-space: normal }
 td.words, th.words { text-align: left }
 thead th { font-size: .8rem; font-weight: 600; vertical-align: bottom }
 thead button { all: unset; cursor: pointer; color: var(--soft) }
@@ -33,7 +34,7 @@ th[aria-sort=ascending] button::after { content: " ▲" }
 th[aria-sort=descending] button::after { content: " ▼" }
 tr.control td { font-size: .87rem; color: var(--soft) }
 tr.control td:first-child { padding-left: 1.4rem }
-td.strip, th.strip { width: 15rem; padding: 0 .5rem } svg { display: block; width: 100% }
+td.strip, th.strip { width: 15rem; min-width: 9rem; padding: 0 .5rem } svg { display: block; width: 100% }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
 .axis { stroke: var(--line) } .zero { stroke: var(--soft) } .mark { stroke-width: 2 }
 .better { color: var(--better) } .worse { color: var(--worse) } .none { color: var(--none) }
@@ -49,7 +50,7 @@ dt { color: var(--soft) } dd { margin: 0 }
   tbody tr { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; padding: .5rem 0;
     border-bottom: 1px solid var(--line) }
   td, tr.control td:first-child { border: 0; padding: .05rem 0; text-align: left }
-  tr.control { padding-left: 1rem }
+  .strip svg { max-width: 26rem } thead .strip { padding: 0 }
   td:first-child, td.strip { grid-column: 1 / -1; width: 100%; padding: 0 }
   td:first-child { font-weight: 600 } tr.control td:first-child { font-weight: 400 }
   td[data-label]::before { content: attr(data-label) ": "; color: var(--soft); font-weight: 400;

@@ -11,9 +11,9 @@ from pathlib import Path
 from vps import jsonl
 from vps.evaluation import figures, summary
 from vps.evaluation.comparison import Analysis, Comparison, analyse
+from vps.evaluation.overview import markdown, plain
 from vps.evaluation.page import html_page
 from vps.evaluation.runs import read_run
-from vps.evaluation.table import markdown, plain
 
 FILES = ("report.md", "report.csv", "forest.png", "cost.png", "report.html")
 

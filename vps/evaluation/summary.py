@@ -121,7 +121,7 @@ def _findings(analysis: Analysis) -> list[str]:
     found = [_differing(_counted(len(names), "cell"), asked)]
     if controls:
         count = len({each.cell for each in controls})
-        found.append(_differing(_counted(count, "control"), controls))
+        found.append(_controls_differing(_counted(count, "control"), controls))
         pairs = analysis.to_controls
         better = [each for each in pairs if each.verdict == "better"]
         worse = [each for each in pairs if each.verdict == "worse"]
@@ -165,6 +165,19 @@ def _differing(subject: str, comparisons: Sequence[Comparison]) -> str:
     count = len({each.cell for each in differing})
     verb = "differs" if count == 1 else "differ"
     return f"Against the baseline: {count} of {subject} {verb}: {listed}."
+
+
+def _controls_differing(subject: str, comparisons: Sequence[Comparison]) -> str:
+    differing = [each for each in comparisons if each.verdict != NO_DIFFERENCE]
+    if not differing:
+        return f"Controls against the baseline: no difference in any of {subject}."
+    words = [each.verdict for each in differing]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in ("better", "worse"))
+    return (
+        f"Controls against the baseline: {len({each.cell for each in differing})} of {subject} "
+        f"{'differs' if len({each.cell for each in differing}) == 1 else 'differ'} "
+        f"(over tasks and metrics {counts})."
+    )
 
 
 def _missing(analysis: Analysis) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the one that a run keeps up to date while it goes on."""
+"""The table that a run keeps up to date while it goes on, and tables in Markdown."""
 
 from __future__ import annotations
 
