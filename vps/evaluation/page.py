@@ -34,7 +34,8 @@ th[aria-sort=ascending] button::after { content: " ▲" }
 th[aria-sort=descending] button::after { content: " ▼" }
 tr.control td { font-size: .87rem; color: var(--soft) }
 tr.control td:first-child { padding-left: 1.4rem }
-td.strip, th.strip { width: 15rem; min-width: 9rem; padding: 0 .5rem } svg { display: block; width: 100% }
+td.strip, th.strip { width: 15rem; min-width: 9rem; padding: 0 .5rem }
+svg { display: block; width: 100% }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
 .axis { stroke: var(--line) } .zero { stroke: var(--soft) } .mark { stroke-width: 2 }
 .better { color: var(--better) } .worse { color: var(--worse) } .none { color: var(--none) }
