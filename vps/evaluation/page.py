@@ -162,7 +162,7 @@ def _baseline_sections(analysis: Analysis) -> str:
         base = escape(summary.level(first.base, first.base_error, first))
         parts.append(
             f"<h2>{name} against the baseline</h2>\n"
-            f'<p class="note">n = {first.n}; the baseline has {base}. Controls (↳) follow their '
+            f'<p class="note">n = {first.n}; the baseline has {base}{summary.direction(metric)}. Controls (↳) follow their '
             "cell. p is corrected. A filled mark differs after the correction. Time with * is "
             f"of the first cell of a process.</p>\n<table>{head}<tbody>\n{rows}</tbody></table>"
         )
@@ -289,6 +289,7 @@ def _cost_section(analysis: Analysis) -> str:
     most = 1.08 * max([1.0, *(analysis.cost[each.cell] for each in group)])
     width, height, left, top = 640, 320, 56, 12
     parts = []
+    digits = 0 if high - low > 5 else 2
 
     def at(x: float, y: float) -> tuple[float, float]:
         return left + (width - left - 12) * x / most, top + height * (high - y) / (high - low)
@@ -298,7 +299,7 @@ def _cost_section(analysis: Analysis) -> str:
         kind = "zero" if abs(tick) < 1e-12 else "axis"
         parts.append(
             f'<line class="{kind}" x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:+.4g}</text>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{summary.number(tick, digits, True)}</text>'
         )
     for tick in nice_ticks(0, most, 6):
         x = at(tick, low)[0]

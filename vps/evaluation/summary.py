@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 from vps.config import VPSConfig
 from vps.evaluation import statistics
-from vps.evaluation.comparison import NO_DIFFERENCE, Analysis, Comparison, Detectable
+from vps.evaluation.comparison import (
+    LOWER_IS_BETTER,
+    NO_DIFFERENCE,
+    Analysis,
+    Comparison,
+    Detectable,
+)
 from vps.evaluation.grid import Cell
 
 MOST_NAMES = 6
@@ -43,6 +49,11 @@ def units(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], list[Compa
 def unit_name(task: str, metric: str) -> str:
     """Task and metric in a title."""
     return f"{task}, {metric}"
+
+
+def direction(metric: str) -> str:
+    """What to say of a metric whose low values are good."""
+    return "; lower is better" if metric in LOWER_IS_BETTER else ""
 
 
 def number(value: float, digits: int = 4, sign: bool = False) -> str:
