@@ -162,8 +162,8 @@ def _baseline_sections(analysis: Analysis) -> str:
         base = escape(summary.level(first.base, first.base_error, first))
         parts.append(
             f"<h2>{name} against the baseline</h2>\n"
-            f'<p class="note">n = {first.n}; the baseline has {base}{summary.direction(metric)}. Controls (↳) follow their '
-            "cell. p is corrected. A filled mark differs after the correction. Time with * is "
+            f'<p class="note">n = {first.n}; the baseline has {base}{summary.direction(metric)}. '
+            "Controls (↳) follow their cell. p is corrected. A filled mark differs after the correction. Time with * is "
             f"of the first cell of a process.</p>\n<table>{head}<tbody>\n{rows}</tbody></table>"
         )
     return "\n".join(parts)
@@ -297,9 +297,10 @@ def _cost_section(analysis: Analysis) -> str:
     for tick in nice_ticks(low, high, 6):
         y = at(0, tick)[1]
         kind = "zero" if abs(tick) < 1e-12 else "axis"
+        text = summary.number(tick, digits, True)
         parts.append(
             f'<line class="{kind}" x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{summary.number(tick, digits, True)}</text>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
         )
     for tick in nice_ticks(0, most, 6):
         x = at(tick, low)[0]

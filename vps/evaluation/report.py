@@ -58,7 +58,8 @@ def markdown_text(analysis: Analysis) -> str:
         base = summary.level(first.base, first.base_error, first)
         parts.append(f"## {plain(summary.unit_name(task, metric))} against the baseline")
         parts.append(
-            f"n = {first.n}; the baseline has {base}{summary.direction(metric)}. Controls are marked by ↳."
+            f"n = {first.n}; the baseline has {base}{summary.direction(metric)}. "
+            "Controls are marked by ↳."
         )
         header = ["cell", "value", "difference", "95 % interval", "gained, lost",
                   "corrected p", "verdict", "time ÷ baseline"]  # fmt: skip
