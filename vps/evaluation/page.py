@@ -163,7 +163,8 @@ def _baseline_sections(analysis: Analysis) -> str:
         parts.append(
             f"<h2>{name} against the baseline</h2>\n"
             f'<p class="note">n = {first.n}; the baseline has {base}{summary.direction(metric)}. '
-            "Controls (↳) follow their cell. p is corrected. A filled mark differs after the correction. Time with * is "
+            "Controls (↳) follow their cell. p is corrected. A filled mark differs after the "
+            "correction. Time with * is "
             f"of the first cell of a process.</p>\n<table>{head}<tbody>\n{rows}</tbody></table>"
         )
     return "\n".join(parts)
