@@ -115,16 +115,17 @@ def run(arguments: argparse.Namespace) -> None:
         if any(index not in done for index in own):
             evaluate = _evaluator(arguments, grid, process, progress)
         progress.step("evaluating", len(own))
-        result = ablation.ablate(
-            grid,
-            evaluate or _nothing,
-            arguments.out,
-            settings,
-            rank=process.rank,
-            world=process.world,
-            facts=ablation.machine_facts(_device(arguments.device, process)),
-            advance=progress.advance,
-        )
+        with muted(arguments.debug):
+            result = ablation.ablate(
+                grid,
+                evaluate or _nothing,
+                arguments.out,
+                settings,
+                rank=process.rank,
+                world=process.world,
+                facts=ablation.machine_facts(_device(arguments.device, process)),
+                advance=progress.advance,
+            )
     except runs.RunError as error:
         raise UsageError(f"--out: {error}") from error
     except KeyboardInterrupt:
