@@ -180,7 +180,7 @@ def test_the_report_says_how_it_was_measured(found):
             "Holm&#x27;s method over all 8 comparisons of cells" if "<html" in text
             else "Holm's method over all 8 comparisons of cells",
             f"sums, acc: n = 80. The minimum detectable effect is {100 * effect:.1f} points (80 %",
-            "95 % paired bootstrap intervals",
+            f"95 % paired bootstrap intervals ({RESAMPLES} samples",
             "token (loglikelihood) in 8 cells",
             "VPSConfig.seed 0; controls 0",
             "a/model",

@@ -98,6 +98,7 @@ class Analysis:
         failed: cells with their errors.
         unfinished: names of the cells not evaluated yet.
         cost: seconds of each cell over those of the baseline.
+        resamples: of each bootstrap interval.
     """
 
     run: Run
@@ -108,6 +109,7 @@ class Analysis:
     failed: Mapping[str, str]
     unfinished: tuple[str, ...]
     cost: Mapping[str, float]
+    resamples: int
 
     @property
     def cells(self) -> dict[str, Cell]:
@@ -167,6 +169,7 @@ def analyse(run: Run, *, without_controls: bool = False, resamples: int = 9999) 
         {run.cells[i].name: record.error for i, record in run.records.items() if record.error},
         tuple(cell.name for cell in run.cells if cell.index not in run.records),
         {cell.name: finished[cell.index].seconds / seconds for cell in shown if seconds > 0},
+        resamples,
     )
 
 

@@ -10,10 +10,12 @@ from vps.evaluation.statistics import weighted_mean
 WAITS = "waits for its controls"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(plain(each) for each in line)} |" for line in lines) + "\n"
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table; the first ``words`` columns to the left, the others to the right."""
+    rule = ["---" if place < words else "---:" for place in range(len(header))]
+    lines = [[plain(each) for each in line] for line in (header, *rows)]
+    lines.insert(1, rule)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def waiting(run: Run) -> dict[str, list[str]]:
@@ -56,7 +58,7 @@ def progress_table(run: Run) -> str:
     header = ["cell", "state", *(f"{task}, {metric}" for task, metric in columns), "seconds"]
     done = f"{len(run.finished)} of {len(run.cells)} cells are finished."
     note = "Means without statistics: `vps report` compares."
-    return f"# {plain(run.title)}\n\n{done} {note}\n\n{markdown(header, rows)}"
+    return f"# {plain(run.title)}\n\n{done} {note}\n\n{markdown(header, rows, 2)}"
 
 
 def plain(text: str) -> str:

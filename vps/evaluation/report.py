@@ -76,20 +76,20 @@ def markdown_text(analysis: Analysis) -> str:
             ]
             for each in group
         ]
-        parts.append(markdown(header, rows))
+        parts.append(markdown(header, rows, 2))
     if analysis.cost:
         parts.append("## Cost against effect")
         parts.append("![Time against difference](cost.png)")
     parts.append("## How it was measured")
     parts.append("\n".join(f"- {plain(line)}" for line in words.methods))
-    parts.append(markdown(["what", "was"], [[name, text] for name, text in words.conditions]))
+    parts.append(markdown(["what", "was"], [[name, text] for name, text in words.conditions], 2))
     configs = [
         [cell.name, summary.settings_of(cell.config)]
         for cell in analysis.run.cells
         if cell.config is not None and cell.control is None
     ]
     parts.append("## Settings that differ from the defaults")
-    parts.append(markdown(["cell", "settings"], configs))
+    parts.append(markdown(["cell", "settings"], configs, 2))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

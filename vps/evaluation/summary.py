@@ -220,8 +220,9 @@ def _methods(analysis: Analysis) -> list[str]:
         f"p is corrected by Holm's method over all {family} comparisons of cells with the baseline "
         f"(every cell, task and metric){others if controls else ''}. A corrected p of 0.05 or more "
         "is called no difference.",
-        "Intervals are 95 % paired bootstrap intervals (9999 samples, percentiles, documents drawn "
-        "within their task) and are not corrected; ± is one standard error.",
+        f"Intervals are 95 % paired bootstrap intervals ({analysis.resamples} samples, "
+        "percentiles, documents drawn within their task) and are not corrected; one of no width "
+        "means that no answer changed, not that none could. ± is one standard error.",
     ]
     return found + [_detectable(each, family) for each in analysis.detectable]
 
@@ -248,7 +249,7 @@ def _conditions(analysis: Analysis) -> list[tuple[str, str]]:
     found = [
         (name.replace("_", " "), _written(value))
         for name, value in run.definition.items()
-        if value is not None
+        if value is not None and value != []
     ]
     found.append(("scope", _scopes(analysis)))
     configs = [cell.config for cell in run.cells if cell.config is not None]
