@@ -18,7 +18,7 @@ EXTRAS = {
     "gpu": ["triton>=3.6"],
     "hf": ["transformers>=5.17", "gguf", "accelerate", "tqdm"],
     "verify": ["sympy", "pint", "math-verify"],
-    "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy"],
+    "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
     "dev": ["ruff", "mypy", "pre-commit"],
 }
@@ -32,6 +32,7 @@ EXTRAS["test"] = [
     *EXTRAS["gpu"],
     *EXTRAS["hf"],
     *EXTRAS["plots"],
+    *EXTRAS["eval"],
     *EXTRAS["verify"],
 ]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

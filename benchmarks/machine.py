@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import vps
+from vps.doctor import processor_name
 
 ROOT = Path(__file__).parents[1]
 COMPARED = ("cpu", "instructions", "threads", "gpu")  # what must agree for times to be compared
@@ -32,7 +33,7 @@ def facts() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -86,13 +87,5 @@ def name() -> str:
         title = torch.cuda.get_device_name()
     else:
         isa = torch.backends.cpu.get_cpu_capability()
-        title = f"{_cpu()} {isa} {torch.get_num_threads()} threads"
+        title = f"{processor_name()} {isa} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()

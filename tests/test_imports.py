@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 
 # A module may import those of its own and of lower layers.
 LAYERS = [
-    {"config", "reference", "constants", "verify"},
+    {"config", "reference", "constants", "verify", "jsonl"},
     {
         "masking",
         "policy",
@@ -55,6 +55,7 @@ OPTIONAL = {
     "lm_eval",
     "reasoning_gym",
     "datasets",
+    "yaml",
 }
 # Subclasses a class of transformers, so imported inside functions only itself.
 NEEDS_TRANSFORMERS = {"conv1d"}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vps import jsonl
 from vps.refine import refine
 
 
@@ -58,16 +59,13 @@ def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> s
     """
     if not path.exists():
         return set()
-    content = path.read_bytes()
-    lines = content.split(b"\n")
-    finished, known, end = set(), {row.number: row for row in rows}, 0
+    try:
+        records, end = jsonl.read_objects(path)
+    except jsonl.BrokenLineError as error:
+        raise ContinuationError(str(error)) from None
+    finished, known = set(), {row.number: row for row in rows}
     wanted = json.loads(json.dumps(settings))
-    for place, line in enumerate(lines, 1):
-        record = _object(line)
-        if record is None:
-            if any(rest.strip() for rest in lines[place:]):
-                raise ContinuationError(f"{path}: line {place} is no JSON object")
-            break
+    for place, record in enumerate(records, 1):
         number, made = record.get("row"), record.get("settings")
         row = known.get(number) if isinstance(number, int) else None
         if row is None or record.get("prompt") != row.prompt or record.get("gold") != row.gold:
@@ -79,12 +77,7 @@ def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> s
                     f"{path}: line {place} was made with {name} {came!r}, not {value!r}"
                 )
         finished.add(row.number)
-        end += len(line) + 1
-    with path.open("r+b") as file:
-        file.truncate(min(end, len(content)))
-        if end > len(content):  # whole, but for the end of its line
-            file.seek(0, 2)
-            file.write(b"\n")
+    jsonl.cut(path, end)
     return finished
 
 
@@ -118,16 +111,13 @@ def refine_rows(
     finished = finished_rows(out, rows, settings)
     say = advance or (lambda: None)
     refined = failed = 0
-    with out.open("a", encoding="utf-8") as file:
-        for row in rows:
-            if row.number not in finished:
-                record = _refined(model, tokenizer, row, options)
-                failed += "error" in record
-                refined += "error" not in record
-                line = json.dumps(record | {"settings": settings}, ensure_ascii=False)
-                file.write(line + "\n")
-                file.flush()
-            say()
+    for row in rows:
+        if row.number not in finished:
+            record = _refined(model, tokenizer, row, options)
+            failed += "error" in record
+            refined += "error" not in record
+            jsonl.append(out, record | {"settings": settings})
+        say()
     return BatchResult(refined, failed, len(finished))
 
 
@@ -152,7 +142,7 @@ def _refined(model: Any, tokenizer: Any, row: Row, options: Mapping[str, Any]) -
 
 
 def _row(number: int, line: bytes) -> Row:
-    values = _object(line)
+    values = jsonl.parse_object(line)
     if values is None:
         return Row(number, error="not a JSON object")
     prompt, gold = values.get("prompt"), values.get("gold")
@@ -168,11 +158,3 @@ def _row(number: int, line: bytes) -> Row:
             error = f"{name!r} must be a string, got {came}"
             return Row(found.number, found.prompt, found.gold, found.id, error)
     return found
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -231,6 +232,18 @@ class VPSConfig:
         for index in layers:
             self._check_int("layers_to_transform", index, 0, 2**31 - 1)
         object.__setattr__(self, "layers_to_transform", tuple(layers))
+
+
+def with_switches(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` that also turn off what would adapt a value they set, unless they say more.
+
+    A value of gamma, rank, topk or order means nothing while its ``adaptive_`` switch is on.
+    """
+    found = dict(changes)
+    for name in ("gamma", "rank", "topk", "order"):
+        if name in found:
+            found.setdefault(f"adaptive_{name}", False)
+    return found
 
 
 def nearest_field(name: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
         if util.find_spec(name) is None:
             packages[name] = f"missing: pip install 'vps-kernels[{extra}]'"
         else:
-            packages[name] = _version(name)
+            packages[name] = package_version(name)
     devices = {
         "cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     }
@@ -48,7 +50,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     return {
         "versions": {
-            "vps": _version("vps-kernels"),
+            "vps": package_version("vps-kernels"),
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
@@ -59,8 +61,18 @@ def diagnose() -> dict[str, dict[str, Any]]:
     }
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version of a package, or that there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed as a package"
+
+
+def processor_name() -> str:
+    """The model of the processor, or the architecture where the system does not tell."""
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()

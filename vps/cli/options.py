@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vps import VPSConfig
-from vps.config import nearest_field
+from vps.config import nearest_field, with_switches
 
 
 class UsageError(Exception):
@@ -84,12 +84,9 @@ def read_config(path: Path | None, settings: list[str]) -> VPSConfig:
         if name not in VPSConfig.field_names():
             raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
         changes[name] = _value(name, text)
-    for name in ("gamma", "rank", "topk", "order"):
-        if name in changes:
-            changes.setdefault(f"adaptive_{name}", False)
     try:
         config = VPSConfig() if path is None else VPSConfig.from_json(path.read_text("utf-8"))
-        return config.replace(**changes)
+        return config.replace(**with_switches(changes))
     except (OSError, ValueError, TypeError) as error:
         where = f"{path}: " if path is not None and not isinstance(error, OSError) else ""
         raise UsageError(f"{where}{error}") from error

@@ -1,0 +1,503 @@
+"""Grids and their cells; runs that are killed, interrupted, full, doubled, changed or shared."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from vps import VPSConfig, jsonl
+from vps.evaluation import ablation, runs
+from vps.evaluation.ablation import Evaluation, ablate
+from vps.evaluation.grid import CONTROLS, Cell, GridError, make_grid, read_grid
+from vps.evaluation.outcome import Outcome
+from vps.evaluation.runs import RunError, read_run
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"model": "m", "tasks": ["t"], "limit": None}
+
+
+def outcomes(cell, documents=6):
+    """Numbers that depend on the cell alone."""
+    gamma = 0 if cell.config is None else round(10 * cell.config.gamma)
+    return [
+        Outcome("t", str(i), "acc", float((i * 7 + gamma + cell.draw) % 3 == 0))
+        for i in range(documents)
+    ] + [
+        Outcome("text", str(i), "nll", 2.5 + i + 0.01 * gamma, None, 10.0 + i)
+        for i in range(documents)
+    ]
+
+
+def evaluate(cell):
+    return Evaluation(outcomes(cell), {"loglikelihood": "token"})
+
+
+def grid(*gammas, **more):
+    return make_grid({"grid": {"gamma": list(gammas or (0.3, 0.5))}, "controls": False} | more)
+
+
+def test_grid_makes_the_cells_it_says(tmp_path):
+    path = tmp_path / "g.yaml"
+    path.write_text(
+        """
+        title: what helps
+        fixed: {builder: sk, alpha: 1e-2}
+        cells:
+          - {name: no clip, tau: null}
+          - {target_modules: all-linear, scope: sequence}
+        grid:
+          - {gamma: [0.3, 0.5], rank: [1, 2]}
+          - gamma: [0.5, 0.7]
+            rank: [2]
+            adaptive_gamma: [true]
+            target_modules: [[q_proj, k_proj]]
+        controls: false
+        """
+    )
+    found = read_grid(path)
+    base = VPSConfig(builder="sk", scope="token", alpha=0.01)
+    fixed = base.replace(adaptive_gamma=False, adaptive_rank=False)
+    pair = base.replace(
+        adaptive_rank=False, rank=2, target_modules=("q_proj", "k_proj"), adaptive_gamma=True
+    )
+    wanted = {
+        "baseline": None,
+        "no clip": base.replace(tau=None),
+        "target_modules=all-linear scope=sequence": base.replace(
+            target_modules="all-linear", scope="sequence"
+        ),
+        "gamma=0.3 rank=1": fixed.replace(gamma=0.3, rank=1),
+        "gamma=0.3 rank=2": fixed.replace(gamma=0.3, rank=2),
+        "gamma=0.5 rank=1": fixed.replace(gamma=0.5, rank=1),
+        "gamma=0.5 rank=2": fixed.replace(gamma=0.5, rank=2),
+        "gamma=0.5 rank=2 adaptive_gamma=on target_modules=q_proj,k_proj": pair.replace(gamma=0.5),
+        "gamma=0.7 rank=2 adaptive_gamma=on target_modules=q_proj,k_proj": pair.replace(gamma=0.7),
+    }
+    assert found.title == "what helps"
+    assert {cell.name: cell.config for cell in found.cells} == wanted
+    assert [cell.index for cell in found.cells] == list(range(9))
+    assert all(Cell.from_dict(cell.as_dict()) == cell for cell in found.cells)
+    written = tmp_path / "g.json"
+    written.write_text('{"grid": {"alpha": [1e-3], "gamma": [0.1]}, "controls": ["random_noise"]}')
+    assert [cell.name for cell in read_grid(written).cells] == [
+        "baseline", "alpha=0.001 gamma=0.1", "alpha=0.001 gamma=0.1 · random_noise"
+    ]  # fmt: skip
+
+
+def test_every_cell_has_its_controls():
+    found = make_grid({"grid": {"builder": ["sk", "sc", "random"], "gamma": [0.3]}, "draws": 2})
+    names = [cell.name for cell in found.cells if cell.control is None]
+    assert names == ["baseline", *(f"builder={b} gamma=0.3" for b in ("sk", "sc", "random"))]
+    served = {name: [] for name in names}
+    for cell in found.cells:
+        for name in cell.of:
+            served[name].append((cell.control, cell.draw))
+            own = next(other.config for other in found.cells if other.name == name)
+            random = cell.control == "random_indices"
+            assert cell.config == (own.replace(builder="random") if random else own)
+    every = [(control, draw) for control in CONTROLS for draw in (0, 1)]
+    assert sorted(served[names[1]]) == sorted(served[names[2]]) == every
+    assert served["baseline"] == served[names[3]] == []  # random is a control itself
+    shared = [cell for cell in found.cells if cell.control == "random_indices"]
+    assert [cell.of for cell in shared] == [tuple(names[1:3])] * 2
+    assert len({cell.name for cell in found.cells}) == len(found.cells)
+    some = make_grid({"cells": [{"gamma": 0.1}], "controls": ["random_noise"]})
+    assert [cell.control for cell in some.cells] == [None, None, "random_noise"]
+
+
+def test_example_grid():
+    found = read_grid(ROOT / "benchmarks/grids/smollm2.yaml")
+    asked = [cell for cell in found.cells if cell.control is None]
+    assert len(asked) >= 21 and len(found.cells) > 3 * len(asked)
+    reference = next(cell.config for cell in asked if cell.name.startswith("reference"))
+    for cell in asked[1:]:
+        differs = [n for n in VPSConfig.field_names()
+                   if getattr(cell.config, n) != getattr(reference, n)]  # fmt: skip
+        assert len(differs) <= 1 or cell.name.startswith("adaptive"), (cell.name, differs)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gird": {}}, "unknown key 'gird', expected one of .*did you mean 'grid'"),
+        ({"gamma": 0.3}, "unknown key 'gamma', .*put fields of VPSConfig under 'fixed' or 'grid'"),
+        ({"grid": {"gama": [1]}}, "grid: VPSConfig has no field 'gama'; did you mean 'gamma'"),
+        ({"grid": [{"gamma": 0.3}]}, "grid, part 1: gamma is 0.3, expected a list of values"),
+        ({"grid": {"gamma": []}}, "gamma is .., expected a list"),
+        ({"grid": {"gamma": [-1]}}, "grid: VPSConfig.gamma is -1, expected a finite number ≥ 0"),
+        ({"grid": {"tau": ["none"]}}, "VPSConfig.tau is 'none', expected"),
+        ({"grid": {"seed": list(range(200)), "rank": [1] * 51}}, "10200 combinations, expected at"),
+        ({"cells": {"gamma": 0.3}}, "cells is .*, expected a list of mappings"),
+        ({"cells": [{"name": 3, "gamma": 0.3}]}, "cells, number 1: name is 3, expected text"),
+        ({"cells": [{"name": "baseline", "gamma": 0.3}]}, "another cell 'baseline'"),
+        (
+            {"cells": [{"name": "a", "gamma": 0.3}, {"name": "b", "gamma": 0.3}]},
+            "number 2: the settings are those of cell 'a'",
+        ),
+        ({"fixed": ["sk"], "cells": [{}]}, "fixed: expected a mapping, got list"),
+        ({"fixed": {"rank": 0}, "cells": [{}]}, "VPSConfig.rank is 0, expected 1 to 64"),
+        ({"fixed": {"rank": 1}}, "there is no cell; give a 'grid' or 'cells'"),
+        ({"cells": [{}], "controls": ["random"]}, "unknown control 'random'.*mean 'random_"),
+        ({"cells": [{}], "controls": "all"}, "controls is 'all', expected true, false or a list"),
+        ({"cells": [{}], "draws": 0}, "draws is 0, expected an integer 1 to 100"),
+        ({"cells": [{}], "title": 3}, "title is 3, expected text"),
+        ([1], "the grid: expected a mapping, got list"),
+    ],
+)
+def test_grid_errors_name_what_is_wrong(values, message):
+    with pytest.raises(GridError, match=message):
+        make_grid(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("g.yaml", "grid: [", "g.yaml: not valid YAML: .*line 1"),
+        ("g.yaml", "grid: {gamma: [1]}\ngrid: {rank: [1]}", "the key 'grid' comes twice"),
+        ("g.yaml", "grid: {!!python/name:os.system : [1]}", "not valid YAML: .*python/name"),
+        ("g.yaml", "", "g.yaml: the grid: expected a mapping, got NoneType"),
+        ("g.json", '{"grid": {"rank": [1], "rank": [2]}}', "the key 'rank' comes twice"),
+        ("g.json", "{", "g.json: not valid JSON"),
+        ("g.yaml", b"\xff\xfe\xfa", "g.yaml: .*can't decode"),
+    ],
+)
+def test_grid_file_errors(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(GridError, match=message):
+        read_grid(tmp_path / name)
+
+
+def test_results_come_back_as_they_were_given(tmp_path):
+    made = grid(0.3, 0.5)
+    facts = {"device": "cpu: X", "torch": "2.13"}
+    steps = []
+    done = ablate(made, evaluate, tmp_path / "x", SETTINGS, facts=facts,
+                  advance=lambda: steps.append(1))  # fmt: skip
+    assert (done.evaluated, done.failed, done.skipped, len(steps)) == (3, 0, 0, 3)
+    run = read_run(tmp_path / "x")
+    assert run.cells == made.cells and run.definition == SETTINGS and run.title == "ablation"
+    for cell in made.cells:
+        record = run.records[cell.index]
+        assert list(record.outcomes) == outcomes(cell) and record.facts == facts
+        assert record.first == (cell.index == 0) and record.seconds >= 0
+        assert record.scopes == {"loglikelihood": "token"}
+    rated = [Outcome("t", "ü|\ud800", "acc", 1.0, -0.25)]
+    ablate(grid(0.1), lambda cell: Evaluation(rated), tmp_path / "y", SETTINGS)
+    assert list(read_run(tmp_path / "y").records[0].outcomes) == rated
+    again = ablate(made, None, tmp_path / "x", SETTINGS)
+    assert (again.evaluated, again.skipped) == (0, 3)
+
+
+def test_failed_cells_are_written_and_tried_again(tmp_path):
+    made = grid(0.3, 0.5, 0.7)
+    broken = {1: ValueError("no layer\nmatches"), 3: None}
+
+    def sometimes(cell):
+        if cell.index == 1:
+            raise broken[1]
+        if cell.index == 3:
+            return Evaluation([Outcome("t", "4", "nll", float("nan"))])
+        return evaluate(cell)
+
+    done = ablate(made, sometimes, tmp_path, SETTINGS)
+    assert (done.evaluated, done.failed) == (2, 2)
+    run = read_run(tmp_path)
+    assert run.records[1].error == "ValueError: no layer matches"
+    assert (
+        "nll of document '4' of t is nan with weight 1.0, expected finite" in run.records[3].error
+    )
+    assert sorted(run.finished) == [0, 2]
+    table = (tmp_path / "table.md").read_text()
+    assert "2 of 4 cells are finished" in table and "failed: ValueError: no layer matches" in table
+    done = ablate(made, evaluate, tmp_path, SETTINGS)
+    assert (done.evaluated, done.failed, done.skipped) == (2, 0, 2)
+    assert sorted(read_run(tmp_path).finished) == [0, 1, 2, 3]
+    assert all(record.error is None for record in read_run(tmp_path).records.values())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], "gave no outcome"),
+        ([Outcome("t", "1", "acc", 1.0)] * 2, "acc of document '1' of t comes twice"),
+        ([Outcome("t", "1", "acc", 1.0, None, 0.0)], "weight 0.0, expected finite"),
+    ],
+)
+def test_a_failed_baseline_ends_the_run(tmp_path, bad, message):
+    with pytest.raises(RuntimeError, match=f"the baseline failed: ValueError: .*{message}"):
+        ablate(grid(), lambda cell: Evaluation(bad), tmp_path, SETTINGS)
+    assert list(read_run(tmp_path).records) == [0]
+
+
+def test_an_interrupt_leaves_a_readable_table(tmp_path):
+    def interrupted(cell):
+        if cell.index == 2:
+            raise KeyboardInterrupt
+        return evaluate(cell)
+
+    with pytest.raises(KeyboardInterrupt):
+        ablate(grid(), interrupted, tmp_path, SETTINGS)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[2].startswith("2 of 3 cells are finished.")
+    assert table[4] == "| cell | state | t, acc | text, nll | seconds |"
+    mean = sum(o.value for o in outcomes(grid().cells[1])[:6]) / 6
+    assert table[7].startswith(f"| gamma=0.3 | done | {mean:.4f} |")
+    assert table[8] == "| gamma=0.5 | not yet |  |  |  |"
+    assert ablate(grid(), evaluate, tmp_path, SETTINGS).skipped == 2
+
+
+def test_the_table_holds_cells_back_until_their_controls_are_there(tmp_path):
+    made = make_grid({"cells": [{"gamma": 0.3}]})
+
+    def interrupted(cell):
+        if cell.control == "random_noise":
+            raise KeyboardInterrupt
+        return evaluate(cell)
+
+    with pytest.raises(KeyboardInterrupt):
+        ablate(made, interrupted, tmp_path, SETTINGS)
+    assert "| gamma=0.3 | waits for its controls |  |  |" in (tmp_path / "table.md").read_text()
+    ablate(made, evaluate, tmp_path, SETTINGS)
+    assert "| gamma=0.3 | done | 0." in (tmp_path / "table.md").read_text()
+
+
+def test_a_cut_last_line_is_dropped(tmp_path):
+    made = grid()
+    ablate(made, evaluate, tmp_path, SETTINGS)
+    shard = tmp_path / "cells-0.jsonl"
+    whole = shard.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept in (len(lines[2]) - 2, len(lines[2]) // 2, 1):
+        shard.write_bytes(lines[0] + lines[1] + lines[2][:kept])
+        assert sorted(read_run(tmp_path).records) == [0, 1]
+        done = ablate(made, evaluate, tmp_path, SETTINGS)
+        assert (done.evaluated, done.skipped) == (1, 2) and len(
+            shard.read_bytes().splitlines()
+        ) == 3
+    shard.write_bytes(whole[:-1])  # only the end of the line is missing: the cell is there
+    assert sorted(read_run(tmp_path).records) == [0, 1, 2]
+    assert ablate(made, None, tmp_path, SETTINGS).skipped == 3 and shard.read_bytes() == whole
+    shard.write_bytes(lines[0] + b"{broken\n" + lines[2])
+    with pytest.raises(RunError, match=r"cells-0.jsonl: line 2 is no JSON object"):
+        ablate(made, evaluate, tmp_path, SETTINGS)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_evaluation_ablation import SETTINGS, evaluate, grid
+from vps.evaluation.ablation import ablate
+
+folder, log, pause, rank, world = sys.argv[1:]
+
+def slow(cell):
+    with open(log, "a") as file:
+        print("begin", cell.index, file=file)
+    time.sleep(float(pause))
+    return evaluate(cell)
+
+ablate(grid(*(i / 10 for i in range(1, 10))), slow, Path(folder), SETTINGS,
+       rank=int(rank), world=int(world))
+"""
+
+
+def start(folder, log, pause=0.0, rank=0, world=1):
+    code = textwrap.dedent(SCRIPT.format(tests=str(ROOT / "tests")))
+    arguments = map(str, (folder, log, pause, rank, world))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def begun(log):
+    return [int(line.split()[1]) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_kill_9_loses_and_repeats_no_finished_cell(tmp_path):
+    """Killed twice in the midst of a cell, and a rival is refused while the writer lives."""
+    folder, log = tmp_path / "x", tmp_path / "log"
+    for cells in (3, 6):
+        process = start(folder, log, pause=0.15)
+        wait_for(lambda cells=cells: len(begun(log)) >= cells)
+        if cells == 3:
+            with pytest.raises(RunError, match="another process is writing to .*x"):
+                ablate(grid(*(i / 10 for i in range(1, 10))), evaluate, folder, SETTINGS)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        finished = set(read_run(folder).finished)
+        assert 0 < len(finished) < 10 and (folder / "lock").exists()
+    process = start(folder, log)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    rows = [json.loads(line) for line in (folder / "cells-0.jsonl").read_text().splitlines()]
+    assert [row["cell"] for row in rows] == list(range(10))
+    times = begun(log)
+    assert set(times) == set(range(10)) and len(times) <= 12  # one cell begun anew for each kill
+    ablate(grid(*(i / 10 for i in range(1, 10))), evaluate, tmp_path / "y", SETTINGS)
+    assert results(folder) == results(tmp_path / "y")
+
+
+def results(folder):
+    run = read_run(folder)
+    return run.cells, {i: (r.outcomes, r.scopes, r.error) for i, r in run.records.items()}
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    processes = [start(tmp_path / "two", tmp_path / f"log{r}", 0.05, r, 2) for r in (0, 1)]
+    for process in processes:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+    assert begun(tmp_path / "log0") == [0, 2, 4, 6, 8] and begun(tmp_path / "log1") == [
+        1,
+        3,
+        5,
+        7,
+        9,
+    ]
+    made = grid(*(i / 10 for i in range(1, 10)))
+    ablate(made, evaluate, tmp_path / "one", SETTINGS)
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+    assert (tmp_path / "two/cells-1.jsonl").exists()
+    done = ablate(made, None, tmp_path / "two", SETTINGS, rank=2, world=3)
+    assert (done.evaluated, done.skipped) == (0, 3)  # merged, whatever wrote it
+    with pytest.raises(ValueError, match="rank is 2 of 2 processes, expected 0 to 1"):
+        ablate(made, evaluate, tmp_path / "two", SETTINGS, rank=2, world=2)
+
+
+def test_launches_of_other_sizes_are_refused_too(tmp_path):
+    """One rank of two holds its cells; a single process would repeat the one it works on."""
+    process = start(tmp_path / "x", tmp_path / "log", 30, rank=1, world=2)
+    try:
+        wait_for(lambda: begun(tmp_path / "log"))
+        made = grid(*(i / 10 for i in range(1, 10)))
+        for rank, world in ((0, 1), (1, 3), (1, 2)):
+            with pytest.raises(RunError, match="it works on cell"):
+                ablate(made, evaluate, tmp_path / "x", SETTINGS, rank=rank, world=world)
+        done = ablate(made, evaluate, tmp_path / "x", SETTINGS, rank=0, world=2)
+        assert done.evaluated == 5
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_changed_run_is_refused_with_the_difference(tmp_path):
+    ablate(grid(0.3, 0.5), evaluate, tmp_path, SETTINGS)
+    before = (tmp_path / "cells-0.jsonl").read_bytes()
+    for made, settings, messages in (
+        (grid(), SETTINGS | {"model": "n"}, ["model is 'm' there, 'n' here"]),
+        (grid(), SETTINGS | {"tasks": ["t", "u"]}, [r"tasks is \['t'\] there, \['t', 'u'\] here"]),
+        (grid(), SETTINGS | {"limit": 5}, ["limit is None there, 5 here"]),
+        (grid(0.3, 0.7), SETTINGS, ["only there: 'gamma=0.5'", "only here: 'gamma=0.7'"]),
+        (grid(0.5, 0.3), SETTINGS, ["the cells are in another order"]),
+        (grid(title="b"), SETTINGS, ["title is 'ablation' there, 'b' here"]),
+        (
+            grid(fixed={"rank": 3}),
+            SETTINGS,
+            ["cell 'gamma=0.3': rank 2 there, 3 here, adaptive_rank True there, False here"],
+        ),
+        (grid(controls=["random_noise"]), SETTINGS, ["2 cells only here: 'gamma=0.3 · random_no"]),
+    ):
+        for message in messages:
+            with pytest.raises(RunError, match=message):
+                ablate(made, evaluate, tmp_path, settings)
+    assert (tmp_path / "cells-0.jsonl").read_bytes() == before
+    with pytest.raises(RunError, match=r"and \d+ more"):
+        many = {str(i): i for i in range(12)}
+        ablate(grid(), evaluate, tmp_path, SETTINGS | many)
+    (tmp_path / "run.json").write_text('{"format": "other"}')
+    with pytest.raises(RunError, match="not of the format vps-ablation-1"):
+        ablate(grid(), evaluate, tmp_path, SETTINGS)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(RunError, match="holds cells but no run.json"):
+        ablate(grid(), evaluate, tmp_path, SETTINGS)
+    with pytest.raises(RunError, match="holds no run: expected .*run.json"):
+        read_run(tmp_path)
+
+
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, monkeypatch):
+    """The disk takes half of the third row."""
+    write, full = os.write, []
+
+    def little(file, data):
+        if b'"cell": 2' in bytes(data[:20]):
+            full.append(file)
+            return write(file, data[: len(data) // 2])
+        if file in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    monkeypatch.setattr(os, "write", little)
+    with pytest.raises(OSError, match=r"No space left on device: a row was not.*cells-0.jsonl"):
+        ablate(grid(), evaluate, tmp_path, SETTINGS)
+    monkeypatch.undo()
+    assert full and len((tmp_path / "cells-0.jsonl").read_text().splitlines()) == 2
+    assert ablate(grid(), evaluate, tmp_path, SETTINGS).skipped == 2
+
+
+def test_a_file_that_may_not_grow(tmp_path):
+    """The same by the kernel: a limit on the size of files stops the write in the midst."""
+    path = tmp_path / "rows.jsonl"
+    jsonl.append(path, {"a": "x" * 600})
+    before = path.read_bytes()
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            jsonl.append(path, {"a": "y" * 600})
+        except OSError as error:
+            code = 0 if error.errno == errno.EFBIG and str(path) in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    assert path.read_bytes() == before
+
+
+def test_every_row_is_on_the_disk_before_the_next_begins(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or sync(file)
+    )
+    rows = []
+
+    def watching(cell):
+        rows.append(sum(name.endswith("cells-0.jsonl") for name in synced))
+        return evaluate(cell)
+
+    ablate(grid(), watching, tmp_path, SETTINGS)
+    assert rows == [0, 1, 2]
+
+
+def test_wait_for_others(tmp_path):
+    process = start(tmp_path / "x", tmp_path / "log", 0.2, rank=9, world=10)
+    wait_for(lambda: begun(tmp_path / "log"))
+    runs.wait_for_others(tmp_path / "x")
+    assert 9 in read_run(tmp_path / "x").finished
+    process.communicate(timeout=60)
+
+
+def test_fingerprint_tells_weights_apart(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"1" * 3000000)
+    first = ablation.fingerprint(str(tmp_path))
+    assert first == ablation.fingerprint(str(tmp_path)) and len(first) == 16
+    (tmp_path / "a.bin").write_bytes(b"1" * 2999999 + b"2")
+    assert ablation.fingerprint(str(tmp_path)) != first
+    assert ablation.fingerprint("org/name") is None

@@ -1,0 +1,292 @@
+"""What a run says: every cell against the baseline and against its controls, corrected by Holm."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vps.evaluation import statistics
+from vps.evaluation.grid import BASELINE, Cell
+from vps.evaluation.outcome import Outcome
+from vps.evaluation.overview import waiting
+from vps.evaluation.runs import Run, RunError
+
+ALL_TASKS = "all tasks"
+LOWER_IS_BETTER = frozenset(
+    {"nll", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score"}
+)
+NO_DIFFERENCE = "no difference"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cell against another on the same documents.
+
+    Args:
+        cell, against: their names.
+        task, metric: what was measured; ``"all tasks"`` pools the documents of all.
+        n: paired documents.
+        base, value: means of ``against`` and of ``cell``, with standard errors.
+        difference: ``value − base``, and its 95 % bootstrap interval ``low`` to ``high``, which
+            is not corrected for other intervals.
+        deviation: standard deviation of the paired differences.
+        gained, lost: documents right under ``cell`` only and under ``against`` only; ``None``
+            where answers are not right or wrong.
+        p: of exact McNemar, or of the paired t-test where answers are not right or wrong.
+        corrected: ``p`` after Holm's correction over its family.
+    """
+
+    cell: str
+    against: str
+    task: str
+    metric: str
+    n: int
+    base: float
+    base_error: float
+    value: float
+    value_error: float
+    difference: float
+    low: float
+    high: float
+    deviation: float
+    gained: int | None
+    lost: int | None
+    p: float
+    corrected: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """``"better"``, ``"worse"`` or ``"no difference"``, by the corrected p alone."""
+        if not self.corrected < statistics.LEVEL:
+            return NO_DIFFERENCE
+        up = self.difference > 0
+        return "better" if up != (self.metric in LOWER_IS_BETTER) else "worse"
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """The smallest true difference that a task would show, at Holm's strictest step.
+
+    ``spread`` is the share of documents that change (right or wrong), or the deviation of the
+    differences, as the mean over the cells.
+    """
+
+    task: str
+    metric: str
+    n: int
+    spread: float
+    effect: float
+    binary: bool
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that a report shows.
+
+    Args:
+        run: what the folder holds.
+        to_baseline: cells and controls against the baseline. Holm's correction takes the cells for
+            one family, over all tasks and metrics, and the controls for another.
+        to_controls: cells against their controls: the third family.
+        detectable: for every task and metric.
+        waiting: finished cells that are held back, with the controls they wait for.
+        failed: cells with their errors.
+        unfinished: names of the cells not evaluated yet.
+        cost: seconds of each cell over those of the baseline.
+        resamples: of each bootstrap interval.
+    """
+
+    run: Run
+    to_baseline: tuple[Comparison, ...]
+    to_controls: tuple[Comparison, ...]
+    detectable: tuple[Detectable, ...]
+    waiting: Mapping[str, list[str]]
+    failed: Mapping[str, str]
+    unfinished: tuple[str, ...]
+    cost: Mapping[str, float]
+    resamples: int
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        """All cells of the grid by name."""
+        return {cell.name: cell for cell in self.run.cells}
+
+    def is_control(self, name: str) -> bool:
+        """Whether a cell is a control, not one the grid asks for."""
+        return self.cells[name].control is not None
+
+
+def analyse(run: Run, *, without_controls: bool = False, resamples: int = 9999) -> Analysis:
+    """Compare all finished cells of a run.
+
+    Args:
+        run: of :func:`vps.evaluation.runs.read_run`.
+        without_controls: show cells whose controls are not finished too.
+        resamples: of the bootstrap.
+
+    Raises:
+        RunError: the baseline is not finished, or a cell saw other documents than the baseline.
+        ModuleNotFoundError: scipy is missing.
+    """
+    finished = run.finished
+    if 0 not in finished:
+        reason = run.records[0].error if 0 in run.records else "not evaluated yet"
+        raise RunError(f"the baseline is not finished ({reason}): nothing can be compared")
+    held = {} if without_controls else waiting(run)
+    shown = [
+        cell
+        for cell in run.cells
+        if cell.index in finished and cell.name not in held and cell.name != BASELINE
+    ]
+    columns = {cell.name: _columns(finished[cell.index].outcomes) for cell in shown}
+    columns[BASELINE] = _columns(finished[0].outcomes)
+    to_baseline: dict[bool, list[Comparison]] = {False: [], True: []}  # by being a control
+    to_controls = []
+    for cell in shown:
+        if cell.control is not None and all(name in held for name in cell.of):
+            continue
+        control = cell.control is not None
+        to_baseline[control] += _compare(cell.name, BASELINE, columns, resamples)
+        for name in cell.of:
+            if name in columns:
+                to_controls += _compare(name, cell.name, columns, resamples)
+    place = {cell.name: cell.index for cell in run.cells}
+    to_controls.sort(key=lambda each: (place[each.cell], place[each.against]))
+    asked = _corrected(to_baseline[False])
+    corrected = sorted((*asked, *_corrected(to_baseline[True])), key=lambda each: place[each.cell])
+    seconds = finished[0].seconds
+    return Analysis(
+        run,
+        tuple(corrected),
+        _corrected(to_controls),
+        _detectable(asked),
+        held,
+        {run.cells[i].name: record.error for i, record in run.records.items() if record.error},
+        tuple(cell.name for cell in run.cells if cell.index not in run.records),
+        {cell.name: finished[cell.index].seconds / seconds for cell in shown if seconds > 0},
+        resamples,
+    )
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Values of one task and metric by document."""
+
+    documents: tuple[str, ...]
+    values: Any
+    weights: Any
+    groups: tuple[str, ...]
+
+    @property
+    def binary(self) -> bool:
+        return bool(np.isin(self.values, (0.0, 1.0)).all() and (self.weights == 1).all())
+
+
+def _columns(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], _Column]:
+    """By task and metric, and all tasks together for a metric that several have."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    metrics: dict[str, list[Outcome]] = {}
+    for each in outcomes:
+        groups.setdefault((each.task, each.metric), []).append(each)
+        metrics.setdefault(each.metric, []).append(each)
+    for metric, every in metrics.items():
+        if len({each.task for each in every}) > 1:
+            groups[ALL_TASKS, metric] = every
+    found = {}
+    for key, group in groups.items():
+        group = sorted(group, key=lambda each: (each.task, each.document))
+        found[key] = _Column(
+            tuple(f"{each.task}\0{each.document}" for each in group),
+            np.array([each.value for each in group]),
+            np.array([each.weight for each in group]),
+            tuple(each.task for each in group),
+        )
+    return found
+
+
+def _compare(
+    name: str,
+    against: str,
+    columns: Mapping[str, Mapping[tuple[str, str], _Column]],
+    resamples: int,
+) -> list[Comparison]:
+    ours, theirs = columns[name], columns[against]
+    if ours.keys() != theirs.keys():
+        extra = ", ".join(f"{t} ({m})" for t, m in sorted(ours.keys() ^ theirs.keys()))
+        raise RunError(f"cells {name!r} and {against!r} were measured on other tasks: {extra}")
+    found = []
+    for (task, metric), own in ours.items():
+        base = theirs[task, metric]
+        if own.documents != base.documents or (own.weights != base.weights).any():
+            both = len(set(own.documents) & set(base.documents))
+            raise RunError(
+                f"cells {name!r} and {against!r} saw other documents of {task}: "
+                f"{len(own.documents)} and {len(base.documents)}, {both} in common, or of other "
+                "weights; they cannot be paired"
+            )
+        d = own.values - base.values
+        low, high = statistics.difference_interval(d, own.weights, own.groups, resamples=resamples)
+        value, value_error = statistics.weighted_mean(own.values, own.weights)
+        mean, mean_error = statistics.weighted_mean(base.values, base.weights)
+        terms = d * own.weights / own.weights.mean()
+        gained = lost = None
+        if own.binary and base.binary:
+            gained, lost = int((d > 0).sum()), int((d < 0).sum())
+            p = statistics.mcnemar(gained, lost)
+        else:
+            p = statistics.paired_t(d, own.weights)
+        found.append(
+            Comparison(
+                name,
+                against,
+                task,
+                metric,
+                len(d),
+                mean,
+                mean_error,
+                value,
+                value_error,
+                value - mean,
+                low,
+                high,
+                float(terms.std(ddof=1)) if len(d) > 1 else math.nan,
+                gained,
+                lost,
+                p,
+            )  # fmt: skip
+        )
+    return found
+
+
+def _corrected(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    corrected = statistics.holm([each.p for each in comparisons])
+    return tuple(
+        dataclasses.replace(each, corrected=p)
+        for each, p in zip(comparisons, corrected, strict=True)
+    )
+
+
+def _detectable(family: Sequence[Comparison]) -> tuple[Detectable, ...]:
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for each in family:
+        groups.setdefault((each.task, each.metric), []).append(each)
+    found = []
+    for (task, metric), group in groups.items():
+        n, alpha = group[0].n, statistics.LEVEL / len(family)
+        shares = [
+            (c.gained + c.lost) / n for c in group if c.gained is not None and c.lost is not None
+        ]
+        binary = len(shares) == len(group)
+        if binary:
+            spread = sum(shares) / len(shares)
+            effect = statistics.minimum_detectable_effect(n, spread, alpha)
+        else:
+            spread = sum(each.deviation for each in group) / len(group)
+            effect = statistics.minimum_detectable_mean(n, spread, alpha)
+        found.append(Detectable(task, metric, n, spread, effect, binary))
+    return tuple(found)

@@ -1,0 +1,312 @@
+"""A grid file, YAML or JSON, and the cells that it asks for.
+
+::
+
+    title: SmolLM2 on arithmetic       # optional, for the report
+    fixed:                             # fields of VPSConfig for every cell
+      scope: token
+      builder: sk
+    grid:                              # every combination; or a list of such mappings, all done
+      - gamma: [0.3, 0.5, 0.7]
+      - rank: [1, 2, 4]
+        order: [1, 2]
+    cells:                             # single cells over `fixed`, each with an optional name
+      - {name: no clip, tau: null}
+    controls: true                     # or false, or a list out of CONTROLS
+    draws: 1                           # of every control, each with a seed of its own
+
+A cell is ``fixed`` changed by its own fields; setting gamma, rank, topk or order turns its
+``adaptive_`` switch off unless that is set too, as ``--set`` does. ``scope`` is ``"token"`` unless
+the file says otherwise: an evaluation scores given texts, where other scopes look ahead. Equal
+settings make one cell. The baseline comes first, then the cells as the file has them, each followed
+by its controls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vps.config import VPSConfig, nearest_field, with_switches
+
+BASELINE = "baseline"
+CONTROLS = ("random_indices", "random_noise", "shuffled_selection")
+KEYS = ("title", "fixed", "grid", "cells", "controls", "draws")
+MOST_CELLS = 10_000
+
+
+class GridError(ValueError):
+    """A grid that cannot be run; the message says where, what is expected and what came."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant of the model to evaluate.
+
+    Args:
+        index: position in the grid.
+        name: unique in the grid.
+        config: the settings; ``None`` is the unpatched model.
+        control: one of :data:`CONTROLS`, or ``None`` for a cell that the file asks for.
+        draw: number of the control's draw, from 0.
+        of: names of the cells that a control belongs to.
+    """
+
+    index: int
+    name: str
+    config: VPSConfig | None = None
+    control: str | None = None
+    draw: int = 0
+    of: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        values = dataclasses.asdict(self)
+        return json.loads(json.dumps(values))  # tuples as they come back from a file
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
+        """What :meth:`as_dict` gave."""
+        config = values["config"]
+        made = None if config is None else VPSConfig.from_json(json.dumps(config))
+        return cls(**{**values, "config": made, "of": tuple(values["of"])})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A title and the cells, the baseline first."""
+
+    title: str
+    cells: tuple[Cell, ...]
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a ``.json`` file, or of a YAML file.
+
+    Raises:
+        GridError: what the file holds is no grid; the message names the file.
+        ModuleNotFoundError: a YAML file without pyyaml.
+        OSError: the file cannot be read.
+    """
+    try:
+        text = path.read_text("utf-8")
+        values = _json(text) if path.suffix.lower() == ".json" else _yaml(text)
+        return make_grid(values, default_title=path.stem)
+    except (GridError, UnicodeDecodeError) as error:
+        raise GridError(f"{path}: {error}") from None
+
+
+def make_grid(values: Any, default_title: str = "ablation") -> Grid:
+    """The grid of a mapping as in the module's description.
+
+    Raises:
+        GridError: a key, field or value that cannot be used, with the nearest known name.
+    """
+    values = _mapping("the grid", values)
+    for key in values:
+        if key not in KEYS:
+            hint = _nearest(key, KEYS)
+            if key in VPSConfig.field_names():
+                hint = "; put fields of VPSConfig under 'fixed' or 'grid'"
+            raise GridError(f"unknown key {key!r}, expected one of {', '.join(KEYS)}{hint}")
+    title = values.get("title", default_title)
+    if not isinstance(title, str):
+        raise GridError(f"title is {title!r}, expected text")
+    fixed = {"scope": "token"} | _fields("fixed", values.get("fixed"))
+    names: dict[str, VPSConfig] = {}
+    known: dict[VPSConfig, str] = {}
+    for where, name, changes in _asked(values):
+        config = _config(where, fixed | changes)
+        if config in known:
+            if name is not None and name != known[config]:
+                raise GridError(f"{where}: the settings are those of cell {known[config]!r}")
+            continue
+        name = name or _name(changes)
+        if name in names or name == BASELINE:
+            raise GridError(f"{where}: there is another cell {name!r}; give it a name of its own")
+        names[name] = config
+        known[config] = name
+    if not names:
+        raise GridError("there is no cell; give a 'grid' or 'cells'")
+    draws = values.get("draws", 1)
+    if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= 100:
+        raise GridError(f"draws is {draws!r}, expected an integer 1 to 100")
+    return Grid(title, _with_controls(names, _controls(values.get("controls", True)), draws))
+
+
+def _asked(values: Mapping[str, Any]) -> Iterable[tuple[str, str | None, dict[str, Any]]]:
+    """Where in the file, the name if it has one, and the changed fields of every cell."""
+    for key in values:
+        if key == "grid":
+            yield from _combinations(values[key] or [])
+        elif key == "cells":
+            yield from _single(values[key] or [])
+
+
+def _combinations(parts: Any) -> Iterable[tuple[str, str | None, dict[str, Any]]]:
+    several = isinstance(parts, list)
+    for number, part in enumerate(parts if several else [parts], 1):
+        where = f"grid, part {number}" if several else "grid"
+        axes = _fields(where, part)
+        size = 1
+        for name, choices in axes.items():
+            if not isinstance(choices, list) or not choices:
+                raise GridError(f"{where}: {name} is {choices!r}, expected a list of values")
+            size *= len(choices)
+        if size > MOST_CELLS:
+            raise GridError(f"{where}: {size} combinations, expected at most {MOST_CELLS}")
+        for combination in itertools.product(*axes.values()):
+            if axes:
+                yield where, None, dict(zip(axes, combination, strict=True))
+
+
+def _single(cells: Any) -> Iterable[tuple[str, str | None, dict[str, Any]]]:
+    if not isinstance(cells, list):
+        raise GridError(f"cells is {cells!r}, expected a list of mappings")
+    for number, each in enumerate(cells, 1):
+        where = f"cells, number {number}"
+        changes = dict(_mapping(where, each))
+        name = changes.pop("name", None)
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            raise GridError(f"{where}: name is {name!r}, expected text")
+        yield where, name, _fields(where, changes)
+
+
+def _with_controls(
+    names: Mapping[str, VPSConfig], controls: Sequence[str], draws: int
+) -> tuple[Cell, ...]:
+    """The baseline, then every cell and its controls; one control may serve several cells."""
+    # A control of equal settings is one: guidance is what random indices take away, so cells that
+    # differ in the builder alone share them.
+    shared: dict[tuple[str, int, VPSConfig], list[str]] = {}
+    for name, config in names.items():
+        if config.builder == "random":
+            continue
+        for control, draw in itertools.product(controls, range(draws)):
+            shared.setdefault((control, draw, _of_control(control, config)), []).append(name)
+    cells = [Cell(0, BASELINE)]
+    for name, config in names.items():
+        cells.append(Cell(len(cells), name, config))
+        for (control, draw, settings), served in shared.items():
+            if served[0] == name:
+                title = f"{name} · {control}" + (f" {draw + 1}" if draws > 1 else "")
+                cells.append(Cell(len(cells), title, settings, control, draw, tuple(served)))
+    return tuple(cells)
+
+
+def _of_control(control: str, config: VPSConfig) -> VPSConfig:
+    return config.replace(builder="random") if control == "random_indices" else config
+
+
+def _controls(value: Any) -> Sequence[str]:
+    if value is True:
+        return CONTROLS
+    if value is False:
+        return ()
+    if not isinstance(value, list):
+        raise GridError(
+            f"controls is {value!r}, expected true, false or a list of {', '.join(CONTROLS)}"
+        )
+    for name in value:
+        if name not in CONTROLS:
+            known = ", ".join(CONTROLS)
+            raise GridError(
+                f"controls: unknown control {name!r}, expected {known}{_nearest(name, CONTROLS)}"
+            )
+    return tuple(dict.fromkeys(value))
+
+
+def _config(where: str, changes: Mapping[str, Any]) -> VPSConfig:
+    try:
+        return VPSConfig().replace(**with_switches(changes))
+    except (ValueError, TypeError) as error:
+        raise GridError(f"{where}: {error}") from None
+
+
+def _fields(where: str, value: Any) -> dict[str, Any]:
+    found = dict(_mapping(where, {} if value is None else value))
+    for name in found:
+        if name not in VPSConfig.field_names():
+            hint = nearest_field(name) if isinstance(name, str) else ""
+            raise GridError(f"{where}: VPSConfig has no field {name!r}{hint}")
+    return {name: _numbers(name, each) for name, each in found.items()}
+
+
+def _numbers(name: str, value: Any) -> Any:
+    """Numbers that YAML 1.1 reads as text, such as ``1e-3``."""
+    if isinstance(value, list):
+        return [_numbers(name, each) for each in value]
+    kind = next(str(field.type) for field in dataclasses.fields(VPSConfig) if field.name == name)
+    if isinstance(value, str) and "float" in kind:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _name(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={_written(value)}" for name, value in changes.items()) or "fixed"
+
+
+def _written(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
+    if isinstance(value, (list, tuple)):
+        return ",".join(_written(each) for each in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _mapping(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise GridError(f"{where}: expected a mapping, got {type(value).__name__}: {value!r:.60}")
+    return value
+
+
+def _nearest(name: Any, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise GridError(f"not valid JSON: {error}") from None
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ModuleNotFoundError(
+            "a YAML grid needs pyyaml: pip install 'vps-kernels[eval]' (or write it as JSON)"
+        ) from None
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that comes twice, of which YAML would keep the last."""
+
+    def mapping(loader: Any, node: Any) -> Any:
+        loader.flatten_mapping(node)
+        return _once(loader.construct_pairs(node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except (yaml.YAMLError, RecursionError, TypeError) as error:
+        raise GridError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise GridError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
