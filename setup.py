@@ -28,7 +28,6 @@ EXTRAS["test"] = [
     "numpy",
     "packaging",
     "peft",
-    *EXTRAS["eval"],
     *EXTRAS["gpu"],
     *EXTRAS["hf"],
     *EXTRAS["plots"],
