@@ -153,7 +153,7 @@ def confidence_filtered(
         ValueError: outcomes of several metrics, without margins, with a value that the margin
             contradicts, or of other documents; n, order or resamples out of range.
 
-    Source: the paper, section 5 (selection); SPEC §2 says what the true baseline is.
+    Source: the paper, section 6.1; SPEC §5 says what the true baseline is.
     """
     if order not in ORDERS:
         raise ValueError(
