@@ -70,6 +70,7 @@ def test_json_and_files(capsys, folder, tmp_path):
     assert set(values["kept"]) == {"local_choice"}
     assert set(values["kept"]["local_choice"]) == set(VARIANTS) - {"baseline"}
     assert values["kept"]["local_choice"]["sharpened"]["kept"] == 3
+    assert values["kept"]["local_choice"]["sharpened"]["order"] == "uncertain"
     assert json.loads((out / "scores.json").read_text()) == values
     lines = [json.loads(line) for line in (out / "outcomes.jsonl").read_text().splitlines()]
     read = [(line.pop("variant"), Outcome(**line)) for line in lines]
@@ -81,14 +82,14 @@ def test_json_and_files(capsys, folder, tmp_path):
 
 def test_table(capsys, folder):
     code, text, err = run(
-        capsys, folder, *SETTINGS, "--limit", 5, "--keep", 2, "--keep-by", "uncertain"
+        capsys, folder, *SETTINGS, "--limit", 5, "--keep", 2, "--keep-by", "hardest"
     )
     assert (code, err) == (0, "")
     assert "local_choice, acc, 5 documents" in text and "local_text, nll, 5 documents" in text
     for variant in VARIANTS:
         assert len(re.findall(rf"^  {variant} +-?\d+\.\d{{4}}", text, re.MULTILINE)) == 3
     assert "ran: loglikelihood under scope token, loglikelihood_rolling under scope token" in text
-    assert "local_choice, sharpened against the baseline:\n2 uncertain of 5 documents" in text
+    assert "local_choice, sharpened against the baseline:\n2 hardest of 5 documents" in text
     code, text, _ = run(
         capsys, folder, *SETTINGS, "--limit", 2, "--no-controls", tasks="local_answer"
     )

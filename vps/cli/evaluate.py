@@ -54,8 +54,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "paper does, with what a change without direction would show there",
     )  # fmt: skip
     parser.add_argument(
-        "--keep-by", choices=("hardest", "uncertain"), default="hardest",
-        help="smallest margin, or nearest to 0",
+        "--keep-by", choices=("uncertain", "hardest"), default="uncertain",
+        help="distance of the margin from 0 (default), or the margin: wrong answers first",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help=f"folder for {OUTCOMES} and {SCORES}"

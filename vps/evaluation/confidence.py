@@ -23,7 +23,7 @@ import numpy
 
 from vps.evaluation.outcome import Outcome
 
-ORDERS = ("hardest", "uncertain")
+ORDERS = ("uncertain", "hardest")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def confidence_filtered(
     variant: Sequence[Outcome],
     n: int,
     *,
-    order: str = "hardest",
+    order: str = "uncertain",
     resamples: int = 5_000,
     seed: int = 0,
 ) -> ConfidenceFiltered:
@@ -144,8 +144,8 @@ def confidence_filtered(
             where the margin is positive, such as ``"acc"``.
         variant: outcomes of the same documents and metric, in any order.
         n: documents to keep, 1 to the size of the pool.
-        order: ``"hardest"`` by the margin, which knows the labels and so keeps wrong answers first;
-            ``"uncertain"`` by its distance from 0.
+        order: ``"uncertain"`` by the margin's distance from 0, the confidence as the paper has it;
+            ``"hardest"`` by the margin, which knows the labels, so that wrong answers come first.
         resamples: null variants to draw, at least 1.
         seed: of those.
 
@@ -153,7 +153,7 @@ def confidence_filtered(
         ValueError: outcomes of several metrics, without margins, with a value that the margin
             contradicts, or of other documents; n, order or resamples out of range.
 
-    Source: the paper, section 5 (selection); SPEC §2 says what the true baseline is.
+    Source: the paper, section 6.1; SPEC §5 says what the true baseline is.
     """
     if order not in ORDERS:
         raise ValueError(
