@@ -1,0 +1,244 @@
+"""vps ablate and vps report, with a stand-in for lm-eval: what they ask, print and return."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from vps import cli
+from vps.cli.options import UsageError
+from vps.evaluation.ablation import harness_evaluator
+from vps.evaluation.grid import make_grid
+from vps.evaluation.outcome import Outcome
+from vps.evaluation.report import FILES
+from vps.evaluation.runs import read_run
+from vps.patching import sharpened_layers
+
+ROOT = Path(__file__).parents[1]
+
+
+class StubHarness:
+    """Records how it is called; its numbers depend on config, control and draw."""
+
+    made: list = []
+
+    def __init__(self, model, tokenizer, tasks, **options):
+        self.model, self.tasks, self.options, self.calls = model, tasks, options, []
+        StubHarness.made.append(self)
+        if "nonsense" in tasks:
+            raise ValueError("evaluation: no task 'nonsense'")
+
+    def run(self, config=None, variant="sharpened", seed=0):
+        self.calls.append((config, variant, seed))
+        gamma = 0.0 if variant == "baseline" else config.gamma
+        outcomes = [
+            Outcome(self.tasks[0], str(i), "acc", float((i + round(10 * gamma) + seed) % 2))
+            for i in range(10)
+        ]
+        scopes = {} if variant == "baseline" else {"generate_until": config.scope}
+        return types.SimpleNamespace(outcomes=outcomes, scopes=scopes)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    module = types.ModuleType("vps.evaluation.harness")
+    module.Harness = StubHarness
+    monkeypatch.setitem(sys.modules, "vps.evaluation.harness", module)
+    StubHarness.made = []
+    return StubHarness.made
+
+
+def test_the_harness_is_asked_for_each_cell(stub):
+    evaluate = harness_evaluator("model", "tokenizer", ["t"], limit=3, batch_size=4)
+    grid = make_grid({"cells": [{"gamma": 0.3}], "draws": 2})
+    for cell in grid.cells:
+        assert len(evaluate(cell).outcomes) == 10
+    config = grid.cells[1].config
+    drawn = config.replace(builder="random")
+    assert stub[0].calls == [
+        (None, "baseline", 0),
+        (config, "sharpened", 0),
+        (drawn, "random_indices", 0),
+        (drawn, "random_indices", 1),
+        (config, "random_noise", 0),
+        (config, "random_noise", 1),
+        (config, "shuffled_selection", 0),
+        (config, "shuffled_selection", 1),
+    ]
+    options = stub[0].options
+    assert (options["limit"], options["batch_size"], options["scoring_scope"]) == (3, 4, "config")
+    assert evaluate(grid.cells[1]).scopes == {"generate_until": "token"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    import tokenizers
+    import transformers
+
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "b"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+GRID = """
+fixed: {builder: sk}
+cells:
+  - {name: nothing fits, target_modules: [fc1], gamma: 0.1}
+grid: {gamma: [0.2, 0.3]}
+controls: [random_noise]
+"""
+
+
+def ablation(tmp_path, folder, *arguments, grid=GRID):
+    path = tmp_path / f"g{len(grid)}.yaml"
+    path.write_text(grid)
+    return ("ablate", path, "--model", folder, "--tasks", "t, u", "--limit", 10,
+            "--out", tmp_path / "x", *arguments)  # fmt: skip
+
+
+def test_ablate_and_report_by_command(capsys, tmp_path, folder, stub):
+    code, out, err = run(capsys, *ablation(tmp_path, folder))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "7 cells: 7 evaluated, 0 failed, 0 finished before"
+    harness = stub[0]
+    assert harness.tasks == ["t", "u"] and harness.options["limit"] == 10
+    layers = sharpened_layers(harness.model)  # of the first cell that fits the model
+    assert {layer.config.gamma for layer in layers.values()} == {0.2}
+    made = read_run(tmp_path / "x")
+    assert made.definition["tasks"] == ["t", "u"] and made.definition["weights"] is not None
+    code, out, _ = run(capsys, *ablation(tmp_path, folder, "--json"))
+    assert code == 0 and json.loads(out)["finished before"] == 7 and len(stub) == 1  # not loaded
+    code, out, err = run(capsys, *ablation(tmp_path, folder, "--limit", 9))
+    assert code == 2 and "limit is 10 there, 9 here" in err and err.count("\n") == 1
+    code, out, _ = run(capsys, "report", tmp_path / "x", "--out", tmp_path / "r")
+    assert code == 0 and out.startswith("Against the baseline: ")
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == sorted(FILES)
+    code, out, _ = run(capsys, "report", tmp_path / "x", "--json")
+    values = json.loads(out)
+    assert values["conditions"]["limit"] == "10" and len(values["files"]) == 5
+    assert all(Path(name).is_file() for name in values["files"])
+
+
+def test_command_errors(capsys, tmp_path, folder, stub):
+    for arguments, message in (
+        (ablation(tmp_path, folder, grid="grid: {gama: [1]}"), ".yaml: grid: .*no field 'gama'"),
+        (ablation(tmp_path, tmp_path / "none"), "--model: no such model folder"),
+        (ablation(tmp_path, folder, "--tasks", ","), "names no task"),
+        (ablation(tmp_path, folder, "--tasks", "nonsense"), "--tasks: .*no task 'nonsense'"),
+        (ablation(tmp_path, folder, "--device", "cuda:99"), "--device cuda:99: not a usable"),
+        (
+            ablation(tmp_path, folder, grid="cells: [{target_modules: [fc1]}]"),
+            "no cell of the grid fits the model: .*fc1.* match none",
+        ),
+        (("report", tmp_path / "none"), "none holds no run"),
+    ):
+        try:
+            code, out, err = run(capsys, *arguments)
+        except SystemExit as error:
+            code, (out, err) = error.code, capsys.readouterr()
+        assert code == 2 and out == "" and err.startswith("vps: error: "), (arguments, err)
+        assert re.search(message, err), err
+        for path in (tmp_path / "x").glob("*"):
+            path.unlink()
+
+
+def test_failed_cells_end_with_1(capsys, tmp_path, folder, stub, monkeypatch):
+    ran = StubHarness.run
+
+    def sometimes(self, config=None, variant="sharpened", seed=0):
+        if variant == "random_noise" and config.gamma == 0.3:
+            raise RuntimeError("out of memory")
+        return ran(self, config, variant, seed)
+
+    monkeypatch.setattr(StubHarness, "run", sometimes)
+    code, out, err = run(capsys, *ablation(tmp_path, folder))
+    assert code == 1 and "6 evaluated, 1 failed" in out
+    assert "1 of 7 cells failed; see" in err and "table.md" in err
+    assert "failed: RuntimeError: out of memory" in (tmp_path / "x/table.md").read_text()
+
+    def interrupted(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StubHarness, "run", interrupted)
+    code, out, err = run(capsys, *ablation(tmp_path, folder))
+    assert code == 130 and "table.md holds what is finished; the same command goes on" in err
+
+
+@pytest.mark.parametrize(
+    ("environment", "process"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (1, 4, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4, 3)),
+    ],
+)
+def test_take_process(environment, process):
+    module = importlib.import_module("vps.cli.ablate")
+    given = environment | {"HOME": "/"}
+    assert module.take_process(given) == process and given == {"HOME": "/"}
+
+
+def test_take_process_refuses():
+    module = importlib.import_module("vps.cli.ablate")
+    for rank, world in (("2", "2"), ("x", "2"), ("-1", "2")):
+        with pytest.raises(UsageError, match=f"got RANK '{rank}', WORLD_SIZE '2', LOCAL_RANK None"):
+            module.take_process({"RANK": rank, "WORLD_SIZE": world})
+    assert module._device("cuda", module.Process(3, 4, 1)) == "cuda:1"
+    assert module._device("cuda", module.Process()) == "cuda"
+    assert module._device("cpu", module.Process(3, 4, 1)) == "cpu"
+
+
+LAUNCHED = """
+import sys, types
+sys.path.insert(0, {tests!r})
+from test_cli_ablate import StubHarness
+module = types.ModuleType("vps.evaluation.harness")
+module.Harness = StubHarness
+sys.modules["vps.evaluation.harness"] = module
+from vps import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_torchrun_gives_what_one_process_gives(capsys, tmp_path, folder, stub):
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED.format(tests=str(ROOT / "tests")))
+    arguments = [str(a) for a in ablation(tmp_path, folder)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), *arguments], cwd=ROOT, capture_output=True,
+        text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 cells of process 1 of 2: 4 evaluated" in done.stdout
+    assert "3 cells of process 2 of 2: 3 evaluated" in done.stdout
+    two = read_run(tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / "two")
+    assert run(capsys, *arguments)[0] == 0
+    one = read_run(tmp_path / "x")
+    assert one.cells == two.cells and one.definition == two.definition
+    assert {i: (r.outcomes, r.scopes) for i, r in one.records.items()} == {
+        i: (r.outcomes, r.scopes) for i, r in two.records.items()
+    }
+    assert (tmp_path / "two/cells-1.jsonl").stat().st_size > 0
