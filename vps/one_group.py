@@ -24,11 +24,12 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
     selection, component clip and first order) or a statistic is not finite.
     """
     x, W, bias, mask, I_in, I_out, policy, entropy, H, pooled = inputs
-    if not (len(x) == 1 and mask is None and x.device.type == "cpu" and _is_plain(settings)):
+    if len(x) != 1 or mask is not None or not _is_plain(settings) or needs_gradient(inputs):
         return None
-    if needs_gradient(inputs) or _is_traced():
+    if not selection.is_read_freely(x):
         return None
-    H = F.linear(x, W) if H is None else H.clone()
+    known = H is not None  # and stays as it is
+    H = F.linear(x, W) if H is None else H
     h = H[0]
     best_in = _best(x[0], settings.r) if I_in is None else I_in[0]
     best_out = _best(h, settings.r) if I_out is None else I_out[0]
@@ -46,22 +47,14 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
         scale = [gamma / max(1.0, a * b / settings.tau) for a, b in norms]
     t = h.index_select(1, chosen)
     u = t * torch.tensor(scale, dtype=selection.accumulation_dtype(W.dtype))
-    h.addmm_(u.to(h.dtype), B.t())
-    return (H if bias is None else H.add_(bias)), best_in.unsqueeze(0)
+    u = u.to(h.dtype)
+    y = (torch.addmm(h, u, B.t()) if known else h.addmm_(u, B.t())).unsqueeze(0)
+    return (y if bias is None else y.add_(bias)), best_in.unsqueeze(0)
 
 
 def _is_plain(settings: Settings) -> bool:
     return settings.clamp is None and not (
         settings.coupled or settings.second_order or settings.spectral
-    )
-
-
-def _is_traced() -> bool:
-    """Whether a compiler, a mode or a functional transform looks on, which sees no numbers."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

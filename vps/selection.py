@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,13 @@ def statistics(
         ``[G]`` or ``None``, in the accumulation dtype. Non-finite elements count as 0.
     """
     dtype = accumulation_dtype(values.dtype)
+    if energy and mask is None and len(values) == 1 and is_read_freely(values):
+        flat = values.reshape(-1).to(dtype)
+        total = torch.dot(flat, flat)
+        if math.isfinite(float(total)):  # then so is every element
+            size = values.abs()
+            sums = size.squeeze(1).to(dtype) if values.shape[1] == 1 else size.sum(1, dtype=dtype)
+            return sums, total.div_(len(flat)).unsqueeze(0)
     scores, squares = [], []
     for start in range(0, len(values), groups := _block_groups(values)):
         block = slice(start, start + groups)
@@ -55,6 +64,18 @@ def statistics(
     mean = squares[0] if len(squares) == 1 else torch.cat(squares)
     mean.div_(constant(values.shape[2] * (values.shape[1] if count is None else 1), mean))
     return sums, mean if count is None else mean.div_(count)
+
+
+def is_read_freely(values: Tensor) -> bool:
+    """Whether a number may be read from ``values`` in Python: on a CPU, where nothing waits, and
+    with no compiler, mode or functional transform looking on.
+    """
+    return (
+        values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _block_groups(values: Tensor) -> int:
