@@ -34,10 +34,12 @@ LAYERS = [
     {"linear", "conv1d", "attention_mask"},
     {"attention"},
     {"patching"},
+    {"calibration"},
     {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture"},
     {"ephemeral"},
     {"refine", "batch"},
     {"demo", "evaluation"},
+    {"fitting"},
     {"cli"},
 ]
 KNOW_TRANSFORMERS = {"patching", "conv1d", "loading", "evaluation", "demo", "cli"}

@@ -5,10 +5,12 @@ weight and the activations passing through.
 """
 
 from vps import reference
+from vps.calibration import Calibration, clear_calibration
 from vps.capture import capture
 from vps.config import VPSConfig
 from vps.dispatch import backend, backends
 from vps.entropy import EntropyProcessor, token_entropy
+from vps.fitting import calibrate, sensitivity
 from vps.functional import vps_linear
 from vps.linear import VPSLinear
 from vps.masking import token_mask
@@ -20,6 +22,7 @@ from vps.settings import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "EntropyProcessor",
     "Iteration",
     "PatchReport",
@@ -30,7 +33,9 @@ __all__ = [
     "__version__",
     "backend",
     "backends",
+    "calibrate",
     "capture",
+    "clear_calibration",
     "disabled",
     "load",
     "patch",
@@ -38,6 +43,7 @@ __all__ = [
     "reference",
     "refine",
     "save",
+    "sensitivity",
     "set_config",
     "token_entropy",
     "token_mask",
