@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vps import coupling, masking, selection
 from vps.calibration import columns_of
-from vps.fitting.update import sharpened
+from vps.fitting.update import Norms, Selection, norms, sharpened
 from vps.functional import group, plan_for
 from vps.patching import sharpened_layers
+from vps.policy import Settings
 from vps.torch_backend import Inputs
 
 Features = tuple[Tensor, Tensor]  # I_in and I_out, [r]
@@ -153,6 +154,7 @@ class Sharpening(Form):
         self.features = features
         self.counts: dict[str, Features] | None = None  # how often each feature was selected
         self._joint: tuple[Tensor, int, coupling.Joint] | None = None
+        self._norms: dict[str, Norms] = {}
 
     def gammas(self) -> dict[str, float | tuple[float, ...]]:
         """γ by name of every sharpened layer, 0 where it has none."""
@@ -171,30 +173,31 @@ class Sharpening(Form):
         factor = layer.state.factor()
         plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, True)
         assert plan is not None
-        r = plan.settings.r
         dims, mask = masking.token_dims(x)
         grouped = group(x, dims, layer.config.scope)
         counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
         with torch.no_grad():
-            H, energy, I_in, I_out = self._selected(layer, grouped.detach(), W, counted, r)
+            chosen = self._selected(layer, grouped.detach(), W, counted, plan.settings)
             features = plan.drawn if self.features is None else self.features[name]
             if features is not None:
                 I_in, I_out = (index.expand(len(grouped), -1) for index in features)
+                chosen = chosen._replace(I_in=I_in, I_out=I_out)
             if self.counts is not None:
-                for count, index in zip(self.counts[name], (I_in, I_out), strict=True):
+                for count, index in zip(self.counts[name], chosen[2:], strict=True):
                     flat = index.reshape(-1)
                     count.index_add_(0, flat, count.new_ones(len(flat)))
+            if name not in self._norms:
+                self._norms[name] = norms(W)
         entropy = layer.state.entropy_on(x.device)
-        inputs = Inputs(grouped, W, bias, counted, I_in, I_out, plan.policy, entropy)
-        energy = energy.clone() if plan.settings.adaptive else None
-        y = sharpened(inputs, H, I_in, I_out, energy, own, plan.settings)
+        inputs = Inputs(grouped, W, bias, counted, None, None, plan.policy, entropy)
+        y = sharpened(inputs, chosen, own, plan.settings, self._norms[name])
         return y.view(*x.shape[:-1], len(W))
 
     def _selected(
-        self, layer: Any, x: Tensor, W: Tensor, mask: Tensor | None, r: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``H``, energy, ``I_in`` and ``I_out`` of the layer for x ``[G, T, d_in]``."""
-        deciding = layer.deciding()
+        self, layer: Any, x: Tensor, W: Tensor, mask: Tensor | None, settings: Settings
+    ) -> Selection:
+        """What the layer chooses for x ``[G, T, d_in]``."""
+        deciding, r, adaptive = layer.deciding(), settings.r, settings.adaptive
         if len(deciding) == 2:
             query, key = deciding
             pair = layer.coupling
@@ -207,13 +210,15 @@ class Sharpening(Form):
                 )
                 self._joint = x, x._version, joint
             place = 0 if layer is query else 1
-            return joint[place], joint.energy, joint.features[:, 0], joint.features[:, place + 1]
+            energy = joint.energy.clone() if adaptive else None
+            return Selection(
+                joint[place], energy, joint.features[:, 0], joint.features[:, place + 1]
+            )
         count = None if mask is None else mask.sum(1).clamp_(min=1)
         H = F.linear(x, W)
         s_in, _ = selection.statistics(x, mask, count, False)
-        s_out, energy = selection.statistics(H, mask, count, True)
-        assert energy is not None
-        return H, energy, selection.top_k(s_in, r), selection.top_k(s_out, r)
+        s_out, own_energy = selection.statistics(H, mask, count, adaptive)
+        return Selection(H, own_energy, selection.top_k(s_in, r), selection.top_k(s_out, r))
 
     @contextmanager
     def counting(self) -> Iterator[dict[str, Features]]:
