@@ -149,15 +149,17 @@ def calibrate(
             examples=tuple(each.identity for each in (*parts.fit, *parts.stop)),
             scope=scope,
             found=_found(found, families),
-            report={
-                "forms": {name: each["summary"] for name, each in found.items()},
-                "comparisons": reported.as_dict(families),
-                "controls": list(names),
-                "layers": len(chosen),
-                "examples": {n: len(getattr(parts, n)) for n in ("fit", "stop", "held_out")},
-                "options": key["options"],
-                "seed": seed,
-            },
+            report=_plain(
+                {
+                    "forms": {name: each["summary"] for name, each in found.items()},
+                    "comparisons": reported.as_dict(families),
+                    "controls": list(names),
+                    "layers": len(chosen),
+                    "examples": {n: len(getattr(parts, n)) for n in ("fit", "stop", "held_out")},
+                    "options": key["options"],
+                    "seed": seed,
+                }
+            ),
         )
     kept.remove()
     if result.found is None:
@@ -334,6 +336,12 @@ def _layers(
             f"{len(every)} sharpened layers, such as {every[0]!r}"
         )
     return chosen
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it."""
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
 
 
 def _found(found: Mapping[str, dict[str, Any]], families: dict[str, list[Any]]) -> bool | None:
