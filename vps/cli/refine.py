@@ -154,6 +154,7 @@ def _rows(
         "dtype": arguments.dtype,
         **options,
         "config": config,
+        "calibration": None,
     }
     if calibration is not None:
         text = calibration.to_json().encode()
