@@ -107,7 +107,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"vps.kernels": ["README.md"]},
+    package_data={"vps.demo": ["*.json"], "vps.kernels": ["README.md"]},
     install_requires=["torch>=2.11"],
     extras_require=EXTRAS,
     **cpp_extension(),

@@ -38,8 +38,9 @@ LAYERS = [
     {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture"},
     {"ephemeral"},
     {"refine", "batch"},
-    {"demo", "evaluation"},
+    {"evaluation"},
     {"fitting"},
+    {"demo"},
     {"cli"},
 ]
 KNOW_TRANSFORMERS = {"patching", "conv1d", "loading", "evaluation", "demo", "cli"}

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vps import jsonl
 from vps.calibration import Calibration, fingerprint, model_id
 from vps.config import VPSConfig
 from vps.ephemeral import restored
@@ -22,6 +21,7 @@ from vps.fitting import held_out as reported
 from vps.fitting.descent import Fit, Options, fit
 from vps.fitting.examples import Encoded, Example, Split, encoded, parse, split
 from vps.fitting.forms import Form, Plain, Scale, Sharpening, frequent_features, random_features
+from vps.fitting.kept import Kept
 from vps.fitting.lora import lora
 from vps.fitting.loss import device_of, nll
 from vps.fitting.sensitivity import Sensitivity, sensitivities
@@ -133,7 +133,7 @@ def calibrate(
             "longest": longest,
             "seed": seed,
         }
-        kept = _Kept(resume, key)
+        kept = Kept(resume, key)
         chosen = _layers(model, layers, use["fit"], step, say)
         found, gamma = _run(model, chosen, per, names, use, options, seed, kept, step, say)
         families = {}
@@ -241,7 +241,7 @@ def _run(
     use: Mapping[str, list[Encoded]],
     options: Options,
     seed: int,
-    kept: _Kept,
+    kept: Kept,
     step: Progress,
     say: Callable[[], None],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -369,43 +369,3 @@ def _split(examples: Sequence[Any], held_out: Sequence[Any] | None, seed: int) -
 
 def _texts(texts: Sequence[str] | None) -> Sequence[str]:
     return OTHER_TEXTS if texts is None else texts
-
-
-class _Kept:
-    """What an interrupted call left, and what this one leaves.
-
-    Raises:
-        ValueError: a file of another call; the message says what differs.
-    """
-
-    def __init__(self, path: str | Path | None, key: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.key = json.loads(json.dumps(key))
-        self.states: dict[str, Any] = {}
-        if self.path is None or not self.path.exists():
-            return
-        try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
-            before, states = values["key"], values["states"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"calibrate: {self.path} holds no interrupted calibration") from None
-        if before != self.key:
-            names = [name for name in self.key if before.get(name) != self.key[name]]
-            raise ValueError(
-                f"calibrate: {self.path} is of a calibration with other {', '.join(names)}; "
-                "remove it to start anew"
-            )
-        self.states = states
-
-    def state(self, name: str) -> dict[str, Any] | None:
-        state: dict[str, Any] | None = self.states.get(name)
-        return state
-
-    def keep(self, name: str, state: dict[str, Any]) -> None:
-        self.states[name] = state
-        if self.path is not None:
-            jsonl.replace(self.path, json.dumps({"key": self.key, "states": self.states}))
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
