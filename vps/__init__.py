@@ -4,13 +4,15 @@
 weight and the activations passing through.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from vps import reference
 from vps.calibration import Calibration, clear_calibration
 from vps.capture import capture
 from vps.config import VPSConfig
 from vps.dispatch import backend, backends
 from vps.entropy import EntropyProcessor, token_entropy
-from vps.fitting import calibrate, sensitivity
 from vps.functional import vps_linear
 from vps.linear import VPSLinear
 from vps.masking import token_mask
@@ -18,6 +20,9 @@ from vps.patching import PatchReport, disabled, patch, policy_state, set_config,
 from vps.policy import PolicyState
 from vps.refine import Iteration, RefineResult, refine
 from vps.settings import load, save
+
+if TYPE_CHECKING:
+    from vps.fitting import calibrate, sensitivity
 
 __version__ = "0.1.0"
 
@@ -50,3 +55,12 @@ __all__ = [
     "unpatch",
     "vps_linear",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Fitting, with what it needs for evaluation, when it is asked for: importing vps is light."""
+    if name == "fitting":
+        return import_module("vps.fitting")
+    if name in ("calibrate", "sensitivity"):
+        return getattr(import_module("vps.fitting"), name)
+    raise AttributeError(f"module 'vps' has no attribute {name!r}")
