@@ -30,9 +30,9 @@ class Options:
         seed: of the order of the examples.
     """
 
-    steps: int = 24
-    batch_size: int = 8
-    learning_rates: tuple[float, ...] = (0.05,)
+    steps: int = 16
+    batch_size: int = 6
+    learning_rates: tuple[float, ...] = (0.1,)
     every: int = 4
     patience: int = 2
     seed: int = 0
