@@ -12,7 +12,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vps/__init__.py").read_tex
 
 # Listed by hand: find_packages would not follow the link vps/kernels -> ../kernels, and a
 # top-level package `kernels` would overwrite Hugging Face's package of that name.
-PACKAGES = ["vps", "vps.cli", "vps.demo", "vps.evaluation", "vps.kernels", "vps.serving", "vps.verify"]
+PACKAGES = [
+    "vps",
+    "vps.cli",
+    "vps.demo",
+    "vps.evaluation",
+    "vps.kernels",
+    "vps.serving",
+    "vps.verify",
+]
 
 EXTRAS = {
     "gpu": ["triton>=3.6"],

@@ -1,4 +1,4 @@
-"""Where a serving engine finds its settings: the variable ``VPS_CONFIG``, a JSON file or JSON text."""
+"""Where a serving engine finds its settings: ``VPS_CONFIG``, a JSON file or JSON text."""
 
 from __future__ import annotations
 

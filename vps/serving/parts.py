@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from vps.config import VPSConfig
 from vps.coupled import why_not
@@ -45,7 +45,7 @@ class Fused:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def from_json(text: str) -> Fused:
         """What :meth:`to_json` wrote, made once a text."""
         values = json.loads(text)

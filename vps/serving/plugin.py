@@ -6,11 +6,11 @@ linear layer how to multiply; the weights stay as they are.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -22,7 +22,7 @@ from vps.config import VPSConfig
 from vps.matching import select_names
 from vps.serving import configuration, limits, parts
 
-logger = logging.getLogger(__name__)
+logger = init_logger("vllm.plugins.vps")  # shown like vLLM's own
 
 NAME = "vps"
 # Read by attention itself, beside the product that is sharpened.
@@ -40,7 +40,7 @@ class Sharpening(QuantizationConfig):
     Made by vLLM where it reads the model's config, and sent to its workers.
 
     Raises:
-        ValueError: settings that cannot be read or used; see :func:`configuration.from_environment`.
+        ValueError: settings that cannot be read or used (:func:`configuration.from_environment`).
     """
 
     def __init__(self, config: VPSConfig | None = None) -> None:
@@ -49,6 +49,7 @@ class Sharpening(QuantizationConfig):
         self.sharpened: list[str] = []
         self.others: list[str] = []
         self.coupled: list[str] = []
+        self.uncoupled: dict[str, str] = {}
         self.reported = False
 
     def get_name(self) -> str:
@@ -118,13 +119,14 @@ class Sharpening(QuantizationConfig):
             self.others.append(prefix)
             return None
         self.sharpened.append(prefix)
-        heads = getattr(layer, "num_heads", None), getattr(layer, "num_kv_heads", None)
-        if self.config.qk_coupling and self.config.builder != "random" and None not in heads:
-            coupled = parts.couple(fused, *heads)
+        coupling = self.config.qk_coupling and self.config.builder != "random"
+        if coupling and hasattr(layer, "num_kv_heads"):
+            coupled = parts.couple(fused, layer.num_heads, layer.num_kv_heads)
             if isinstance(coupled, parts.Fused):
                 self.coupled.append(prefix)
                 return coupled
-            logger.warning("vps: query and key of %s select separately: %s", prefix, coupled)
+            if len(fused.parts) != 3 or any(part.sharpened for part in fused.parts[:2]):
+                self.uncoupled[prefix] = coupled
         return fused
 
     def report(self) -> None:
@@ -150,6 +152,9 @@ class Sharpening(QuantizationConfig):
             len(self.coupled),
             len(self.others),
         )
+        if self.uncoupled:
+            listed = "; ".join(f"{name}: {why}" for name, why in list(self.uncoupled.items())[:3])
+            logger.warning("vps: q and k select separately in %d: %s", len(self.uncoupled), listed)
 
     def _tell_compiler(self, engine: Any) -> None:
         """Let the settings count where vLLM looks for a compiled graph of an earlier start."""

@@ -6,14 +6,14 @@ computed again together with its answer (preemption): so many requests run as su
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler as Base
 
 from vps.serving.limits import running_requests
 
-logger = logging.getLogger(__name__)
+logger = init_logger("vllm.plugins.vps")
 
 
 class Scheduler(Base):
@@ -37,7 +37,7 @@ class Scheduler(Base):
         scheduling.long_prefill_token_threshold = 0
         cache.enable_prefix_caching = False
         super().__init__(vllm_config, *arguments, **options)
-        wanted = self.max_num_active_reqs
+        wanted = scheduling.max_num_active_seqs or scheduling.max_num_seqs
         self.max_num_active_reqs = running_requests(cache.kv_cache_max_concurrency, wanted)
         if self.max_num_active_reqs < wanted:
             logger.warning(
