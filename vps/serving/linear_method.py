@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LIBRARY = torch.library.Library("vps", "FRAGMENT")
 LIBRARY.define("serve(Tensor x, Tensor weight, Tensor? bias, str settings) -> Tensor")
 CACHED = "vps_runs"
+NEEDED = ("query_start_loc", "seq_lens")
 
 
 @register_weight_loader_v2_supported_method
@@ -102,26 +103,29 @@ def _runs(context: ForwardContext) -> list[Run] | None:
     """
     if not context.attn_metadata:  # a pass that measures memory or warms up
         return None
-    if CACHED not in context.additional_kwargs:
-        assert isinstance(context.attn_metadata, dict)  # micro-batches are refused
-        kinds = context.attn_metadata.values()
-        metadata = next((kind for kind in kinds if hasattr(kind, "query_start_loc")), None)
-        if metadata is None:
-            names = sorted({type(kind).__name__ for kind in kinds})
-            raise RuntimeError(
-                "vps: scope='sequence' needs to know where requests start, which "
-                f"{', '.join(names)} does not say; set scope to 'token'"
-            )
-        starts = metadata.query_start_loc
-        lengths = starts.diff()
-        if bool(((lengths > 1) & (metadata.seq_lens > lengths)).any()):
-            raise RuntimeError(
-                "vps: scope='sequence' was given a part of a prompt, whose beginning was computed "
-                "before; set scope to 'token'"
-            )
-        context.additional_kwargs[CACHED] = runs(starts.tolist())
-    found: list[Run] = context.additional_kwargs[CACHED]
-    return found
+    known, grouping = context.additional_kwargs.get(CACHED, (None, None))
+    if known is context.attn_metadata:
+        return grouping
+    assert isinstance(context.attn_metadata, dict)  # micro-batches are refused
+    kinds = context.attn_metadata.values()
+    found = (kind for kind in kinds if all(hasattr(kind, name) for name in NEEDED))
+    metadata = next(found, None)
+    if metadata is None:
+        names = sorted({type(kind).__name__ for kind in kinds})
+        raise RuntimeError(
+            "vps: scope='sequence' needs to know where requests start, which "
+            f"{', '.join(names)} does not say; set scope to 'token'"
+        )
+    starts = metadata.query_start_loc
+    lengths = starts.diff()
+    if bool(((lengths > 1) & (metadata.seq_lens > lengths)).any()):
+        raise RuntimeError(
+            "vps: scope='sequence' was given a part of a prompt, whose beginning was computed "
+            "before; set scope to 'token'"
+        )
+    grouping = runs(starts.tolist())
+    context.additional_kwargs[CACHED] = context.attn_metadata, grouping
+    return grouping
 
 
 LIBRARY.impl("serve", _serve, "CompositeExplicitAutograd")
