@@ -190,6 +190,7 @@ def engine(**changes):
     """What the checks read of a VllmConfig, as it is by default."""
     values = dict(
         tensor_parallel_size=1,
+        pipeline_parallel_size=1,
         prefill_context_parallel_size=1,
         decode_context_parallel_size=1,
         use_ubatching=False,
@@ -209,6 +210,7 @@ def engine(**changes):
 
 ALWAYS = {
     "--tensor-parallel-size": dict(tensor_parallel_size=2),
+    "--pipeline-parallel-size": dict(pipeline_parallel_size=2),
     "--enable-lora": dict(lora_config=object()),
 }
 WITH_SEQUENCES = {
