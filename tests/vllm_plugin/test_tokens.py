@@ -97,7 +97,8 @@ def test_whole_prompts_only(engine, llama):
 
 
 def test_compiled(engine, llama):
-    """torch.compile, and no graph of other settings from vLLM's cache."""
+    """torch.compile, and no graph of other settings: vLLM keeps graphs by this hash."""
+    hashes = set()
     for config in (
         VPSConfig(scope="token", gamma=0.0, adaptive_gamma=False),
         VPSConfig(scope="token", target_modules=["down_proj", "q_proj"]),
@@ -105,4 +106,6 @@ def test_compiled(engine, llama):
     ):
         llm = engine(llama, config, enforce_eager=False)
         assert answers(llm, PROMPTS) == expected(llama, config)
+        hashes.add(llm.llm_engine.vllm_config.compute_hash())
         del llm
+    assert len(hashes) == 3

@@ -33,8 +33,8 @@ def check(engine: Any, config: VPSConfig, keeps_prompts_whole: bool) -> None:
         )
     if parallel.pipeline_parallel_size > 1:
         reasons.append(
-            "its blocks would be spread over devices (--pipeline-parallel-size), which is untested: "
-            "expected 1"
+            "its blocks would be spread over devices (--pipeline-parallel-size), which is "
+            "untested: expected 1"
         )
     if engine.lora_config is not None:
         reasons.append("adapters (--enable-lora) would be added to sharpened outputs unsharpened")
