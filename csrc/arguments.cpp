@@ -95,21 +95,26 @@ void check_indices(const char* name, const Tensor& index, int64_t groups, int64_
     }
 }
 
-Policy read_policy(const Tensor& tensor) {
+Policy read_policy(const Tensor& tensor, int64_t r) {
+  constexpr int64_t kNumbers = 9;
   check_plain("policy", tensor);
   check_dtype("policy", tensor, aoti_torch_dtype_float64());
-  check_shape("policy", tensor, {9});
+  const bool by_column = tensor.dim() == 1 && tensor.size(0) == kNumbers + r;
+  if (!by_column) check_shape("policy", tensor, {kNumbers});
   const double* data = static_cast<const double*>(tensor.data_ptr());
-  double values[9];
-  for (int i = 0; i < 9; ++i) {
-    values[i] = data[i * tensor.stride(0)];
-    if (!std::isfinite(values[i])) fail("policy", " must be finite, got ", values[i]);
-  }
-  return {values[0],
-          {values[1], values[2]},
-          {values[3], values[4]},
-          {values[5], values[6]},
-          {values[7], values[8]}};
+  const auto number = [&](int64_t i) {
+    const double value = data[i * tensor.stride(0)];
+    if (!std::isfinite(value)) fail("policy", " must be finite, got ", value);
+    return value;
+  };
+  Policy policy{number(0),
+                {number(1), number(2)},
+                {number(3), number(4)},
+                {number(5), number(6)},
+                {number(7), number(8)},
+                {}};
+  for (int64_t c = 0; by_column && c < r; ++c) policy.columns.push_back(number(kNumbers + c));
+  return policy;
 }
 
 double read_number(const char* name, const Tensor& tensor) {
@@ -215,7 +220,7 @@ Shape check(const Arguments& a) {
     fail("r", " must be from 1 to min(d_in, d_out) = ", limit, ", got ", a.r);
   if (a.I_in) check_indices("I_in", *a.I_in, s.groups, a.r, s.d_in);
   if (a.I_out) check_indices("I_out", *a.I_out, s.groups, a.r, s.d_out);
-  s.policy = read_policy(a.policy);
+  s.policy = read_policy(a.policy, a.r);
   if (a.entropy) s.entropy = read_number("entropy", *a.entropy);
   if (a.coupled && !(a.alpha > 0 && std::isfinite(a.alpha)))
     fail("alpha", " must be positive and finite, got ", a.alpha);

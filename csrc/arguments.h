@@ -20,7 +20,7 @@ struct Arguments {
   const std::optional<Tensor>& mask;     // bool [G, T]
   const std::optional<Tensor>& I_in;     // int64 [G, r]
   const std::optional<Tensor>& I_out;    // int64 [G, r]
-  const Tensor& policy;                  // float64 [9]
+  const Tensor& policy;                  // float64 [9], or [9 + r] with a factor of each column
   const std::optional<Tensor>& entropy;  // floating, one element
   const std::optional<Tensor>& H;        // [G, T, d_out], contiguous
   const std::optional<Tensor>& energy;   // float32 [G]

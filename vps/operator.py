@@ -34,7 +34,7 @@ LIBRARY.define(
     "linear_pair(Tensor x, Tensor W_q, Tensor? b_q, Tensor W_k, Tensor? b_k, Tensor? mask, "
     "Tensor? I_in, Tensor policy, Tensor? entropy, int r, int heads, int kv_heads, bool adaptive, "
     "bool coupled_q, bool coupled_k, bool second_order, float alpha, float? tau, bool spectral, "
-    "float? clamp) -> (Tensor y_q, Tensor y_k, Tensor I_in)",
+    "float? clamp, Tensor? policy_k=None) -> (Tensor y_q, Tensor y_k, Tensor I_in)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 LIBRARY.define(
