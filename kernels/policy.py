@@ -38,7 +38,7 @@ def decide(
 
 @triton.jit
 def column_factors(policy_ptr, rank, inside, ACC: tl.constexpr):
-    """What multiplies each column of the core, at ``rank`` [R], behind the policy's nine numbers."""
+    """What multiplies each column of the core, at ``rank`` [R]: behind the policy's nine."""
     return tl.load(policy_ptr + 9 + rank, mask=inside, other=0.0).to(ACC)
 
 
