@@ -12,7 +12,7 @@ from vps.functional import FLOATING, vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.masking import STATE
 from vps.pairing import Coupling
-from vps.policy import PolicyState
+from vps.policy import LayerGamma, PolicyState
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,13 +22,14 @@ class SharpenedLayer:
 
     ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer. During a
     refinement also ``gradient``, whether the last verification pass brought one here (Hybrid turns
-    to SC), and the L-BFGS ``memory``.
+    to SC), and the L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's.
     """
 
     config: VPSConfig
     state: PolicyState
     gradient: bool = False
     memory: CurvatureMemory | None = None
+    gamma: LayerGamma | None = None
     coupling: Coupling | None = None
 
     def deciding(self) -> tuple[Any, ...]:
@@ -54,6 +55,7 @@ class SharpenedLayer:
             state=self.state,
             gradient=self.gradient,
             memory=self.memory,
+            gamma=self.gamma,
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
 from vps.lbfgs import CurvatureMemory
-from vps.policy import PolicyState
+from vps.policy import LayerGamma, PolicyState
 
 
 class Layer(Protocol):
@@ -27,6 +27,7 @@ class Layer(Protocol):
     state: PolicyState
     gradient: bool
     memory: CurvatureMemory | None
+    gamma: LayerGamma | None
     coupling: Coupling | None
 
 
@@ -79,7 +80,7 @@ class Coupling:
             if y is not None:
                 return y
         query, key = (
-            Projection(one.weight, one.bias, one.gradient, one.memory)
+            Projection(one.weight, one.bias, one.gradient, one.memory, one.gamma)
             for one in (self.query, self.key)
         )
         ys = coupled_vps_linear(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vps import coupling, masking, policy, selection
-from vps.functional import group, plan_for, run
+from vps.functional import arrange, group, plan_for, run
 from vps.masking import STATE
 from vps.patching import disabled, sharpened_layers
 from vps.statistics import weight_of
@@ -145,13 +145,16 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
             raise RuntimeError("shuffled_selection: expected to run outside torch.autocast")
         d_out, d_in = W.shape
         factor = layer.state.factor()
-        plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device)
+        own_gamma = layer.gamma
+        plan = plan_for(
+            layer.config, layer.gradient, factor, d_out, d_in, x.device, own_gamma is not None
+        )
         if plan is None or x.numel() == 0 or plan.settings.r == 0:
             return None
+        if own_gamma is not None and own_gamma.is_zero:
+            return None
         r = plan.settings.r
-        dims, mask = masking.token_dims(x)
-        grouped = group(x, dims, layer.config.scope)
-        counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+        grouped, _, counted = arrange(x, None, layer.config.scope)
         H: Tensor | None = None
         energy: Tensor | None = None
         if plan.drawn is not None:
@@ -166,7 +169,7 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
             donated = tuple(torch.tensor(i, device=x.device).expand_as(own[0]) for i in drawn)  # type: ignore[assignment]
         inputs = Inputs(
             grouped, W, layer.bias, counted, *donated,  # type: ignore[misc]
-            plan.policy, layer.state.entropy_on(x.device),
+            plan.numbers(own_gamma), layer.state.entropy_on(x.device),
             None if torch.is_grad_enabled() else H,
             energy if plan.settings.adaptive else None,
         )  # fmt: skip
@@ -242,7 +245,9 @@ def _plain(layer: Any, x: Tensor) -> Tensor:
 
 def _settings(layer: Any) -> policy.Settings | None:
     d_out, d_in = weight_of(layer).shape
-    return policy.settings(layer.config, layer.gradient, d_in, d_out)
+    if layer.gamma is not None and layer.gamma.is_zero:
+        return None
+    return policy.settings(layer.config, layer.gradient, d_in, d_out, layer.gamma is not None)
 
 
 def _own_selection(
