@@ -19,6 +19,7 @@ PACKAGES = [
     "vps.evaluation",
     "vps.fitting",
     "vps.kernels",
+    "vps.serving",
     "vps.verify",
 ]
 
@@ -28,6 +29,7 @@ EXTRAS = {
     "verify": ["sympy", "pint", "math-verify"],
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
+    "vllm": ["vllm>=0.32"],
     "dev": ["ruff", "mypy", "pre-commit"],
 }
 EXTRAS["test"] = [
@@ -42,7 +44,8 @@ EXTRAS["test"] = [
     *EXTRAS["eval"],
     *EXTRAS["verify"],
 ]
-EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# vLLM pins its own torch, so it is no part of "all".
+EXTRAS["all"] = sorted({r for name, extra in EXTRAS.items() if name != "vllm" for r in extra})
 
 
 def cpp_extension() -> dict:
@@ -111,5 +114,8 @@ setup(
     install_requires=["torch>=2.11"],
     extras_require=EXTRAS,
     **cpp_extension(),
-    entry_points={"console_scripts": ["vps = vps.cli:main"]},
+    entry_points={
+        "console_scripts": ["vps = vps.cli:main"],
+        "vllm.general_plugins": ["vps = vps.serving.plugin:register"],
+    },
 )

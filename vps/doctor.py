@@ -26,6 +26,7 @@ OPTIONAL = {
     "reasoning_gym": "eval",
     "scipy": "eval",
     "matplotlib": "plots",
+    "vllm": "vllm",
 }
 
 

@@ -18,12 +18,17 @@ from vps.selection import accumulation_dtype
 from vps.torch_backend import Inputs, Outputs, needs_gradient
 
 LIBRARY = torch.library.Library("vps", "DEF")
-LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? I_in, Tensor? I_out, "
+ARGUMENTS = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? I_in, Tensor? I_out, "
     "Tensor policy, Tensor? entropy, Tensor? H, Tensor? energy, int r, bool adaptive, "
-    "bool coupled, bool second_order, float alpha, float? tau, bool spectral, float? clamp) "
-    "-> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)",
+    "bool coupled, bool second_order, float alpha, float? tau, bool spectral, float? clamp)"
+)
+LIBRARY.define(
+    f"linear{ARGUMENTS} -> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)",
     tags=[torch.Tag.pt2_compliant_tag],
+)
+LIBRARY.define(
+    f"linear_only{ARGUMENTS} -> (Tensor y, Tensor I_in)", tags=[torch.Tag.pt2_compliant_tag]
 )
 LIBRARY.define(
     "couple(Tensor x, Tensor W_q, Tensor W_k, Tensor? mask, Tensor? I_in, int r, int heads, "
@@ -37,6 +42,11 @@ LIBRARY.define(
     "float? clamp, Tensor? policy_k=None) -> (Tensor y_q, Tensor y_k, Tensor I_in)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
+LIBRARY.define(
+    "linear_backward(Tensor g, Tensor weight, Tensor features, Tensor core, Tensor gamma) "
+    "-> Tensor",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -44,9 +54,12 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]``, differentiable, and ``I_in`` [G, r], through the operator."""
     if torch.compiler.is_compiling() or needs_gradient(inputs):
         y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
-    else:  # past the gradient's registration, which is written in Python
-        with torch._C._AutoDispatchBelowAutograd():
-            y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
+        return y, features[:, 0]
+    with torch._C._AutoDispatchBelowAutograd():  # past the gradient, which is written in Python
+        if inputs.x.is_cpu:  # what a gradient would need is not even allocated
+            y, I_in = torch.ops.vps.linear_only.default(*inputs, *settings)
+            return y, I_in
+        y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
     return y, features[:, 0]
 
 
@@ -135,6 +148,17 @@ def _fake(
     )
 
 
+@torch.library.register_fake("vps::linear_backward")
+def _fake_backward(g: Tensor, weight: Tensor, *selected: Tensor) -> Tensor:
+    return g.new_empty(*g.shape[:2], weight.shape[1])
+
+
+@torch.library.register_fake("vps::linear_only")
+def _fake_only(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y, features, *_ = _fake(*arguments)
+    return y, y.new_empty(len(y), features.shape[-1], dtype=torch.int64)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     x, weight = inputs[:2]
     ctx.clamp = inputs[-1]
@@ -147,16 +171,39 @@ def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | N
     if g is None:
         return (None,) * len(wanted)
     x, weight, features, core, gamma, t = ctx.saved_tensors
-    selected = features[:, 0], features[:, 1], core, gamma, t
     return (
-        gradient.of_input(g, weight, *selected, ctx.clamp) if wanted[0] else None,
+        _of_input(g, weight, features, core, gamma, t, ctx.clamp) if wanted[0] else None,
         gradient.of_weight(g, x) if wanted[1] else None,
         gradient.of_bias(g) if wanted[2] else None,
         *[None] * (len(wanted) - 3),
     )
 
 
+def _of_input(
+    g: Tensor,
+    weight: Tensor,
+    features: Tensor,
+    core: Tensor,
+    gamma: Tensor,
+    t: Tensor,
+    clamp: float | None,
+) -> Tensor:
+    """``∂L/∂x``: without a clamp by the operator, unless it shall be differentiated itself."""
+    if clamp is None and not torch.is_grad_enabled():
+        return torch.ops.vps.linear_backward.default(g, weight, features, core, gamma)
+    selected = features[:, 0], features[:, 1], core, gamma, t
+    return gradient.of_input(g, weight, *selected, clamp)
+
+
 torch.library.register_autograd("vps::linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def _torch_backward(
+    g: Tensor, weight: Tensor, features: Tensor, core: Tensor, gamma: Tensor
+) -> Tensor:
+    """The backward pass in torch, where there is no other."""
+    selected = features[:, 0], features[:, 1], core, gamma
+    return gradient.of_input(g, weight, *selected, None, None)
 
 
 def _torch(*arguments: Any) -> Result:
@@ -192,6 +239,8 @@ def _triton_joint(*arguments: Any) -> coupling.Joint:
 
 LIBRARY.impl("linear", _triton, "CUDA")
 LIBRARY.impl("couple", _triton_joint, "CUDA")
+LIBRARY.impl("linear_backward", _torch_backward, "CUDA")
 if cpp.why_missing() is not None:
     LIBRARY.impl("linear", _torch, "CPU")
     LIBRARY.impl("couple", coupling.couple, "CPU")
+    LIBRARY.impl("linear_backward", _torch_backward, "CPU")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vps import coupling, masking, policy, selection
-from vps.functional import group, plan_for, run
+from vps.functional import arrange, group, plan_for, run
 from vps.masking import STATE
 from vps.patching import disabled, sharpened_layers
 from vps.statistics import weight_of
@@ -147,16 +147,15 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         factor = layer.state.factor()
         own_gamma = layer.gamma
         plan = plan_for(
-            layer.config, layer.gradient, factor, d_out, d_in, x.device, own_gamma is not None
-        )
+            layer.config, layer.gradient, factor, d_out, d_in, x.device,
+            calibrated=own_gamma is not None,
+        )  # fmt: skip
         if plan is None or x.numel() == 0 or plan.settings.r == 0:
             return None
         if own_gamma is not None and own_gamma.is_zero:
             return None
         r = plan.settings.r
-        dims, mask = masking.token_dims(x)
-        grouped = group(x, dims, layer.config.scope)
-        counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+        grouped, _, counted = arrange(x, None, layer.config.scope)
         H: Tensor | None = None
         energy: Tensor | None = None
         if plan.drawn is not None:

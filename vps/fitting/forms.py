@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import coupling, masking, selection
+from vps import coupling, selection
 from vps.calibration import columns_of
 from vps.fitting.update import Norms, Selection, norms, sharpened
-from vps.functional import group, plan_for
+from vps.functional import arrange, plan_for
 from vps.patching import sharpened_layers
 from vps.policy import Settings
 from vps.torch_backend import Inputs
@@ -171,11 +171,11 @@ class Sharpening(Form):
         name = self.parts[id(layer)][0]
         d_out, d_in = min(tuple(_matrix(one).shape) for one in layer.deciding())
         factor = layer.state.factor()
-        plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, True)
+        plan = plan_for(
+            layer.config, layer.gradient, factor, d_out, d_in, x.device, calibrated=True
+        )
         assert plan is not None
-        dims, mask = masking.token_dims(x)
-        grouped = group(x, dims, layer.config.scope)
-        counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+        grouped, _, counted = arrange(x, None, layer.config.scope)
         with torch.no_grad():
             chosen = self._selected(layer, grouped.detach(), W, counted, plan.settings)
             features = plan.drawn if self.features is None else self.features[name]
