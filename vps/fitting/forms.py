@@ -171,9 +171,7 @@ class Sharpening(Form):
         name = self.parts[id(layer)][0]
         d_out, d_in = min(tuple(_matrix(one).shape) for one in layer.deciding())
         factor = layer.state.factor()
-        plan = plan_for(
-            layer.config, layer.gradient, factor, d_out, d_in, x.device, calibrated=True
-        )
+        plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, x.dtype, True)
         assert plan is not None
         grouped, _, counted = arrange(x, None, layer.config.scope)
         with torch.no_grad():
