@@ -49,10 +49,11 @@ def _placed(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 
 
 def cover(adapter: nn.Module, layer: Any) -> Any:
-    """Sharpen an adapter in place of the layer that it wraps."""
+    """Sharpen an adapter in place of the layer that it wraps: settings and coupling pass to it,
+    and go back when it is taken away."""
     from vps import opaque_layer
 
-    outer = opaque_layer.attach(adapter, layer.config, layer.state, layer.widths)
+    outer = opaque_layer.attach(adapter, layer.config, layer.state, layer.widths, wraps=True)
     _hand_over(layer, outer)
     layer.outer = outer
     return outer

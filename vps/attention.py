@@ -66,6 +66,8 @@ def _pair(
     (d_q, in_q), (d_k, in_k) = query.widths, key.widths
     if in_q != in_k:
         return f"they read {in_q} and {in_k} features"
+    heads: Any
+    kv_heads: Any
     size = getattr(block, "head_dim", None)
     if isinstance(size, int) and size > 0:
         heads, kv_heads = d_q // size, d_k // size

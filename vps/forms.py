@@ -83,7 +83,7 @@ def _opaque_form(module: nn.Module, expected: type[nn.Module], reason: str) -> F
 
 
 def sharpen(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.Module:
-    """The module to stand for one of form ``"weight"``, or the module itself, sharpened in place."""
+    """What stands for a module of form ``"weight"``; any other itself, sharpened in its place."""
     if adapters.is_adapter(module):
         wrapped = module._modules["base_layer"]
         assert wrapped is not None
@@ -131,7 +131,7 @@ def plain(module: nn.Module) -> nn.Module:
         return module
     if not isinstance(module, VPSLinear):
         return module.to_conv1d()  # type: ignore[attr-defined,no-any-return]
-    if type(module._parameters.get("weight")) is nn.Parameter and "forward" not in vars(module):
+    if type(module._parameters.get("weight")) is nn.Parameter and "forward" not in module.__dict__:
         return module.to_linear()
     return _in_place(module)
 
@@ -141,9 +141,9 @@ def _in_place(layer: VPSLinear) -> nn.Module:
     kind = type(layer)
     bases = tuple(nn.Linear if base is VPSLinear else base for base in kind.__bases__)
     for name in SharpenedLayer.__annotations__:
-        vars(layer).pop(name, None)
+        layer.__dict__.pop(name, None)
     layer.__class__ = nn.Linear if kind is VPSLinear else type("FSDPLinear", bases, {})  # type: ignore[assignment]
-    if "_old_forward" in vars(layer):
+    if "_old_forward" in layer.__dict__:
         layer._old_forward = nn.Linear.forward.__get__(layer)
     return layer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,13 @@ class SharpenedLayer:
     def widths(self) -> tuple[int, int]:
         """d_out and d_in."""
         raise NotImplementedError
+
+    if TYPE_CHECKING:
+
+        @property
+        def bias(self) -> Tensor | None: ...
+
+        def register_forward_hook(self, hook: Any, **options: Any) -> Any: ...
 
     def matrix(self) -> Tensor | None:
         """W ``[d_out, d_in]`` where it is a plain matrix in memory now, else ``None``."""
@@ -104,11 +111,10 @@ class SharpenedLayer:
             return self.coupling.sharpen(self, x)
         W = self.matrix()
         if W is not None:
-            bias: Tensor | None = self.bias  # type: ignore[attr-defined]
             return vps_linear(
                 x,
                 W,
-                bias,
+                self.bias,
                 self.config,
                 state=self.state,
                 gradient=self.gradient,
@@ -125,7 +131,7 @@ class SharpenedLayer:
             return self.apply_plain(x, True) if y is None else y
         if entry.module is not self.module:
             return self.apply_plain(x, True)
-        entry.matrix, entry.bias = self.matrix(), self.bias  # type: ignore[attr-defined]
+        entry.matrix, entry.bias = self.matrix(), self.bias
         return self.apply_plain(x, entry.biased)
 
 

@@ -35,18 +35,24 @@ class OpaqueLayer(SharpenedLayer):
         config: the settings.
         state: policy state of the model.
         widths: d_out and d_in.
+        wraps: whether it is an adapter, which may yet have to be given the layer that it wraps.
     """
 
     def __init__(
-        self, module: nn.Module, config: VPSConfig, state: PolicyState, widths: tuple[int, int]
+        self,
+        module: nn.Module,
+        config: VPSConfig,
+        state: PolicyState,
+        widths: tuple[int, int],
+        wraps: bool,
     ) -> None:
         self._module = module
         self._widths = widths
         self.config = config
         self.state = state
-        self.wraps = "base_layer" in module._modules
-        self.offset = self.wraps  # an adapter may bring a bias of its own
-        self.norms = RowNorms() if are_fixed(module) else None
+        self.wraps = wraps
+        self.offset = wraps  # an adapter may bring a bias of its own
+        self.norms = RowNorms() if not wraps and are_fixed(module) else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         adapters.watch()
@@ -127,14 +133,14 @@ def sharpened_by(module: nn.Module) -> SharpenedLayer | None:
 
 
 def attach(
-    module: nn.Module, config: VPSConfig, state: PolicyState, widths: tuple[int, int]
+    module: nn.Module,
+    config: VPSConfig,
+    state: PolicyState,
+    widths: tuple[int, int],
+    wraps: bool = False,
 ) -> OpaqueLayer:
-    """Sharpen ``module`` in its place.
-
-    An adapter takes the place of the sharpened layer that it wraps: settings and coupling pass to
-    it, and go back when it is taken away.
-    """
-    layer = OpaqueLayer(module, config, state, widths)
+    """Sharpen ``module`` in its place; arguments as for :class:`OpaqueLayer`."""
+    layer = OpaqueLayer(module, config, state, widths, wraps)
     module.__dict__["_sharpened"] = layer
     module.__dict__[_slot(module)] = layer.forward
     return layer

@@ -95,7 +95,9 @@ def without_bias(module: nn.Module) -> nn.Module | None:
     twin.__dict__.update(inner)
     wrapped = module._modules.get("base_layer")
     if wrapped is None:
-        twin._parameters["bias"] = None
+        bias = twin._parameters["bias"]
+        none = isinstance(module, nn.Linear) or bias is None
+        twin._parameters["bias"] = None if none else torch.zeros_like(bias)  # type: ignore[assignment,arg-type]
         return twin
     forward = wrapped.__dict__.get("forward")
     if forward is not None and getattr(forward, "__self__", None) is not handle_of(wrapped):
@@ -228,7 +230,7 @@ class OwnForward:
         total = rows.sum(0, keepdim=True)
         try:
             constant = self.steady_product(torch.zeros_like(total))
-            self.offset = self.layer.offset = bool((constant != 0).any())
+            self.offset = self.layer.offset = self.offset or bool((constant != 0).any())
             W = columns(self, some, rows.dtype, constant[0] if self.offset else None)
             together = self.steady_product(torch.cat([total, rows, -2 * total]))
         except Exception as error:  # whatever a layer of another library raises
@@ -295,8 +297,6 @@ def _versions(module: nn.Module) -> list[tuple[Any, int]]:
 def are_fixed(module: nn.Module) -> bool:
     """Whether every matrix of a layer is quantized, so that its row norms may be kept: no edit
     would be made in place of such data, while ``weight.data`` of a plain one is edited unseen."""
-    if "base_layer" in module._modules:
-        return False
     return not any(is_matrix(parameter) for parameter in module.parameters())
 
 

@@ -221,13 +221,15 @@ def _donors(layers: dict[str, Any], seed: int) -> dict[str, str]:
 def _hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
     """``hook`` replaces the output of every layer that is not switched off, before other hooks."""
 
-    def call(name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+    def call(
+        name: str, layer: Any, module: nn.Module, args: tuple[Tensor, ...], y: Tensor
+    ) -> Tensor | None:
         if any(state is layer.state for state in STATE.disabled):
             return None
         return hook(name, layer, args, y)
 
     handles = [
-        layer.register_forward_hook(partial(call, name), prepend=True)
+        layer.register_forward_hook(partial(call, name, layer), prepend=True)
         for name, layer in _layers(model).items()
     ]
     try:
@@ -253,7 +255,8 @@ def _own_selection(
     products = [one.base_product(flat).view(*x.shape[:-1], -1) for one in deciding]
     if len(deciding) == 2:
         pair = layer.coupling
-        joint = coupling.decide(x, *products, mask, None, r, pair.heads, pair.kv_heads)
+        H_q, H_k = products
+        joint = coupling.decide(x, H_q, H_k, mask, None, r, pair.heads, pair.kv_heads)
         index = 0 if layer is deciding[0] else 1
         return (joint.features[:, 0], joint.features[:, index + 1]), joint[index], joint.energy
     count = None if mask is None else mask.sum(1).clamp_(min=1)
