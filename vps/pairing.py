@@ -16,7 +16,7 @@ from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.opaque import OpaqueProjection, opaque_vps_linear
-from vps.policy import PolicyState
+from vps.policy import LayerGamma, PolicyState
 
 
 class Layer(Protocol):
@@ -26,6 +26,7 @@ class Layer(Protocol):
     state: PolicyState
     gradient: bool
     memory: CurvatureMemory | None
+    gamma: LayerGamma | None
     coupling: Coupling | None
 
     @property
@@ -89,10 +90,12 @@ class Coupling:
             if y is not None:
                 return y
         W_q, W_k = self.query.matrix(), self.key.matrix()
-        ys: tuple[Tensor, Tensor] | list[Tensor] | None
+        ys: tuple[Tensor, Tensor] | list[Tensor | None]
         if W_q is not None and W_k is not None:
-            query = Projection(W_q, self.query.bias, self.query.gradient, self.query.memory)
-            key = Projection(W_k, self.key.bias, self.key.gradient, self.key.memory)
+            query = Projection(
+                W_q, self.query.bias, self.query.gradient, self.query.memory, self.query.gamma
+            )
+            key = Projection(W_k, self.key.bias, self.key.gradient, self.key.memory, self.key.gamma)
             ys = coupled_vps_linear(
                 x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
             )
@@ -103,8 +106,6 @@ class Coupling:
             )
             heads = self.heads, self.kv_heads
             ys = opaque_vps_linear(x, both, layer.config, heads=heads, state=layer.state)
-            if ys is None:
-                return None
         own, other = ys if layer is self.query else ys[::-1]
         if waits:
             _WAITING.layer = self.key if layer is self.query else self.query
