@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -110,12 +111,23 @@ def check(module: nn.Module) -> str | None:
     layer = opaque_layer.handle_of(module)
     if layer is None or _is_sharded(module):
         return None
-    base = layer.own_forward(_token_like(module))
+    base, config = layer.own_forward(_token_like(module)), layer.config
     reason: str | None = base.describe()
-    if reason is None and layer.config.tau is not None and base.matrix() is None:
-        if layer.norms is not None:
-            layer.norms.find(base, base.like.dtype)
-    return reason
+    if reason is not None or config.tau is None or base.matrix() is not None:
+        return reason
+    if layer.norms is not None:
+        layer.norms.find(base, base.like.dtype)
+    if layer.norms is None or config.builder == "sc" or config.clip == "spectral":
+        missing = base.why_no_backward()
+        if missing is not None:
+            warnings.warn(
+                f"vps.patch: a {type(module).__name__} has no backward pass ({missing}), so the "
+                f"rows of its weight that the clip asks for take {base.d_in} one-hot rows at every "
+                "call; tau=None, or without an adapter builder='sk' with clip='component', does "
+                "without them",
+                stacklevel=4,
+            )
+    return None
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -14,9 +14,10 @@ from vps.functional import FLOATING, vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.masking import STATE
 from vps.opaque import OpaqueProjection, opaque_vps_linear
-from vps.own_forward import OwnForward, RowNorms, is_matrix, plain, running_plain
+from vps.own_forward import OwnForward, is_matrix, plain, running_plain
 from vps.pairing import Coupling
 from vps.policy import LayerGamma, PolicyState
+from vps.weight_rows import RowNorms
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -132,7 +132,7 @@ def opaque_vps_linear(
                 plan.numbers(layer.gamma), entropy,                h, energy,
             )  # fmt: skip
             pairs = layer.memory.pairs if layer.memory is not None and config.lbfgs else ()
-            y = _update(layer, p, inputs, riders.place, plan.settings, pairs)
+            y = _update(layer, p, inputs, riders, plan.settings, pairs)
             ys.append(y.view(*x.shape[:-1], -1))
     return ys
 
@@ -167,13 +167,14 @@ def _update(
     layer: OpaqueProjection,
     products: riding.Products,
     inputs: Inputs,
-    place: Tensor,
+    riders: riding.Riders,
     settings: policy.Settings,
     pairs: tuple[Pair, ...],
 ) -> Tensor:
     """``H + b + γ · clamp(δ)``, ``[G, T, d_out]``; autograd gives SPEC §6, for all but H in it is
     a constant."""
     H, I_out, mask = inputs.H, inputs.I_out, inputs.mask
+    index, place = riders
     assert H is not None
     plain = products.output[: len(products.H)].view_as(H)
     bias = layer.base.bias()
@@ -186,7 +187,8 @@ def _update(
             s_out, measured = selection.statistics(values, mask, count, settings.adaptive)
             energy = measured if energy is None else energy
             I_out = selection.top_k(s_out, settings.r) if I_out is None else I_out
-        weight = riding.RiddenWeight(layer.base, products.table, place)
+        known = riding.Columns(index, products.table)
+        weight = riding.RiddenWeight(layer.base, known, place)
         assert inputs.I_in is not None
         core, gamma, t, inactive = backend.build(
             inputs, values, energy, inputs.I_in, I_out, None, settings, weight
