@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vps import adapters, opaque_layer
 from vps.config import VPSConfig
 from vps.linear import FLOATING, SharpenedLayer, VPSLinear, why_not_sharpenable
-from vps.own_forward import innermost, is_matrix
+from vps.own_forward import fsdp_module, innermost, is_matrix
 from vps.policy import PolicyState
 
 WEIGHT = "weight"
@@ -61,7 +61,10 @@ def _form(module: nn.Module) -> Form:
 
 def _opaque_form(module: nn.Module, expected: type[nn.Module], reason: str) -> Form:
     """The opaque form of a layer that has no plain weight for that ``reason``."""
-    kind, hook = type(module).__name__, module.__dict__.get("_hf_hook")
+    hook = module.__dict__.get("_hf_hook")
+    sharded = fsdp_module()
+    alone = sharded is not None and isinstance(module, sharded)
+    kind = type(module).__mro__[2 if alone else 0].__name__
     handle = opaque_layer.handle_of(module)
     if "forward" in module.__dict__ and hook is None and handle is None:
         return Form(reason=reason)

@@ -104,6 +104,30 @@ def opaque_vps_linear(
     grouped = group(tokens, dims, config.scope)
     counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
     I_in, drawn = _inputs(x, grouped, mask, counted, first, given)
+    try:
+        return _sharpened(
+            x, grouped, counted, I_in, drawn, layers, plans, config, heads, state, given
+        )
+    finally:
+        for layer in layers:
+            layer.base.release()
+
+
+def _sharpened(
+    x: Tensor,
+    grouped: Tensor,
+    counted: Tensor | None,
+    I_in: Tensor,
+    drawn: Tensor | None,
+    layers: tuple[OpaqueProjection, ...],
+    plans: list[Any],
+    config: VPSConfig,
+    heads: tuple[int, int] | None,
+    state: policy.PolicyState | None,
+    given: Given | None,
+) -> list[Tensor | None]:
+    """The outputs, once the inputs are selected."""
+    kind, d_in, first = x.device.type, x.shape[-1], plans[0]
     riders = riding.riders(I_in, d_in)
     products = [
         riding.ride(layer.base, grouped.reshape(-1, d_in), riders.index) for layer in layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -104,6 +105,11 @@ def without_bias(module: nn.Module) -> nn.Module | None:
     return None if within is None else twin
 
 
+def fsdp_module() -> Any:
+    """The class of modules that FSDP2 shards, or ``None`` where nothing uses it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
 def handle_of(module: nn.Module) -> Any:
     """The :class:`vps.opaque_layer.OpaqueLayer` that sharpens a module, or ``None``."""
     return module.__dict__.get("_sharpened")
@@ -156,14 +162,37 @@ class OwnForward:
         self.biased = not layer.leaves_out_bias()
         self.offset = layer.offset or self.biased
         self.entry: Plain | None = None
+        self.gathered = False
 
     def product(self, rows: Tensor) -> Tensor:
         if self.inside:
             return self.layer.apply_plain(rows, self.biased)
+        self._gather()
         with plain(self.module, self.biased) as entry:
             output: Tensor = self.module.forward(rows)
         self.entry = entry
         return output
+
+    def _gather(self) -> None:
+        """Bring the shards of a layer together that FSDP2 manages by itself, as its call would."""
+        sharded = fsdp_module()
+        if self.gathered or sharded is None or not isinstance(self.module, sharded):
+            return
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            raise RuntimeError(
+                "vps: query and key cannot be coupled with gradients for parameters where FSDP2 "
+                "shards each of them by itself; expected fully_shard of their block, "
+                "qk_coupling=False, or no gradient"
+            )
+        self.module.unshard()
+        self.gathered = True
+
+    def release(self) -> None:
+        """Let go of what this call brought into memory."""
+        self.entry = None
+        if self.gathered:
+            self.gathered = False
+            self.module.reshard()  # type: ignore[operator]
 
     def bias(self) -> Tensor | None:
         if self.biased:

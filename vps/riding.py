@@ -50,6 +50,9 @@ class Base(Protocol):
     def steady_product(self, rows: Tensor) -> Tensor:
         """The same without a gradient, and without the noise of dropout."""
 
+    def release(self) -> None:
+        """Let go of what the calls brought into memory."""
+
     def is_noisy(self) -> bool:
         """Whether dropout acts on the product."""
 
