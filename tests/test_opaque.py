@@ -14,6 +14,7 @@ import vps
 from vps import VPSConfig, token_mask, vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.opaque_layer import sharpened_by
+from vps.policy import LayerGamma
 from vps.weight_rows import RowNorms
 
 
@@ -410,3 +411,36 @@ def test_fullgraph_compiles():
         model = opaque(W, b, config)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_own_gamma_of_a_layer():
+    """Of a calibration: a number, one a column, negative, and 0 for the layer itself."""
+    torch.manual_seed(0)
+    W, b, x = torch.randn(40, 33), torch.randn(40), torch.randn(3, 5, 33)
+    config = VPSConfig(adaptive_rank=False, rank=2, builder="sc")
+    model = opaque(W, b, config)
+    for values in (0.7, -0.3, [0.5, -1.5]):
+        gamma = sharpened_by(model[0]).gamma = LayerGamma(values)
+        expected = vps_linear(x, W, b, config, gamma=gamma)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    sharpened_by(model[0]).gamma = LayerGamma(0.0)
+    assert torch.equal(model(x), F.linear(x, W, b))
+
+
+@torch.no_grad()
+def test_own_gamma_of_one_of_a_pair():
+    case = coupled_case(HEADS.index((4, 2, 5)))
+    x = torch.randn(1, 3, case["x"].shape[-1], dtype=torch.float64)
+    config = VPSConfig(target_modules=["q_proj", "k_proj"])
+    outputs = []
+    for hidden in ((True, True), (False, False)):
+        block = Block(case, hidden, "q_proj")
+        vps.patch(block, config)
+        sharpened_by(block.q_proj).gamma = LayerGamma(0.0)
+        sharpened_by(block.k_proj).gamma = LayerGamma(-0.4)
+        outputs.append(block(x))
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other)
+    base = F.linear(x, case["weights"][0], case["bias"][0])
+    assert torch.equal(outputs[0][0], base)
