@@ -29,6 +29,7 @@ EXTRAS = {
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
     "vllm": ["vllm>=0.32"],
+    "engines": ["bitsandbytes>=0.48", "torchao>=0.14", "peft", "accelerate"],
     "dev": ["ruff", "mypy", "pre-commit"],
 }
 EXTRAS["test"] = [
@@ -36,7 +37,7 @@ EXTRAS["test"] = [
     "pytest-benchmark",
     "numpy",
     "packaging",
-    "peft",
+    *EXTRAS["engines"],
     *EXTRAS["gpu"],
     *EXTRAS["hf"],
     *EXTRAS["plots"],
