@@ -12,7 +12,16 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vps/__init__.py").read_tex
 
 # Listed by hand: find_packages would not follow the link vps/kernels -> ../kernels, and a
 # top-level package `kernels` would overwrite Hugging Face's package of that name.
-PACKAGES = ["vps", "vps.cli", "vps.demo", "vps.evaluation", "vps.kernels", "vps.verify"]
+PACKAGES = [
+    "vps",
+    "vps.cli",
+    "vps.demo",
+    "vps.evaluation",
+    "vps.fitting",
+    "vps.kernels",
+    "vps.serving",
+    "vps.verify",
+]
 
 EXTRAS = {
     "gpu": ["triton>=3.6"],
@@ -20,6 +29,7 @@ EXTRAS = {
     "verify": ["sympy", "pint", "math-verify"],
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
+    "vllm": ["vllm>=0.32"],
     "engines": ["bitsandbytes>=0.48", "torchao>=0.14", "peft", "accelerate"],
     "dev": ["ruff", "mypy", "pre-commit"],
 }
@@ -35,7 +45,8 @@ EXTRAS["test"] = [
     *EXTRAS["eval"],
     *EXTRAS["verify"],
 ]
-EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# vLLM pins its own torch, so it is no part of "all".
+EXTRAS["all"] = sorted({r for name, extra in EXTRAS.items() if name != "vllm" for r in extra})
 
 
 def cpp_extension() -> dict:
@@ -100,9 +111,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"vps.kernels": ["README.md"]},
+    package_data={"vps.demo": ["*.json"], "vps.kernels": ["README.md"]},
     install_requires=["torch>=2.11"],
     extras_require=EXTRAS,
     **cpp_extension(),
-    entry_points={"console_scripts": ["vps = vps.cli:main"]},
+    entry_points={
+        "console_scripts": ["vps = vps.cli:main"],
+        "vllm.general_plugins": ["vps = vps.serving.plugin:register"],
+    },
 )

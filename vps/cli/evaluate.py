@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from vps import __version__
-from vps.cli.options import UsageError, add_config, add_model, positive, read_config, usable_device
+from vps.cli.options import (
+    UsageError,
+    add_calibration,
+    add_config,
+    add_model,
+    apply_calibration,
+    positive,
+    read_calibration,
+    usable_device,
+)
 from vps.cli.terminal import Progress, muted, quiet_transformers
 
 OUTCOMES, SCORES = "outcomes.jsonl", "scores.json"
@@ -36,6 +45,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="folder of YAML tasks; may be repeated",
     )  # fmt: skip
     add_config(parser)
+    add_calibration(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="documents of each task")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="B")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
@@ -66,7 +76,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print and write."""
-    config = read_config(arguments.config, arguments.set)
+    config, calibration = read_calibration(arguments, arguments.set)
     tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not tasks:
         raise UsageError(f"--tasks {arguments.tasks!r}: expected names, separated by commas")
@@ -99,6 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
             except FileNotFoundError as error:
                 raise UsageError(f"--model: {error}") from error
             patch(model, config)
+            apply_calibration(arguments, model, calibration)
             progress.step("loading the tasks")
             harness = Harness(
                 model,
@@ -111,6 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
                 chat=arguments.chat,
                 scoring_scope=arguments.scoring_scope,
             )
+            _check_apart(harness, calibration)
             for number, name in enumerate(names, 1):
                 progress.step(f"{name.replace('_', ' ')}, {number} of {len(names)}")
                 scores[name] = harness.run(variant=name, seed=arguments.seed)
@@ -144,6 +156,8 @@ def run(arguments: argparse.Namespace) -> None:
             for task, each in filtered.items()
         },
     }
+    if calibration is not None:
+        values["calibration"] = str(arguments.calibration)
     if arguments.out is not None:
         lines = [
             json.dumps({"variant": name, **dataclasses.asdict(outcome)}, ensure_ascii=False)
@@ -199,6 +213,21 @@ def _check_keep(baseline: Any, keep: int | None) -> None:
     for task, pool in pools.items():
         if keep > len(pool):
             raise UsageError(f"--keep {keep}: {task} has only {len(pool)} documents")
+
+
+def _check_apart(harness: Any, calibration: Any) -> None:
+    """No document may be one that the calibration was fitted or stopped by."""
+    if calibration is None:
+        return
+    from vps.fitting import Example
+
+    used = set(calibration.examples)
+    for task, forms in harness.documents():
+        if any(Example(prompt, answer).identity in used for prompt, answer in forms):
+            raise UsageError(
+                f"--calibration: {task} has a document that it was fitted or stopped by: "
+                f"{forms[0][0][:60]!r}"
+            )
 
 
 def _claim(out: Path | None) -> None:
