@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from vps import pairing
+from vps import pairing, tensor_parallel
 from vps.coupled import why_not
 from vps.linear import VPSLinear
+from vps.tensor_parallel import TensorParallelLinear
+
+Coupled = VPSLinear | TensorParallelLinear
 
 QUERY, KEY = "q_proj", "k_proj"
 CROSS = re.compile(r"cross|encoder_attn|enc_attn", re.IGNORECASE)
@@ -43,14 +46,14 @@ def couple_blocks(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(coupled), reasons
 
 
-def _sharpened(child: nn.Module | None) -> VPSLinear | None:
+def _sharpened(child: nn.Module | None) -> Coupled | None:
     """The sharpened layer that a child is, or that an adapter of PEFT wraps."""
     layer = getattr(child, "base_layer", child)
-    return layer if isinstance(layer, VPSLinear) else None
+    return layer if isinstance(layer, Coupled) else None
 
 
 def _pair(
-    name: str, block: nn.Module, query: VPSLinear | None, key: VPSLinear | None, config: Any
+    name: str, block: nn.Module, query: Coupled | None, key: Coupled | None, config: Any
 ) -> pairing.Coupling | str:
     """The coupling of a block, or why there is none."""
     if query is None or key is None:
@@ -71,7 +74,13 @@ def _pair(
         if not isinstance(heads, int) or not isinstance(kv_heads, int):
             return "neither the block nor the model's config says how many heads there are"
     reason = why_not(d_q, d_k, heads, kv_heads)
-    return pairing.Coupling(query, key, heads, kv_heads) if reason is None else reason
+    if reason is not None:
+        return reason
+    if isinstance(query, TensorParallelLinear) and isinstance(key, TensorParallelLinear):
+        return tensor_parallel.pair(query, key, heads, kv_heads)
+    if isinstance(query, VPSLinear) and isinstance(key, VPSLinear):
+        return pairing.Coupling(query, key, heads, kv_heads)
+    return "only one of them is split over ranks"
 
 
 def _text_config(config: Any) -> Any:

@@ -91,6 +91,19 @@ def choose_with_memory() -> str:
     return name
 
 
+def require_torch(reason: str) -> None:
+    """Raise where another backend was asked for than torch, which alone computes such a layer.
+
+    Raises:
+        RuntimeError: another backend was asked for; the message gives ``reason``.
+    """
+    name = STATE.backends[-1] if STATE.backends else _FROM_ENVIRONMENT or "torch"
+    if name != "torch":
+        raise RuntimeError(
+            f"vps backend {name!r} cannot run this layer: {reason}, which only 'torch' computes"
+        )
+
+
 @kept
 def _fastest(device: str, dtype: torch.dtype) -> str:
     names = ("triton", "torch") if device == "cuda" else ("cpp", "torch")

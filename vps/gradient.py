@@ -47,7 +47,7 @@ def of_input(
         grad_delta = g * (delta.abs() <= clamp)
     if pairs:
         grad_delta = precondition(pairs, grad_delta)
-    grad_u = _contract(grad_delta, weight, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
+    grad_u = contract(grad_delta, weight, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
     grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
     return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight
 
@@ -106,7 +106,7 @@ def reads_columns(weight: Tensor, I_in: Tensor) -> bool:
     return I_in.numel() < weight.shape[1]
 
 
-def _contract(g: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:
+def contract(g: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:
     """``g B``: ``[G, T, d_out]`` to ``[G, T, r]``."""
     if reads_columns(weight, I_in):
         return g @ columns(weight, I_in).permute(1, 0, 2)

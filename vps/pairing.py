@@ -78,18 +78,20 @@ class Coupling:
             _WAITING.clear()
             if y is not None:
                 return y
-        query, key = (
-            Projection(one.weight, one.bias, one.gradient, one.memory)
-            for one in (self.query, self.key)
-        )
-        ys = coupled_vps_linear(
-            x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
-        )
+        ys = self.outputs(x, layer.config, layer.state)
         own, other = ys if layer is self.query else ys[::-1]
         if waits:
             _WAITING.layer = self.key if layer is self.query else self.query
             _WAITING.x, _WAITING.version, _WAITING.y = x, x._version, other
         return own
+
+    def outputs(self, x: Tensor, config: VPSConfig, state: PolicyState) -> tuple[Tensor, Tensor]:
+        """Both outputs, the query's first, for x ``[..., d_in]``."""
+        query, key = (
+            Projection(one.weight, one.bias, one.gradient, one.memory)
+            for one in (self.query, self.key)
+        )
+        return coupled_vps_linear(x, query, key, self.heads, self.kv_heads, config, state=state)
 
     def _may_wait(self, x: Tensor) -> bool:
         """Whether this runs in its block, eagerly, with an x whose changes show."""

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from vps import attention, attention_mask, pairing
+from vps import attention, attention_mask, pairing, tensor_parallel
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer, VPSLinear, why_not_sharpenable
 from vps.masking import STATE
 from vps.matching import select_names
 from vps.policy import PolicyState
+from vps.tensor_parallel import TensorParallelLinear
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,15 @@ def _why_not(module: nn.Module) -> str | None:
     conv1d = _conv1d()
     if conv1d is not None and isinstance(module, conv1d):
         return why_not_sharpenable(module, conv1d)
+    if tensor_parallel.is_tensor_parallel(module):
+        return tensor_parallel.why_not_sharpenable(module)
     return why_not_sharpenable(module, nn.Linear)
 
 
 def _sharpened(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.Module:
+    if tensor_parallel.is_tensor_parallel(module):
+        assert isinstance(module, nn.Linear)
+        return TensorParallelLinear.sharpened(module, config, state)
     if isinstance(module, nn.Linear):
         return VPSLinear.from_linear(module, config, state)
     from vps.conv1d import VPSConv1D  # needs transformers, which this module came from
@@ -236,6 +242,8 @@ def _sharpened(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.M
 
 
 def _plain(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, TensorParallelLinear):
+        return layer.plain()
     if isinstance(layer, VPSLinear):
         return layer.to_linear()
     return layer.to_conv1d()  # type: ignore[operator]

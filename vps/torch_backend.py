@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import clipping, gradient, policy, selection
-from vps.constants import constant
+from vps import gradient, selection
 from vps.lbfgs import Pair, precondition
 from vps.policy import Settings
+from vps.products import Products, build_core, needs_gram_of_rows
 
 
 class Inputs(NamedTuple):
@@ -144,9 +144,9 @@ def forward(inputs: Inputs, settings: Settings, pairs: tuple[Pair, ...] = ()) ->
     keep_H = mask is not None or inputs.H is not None
     if pairs:
         delta = precondition(pairs, gradient.expand(gradient.mix(t, core), W, I_in))
-        y = _add(H, delta, gamma, settings.clamp)
+        y = add(H, delta, gamma, settings.clamp)
     else:
-        y = _apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H)
+        y = apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H)
     if bias is not None:
         y = y.add_(bias)
     if mask is not None:  # a group without a counted token keeps the bits of the base layer
@@ -175,25 +175,11 @@ def build(
         B: ``[d_out, G, r]``, or ``None`` to read all of W instead.
         settings: the rest.
     """
-    x, W, mask = inputs.x, inputs.weight, inputs.mask
-    numbers = inputs.policy.to(selection.accumulation_dtype(W.dtype))
-    decision = policy.decide(numbers, energy, inputs.entropy, len(H), settings)
-    gamma, inactive = decision.gamma, decision.inactive
-    t = selected(H, I_out)
-    mixing = None
-    if settings.coupled:
-        X_A, Y = (selection.clean(z, mask) for z in (selected(x, I_in), t))
-        mixing = selection.coupling(X_A, Y, inactive, settings.alpha)
-    core = _core(W, I_in, I_out, B, mixing, decision, settings)
-    if inactive is not None:
-        t.masked_fill_(inactive.unsqueeze(1), 0.0)
-        core = core.masked_fill(inactive.unsqueeze(1), 0.0)
-    if mask is not None:
-        gamma = gamma.masked_fill(~mask.any(1), 0.0)
-    return core, gamma, t, inactive
+    products = _products(inputs.x, inputs.weight, H, I_in, I_out, B, settings)
+    return build_core(products, inputs.policy, energy, inputs.entropy, inputs.mask, settings)
 
 
-def _apply(
+def apply(
     H: Tensor,
     t: Tensor,
     core: Tensor,
@@ -206,7 +192,7 @@ def _apply(
 ) -> Tensor:
     """``H + γ · clamp(t C Bᵀ)``, in place of H if it may be."""
     if clamp is not None:
-        return _add(H, gradient.expand(gradient.mix(t, core), W, I_in), gamma, clamp)
+        return add(H, gradient.expand(gradient.mix(t, core), W, I_in), gamma, clamp)
     u = gradient.mix(t, core * gamma.view(-1, 1, 1))
     if B is None:
         return gradient.expand(u, W, I_in).add_(H)
@@ -216,84 +202,50 @@ def _apply(
     return torch.baddbmm(H, u, B.permute(1, 2, 0))
 
 
-def _add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor:
+def add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor:
     """``H + γ · clamp(δ)``, in place of δ ``[G, T, d_out]``."""
     if clamp is not None:
         delta = delta.clamp_(-clamp, clamp)
     return delta.mul_(gamma.to(H.dtype).view(-1, 1, 1)).add_(H)
 
 
-def _core(
+def _products(
+    x: Tensor,
     W: Tensor,
+    H: Tensor,
     I_in: Tensor,
     I_out: Tensor,
     B: Tensor | None,
-    mixing: Tensor | None,
-    decision: policy.Decision,
     settings: Settings,
-) -> Tensor:
-    """``C`` without γ: a diagonal ``[G, 1, r]`` for SK of order 1, else ``[G, r, r]``.
-
-    With ``D = diag(1/√s)``: ``C = V D (I + γ/2 Mᵀ) D``, ``M = D Vᵀ B[I_out] D`` for order 2.
-    """
-    groups, r = I_in.shape
-    dtype = selection.accumulation_dtype(W.dtype)
-    one = constant(1.0, decision.gamma)
-    scale = one.expand(groups, r)
-    if settings.tau is not None:
-        scale = _clip(W, I_in, I_out, B, mixing, decision.inactive, settings, settings.tau)
-    if mixing is None and decision.second_order is None:
-        return scale.reciprocal().expand(groups, r).unsqueeze(1)
-    V = torch.eye(r, dtype=dtype, device=W.device) if mixing is None else mixing.to(dtype)
-    V = V.expand(groups, r, r)
-    if decision.second_order is None:
-        return V / scale.unsqueeze(1)
-    D = scale.expand(groups, r).rsqrt().unsqueeze(1)  # scales columns
-    B_selected = W[I_out.unsqueeze(2), I_in.unsqueeze(1)].to(dtype)
-    M = D.mT * (V.mT @ B_selected) * D
-    if decision.inactive is not None:
-        M = M.masked_fill(decision.inactive.unsqueeze(1) | decision.inactive.unsqueeze(2), 0.0)
-    half = M.mT * (decision.gamma * decision.second_order / 2).view(-1, 1, 1)
-    return (V * D) @ (torch.eye(r, dtype=dtype, device=W.device) + half) * D
-
-
-def _clip(
-    W: Tensor,
-    I_in: Tensor,
-    I_out: Tensor,
-    B: Tensor | None,
-    mixing: Tensor | None,
-    inactive: Tensor | None,
-    settings: Settings,
-    tau: float,
-) -> Tensor:
-    """``s`` of SPEC §4, ``[G, r]`` or ``[G, 1]``, from norms and Gram matrices alone."""
+) -> Products:
+    """What the settings ask for, from W itself."""
     dtype = selection.accumulation_dtype(W.dtype)
     norm = torch.linalg.vector_norm
-    if B is not None:
-        norm_B = norm(B, 2, dim=0, dtype=dtype)
-    else:
+    norm_A = gram_A = norm_B = gram_B = None
+    if needs_gram_of_rows(settings):
+        rows = W[I_out].to(dtype)
+        gram_A = rows @ rows.mT
+    elif settings.tau is not None and B is None:
+        norm_A = norm(W, 2, dim=1, dtype=dtype)[I_out]
+    elif settings.tau is not None:
+        rows = W.index_select(0, I_out.reshape(-1))
+        norm_A = norm(rows, 2, dim=1, dtype=dtype).view(I_out.shape)
+    if settings.tau is not None and settings.spectral:
+        columns = W[:, I_in].to(dtype) if B is None else B.to(dtype)
+        gram_B = torch.einsum("ogc,oge->gce", columns, columns)
+    elif settings.tau is not None and B is None:
         norm_B = norm(W, 2, dim=0, dtype=dtype)[I_in]
-    if mixing is None and not settings.spectral:
-        if B is None:
-            norm_A = norm(W, 2, dim=1, dtype=dtype)[I_out]
-        else:
-            rows = W.index_select(0, I_out.reshape(-1))
-            norm_A = norm(rows, 2, dim=1, dtype=dtype).view(I_out.shape)
-        return clipping.component_scale(norm_A, norm_B, tau)
-    rows = W[I_out].to(dtype)
-    gram_A = rows @ rows.mT
-    if mixing is not None:
-        mixing = mixing.to(dtype)
-        gram_A = mixing.mT @ gram_A @ mixing
-    if not settings.spectral:
-        norm_A = gram_A.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        return clipping.component_scale(norm_A, norm_B, tau)
-    B = W[:, I_in].to(dtype) if B is None else B.to(dtype)
-    gram_B = torch.einsum("ogc,oge->gce", B, B)
-    if inactive is not None:
-        gram_A = gram_A.masked_fill(inactive.unsqueeze(1) | inactive.unsqueeze(2), 0.0)
-    return clipping.spectral_scale(gram_A, gram_B, tau)
+    elif settings.tau is not None:
+        norm_B = norm(B, 2, dim=0, dtype=dtype)
+    return Products(
+        selected(H, I_out),
+        selected(x, I_in) if settings.coupled else None,
+        norm_A,
+        gram_A,
+        norm_B,
+        gram_B,
+        W[I_out.unsqueeze(2), I_in.unsqueeze(1)].to(dtype) if settings.second_order else None,
+    )
 
 
 def selected(values: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,150 @@
+"""Which features of a layer each rank of a tensor-parallel group holds, and what ranks exchange.
+
+Every rank computes what it decides from the numbers that come back, which are the same everywhere,
+so no two ranks ever select different features.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Shard(NamedTuple):
+    """One dim of a weight, split over the ranks of a group in their order.
+
+    Args:
+        group: the process group.
+        rank: of this process in it.
+        bounds: rank p holds features ``bounds[p]`` to ``bounds[p + 1]``.
+    """
+
+    group: Any
+    rank: int
+    bounds: tuple[int, ...]
+
+    @property
+    def offset(self) -> int:
+        """The first feature that this rank holds."""
+        return self.bounds[self.rank]
+
+    @property
+    def size(self) -> int:
+        """How many features this rank holds; may be 0."""
+        return self.bounds[self.rank + 1] - self.offset
+
+    @property
+    def world(self) -> int:
+        """Ranks in the group."""
+        return len(self.bounds) - 1
+
+    def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's own number of each feature, of any feature where another rank holds it, and
+        whether this one does; both of the shape of ``index``.
+        """
+        local = index - self.offset
+        held = (local >= 0) & (local < self.size)
+        return local.clamp(0, max(0, self.size - 1)), held
+
+
+def split_evenly(features: int, ranks: int) -> tuple[int, ...]:
+    """Bounds of ``ranks`` parts as torch.chunk and DTensor make them: the last may be shorter."""
+    part = -(-features // ranks)
+    return tuple(min(rank * part, features) for rank in range(ranks + 1))
+
+
+def padded(values: Tensor, dim: int) -> Tensor:
+    """``values``, with one feature of zeros where this rank holds none."""
+    if values.shape[dim]:
+        return values
+    shape = list(values.shape)
+    shape[dim] = 1
+    return values.new_zeros(shape)
+
+
+def best_of_all(
+    scores: Tensor, features: Sequence[Tensor], r: int, shard: Shard
+) -> tuple[Tensor, ...]:
+    """The best r candidates of all ranks, from the best of each: one all-gather.
+
+    Sent: ``(1 + n) · r`` numbers a group.
+
+    Args:
+        scores: of this rank's best candidates, at least 0, best first, ``[G, min(r, held)]``.
+        features: n numbers that describe each candidate, of the shape of ``scores``; the first is
+            the feature's index in the whole layer.
+        r: how many to find.
+        shard: the ranks.
+
+    Returns:
+        ``features`` of the best, each ``[G, r]``, ties to the lower index.
+    """
+    rows = torch.stack([scores.double(), *(feature.double() for feature in features)], 1)
+    message = rows.new_full((*rows.shape[:2], r), -1.0)
+    message[..., : rows.shape[-1]] = rows
+    everyone = message.new_empty((shard.world * len(message), *message.shape[1:]))
+    dist.all_gather_into_tensor(everyone, message, group=shard.group)
+    # Ranks hold features in ascending order, so a stable sort leaves ties to the lower index.
+    merged = everyone.view(shard.world, *message.shape).permute(1, 2, 0, 3).flatten(2)
+    order = merged[:, 0].sort(dim=-1, descending=True, stable=True).indices[:, :r]
+    return tuple(column.gather(1, order).long() for column in merged.unbind(1)[1:])
+
+
+def add_up(parts: Sequence[Tensor | None], shard: Shard) -> list[Tensor | None]:
+    """Every part summed over the ranks, in one all-reduce of all; ``None`` stays.
+
+    Summed in the accumulation dtype of the parts, which a narrower part returns to.
+    """
+    given = [part for part in parts if part is not None]
+    if not given:
+        return list(parts)
+    dtype = given[0].dtype
+    for part in given[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    flat = torch.cat([part.reshape(-1).to(dtype) for part in given])
+    dist.all_reduce(flat, group=shard.group)
+    sums = iter(flat.split([part.numel() for part in given]))
+    return [None if part is None else next(sums).view(part.shape).to(part.dtype) for part in parts]
+
+
+def products_of_rows(weight: Tensor, index: Tensor, shard: Shard) -> Tensor:
+    """This rank's summand of the inner products of selected rows of a weight split by rows.
+
+    Rows that different ranks hold have to meet. Each rank takes one part of the inputs of every
+    distinct selected row, by one all-to-all, which moves each element of these rows once over all
+    ranks: at most ``G · r · d_in``, and ``1/P`` of that to each of P ranks. No exchange of fewer
+    numbers gives the inner product of two vectors that two ranks hold.
+
+    Args:
+        weight: this rank's rows, ``[held, d_in]``.
+        index: of rows of the whole weight, ``[G, r]``.
+        shard: of the rows.
+
+    Returns:
+        ``[G, r, r]`` in the dtype of the weight or float32, to be added up over the ranks.
+    """
+    d_in = weight.shape[1]
+    rows, place = torch.unique(index, return_inverse=True)  # ascending, so by rank
+    listed = rows.tolist()
+    firsts = [bisect_left(listed, bound) for bound in shard.bounds]
+    own = weight[rows[firsts[shard.rank] : firsts[shard.rank + 1]] - shard.offset]
+    parts = split_evenly(d_in, shard.world)
+    widths = [end - start for start, end in zip(parts, parts[1:], strict=False)]
+    sent = torch.cat([part.reshape(-1) for part in own.split(widths, dim=1)])
+    width = widths[shard.rank]
+    received = weight.new_empty(len(rows) * width)
+    dist.all_to_all_single(
+        received,
+        sent,
+        [(end - start) * width for start, end in zip(firsts, firsts[1:], strict=False)],
+        [len(own) * each for each in widths],
+        group=shard.group,
+    )
+    selected = received.view(len(rows), width).to(torch.promote_types(weight.dtype, torch.float32))
+    picked = selected[place]
+    return picked @ picked.mT
