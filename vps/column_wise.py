@@ -106,8 +106,8 @@ def _select(
         best = scores[0].gather(1, index)
         return sharding.best_of_all(best, [index + last.offset], r, last)
     assert kv_head_size is not None
-    heads = [p.shard.size // kv_head_size for p in projections]
-    contribution, I_q, I_k = coupling.contributions(*scores, k, *heads)
+    heads, kv_heads = (p.shard.size // kv_head_size for p in projections)
+    contribution, I_q, I_k = coupling.contributions(scores[0], scores[1], k, heads, kv_heads)
     features = [I_k + last.offset, I_q + projections[0].shard.offset]
     I_k, I_q = sharding.best_of_all(contribution.gather(1, I_k), features, r, last)
     return I_q, I_k

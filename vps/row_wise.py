@@ -52,6 +52,7 @@ class Result(NamedTuple):
     """The output ``[G, T, d_out]``, the same on every rank, and what the backward pass needs."""
 
     y: Tensor
+    I_in: Tensor
     columns: Columns
     I_out: Tensor
     core: Tensor
@@ -112,7 +113,7 @@ def forward(
         y = torch.where(mask.any(1)[:, None, None], y, H)
     if bias is not None:
         y = y.add_(bias)
-    return Result(y, columns, I_out, core, gamma, t)
+    return Result(y, I_in, columns, I_out, core, gamma, t)
 
 
 def _reduced(H: Tensor, W: Tensor, I_in: Tensor, shard: Shard) -> tuple[Tensor, Columns]:
@@ -193,7 +194,7 @@ class Backward(torch.autograd.Function):
     ) -> Tensor:
         ctx.clamp = clamp
         ctx.save_for_backward(
-            x if weight.requires_grad else None, weight, *result.columns, *result[2:]
+            x if weight.requires_grad else None, weight, *result.columns, *result[3:]
         )
         return result.y
 

@@ -61,9 +61,9 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):
         """The layer itself, as it was before :meth:`sharpened`."""
         forward = self.base_forward
         for name in ("base_forward", "style", "shard", *SharpenedLayer.__annotations__):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
+        self.__dict__["forward"] = forward
         self.__class__ = nn.Linear  # type: ignore[assignment]
-        self.forward = forward  # type: ignore[method-assign]
         return self
 
     @property
@@ -92,11 +92,16 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):
 class TensorParallelCoupling(pairing.Coupling):
     """A query and a key layer of whose heads each rank holds whole key-value groups."""
 
+    def __init__(
+        self, query: TensorParallelLinear, key: TensorParallelLinear, heads: int, kv_heads: int
+    ) -> None:
+        super().__init__(query, key, heads, kv_heads)
+        self.layers = (query, key)
+
     def outputs(self, x: Tensor, config: VPSConfig, state: PolicyState) -> tuple[Tensor, Tensor]:
         """Both outputs for x ``[..., d_in]``."""
-        size = self.key.out_features // self.kv_heads
-        query, key = sharpen((self.query, self.key), x, size)
-        return query, key
+        y_q, y_k = sharpen(self.layers, x, self.layers[1].out_features // self.kv_heads)
+        return y_q, y_k
 
 
 def sharpen(
