@@ -1,11 +1,13 @@
-"""What every rank of a tensor-parallel group checks against one process; a script, not a test.
+"""What every rank of a tensor-parallel group compares with one process; a script, not a test.
 
-Each case gives numbers or lists that :mod:`test_tensor_parallel` judges, by name and rank.
+Each case gives numbers or lists that :mod:`test_tensor_parallel` judges, by name and rank. Ranks
+are forks of one process, which imports everything once.
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -29,17 +31,24 @@ from vps import VPSConfig, column_wise, functional, row_wise, torch_backend
 from vps.tensor_parallel import TensorParallelLinear
 
 HIDDEN, VOCABULARY = 32, 64
+RANKS = (2, 4)
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=40, num_hidden_layers=2,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=4, initializer_range=0.25,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=4, initializer_range=0.2,
     tie_word_embeddings=False,
 )  # fmt: skip
-CASES = {}
+CASES = {ranks: {} for ranks in RANKS}
 
 
-def case(function):
-    CASES[function.__name__] = function
-    return function
+def case(*ranks):
+    """Run the function in groups of so many ranks."""
+
+    def register(function):
+        for number in ranks:
+            CASES[number][function.__name__] = function
+        return function
+
+    return register
 
 
 class Group:
@@ -58,9 +67,9 @@ class Group:
             else:
                 # narrow: fewer features than ranks times r, and none at all on the last of four
                 width = {"intermediate_size": 6} if name == "narrow" else {}
-                plain = LlamaForCausalLM(
-                    LlamaConfig(**(SIZES | width), attention_bias=True, mlp_bias=True)
-                )
+                depth = {} if name == "llama" else {"num_hidden_layers": 1}
+                sizes = SIZES | width | depth
+                plain = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True))
             for parameter in plain.parameters():
                 if parameter.dim() == 1:  # biases, and scales of the norms
                     parameter.data += 0.1 * torch.randn_like(parameter)
@@ -90,8 +99,13 @@ def sharpened(models, config, entropy=None, outcomes=()):
             vps.unpatch(model)
 
 
-def tokens(rows=2, length=9):
+def tokens(rows=2, length=7):
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def embedded():
+    x = torch.randn(2, 7, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return x.requires_grad_()
 
 
 @contextlib.contextmanager
@@ -127,7 +141,9 @@ def differences(plain, split):
     assert len(plain) == len(split) > 0
     unequal = sum(a[:2] != b[:2] or a[3] != b[3] for a, b in zip(plain, split, strict=True))
     gammas = [
-        abs(x - y) for a, b in zip(plain, split, strict=True) for x, y in zip(a[2], b[2], strict=True)
+        abs(x - y)
+        for a, b in zip(plain, split, strict=True)
+        for x, y in zip(a[2], b[2], strict=True)
     ]
     return {"unequal": unequal, "gamma": max(gammas)}
 
@@ -146,13 +162,12 @@ def compared(models, **inputs):
 
 
 def decoded(models, ids, **inputs):
-    """The same for a prefill and three cached steps, each with the tokens of the plain model."""
-    result = {}
+    """The same for a prefill and two cached steps, each with the tokens of the plain model."""
     with torch.no_grad(), recorded() as records:
         outs = [model(ids, use_cache=True, **inputs) for model in models]
         worst = error(outs[0].logits, outs[1].logits)
         mask = inputs.get("attention_mask")
-        for _ in range(3):
+        for _ in range(2):
             chosen = outs[0].logits[:, -1:].argmax(-1)
             if mask is not None:
                 mask = torch.cat([mask, torch.ones_like(chosen)], 1)
@@ -165,32 +180,33 @@ def decoded(models, ids, **inputs):
     return {"error": worst, **result}
 
 
-@case
-def equals_one_process(group):
-    """SK, SC × scopes × prefill, cached decode, generation."""
+@case(*RANKS)
+def matrix(group):
+    """SK, SC × scopes × prefill and cached decode, and generation."""
     results = {}
     for family in ("llama", "qwen2"):
         models = group.pair(family)
         for builder in ("sk", "sc"):
             for scope in ("sequence", "batch", "token"):
-                config = VPSConfig(builder=builder, scope=scope)
+                if group.world > 2 and family == "qwen2" and scope != "sequence":
+                    continue
                 name = f"{family} {builder} {scope}"
-                with sharpened(models, config):
-                    ids = tokens()
-                    results[f"{name} prefill"] = compared(models, input_ids=ids)
-                    results[f"{name} decode"] = decoded(models, ids)
-                    a, b = (
-                        model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-                        for model in models
-                    )
-                    results[f"{name} generate"] = {"error": float((a != b).sum())}
+                with sharpened(models, VPSConfig(builder=builder, scope=scope)):
+                    results[f"{name} prefill"] = compared(models, input_ids=tokens())
+                    results[f"{name} decode"] = decoded(models, tokens())
+                    if scope == "sequence" and group.world == 2:
+                        a, b = (
+                            model.generate(tokens(), max_new_tokens=4, do_sample=False)
+                            for model in models
+                        )
+                        results[f"{name} generate"] = {"error": float((a != b).sum())}
     return results
 
 
-@case
-def equals_one_process_in_every_setting(group):
+@case(2)
+def every_setting(group):
     results = {}
-    models = group.pair("llama")
+    models = group.pair("short", torch.float64)
     settings = {
         "spectral": {"clip": "spectral"},
         "no clip": {"tau": None},
@@ -205,33 +221,32 @@ def equals_one_process_in_every_setting(group):
         "everything": {"clip": "spectral", "order": 2, "clamp": 0.05, "rank_bounds": (3, 6)},
     }  # fmt: skip
     for name, changes in settings.items():
-        for builder in ("sk", "sc"):
-            for scope in ("sequence", "token"):
-                config = VPSConfig(**({"builder": builder, "scope": scope} | changes))
-                with sharpened(models, config):
-                    label = f"{name} {builder} {scope}"
-                    results[label] = compared(models, input_ids=tokens())
+        for builder, scope in (("sk", "sequence"), ("sc", "token"), ("sc", "batch")):
+            config = VPSConfig(**({"builder": builder, "scope": scope} | changes))
+            with sharpened(models, config):
+                results[f"{name} {builder} {scope}"] = compared(models, input_ids=tokens())
     return results
 
 
-@case
+@case(2)
 def entropy_and_history(group):
     results = {}
-    models = group.pair("llama")
+    models = group.pair("short", torch.float64)
     for entropy, outcomes in ((2.0, ()), (None, (True,)), (0.5, (False,) * 5)):
         with sharpened(models, VPSConfig(builder="sk"), entropy, outcomes):
             results[f"{entropy} {outcomes}"] = compared(models, input_ids=tokens())
     return results
 
 
-@case
+@case(2)
 def masks(group):
     """Padding to the left, to the right, and a row of nothing but padding."""
     results = {}
-    models = group.pair("qwen2")
-    left, right = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)
-    left[0, :4] = 0
-    right[1, 6:] = 0
+    models = group.pair("short", torch.float64)
+    left, right, none = (torch.ones(2, 7, dtype=torch.long) for _ in range(3))
+    left[0, :3] = 0
+    right[1, 5:] = 0
+    none[1] = 0
     for builder in ("sk", "sc"):
         for scope in ("sequence", "batch", "token"):
             with sharpened(models, VPSConfig(builder=builder, scope=scope)):
@@ -242,17 +257,15 @@ def masks(group):
                 results[f"decode {builder} {scope}"] = decoded(
                     models, tokens(), attention_mask=left
                 )
-                none = torch.ones(2, 9, dtype=torch.bool)
-                none[1] = False
-                with vps.token_mask(none):
+                with vps.token_mask(none.bool()):
                     results[f"none {builder} {scope}"] = compared(models, input_ids=tokens())
     return results
 
 
-@case
+@case(2)
 def hybrid_turns_to_sc(group):
     """A layer that holds a gradient, and its coupled peer that does not."""
-    models = group.pair("llama")
+    models = group.pair("short", torch.float64)
     results = {}
     for flagged in ("q_proj", "k_proj", "o_proj", "up_proj"):
         with sharpened(models, VPSConfig()):
@@ -264,21 +277,11 @@ def hybrid_turns_to_sc(group):
     return results
 
 
-@case
-def float64(group):
-    results = {}
-    models = group.pair("llama", torch.float64)
-    for builder in ("sk", "sc"):
-        with sharpened(models, VPSConfig(builder=builder, order=2)):
-            results[builder] = compared(models, input_ids=tokens())
-    return results
-
-
-@case
+@case(*RANKS)
 def bfloat16(group):
     """Selections may differ by rounding here, but not from rank to rank."""
     results = {}
-    models = group.pair("llama", torch.bfloat16)
+    models = group.pair("short", torch.bfloat16)
     for builder in ("sk", "sc"):
         for scope in ("sequence", "token"):
             with sharpened(models, VPSConfig(builder=builder, scope=scope)):
@@ -294,10 +297,10 @@ def bfloat16(group):
     return results
 
 
-@case
+@case(*RANKS)
 def more_columns_than_a_rank_holds(group):
     """Six features of the MLP over the ranks and r up to 16; one of four ranks holds none."""
-    models = group.pair("narrow")
+    models = group.pair("narrow", torch.float64)
     results = {}
     for builder in ("sk", "sc"):
         for scope in ("sequence", "token"):
@@ -306,8 +309,14 @@ def more_columns_than_a_rank_holds(group):
             )
             with sharpened(models, config):
                 results[f"{builder} {scope}"] = compared(models, input_ids=tokens())
-    held = models[1].model.layers[0].mlp.down_proj.weight.to_local().shape[1]
-    return results | {"held": {"least": held}}
+    return results
+
+
+@case(4)
+def held(group):
+    """Features of the six that this rank holds."""
+    mlp = group.pair("narrow", torch.float64)[1].model.layers[0].mlp
+    return {"down_proj": mlp.down_proj.weight.to_local().shape[1]}
 
 
 def layers(models, name):
@@ -325,7 +334,7 @@ def parts(plain, split, x):
         return expected[..., own], split(x)
 
 
-@case
+@case(*RANKS)
 def broken_numbers(group):
     """NaN and infinity in features of one rank, in one token and in a weight."""
     results = {}
@@ -369,7 +378,7 @@ def broken_numbers(group):
     return results
 
 
-@case
+@case(*RANKS)
 def ties_across_ranks(group):
     """Whole numbers, so that sums are exact: equal rows on every rank, and equal inputs."""
     results = {}
@@ -401,7 +410,7 @@ def split_inputs(name):
     return name.endswith(("o_proj", "down_proj"))
 
 
-@case
+@case(2)
 def leaves_no_trace(group):
     """Bits when disabled, taken back or with γ = 0; names of parameters; what is saved."""
     plain, split = group.pair("llama")
@@ -481,9 +490,9 @@ def counted():
         yield sent, running
 
 
-@case
+@case(*RANKS)
 def communication(group):
-    """What each layer sends, for two sequences of 9 tokens."""
+    """What each layer sends, for two sequences of 7 tokens."""
     _, split = group.pair("llama")
     results = {}
     configs = {
@@ -520,12 +529,12 @@ def communication(group):
     return results
 
 
-@case
+@case(*RANKS)
 def gradients(group):
     """∂L/∂x and ∂L/∂W, with clamp, masks and SC."""
     results = {}
-    models = group.pair("llama")
-    mask = torch.ones(2, 9, dtype=torch.long)
+    models = group.pair("short", torch.float64)
+    mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
     for name, config in {
         "sk": VPSConfig(builder="sk"),
@@ -535,9 +544,7 @@ def gradients(group):
         with sharpened(models, config):
             found = []
             for model in models:
-                embeds = torch.randn(
-                    2, 9, HIDDEN, generator=torch.Generator().manual_seed(5)
-                ).requires_grad_()
+                embeds = embedded()
                 logits = model(inputs_embeds=embeds, attention_mask=mask).logits
                 logits[:, 4:].square().mean().backward()
                 weights = [
@@ -558,7 +565,7 @@ def gradients(group):
     return results
 
 
-@case
+@case(2)
 def refusals(group):
     """Styles and layers that cannot be sharpened, and calls that cannot be computed."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -619,57 +626,76 @@ def refusals(group):
     return messages
 
 
-@case
+@case(2)
 def other_styles(group):
-    """Outputs that are gathered, inputs that come whole, and layers that are not split."""
-    plain, _ = group.pair("llama")
+    """Outputs that are gathered and inputs that come whole."""
+    from transformers.distributed import DistributedConfig
+
+    plain, _ = group.pair("short", torch.float64)
     plan = {
         "model.layers.*.self_attn.q_proj": "colwise_gather_output",
         "model.layers.*.self_attn.k_proj": "colwise_gather_output",
         "model.layers.*.self_attn.v_proj": "colwise_gather_output",
         "model.layers.*.self_attn.o_proj": "rowwise_split_input",
     }
-    results = {}
-    from transformers.distributed import DistributedConfig
-
-    for name, changes in {"gathered": plan}.items():
-        split = AutoModelForCausalLM.from_pretrained(
-            group.folder / "llama-torch.float32",
-            distributed_config=DistributedConfig(tp_plan=changes),
-            dtype=torch.float32,
-        ).eval()
-        models = (plain, split)
-        for builder in ("sk", "sc"):
-            with sharpened(models, VPSConfig(builder=builder)):
-                results[f"{name} {builder}"] = compared(models, input_ids=tokens())
-                found = []
-                for model in models:
-                    embeds = torch.randn(
-                        2, 9, HIDDEN, generator=torch.Generator().manual_seed(5)
-                    ).requires_grad_()
-                    model(inputs_embeds=embeds).logits.square().mean().backward()
-                    found.append(embeds.grad)
-                    model.zero_grad()
-                results[f"{name} {builder} gradient"] = {"error": error(*found)}
+    split = AutoModelForCausalLM.from_pretrained(
+        group.folder / "short-torch.float64",
+        distributed_config=DistributedConfig(tp_plan=plan),
+        dtype=torch.float64,
+    ).eval()
+    models, results = (plain, split), {}
+    for builder in ("sk", "sc"):
+        with sharpened(models, VPSConfig(builder=builder)):
+            results[builder] = compared(models, input_ids=tokens())
+            found = []
+            for model in models:
+                embeds = embedded()
+                model(inputs_embeds=embeds).logits.square().mean().backward()
+                found.append(embeds.grad)
+                model.zero_grad()
+            results[f"{builder} gradient"] = {"error": error(*found)}
     return results
 
 
-def main():
+def run(rank, ranks, folder, names):
+    """One rank; its results go to a file."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks)
+    )
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     group, results = Group(folder), {}
-    wanted = sys.argv[2:] or list(CASES)
-    for name in wanted:
-        try:
-            results[name] = CASES[name](group)
-        except BaseException:
-            results[name] = {"failed": traceback.format_exc()}
-            break  # the others wait for this rank
-    (folder / f"rank-{rank}.json").write_text(json.dumps(results))
+    for name in names or CASES[ranks]:
+        results[name] = CASES[ranks][name](group)
+    (folder / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
-    sys.exit(any("failed" in result for result in results.values()))
+
+
+def main():
+    """``folder [ranks [cases…]]``: groups of 2 and 4, or one, one after the other."""
+    folder, wanted = Path(sys.argv[1]), [int(text) for text in sys.argv[2:3]] or RANKS
+    for ranks in wanted:
+        (own := folder / str(ranks)).mkdir()
+        children = []
+        for rank in range(ranks):
+            child = os.fork()
+            if not child:
+                try:
+                    run(rank, ranks, own, sys.argv[3:])
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            children.append(child)
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            if status:  # the others would wait for this one
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(f"a rank of {ranks} failed")
 
 
 if __name__ == "__main__":
