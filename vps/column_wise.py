@@ -157,7 +157,7 @@ def _finish(
         norm_B=None if products.norm_B is None else products.norm_B.sqrt(),
     )
     energy = energy.clone() if energy is not None and settings.adaptive else None
-    core, gamma, t, _ = build_core(products, p.numbers, energy, entropy, mask, settings)
+    core, gamma, t = build_core(products, p.numbers, energy, entropy, mask, settings)
     B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
     y = torch_backend.apply(H, t, core, gamma, W, I_in, B, settings.clamp, mask is not None)
     y = y[..., : p.shard.size]

@@ -58,12 +58,27 @@ def couple(
         statistics: scores ``[G, d]`` and energy ``[G]`` of values ``[G, T, d]`` under a mask;
             those of torch when ``None``.
     """
-    statistics = _statistics if statistics is None else statistics
     H_q, H_k = F.linear(x, W_q), F.linear(x, W_k)
+    return decide(x, H_q, H_k, mask, I_in, r, heads, kv_heads, statistics)
+
+
+def decide(
+    x: Tensor,
+    H_q: Tensor,
+    H_k: Tensor,
+    mask: Tensor | None,
+    I_in: Tensor | None,
+    r: int,
+    heads: int,
+    kv_heads: int,
+    statistics: Statistics | None = None,
+) -> Joint:
+    """As :func:`couple`, from base products ``[G, T, d_q]`` and ``[G, T, d_k]``."""
+    statistics = _statistics if statistics is None else statistics
     s_q, energy_q = statistics(H_q, mask, True)
     s_k, energy_k = statistics(H_k, mask, True)
     assert energy_q is not None and energy_k is not None
-    d_q, d_k = W_q.shape[0], W_k.shape[0]
+    d_q, d_k = H_q.shape[-1], H_k.shape[-1]
     energy = (energy_q * d_q + energy_k * d_k) / (d_q + d_k)
     if I_in is None:
         I_in = selection.top_k(statistics(x, mask, False)[0], r)

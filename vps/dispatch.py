@@ -6,7 +6,8 @@ Left alone, a layer takes the fastest that its tensors allow: on CUDA and ROCm `
 backend that was asked for runs or raises; nothing falls back in silence.
 
 A layer that holds L-BFGS pairs, which only a refinement records, is computed by ``torch`` on every
-device: no other backend but ``reference`` knows them, and asking for one there raises.
+device: no other backend but ``reference`` knows them, and asking for one there raises. So is a
+layer whose weight is no plain matrix in memory; for it ``torch`` is the only backend.
 """
 
 from __future__ import annotations
@@ -91,16 +92,17 @@ def choose_with_memory() -> str:
     return name
 
 
-def require_torch(reason: str) -> None:
-    """Raise where another backend was asked for than torch, which alone computes such a layer.
+def choose_opaque() -> None:
+    """Check that torch may compute a layer that is known by its forward alone.
 
     Raises:
-        RuntimeError: another backend was asked for; the message gives ``reason``.
+        RuntimeError: another backend was asked for.
     """
     name = STATE.backends[-1] if STATE.backends else _FROM_ENVIRONMENT or "torch"
     if name != "torch":
         raise RuntimeError(
-            f"vps backend {name!r} cannot run this layer: {reason}, which only 'torch' computes"
+            f"vps backend {name!r} cannot run this layer: its weight is no plain matrix in memory, "
+            "and such layers are computed by 'torch' alone"
         )
 
 

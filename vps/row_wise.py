@@ -104,7 +104,7 @@ def forward(
     else:
         I_out = drawn[1]
     products = _products(x, W, H, columns, I_in, I_out, settings, shard)
-    core, gamma, t, _ = build_core(products, numbers, energy, entropy, mask, settings)
+    core, gamma, t = build_core(products, numbers, energy, entropy, mask, settings)
     if settings.clamp is None:
         y = columns.expand(gradient.mix(t, core * gamma.view(-1, 1, 1))).add_(H)
     else:

@@ -20,6 +20,7 @@ from vps import column_wise, dispatch, masking, pairing, row_wise, sharing
 from vps.config import VPSConfig
 from vps.functional import FLOATING, cast, group, plan_for
 from vps.linear import SharpenedLayer
+from vps.own_forward import OwnForward
 from vps.policy import PolicyState
 from vps.sharding import Shard, split_evenly
 from vps.torch_backend import Outputs
@@ -37,6 +38,7 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):
     base_forward: Callable[[Tensor], Tensor]
     style: Any
     shard: Shard
+    may_be_wrapped = False
 
     @classmethod
     def sharpened(cls, linear: nn.Linear, config: VPSConfig, state: PolicyState) -> Self:
@@ -67,6 +69,36 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):
         return self
 
     @property
+    def widths(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def form(self) -> str:
+        """Its form in a :class:`vps.PatchReport`."""
+        return f"tensor parallel ({'row' if self.splits_inputs else 'column'}-wise)"
+
+    def matrix(self) -> None:
+        """No rank holds the whole W."""
+
+    def plain_output(self, x: Tensor) -> Tensor:
+        return self.base_forward(x)
+
+    def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
+        raise self._not_whole()
+
+    def own_forward(self, x: Tensor, inside: bool = False) -> OwnForward:
+        raise self._not_whole()
+
+    def base_product(self, x: Tensor) -> Tensor:
+        raise self._not_whole()
+
+    def _not_whole(self) -> TypeError:
+        return TypeError(
+            "vps: statistics and controls need the whole layer, and each rank holds a part of this "
+            f"{self.form} one; expected a model in one process"
+        )
+
+    @property
     def splits_inputs(self) -> bool:
         """Whether this rank holds some of the inputs, rather than of the outputs."""
         return STYLES[type(self.style).__name__] == 1
@@ -76,7 +108,8 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):
         if any(state is self.state for state in masking.STATE.disabled):
             return self.base_forward(x)
         if self.coupling is not None and self.coupling.applies():
-            return self.coupling.sharpen(self, x)
+            y: Tensor = self.coupling.sharpen(self, x)
+            return y
         return sharpen((self,), x)[0]
 
     def extra_repr(self) -> str:
@@ -98,8 +131,7 @@ class TensorParallelCoupling(pairing.Coupling):
         super().__init__(query, key, heads, kv_heads)
         self.layers = (query, key)
 
-    def outputs(self, x: Tensor, config: VPSConfig, state: PolicyState) -> tuple[Tensor, Tensor]:
-        """Both outputs for x ``[..., d_in]``."""
+    def outputs(self, layer: pairing.Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         y_q, y_k = sharpen(self.layers, x, self.layers[1].out_features // self.kv_heads)
         return y_q, y_k
 
@@ -121,7 +153,7 @@ def sharpen(
     """
     first = layers[0]
     config, state = first.config, first.state
-    dispatch.require_torch("its weight is split over ranks")
+    dispatch.choose_opaque()
     for layer in layers:
         if layer.memory and config.lbfgs:
             raise RuntimeError(
@@ -199,6 +231,12 @@ def is_tensor_parallel(module: nn.Module) -> bool:
     """Whether transformers' tensor parallelism replaced the forward of ``module``."""
     forward = module.__dict__.get("forward")
     return "install_forward.<locals>" in getattr(forward, "__qualname__", "")
+
+
+def form_of(module: nn.Module) -> str:
+    """The form of a tensor-parallel ``module``, as in a :class:`vps.PatchReport`."""
+    rows = type(_style(module)).__name__ == "RowwiseParallel"
+    return f"tensor parallel ({'row' if rows else 'column'}-wise)"
 
 
 def why_not_sharpenable(module: nn.Module) -> str | None:

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import gradient, selection
+from vps import clipping, gradient, policy, selection
+from vps.constants import constant
 from vps.lbfgs import Pair, precondition
 from vps.policy import Settings
-from vps.products import Products, build_core, needs_gram_of_rows
+from vps.weight import Weight, WeightMatrix
 
 
 class Inputs(NamedTuple):
@@ -163,6 +164,7 @@ def build(
     I_out: Tensor,
     B: Tensor | None,
     settings: Settings,
+    weight: Weight | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(core, γ, t)`` of :class:`Outputs` and the columns left out, bool ``[G, r]`` or ``None``.
 
@@ -174,9 +176,25 @@ def build(
         I_out: ``[G, r]``.
         B: ``[d_out, G, r]``, or ``None`` to read all of W instead.
         settings: the rest.
+        weight: how W is read where it is not ``inputs.weight``, which then is not looked at.
     """
-    products = _products(inputs.x, inputs.weight, H, I_in, I_out, B, settings)
-    return build_core(products, inputs.policy, energy, inputs.entropy, inputs.mask, settings)
+    x, mask = inputs.x, inputs.mask
+    weight = WeightMatrix(inputs.weight, I_in, B) if weight is None else weight
+    numbers = inputs.policy.to(selection.accumulation_dtype(H.dtype))
+    decision = policy.decide(numbers, energy, inputs.entropy, len(H), settings)
+    gamma, inactive = decision.gamma, decision.inactive
+    t = selected(H, I_out)
+    mixing = None
+    if settings.coupled:
+        X_A, Y = (selection.clean(z, mask) for z in (selected(x, I_in), t))
+        mixing = selection.coupling(X_A, Y, inactive, settings.alpha)
+    core = _core(weight, I_out, mixing, decision, settings)
+    if inactive is not None:
+        t.masked_fill_(inactive.unsqueeze(1), 0.0)
+        core = core.masked_fill(inactive.unsqueeze(1), 0.0)
+    if mask is not None:
+        gamma = gamma.masked_fill(~mask.any(1), 0.0)
+    return core, gamma, t, inactive
 
 
 def apply(
@@ -209,43 +227,58 @@ def add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor:
     return delta.mul_(gamma.to(H.dtype).view(-1, 1, 1)).add_(H)
 
 
-def _products(
-    x: Tensor,
-    W: Tensor,
-    H: Tensor,
-    I_in: Tensor,
+def _core(
+    weight: Weight,
     I_out: Tensor,
-    B: Tensor | None,
+    mixing: Tensor | None,
+    decision: policy.Decision,
     settings: Settings,
-) -> Products:
-    """What the settings ask for, from W itself."""
-    dtype = selection.accumulation_dtype(W.dtype)
-    norm = torch.linalg.vector_norm
-    norm_A = gram_A = norm_B = gram_B = None
-    if needs_gram_of_rows(settings):
-        rows = W[I_out].to(dtype)
-        gram_A = rows @ rows.mT
-    elif settings.tau is not None and B is None:
-        norm_A = norm(W, 2, dim=1, dtype=dtype)[I_out]
-    elif settings.tau is not None:
-        rows = W.index_select(0, I_out.reshape(-1))
-        norm_A = norm(rows, 2, dim=1, dtype=dtype).view(I_out.shape)
-    if settings.tau is not None and settings.spectral:
-        columns = W[:, I_in].to(dtype) if B is None else B.to(dtype)
-        gram_B = torch.einsum("ogc,oge->gce", columns, columns)
-    elif settings.tau is not None and B is None:
-        norm_B = norm(W, 2, dim=0, dtype=dtype)[I_in]
-    elif settings.tau is not None:
-        norm_B = norm(B, 2, dim=0, dtype=dtype)
-    return Products(
-        selected(H, I_out),
-        selected(x, I_in) if settings.coupled else None,
-        norm_A,
-        gram_A,
-        norm_B,
-        gram_B,
-        W[I_out.unsqueeze(2), I_in.unsqueeze(1)].to(dtype) if settings.second_order else None,
-    )
+) -> Tensor:
+    """``C`` without γ: a diagonal ``[G, 1, r]`` for SK of order 1, else ``[G, r, r]``.
+
+    With ``D = diag(1/√s)``: ``C = V D (I + γ/2 Mᵀ) D``, ``M = D Vᵀ B[I_out] D`` for order 2.
+    """
+    groups, r = I_out.shape
+    dtype, device = decision.gamma.dtype, decision.gamma.device
+    one = constant(1.0, decision.gamma)
+    scale = one.expand(groups, r)
+    if settings.tau is not None:
+        scale = _clip(weight, I_out, mixing, decision.inactive, settings, settings.tau)
+    if mixing is None and decision.second_order is None:
+        return scale.reciprocal().expand(groups, r).unsqueeze(1)
+    V = torch.eye(r, dtype=dtype, device=device) if mixing is None else mixing.to(dtype)
+    V = V.expand(groups, r, r)
+    if decision.second_order is None:
+        return V / scale.unsqueeze(1)
+    D = scale.expand(groups, r).rsqrt().unsqueeze(1)  # scales columns
+    M = D.mT * (V.mT @ weight.crossing(I_out)) * D
+    if decision.inactive is not None:
+        M = M.masked_fill(decision.inactive.unsqueeze(1) | decision.inactive.unsqueeze(2), 0.0)
+    half = M.mT * (decision.gamma * decision.second_order / 2).view(-1, 1, 1)
+    return (V * D) @ (torch.eye(r, dtype=dtype, device=device) + half) * D
+
+
+def _clip(
+    weight: Weight,
+    I_out: Tensor,
+    mixing: Tensor | None,
+    inactive: Tensor | None,
+    settings: Settings,
+    tau: float,
+) -> Tensor:
+    """``s`` of SPEC §4, ``[G, r]`` or ``[G, 1]``, from norms and Gram matrices alone."""
+    if mixing is None and not settings.spectral:
+        return clipping.component_scale(weight.norm_out(I_out), weight.norm_in(), tau)
+    gram_A = weight.gram_out(I_out)
+    if mixing is not None:
+        mixing = mixing.to(gram_A.dtype)
+        gram_A = mixing.mT @ gram_A @ mixing
+    if not settings.spectral:
+        norm_A = gram_A.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        return clipping.component_scale(norm_A, weight.norm_in(), tau)
+    if inactive is not None:
+        gram_A = gram_A.masked_fill(inactive.unsqueeze(1) | inactive.unsqueeze(2), 0.0)
+    return clipping.spectral_scale(gram_A, weight.gram_in(), tau)
 
 
 def selected(values: Tensor, index: Tensor) -> Tensor:
