@@ -121,7 +121,7 @@ def test_refusals_name_the_reason(launched):
             "replicated weight": "its weight is R, expected Shard(dim=0)",
             "wrong dim": "its weight is S(0), expected Shard(dim=1)",
             "plain weight": "its weight is a Tensor, expected a DTensor",
-            "backend": "vps backend 'reference' cannot run this layer: its weight is split over",
+            "backend": "vps backend 'reference' cannot run this layer: its weight is no plain matrix",
             "memory": "holds L-BFGS pairs, which it cannot compute with; set lbfgs=False",
         }.items():
             assert text in found[name], (name, found[name])
