@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
+import peft
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -28,6 +29,8 @@ from transformers import (
 
 import vps
 from vps import VPSConfig, column_wise, functional, row_wise, torch_backend
+from vps.evaluation.controls import control
+from vps.statistics import measure
 from vps.tensor_parallel import TensorParallelLinear
 
 HIDDEN, VOCABULARY = 32, 64
@@ -566,6 +569,21 @@ def gradients(group):
 
 
 @case(2)
+def statistics(group):
+    """What the policy decides and the size of every update, over the whole of each layer."""
+    models, results = group.pair("short", torch.float64), {}
+    for builder in ("sk", "sc"):
+        with sharpened(models, VPSConfig(builder=builder)):
+            found = [measure(model, {"input_ids": tokens()}) for model in models]
+        for plain, split in zip(*found, strict=True):
+            assert plain.name == split.name
+            names = ("sigma", "gamma", "rank", "energy", "relative_size")
+            worst = max(abs(getattr(plain, name) - getattr(split, name)) for name in names)
+            results[f"{builder} {plain.name}"] = {"error": worst}
+    return results
+
+
+@case(2)
 def refusals(group):
     """Styles and layers that cannot be sharpened, and calls that cannot be computed."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -622,7 +640,31 @@ def refusals(group):
         split(tokens())
     except RuntimeError as refusal:
         messages["memory"] = str(refusal)
+    for layer in split.modules():
+        if isinstance(layer, TensorParallelLinear):
+            layer.memory = None
+    try:
+        with control(split, "random_noise"):
+            split(tokens())
+    except TypeError as refusal:
+        messages["control"] = str(refusal)
+    adapters = peft.LoraConfig(target_modules=["q_proj"])
+    try:
+        peft.get_peft_model(split, adapters)
+    except TypeError as refusal:
+        messages["adapter"] = str(refusal)
     vps.unpatch(split)
+    adapted = nn.Module()
+    adapted.q_proj = nn.Linear(8, 8)
+    adapted.q_proj.weight = nn.Parameter(
+        distribute_tensor(adapted.q_proj.weight.data, mesh, [Shard(0)])
+    )
+    ALL_PARALLEL_STYLES["colwise"].install_forward(adapted.q_proj, mesh)
+    adapted.q_proj = peft.tuners.lora.Linear(adapted.q_proj, "default", config=adapters, r=2)
+    try:
+        vps.patch(adapted)
+    except ValueError as refusal:
+        messages["adapted"] = str(refusal)
     return messages
 
 

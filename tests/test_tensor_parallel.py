@@ -64,7 +64,15 @@ def test_matrix_of_builder_scope_prefill_decode_and_generation(group):
 
 
 @pytest.mark.parametrize(
-    "name", ["every_setting", "entropy_and_history", "masks", "hybrid_turns_to_sc", "other_styles"]
+    "name",
+    [
+        "every_setting",
+        "entropy_and_history",
+        "masks",
+        "hybrid_turns_to_sc",
+        "other_styles",
+        "statistics",
+    ],
 )
 def test_in_float64(launched, name):
     judged(launched[2], name, WHOLE)
@@ -105,7 +113,10 @@ def test_leaves_no_trace(launched):
         for name in ("disabled", "zero", "off", "again", "keys", "classes"):
             assert found[name] == 0, name
         assert found["on"] > 0 and found["saved"] == [] and found["leftovers"] == []
-        assert "14 layers sharpened, query and key coupled in 2 attention blocks" in found["report"]
+        assert found["report"].splitlines() == [
+            "14 layers sharpened, query and key coupled in 2 attention blocks",
+            "forms: 10 tensor parallel (column-wise), 4 tensor parallel (row-wise)",
+        ]
 
 
 def test_refusals_name_the_reason(launched):
@@ -122,6 +133,9 @@ def test_refusals_name_the_reason(launched):
             "wrong dim": "its weight is S(0), expected Shard(dim=1)",
             "plain weight": "its weight is a Tensor, expected a DTensor",
             "backend": "vps backend 'reference' cannot run this layer: its weight is no plain matrix",
+            "control": "layers.0.self_attn.q_proj is split over ranks, of which each holds a part",
+            "adapter": "an adapter around a sharpened TensorParallelLinear is not supported",
+            "adapted": "the layer in it is split over ranks: tensor parallel (column-wise)",
             "memory": "holds L-BFGS pairs, which it cannot compute with; set lbfgs=False",
         }.items():
             assert text in found[name], (name, found[name])

@@ -57,7 +57,7 @@ def cover(adapter: nn.Module, layer: Any) -> Any:
     """
     from vps import opaque_layer
 
-    if not layer.may_be_wrapped:
+    if not layer.is_whole:
         raise TypeError(
             f"vps: an adapter around a sharpened {type(layer).__name__} is not supported: its "
             "weight is split over ranks; expected vps.unpatch before adding adapters"

@@ -27,7 +27,8 @@ class SharpenedLayer:
     ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer, ``outer``
     where an adapter wraps the layer and is sharpened in its place. During a refinement also
     ``gradient``, whether the last verification pass brought one here (Hybrid turns to SC), and the
-    L-BFGS ``memory``. ``offset`` and ``norms`` are of :mod:`vps.own_forward`.
+    L-BFGS ``memory``. ``offset`` and ``norms`` are of :mod:`vps.own_forward`; ``is_whole`` says
+    whether this process holds all of the layer.
     """
 
     config: VPSConfig
@@ -38,7 +39,7 @@ class SharpenedLayer:
     outer: Any = None
     offset: bool = False
     norms: RowNorms | None = None
-    may_be_wrapped = True
+    is_whole = True
 
     @property
     def module(self) -> nn.Module:
@@ -103,6 +104,10 @@ class SharpenedLayer:
         if base.offset:
             H = H - base.product(x.new_zeros(1, x.shape[-1]))
         return H.view(*x.shape[:-1], -1)
+
+    def whole(self, y: Tensor) -> Tensor:
+        """All of an output of which this process may hold a part."""
+        return y
 
     def sharpen(self, x: Tensor) -> Tensor | None:
         """The output for x, or ``None`` where it is that of the base layer."""

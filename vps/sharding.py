@@ -95,6 +95,19 @@ def best_of_all(
     return tuple(column.gather(1, order).long() for column in merged.unbind(1)[1:])
 
 
+def gather(values: Tensor, shard: Shard) -> Tensor:
+    """All features of ``values`` ``[..., held]``, in their order."""
+    rows = values.reshape(-1, values.shape[-1])
+    widest = shard.bounds[1]
+    own = rows.new_zeros(len(rows), widest)
+    own[:, : rows.shape[1]] = rows
+    everyone = own.new_empty(shard.world * len(own), widest)
+    dist.all_gather_into_tensor(everyone, own, group=shard.group)
+    joined = everyone.view(shard.world, len(own), widest).transpose(0, 1).flatten(1)
+    # The last part may be shorter than the others, and is padded.
+    return joined[:, : shard.bounds[-1]].reshape(*values.shape[:-1], -1)
+
+
 def add_up(parts: Sequence[Tensor | None], shard: Shard) -> list[Tensor | None]:
     """Every part summed over the ranks, in one all-reduce of all; ``None`` stays.
 

@@ -14,9 +14,10 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import column_wise, dispatch, masking, pairing, row_wise, sharing
+from vps import column_wise, dispatch, masking, pairing, row_wise, sharding, sharing
 from vps.config import VPSConfig
 from vps.functional import FLOATING, cast, group, plan_for
 from vps.linear import SharpenedLayer
@@ -38,7 +39,7 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):
     base_forward: Callable[[Tensor], Tensor]
     style: Any
     shard: Shard
-    may_be_wrapped = False
+    is_whole = False
 
     @classmethod
     def sharpened(cls, linear: nn.Linear, config: VPSConfig, state: PolicyState) -> Self:
@@ -89,13 +90,25 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):
     def own_forward(self, x: Tensor, inside: bool = False) -> OwnForward:
         raise self._not_whole()
 
+    @torch.no_grad()
     def base_product(self, x: Tensor) -> Tensor:
-        raise self._not_whole()
+        """``H`` of all ranks, which moves as much: for statistics alone."""
+        x = _own_input(self, x)
+        H = F.linear(x, _local(self.weight).to(x.dtype))
+        if self.splits_inputs:
+            dist.all_reduce(H, group=self.shard.group)
+            return H
+        return sharding.gather(H, self.shard)
+
+    def whole(self, y: Tensor) -> Tensor:
+        if y.shape[-1] == self.out_features:
+            return y
+        return sharding.gather(y.detach(), self.shard)
 
     def _not_whole(self) -> TypeError:
         return TypeError(
-            "vps: statistics and controls need the whole layer, and each rank holds a part of this "
-            f"{self.form} one; expected a model in one process"
+            f"vps: each rank holds a part of a {self.form} layer, so it is not known by its own "
+            "forward; expected a model in one process"
         )
 
     @property
