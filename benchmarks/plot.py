@@ -122,13 +122,14 @@ def bars(
 def curves(axes: Any, cases: list[Case]) -> None:
     """Overhead in percent over one size, with the modelled limit dashed and noise in grey."""
     cases = sorted(cases, key=lambda case: case["at"]["value"])
-    names = list(dict.fromkeys(name for case in cases for name in case["rows"]))
+    rows = [{_of_any_rank(n): row for n, row in case["rows"].items()} for case in cases]
+    names = list(dict.fromkeys(name for row in rows for name in row))
     bands = [(c["at"]["value"], results.noise(c)) for c in cases if results.noise(c) is not None]
     if bands:
         high = [max(100 * (max(b[1], 2 - b[0]) - 1), LEAST) for _, b in bands]
         axes.fill_between([x for x, _ in bands], LEAST, high, color="0.85", linewidth=0)
     for name in names:
-        row = [(case["at"]["value"], case["rows"].get(name, {})) for case in cases]
+        row = [(c["at"]["value"], r.get(name, {})) for c, r in zip(cases, rows, strict=True)]
         found = [(x, max(LEAST, 100 * (r["ratio"] - 1))) for x, r in row if "ratio" in r]
         if not found or name == cases[0]["base"] or name.endswith(AGAIN):
             continue
@@ -150,6 +151,11 @@ def curves(axes: Any, cases: list[Case]) -> None:
     axes.set_title(cases[0]["at"]["curve"], fontsize=9)
     axes.grid(True, which="major", linewidth=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _of_any_rank(name: str) -> str:
+    """A variant's name without its rank, which over the rank is another at every point."""
+    return re.sub(r"^peft lora r=\d+$", "peft lora of the same rank", name)
 
 
 def draw(sections: dict[str, Section], kind: str, out: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The targets of PERFORMANCE.md §4, and of issues 2 and 4 for SmolLM2, beside what was measured.
+"""The targets of PERFORMANCE.md §4, and of issues 2, 4 and 6 for SmolLM2, beside what was measured.
 
 ``python -m benchmarks.targets RESULTS_DIR`` prints them as Markdown. A cell never measured says so.
 """
@@ -60,6 +60,7 @@ def _on_cpu(
 
 GREEDY = "SmolLM2-135M, 64 greedy tokens after 32, float32"
 PREFILL = "SmolLM2-135M, prefill of 512 tokens, float32"
+BACKWARD = "SmolLM2-135M, backward of .* tokens, float32"
 WIDE = "(3584 to 18944|18944 to 3584)"
 TARGETS = (
     _drop_in("decode 3584²", 1.35, "3584 to 3584, N = 1, bfloat16"),
@@ -104,6 +105,9 @@ TARGETS = (
     _on_cpu("SmolLM2 on a CPU, prefill of 512, C++", 1.04, PREFILL, section="model"),
     _on_cpu("SmolLM2 on a CPU, 64 greedy tokens, torch", 1.30, GREEDY, ("vps torch",), "model"),
     _on_cpu("SmolLM2 on a CPU, prefill of 512, torch", 1.10, PREFILL, ("vps torch",), "model"),
+    _on_cpu(
+        "SmolLM2 on a CPU, backward pass", 1.15, BACKWARD, ("vps torch", "vps cpp"), "backward"
+    ),
 )  # fmt: skip
 
 

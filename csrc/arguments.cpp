@@ -95,21 +95,26 @@ void check_indices(const char* name, const Tensor& index, int64_t groups, int64_
     }
 }
 
-Policy read_policy(const Tensor& tensor) {
+Policy read_policy(const Tensor& tensor, int64_t r) {
+  constexpr int64_t kNumbers = 9;
   check_plain("policy", tensor);
   check_dtype("policy", tensor, aoti_torch_dtype_float64());
-  check_shape("policy", tensor, {9});
+  const bool by_column = tensor.dim() == 1 && tensor.size(0) == kNumbers + r;
+  if (!by_column) check_shape("policy", tensor, {kNumbers});
   const double* data = static_cast<const double*>(tensor.data_ptr());
-  double values[9];
-  for (int i = 0; i < 9; ++i) {
-    values[i] = data[i * tensor.stride(0)];
-    if (!std::isfinite(values[i])) fail("policy", " must be finite, got ", values[i]);
-  }
-  return {values[0],
-          {values[1], values[2]},
-          {values[3], values[4]},
-          {values[5], values[6]},
-          {values[7], values[8]}};
+  const auto number = [&](int64_t i) {
+    const double value = data[i * tensor.stride(0)];
+    if (!std::isfinite(value)) fail("policy", " must be finite, got ", value);
+    return value;
+  };
+  Policy policy{number(0),
+                {number(1), number(2)},
+                {number(3), number(4)},
+                {number(5), number(6)},
+                {number(7), number(8)},
+                {}};
+  for (int64_t c = 0; by_column && c < r; ++c) policy.columns.push_back(number(kNumbers + c));
+  return policy;
 }
 
 double read_number(const char* name, const Tensor& tensor) {
@@ -124,12 +129,13 @@ double read_number(const char* name, const Tensor& tensor) {
   fail(name, " must be floating point, got ", dtype_name(dtype));
 }
 
-/// Checks x [G, T, d_in] and a weight [d_out, d_in].
-Shape check_product(const Tensor& x, const char* name, const Tensor& weight) {
+/// Checks rows [G, T, width], x or g, and a weight [d_out, d_in], all but the width.
+Shape check_pair(const char* rows_name, const char* width, const Tensor& rows, const char* name,
+                 const Tensor& weight) {
   Shape s;
-  check_plain("x", x);
+  check_plain(rows_name, rows);
   check_plain(name, weight);
-  s.torch_dtype = dtype_of(x);
+  s.torch_dtype = dtype_of(rows);
   if (s.torch_dtype == aoti_torch_dtype_float32())
     s.dtype = Dtype::float32;
   else if (s.torch_dtype == aoti_torch_dtype_bfloat16())
@@ -137,19 +143,26 @@ Shape check_product(const Tensor& x, const char* name, const Tensor& weight) {
   else if (s.torch_dtype == aoti_torch_dtype_float16())
     s.dtype = Dtype::float16;
   else
-    fail("x", " must be float32, bfloat16 or float16, got ", dtype_name(s.torch_dtype));
+    fail(rows_name, " must be float32, bfloat16 or float16, got ", dtype_name(s.torch_dtype));
   s.element_size = s.dtype == Dtype::float32 ? 4 : 2;
-  if (x.dim() != 3) fail("x", " must have shape [G, T, d_in], got ", shape_of(x));
+  if (rows.dim() != 3)
+    fail(rows_name, " must have shape [G, T, ", width, "], got ", shape_of(rows));
   if (weight.dim() != 2) fail(name, " must have shape [d_out, d_in], got ", shape_of(weight));
-  s.groups = x.size(0);
-  s.tokens = x.size(1);
+  s.groups = rows.size(0);
+  s.tokens = rows.size(1);
   s.d_out = weight.size(0);
   s.d_in = weight.size(1);
-  if (s.groups < 1 || s.tokens < 1 || s.d_in < 1)
-    fail("x", " must not be empty, got ", shape_of(x));
-  if (s.d_out < 1) fail(name, " must not be empty, got ", shape_of(weight));
-  check_shape("x", x, {s.groups, s.tokens, s.d_in});
+  if (s.groups < 1 || s.tokens < 1)
+    fail(rows_name, " must not be empty, got ", shape_of(rows));
+  if (s.d_in < 1 || s.d_out < 1) fail(name, " must not be empty, got ", shape_of(weight));
   check_dtype(name, weight, s.torch_dtype);
+  return s;
+}
+
+/// Checks x [G, T, d_in] and a weight [d_out, d_in].
+Shape check_product(const Tensor& x, const char* name, const Tensor& weight) {
+  const Shape s = check_pair("x", "d_in", x, name, weight);
+  check_shape("x", x, {s.groups, s.tokens, s.d_in});
   return s;
 }
 
@@ -207,12 +220,34 @@ Shape check(const Arguments& a) {
     fail("r", " must be from 1 to min(d_in, d_out) = ", limit, ", got ", a.r);
   if (a.I_in) check_indices("I_in", *a.I_in, s.groups, a.r, s.d_in);
   if (a.I_out) check_indices("I_out", *a.I_out, s.groups, a.r, s.d_out);
-  s.policy = read_policy(a.policy);
+  s.policy = read_policy(a.policy, a.r);
   if (a.entropy) s.entropy = read_number("entropy", *a.entropy);
   if (a.coupled && !(a.alpha > 0 && std::isfinite(a.alpha)))
     fail("alpha", " must be positive and finite, got ", a.alpha);
   if (a.tau && !(*a.tau > 0)) fail("tau", " must be positive, got ", *a.tau);
   if (a.clamp && !(*a.clamp >= 0)) fail("clamp", " must not be negative, got ", *a.clamp);
+  return s;
+}
+
+Shape check(const BackwardArguments& a) {
+  operation = "linear_backward";
+  const Shape s = check_pair("g", "d_out", a.g, "weight", a.weight);
+  check_shape("g", a.g, {s.groups, s.tokens, s.d_out});
+  check_plain("features", a.features);
+  if (a.features.dim() != 3) fail("features", " must be [G, 2, r], got ", shape_of(a.features));
+  const int64_t r = a.features.size(2), limit = std::min(s.d_in, s.d_out);
+  if (r < 1 || r > limit)
+    fail("features", " must hold 1 to min(d_in, d_out) = ", limit, " a side, got ", r);
+  check_dtype("features", a.features, aoti_torch_dtype_int64());
+  check_shape("features", a.features, {s.groups, 2, r});
+  check_indices("features[:, 0]", torch::stable::select(a.features, 1, 0), s.groups, r, s.d_in);
+  check_indices("features[:, 1]", torch::stable::select(a.features, 1, 1), s.groups, r, s.d_out);
+  check_plain("core", a.core);
+  check_dtype("core", a.core, aoti_torch_dtype_float32());
+  check_shape("core", a.core, {s.groups, r, r});
+  check_plain("gamma", a.gamma);
+  check_dtype("gamma", a.gamma, aoti_torch_dtype_float32());
+  check_shape("gamma", a.gamma, {s.groups});
   return s;
 }
 

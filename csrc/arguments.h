@@ -1,4 +1,4 @@
-// The arguments of vps::linear, checked.
+// The arguments of vps::linear and the operators beside it, checked.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -20,7 +20,7 @@ struct Arguments {
   const std::optional<Tensor>& mask;     // bool [G, T]
   const std::optional<Tensor>& I_in;     // int64 [G, r]
   const std::optional<Tensor>& I_out;    // int64 [G, r]
-  const Tensor& policy;                  // float64 [9]
+  const Tensor& policy;                  // float64 [9], or [9 + r] with a factor of each column
   const std::optional<Tensor>& entropy;  // floating, one element
   const std::optional<Tensor>& H;        // [G, T, d_out], contiguous
   const std::optional<Tensor>& energy;   // float32 [G]
@@ -52,9 +52,19 @@ struct JointArguments {
   int64_t r, heads, kv_heads;
 };
 
-/// Raise std::invalid_argument naming the argument, what it must be and what it is. The second
-/// returns the shape of the key's product.
+/// What the backward pass of a sharpened layer needs, without a clamp.
+struct BackwardArguments {
+  const Tensor& g;         // [G, T, d_out]
+  const Tensor& weight;    // [d_out, d_in]
+  const Tensor& features;  // int64 [G, 2, r]
+  const Tensor& core;      // float32 [G, r, r]
+  const Tensor& gamma;     // float32 [G]
+};
+
+/// Raise std::invalid_argument naming the argument, what it must be and what it is. Of a
+/// query and a key the shape is that of the key's product.
 Shape check(const Arguments& a);
 Shape check(const JointArguments& a);
+Shape check(const BackwardArguments& a);
 
 }  // namespace vps

@@ -158,26 +158,27 @@ double spectral_norm(double* P, double* Q, int64_t a, double* work) {
   return std::sqrt(largest);
 }
 
-void build_core(const double* T, const double* scale, const double* B_selected, double gamma,
-                int64_t a, double* C, double* work) {
-  // In C: V D² without, V D (I + γ/2 Mᵀ) D with the second order.
+void build_core(const double* T, const double* scale, const double* B_selected,
+                const double* columns, double gamma, int64_t a, double* C, double* work) {
+  // In C: V D² w without, V D (I + γ/2 w Mᵀ) D w with the second order.
+  const auto w = [&](int64_t c) { return columns ? columns[c] : 1.0; };
   const auto V = [&](int64_t j, int64_t c) { return T ? T[c * a + j] : (j == c ? 1.0 : 0.0); };
   if (!B_selected) {
     for (int64_t j = 0; j < a; ++j)
-      for (int64_t c = 0; c < a; ++c) C[j * a + c] = V(j, c) / scale[c];
+      for (int64_t c = 0; c < a; ++c) C[j * a + c] = V(j, c) * w(c) / scale[c];
     return;
   }
-  for (int64_t i = 0; i < a; ++i)  // work = I + γ/2 Mᵀ, M[c, i] = D_c (Vᵀ B)[c, i] D_i
+  for (int64_t i = 0; i < a; ++i)  // work = I + γ/2 w Mᵀ, M[c, i] = D_c (Vᵀ B)[c, i] D_i
     for (int64_t c = 0; c < a; ++c) {
       double total = 0;
       for (int64_t j = 0; j < a; ++j) total += V(j, c) * B_selected[j * a + i];
-      work[i * a + c] = (i == c) + gamma / 2 * total / std::sqrt(scale[c] * scale[i]);
+      work[i * a + c] = (i == c) + gamma / 2 * w(i) * total / std::sqrt(scale[c] * scale[i]);
     }
   for (int64_t j = 0; j < a; ++j)
     for (int64_t i = 0; i < a; ++i) {
       double total = 0;
       for (int64_t c = 0; c < a; ++c) total += V(j, c) / std::sqrt(scale[c]) * work[c * a + i];
-      C[j * a + i] = total / std::sqrt(scale[i]);
+      C[j * a + i] = total * w(i) / std::sqrt(scale[i]);
     }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace vps {
 
@@ -10,6 +11,7 @@ namespace vps {
 struct Policy {
   double factor;
   double gamma[2], rank[2], topk[2], order[2];
+  std::vector<double> columns;  // w [r], or empty for 1 everywhere
 };
 
 struct Decision {
@@ -35,9 +37,10 @@ void mix_gram(const double* T, int64_t a, double* G, double* work);
 /// and overwritten. `work` [2 * a * a].
 double spectral_norm(double* P, double* Q, int64_t a, double* work);
 
-/// C [a, a] = V D (I + γ/2 Mᵀ) D with D = 1/√s, M = D Vᵀ B_selected D, V = Tᵀ or the identity if T
-/// is null; M = 0 if B_selected [a, a], W[I_out, I_in], is null. `work` [a * a].
-void build_core(const double* T, const double* scale, const double* B_selected, double gamma,
-                int64_t a, double* C, double* work);
+/// C [a, a] = V D (I + γ/2 w Mᵀ) D w with D = 1/√s, M = D Vᵀ B_selected D, V = Tᵀ or the identity
+/// if T is null, w = 1 if `columns` is null; M = 0 if B_selected [a, a], W[I_out, I_in], is null.
+/// `work` [a * a].
+void build_core(const double* T, const double* scale, const double* B_selected,
+                const double* columns, double gamma, int64_t a, double* C, double* work);
 
 }  // namespace vps

@@ -160,22 +160,23 @@ std::tuple<Tensor, Tensor, Tensor> linear_pair(
     const Optional& b_k, const Optional& mask, const Optional& I_in, const Tensor& policy,
     const Optional& entropy, int64_t r, int64_t heads, int64_t kv_heads, bool adaptive,
     bool coupled_q, bool coupled_k, bool second_order, double alpha, std::optional<double> tau,
-    bool spectral, std::optional<double> clamp) {
+    bool spectral, std::optional<double> clamp, const Optional& policy_k) {
   Workspace workspace;
   const Joint joint = join({x, W_q, W_k, mask, I_in, r, heads, kv_heads}, true, workspace);
   const Tensor selected = side(joint.features, 0);
   const Optional known(selected), energy(joint.energy), none;
   const auto layer = [&](const Tensor& W, const Optional& bias, int64_t place, bool coupled,
-                         const Tensor& H, const void* columns) {
+                         const Tensor& numbers, const Tensor& H, const void* columns) {
     const Optional I_out(side(joint.features, place));
     const Arguments arguments{x,      W,       bias, mask,    known,        I_out,
-                              policy, entropy, none, energy,  r,            adaptive,
+                              numbers, entropy, none, energy, r,            adaptive,
                               coupled, second_order, alpha, tau, spectral, clamp};
     const Product product{H, columns};
     return std::get<0>(sharpen(arguments, &product));
   };
-  return {layer(W_q, b_q, 1, coupled_q, joint.H_q, joint.columns_q),
-          layer(W_k, b_k, 2, coupled_k, joint.H_k, joint.columns_k), selected};
+  return {layer(W_q, b_q, 1, coupled_q, policy, joint.H_q, joint.columns_q),
+          layer(W_k, b_k, 2, coupled_k, policy_k ? *policy_k : policy, joint.H_k, joint.columns_k),
+          selected};
 }
 
 }  // namespace

@@ -269,7 +269,8 @@ class Call {
               value(column(g, c), features(g, 1)[j]);
     }
     double* C = scratch.take<double>(a * a);
-    build_core(T, scale, selected, d.gamma, a, C, scratch.take<double>(a * a));
+    const double* columns = s_.policy.columns.empty() ? nullptr : s_.policy.columns.data();
+    build_core(T, scale, selected, columns, d.gamma, a, C, scratch.take<double>(a * a));
     for (int64_t j = 0; j < a; ++j)
       for (int64_t c = 0; c < a; ++c) core[j * r + c] = static_cast<float>(C[j * a + c]);
   }

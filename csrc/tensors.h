@@ -37,6 +37,15 @@ inline Tensor base_linear(const Tensor& x, const Tensor& weight, const Optional&
   return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
+/// g W for g [G, T, d_out], contiguous.
+inline Tensor product(const Tensor& g, const Tensor& weight) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(g),
+                                    torch::stable::detail::from(weight)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::matmul", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
 inline Optional contiguous(const Optional& tensor) {
   return tensor && !tensor->is_contiguous() ? torch::stable::contiguous(*tensor) : tensor;
 }

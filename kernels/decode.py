@@ -16,7 +16,7 @@ from torch import Tensor
 from vps.kernels import select as selection
 from vps.kernels import tuning
 from vps.kernels.delta import finish
-from vps.kernels.policy import decide, inverse_scale
+from vps.kernels.policy import column_factors, decide, inverse_scale
 from vps.kernels.scores import accumulation, magnitude
 from vps.kernels.select import best
 
@@ -121,7 +121,7 @@ def apply_kernel(
     energy_ptr,  # [N, tiles] or None
     row_squares_ptr,  # [d_out] or None
     column_squares_ptr,  # [N, tiles, R] or None
-    policy_ptr,  # float64 [9]
+    policy_ptr,  # float64 [9], or [9 + R] with a factor of each column
     entropy_ptr,  # scalar or None
     y_ptr,  # [N, d_out]
     features_ptr,  # int64 [N, 2, R]
@@ -136,6 +136,7 @@ def apply_kernel(
     stride_counted,
     TAU: tl.constexpr,
     CLAMP: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
     R: tl.constexpr,
     RANKS: tl.constexpr,
     TILES: tl.constexpr,
@@ -179,6 +180,8 @@ def apply_kernel(
         part = (tile < tiles)[:, None] & inside[None, :]
         columns_B = tl.sum(tl.load(address, mask=part, other=0.0), axis=0)
         inverse = inverse_scale(rows_A, columns_B, TAU)
+    if BY_COLUMN:
+        inverse = inverse * column_factors(policy_ptr, ranks, inside, tl.float32)
     wanted = ranks < active
     inverse = tl.where(wanted, inverse, 0.0)
     t = tl.load(H_ptr + group * width + I_out, mask=wanted, other=0.0)
@@ -246,7 +249,8 @@ def launch(
         mask: bool ``[N, 1]``, whether a token counts, or ``None``.
         I_in: int64 ``[N, r]``, or ``None`` to select here.
         I_out: int64 ``[N, r]``, or ``None`` to select here.
-        policy: float64 ``[9]``: factor, then the bounds of γ, rank, topk and order.
+        policy: float64 ``[9]``: factor, then the bounds of γ, rank, topk and order; ``[9 + r]``
+            with a factor of each column.
         entropy: ℋ in nats, one floating element, or ``None``.
         r: columns, from 1 to 8.
         adaptive: whether the policy needs the energy.
@@ -299,8 +303,9 @@ def launch(
         H, bias, weight, mask, I_in, None if I_out is None else I_out.contiguous(), record, index,
         energy, row_squares, column_squares, policy, entropy, y, features, core, gamma,
         None if clamp is None else t, tiles, width, 0 if bias is None else bias.stride(0),
-        *weight.stride(), stride_counted, TAU=tau, CLAMP=clamp, R=r, RANKS=power(r),
-        TILES=power(tiles), **tile, enable_fp_fusion=True,
+        *weight.stride(), stride_counted, TAU=tau, CLAMP=clamp,
+        BY_COLUMN=policy.numel() == 9 + r, R=r, RANKS=power(r), TILES=power(tiles), **tile,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y, features, core, gamma, t
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.policy import decide, inverse_scale
+from vps.kernels.policy import column_factors, decide, inverse_scale
 from vps.kernels.scores import accumulation
 
 
@@ -88,7 +88,7 @@ def factors_kernel(
     partial_columns_ptr,  # [splits_columns, columns], None without a clip
     I_in_ptr,  # int64 [G, R]
     I_out_ptr,  # int64 [G, R]
-    policy_ptr,  # float64 [9]
+    policy_ptr,  # float64 [9], or [9 + R] with a factor of each column
     energy_ptr,  # [G] or None
     entropy_ptr,  # scalar or None
     counted_ptr,  # bool [G] or None
@@ -103,6 +103,7 @@ def factors_kernel(
     TAU: tl.constexpr,
     EVERY_ROW: tl.constexpr,
     EVERY_COLUMN: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
     R: tl.constexpr,
     RANKS: tl.constexpr,
     SPLITS_ROWS: tl.constexpr,
@@ -133,6 +134,8 @@ def factors_kernel(
                          SPLITS_COLUMNS),
             TAU,
         )  # fmt: skip
+    if BY_COLUMN:
+        inverse = inverse * column_factors(policy_ptr, rank, inside, ACC)
     inverse = tl.where(rank < active, inverse, 0.0)
     core = tl.where(rank[:, None] == rank[None, :], inverse[:, None], 0.0)
     address = core_ptr + group * R * R + rank[:, None] * R + rank[None, :]
@@ -203,7 +206,8 @@ def launch(
         weight: ``[d_out, d_in]``, any strides.
         I_in: int64 ``[G, r]``.
         I_out: int64 ``[G, r]``.
-        policy: float64 ``[9]``: factor, then the bounds of γ, rank, topk and order.
+        policy: float64 ``[9]``: factor, then the bounds of γ, rank, topk and order; ``[9 + r]``
+            with a factor of each column.
         energy: ``[G]`` in the accumulation dtype; ``None`` when nothing is adaptive.
         entropy: ℋ in nats, one floating element, or ``None``.
         tau: bound of ``‖A_c‖‖B_c‖``, a constant of the kernel; ``None`` for no clip.
@@ -218,7 +222,8 @@ def launch(
         ValueError: a weight that is no matrix, or selections of another shape or dtype.
     """
     _check("factors", weight, I_in, I_out)
-    if policy.dtype != torch.float64 or policy.numel() != 9:
+    by_column = policy.numel() == 9 + I_in.shape[1]
+    if policy.dtype != torch.float64 or not (by_column or policy.numel() == 9):
         raise TypeError(
             f"factors: policy must be float64 [9], got {policy.dtype} {tuple(policy.shape)}"
         )
@@ -240,9 +245,9 @@ def launch(
     tile = tuning.factors(power(r) * power(max(sizes[2:])))
     factors_kernel[groups,](
         rows, columns, I_in, I_out, policy, energy, entropy, any_counted, core, gamma, active,
-        *sizes, ACC=acc, TAU=tau, EVERY_ROW=every_row, EVERY_COLUMN=every_column, R=r,
-        RANKS=power(r), SPLITS_ROWS=power(sizes[2]), SPLITS_COLUMNS=power(sizes[3]),
-        **tile, enable_fp_fusion=True,
+        *sizes, ACC=acc, TAU=tau, EVERY_ROW=every_row, EVERY_COLUMN=every_column,
+        BY_COLUMN=by_column, R=r, RANKS=power(r), SPLITS_ROWS=power(sizes[2]),
+        SPLITS_COLUMNS=power(sizes[3]), **tile, enable_fp_fusion=True,
     )  # fmt: skip
     return core, gamma, active
 

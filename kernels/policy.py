@@ -17,7 +17,7 @@ def interpolate_integer(policy_ptr, at: tl.constexpr, sigma):
 
 @triton.jit
 def decide(
-    policy_ptr,  # float64 [9]: factor, bounds of γ, rank, topk, order
+    policy_ptr,  # float64 [9 ...]: factor, bounds of γ, rank, topk, order
     energy,  # of this group, or None when nothing is adaptive
     entropy_ptr,  # scalar, or None
     R: tl.constexpr,
@@ -34,6 +34,12 @@ def decide(
     rank = interpolate_integer(policy_ptr, 3, sigma)
     pool = interpolate_integer(policy_ptr, 5, sigma)
     return gamma, tl.minimum(tl.minimum(rank, pool), R)
+
+
+@triton.jit
+def column_factors(policy_ptr, rank, inside, ACC: tl.constexpr):
+    """What multiplies each column of the core, at ``rank`` [R]: behind the policy's nine."""
+    return tl.load(policy_ptr + 9 + rank, mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from transformers import (
 import vps
 from vps import VPSConfig, column_wise, functional, row_wise, torch_backend
 from vps.evaluation.controls import control
+from vps.policy import LayerGamma
 from vps.statistics import measure
 from vps.tensor_parallel import TensorParallelLinear
 
@@ -262,6 +263,31 @@ def masks(group):
                 )
                 with vps.token_mask(none.bool()):
                     results[f"none {builder} {scope}"] = compared(models, input_ids=tokens())
+    return results
+
+
+@case(2)
+def calibrated(group):
+    """Layers with a γ of their own, or one for each column; a query or a key with γ = 0."""
+    models = group.pair("short", torch.float64)
+    results = {}
+    for flagged, values in {
+        "proj": -0.4,
+        "_proj": [0.3, -0.2, 0.1, 0.5],
+        "q_proj": 0.0,
+        "k_proj": 0.0,
+        "o_proj": 0.0,
+        "gate_proj": 0.0,
+    }.items():
+        for builder, order in (("sk", 1), ("sc", 2)):
+            with sharpened(models, VPSConfig(builder=builder, order=order)):
+                for model in models:
+                    for name, layer in model.named_modules():
+                        if name.endswith(flagged):
+                            layer.gamma = LayerGamma(values)
+                with torch.no_grad():
+                    expected, got = (model(tokens()).logits for model in models)
+                results[f"{flagged} {builder}"] = {"error": error(expected, got)}
     return results
 
 

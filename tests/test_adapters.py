@@ -32,7 +32,7 @@ def lora(**changes):
 
 
 def fill(model, seed=5):
-    """Adapters as training leaves them: PEFT's own start changes nothing. By ``.data``, as it is."""
+    """Adapters as training leaves them: PEFT's own start changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name or "ia3" in name:

@@ -168,7 +168,7 @@ def test_targets_met_missed_and_never_measured():
     assert "| met: vps torch" in lines["CPU, torch, N = 256, mean of 5 shapes"]
     assert lines["decode 3584²"].endswith("| no such form yet |")
     drop_in = [line for line in text.splitlines() if "| drop-in |" in line and "CPU" not in line]
-    assert drop_in[0].endswith("| not measured |") and len(targets.TARGETS) == 27
+    assert drop_in[0].endswith("| not measured |") and len(targets.TARGETS) == 28
     assert "CPU" not in targets.table({}, gpu=True)
 
 
@@ -195,7 +195,7 @@ def test_target_cases_exist():
     """Every target names cases that the benchmarks make."""
     import re
 
-    from benchmarks import layer, model
+    from benchmarks import backward, layer, model
 
     for target in targets.TARGETS:
         if target.section is None:
@@ -203,6 +203,9 @@ def test_target_cases_exist():
         if target.section == "model":
             assert model.HERE["cpu"] == ("SmolLM2-135M",) and model.NEW_TOKENS["cpu"] == 64
             assert (model.PROMPT, model.PREFILL) == (32, 512)
+            continue
+        if target.section == "backward":
+            assert backward.HERE["cpu"] == "SmolLM2-135M" and 64 in backward.TOKENS["cpu"]
             continue
         device = "cuda" if target.gpu else "cpu"
         titles = [cell.title for cells in layer.single_cells(device) for cell in cells]
@@ -293,5 +296,5 @@ def test_everything_saves_each_section_and_goes_on(tmp_path, monkeypatch):
         "ops: a: wrong: AssertionError: far off",
     ]
     found = results.read(tmp_path / f"{machine.name()}.json")
-    assert set(found) == {"ops", "memory", "layer", "model", "scaling"}
+    assert set(found) == {"ops", "memory", "layer", "model", "backward", "scaling"}
     assert (tmp_path / f"{machine.name()}.md").exists()

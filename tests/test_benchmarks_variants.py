@@ -6,6 +6,7 @@ from torch import nn
 
 import vps
 from benchmarks import (
+    backward,
     baselines,
     block,
     checks,
@@ -20,7 +21,7 @@ from benchmarks import (
     variants,
 )
 from benchmarks.results import AGAIN
-from vps import VPSConfig
+from vps import VPSConfig, operator
 
 TINY = shapes.Model(64, 4, 2, 16, 96, 2, 100)
 HERE = [name for name in ("torch", "cpp") if vps.backends()[name] is None]
@@ -141,6 +142,17 @@ def test_model():
     assert variants.AUTHOR in measured(prefill) and variants.AUTHOR not in measured(answer)
     assert {f"vps {name}" for name in HERE} < measured(answer)
     assert {p.data_ptr() for p in models.Variants(plain).sharpened.parameters()} == weights
+
+
+def test_backward(monkeypatch):
+    runnable = models.Variants(models.random_model("tiny", torch.float32, "cpu"))
+    case = backward.measure(runnable, 12, torch.float32, 0.05)
+    assert {f"vps {name}" for name in HERE} | {models.PLAIN} < measured(case)
+    right = operator._of_input
+    monkeypatch.setattr(operator, "_of_input", lambda *arguments: 100 * right(*arguments))
+    if "cpp" in HERE:
+        case = backward.measure(runnable, 12, torch.float32, 0.05)
+        assert "cosine" in common.failures({"cases": {"case": case}})[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU allocates")

@@ -71,6 +71,7 @@ def test_matrix_of_builder_scope_prefill_decode_and_generation(group):
         "masks",
         "hybrid_turns_to_sc",
         "other_styles",
+        "calibrated",
         "statistics",
     ],
 )
@@ -132,7 +133,7 @@ def test_refusals_name_the_reason(launched):
             "replicated weight": "its weight is R, expected Shard(dim=0)",
             "wrong dim": "its weight is S(0), expected Shard(dim=1)",
             "plain weight": "its weight is a Tensor, expected a DTensor",
-            "backend": "vps backend 'reference' cannot run this layer: its weight is no plain matrix",
+            "backend": "vps backend 'reference' cannot run this layer: its weight is",
             "control": "layers.0.self_attn.q_proj is split over ranks, of which each holds a part",
             "adapter": "an adapter around a sharpened TensorParallelLinear is not supported",
             "adapted": "the layer in it is split over ranks: tensor parallel (column-wise)",

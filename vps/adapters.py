@@ -80,8 +80,9 @@ def uncover(layer: Any) -> None:
 
 
 def _hand_over(old: Any, new: Any) -> None:
-    """Gradient flag, memory and coupling of one layer pass to another."""
-    new.gradient, new.memory, pair = old.gradient, old.memory, old.coupling
+    """Gradient flag, memory, own γ and coupling of one layer pass to another."""
+    new.gradient, new.memory, new.gamma = old.gradient, old.memory, old.gamma
+    pair = old.coupling
     if pair is not None:
         old.coupling, new.coupling = None, pair
         if pair.query is old:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vps import coupling, dispatch, masking, operator, policy, reference, sharing
 from vps.config import VPSConfig
-from vps.functional import cast, check, group, plan_for, run, vps_linear
+from vps.functional import cast, check, group, plain_gamma, plan_for, run, vps_linear
 from vps.lbfgs import CurvatureMemory, Pair
 from vps.torch_backend import Inputs
 
@@ -27,12 +27,14 @@ class Projection(NamedTuple):
         bias: ``[d_out]`` or ``None``.
         gradient: as for :func:`vps.vps_linear`.
         memory: as for :func:`vps.vps_linear`.
+        gamma: γ of this projection in place of the config's.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     gradient: bool = False
     memory: CurvatureMemory | None = None
+    gamma: policy.LayerGamma | None = None
 
 
 def coupled_vps_linear(
@@ -86,15 +88,19 @@ def coupled_vps_linear(
         query_y, key_y = (
             vps_linear(
                 x, p.weight, p.bias, config,
-                mask=mask, state=state, gradient=p.gradient, memory=p.memory,
+                mask=mask, state=state, gradient=p.gradient, memory=p.memory, gamma=p.gamma,
             )
             for p in both
         )  # fmt: skip
         return query_y, key_y
     factor = 1.0 if state is None else state.factor()
     d_k, d_in = key.weight.shape
-    plans = [plan_for(config, p.gradient, factor, d_k, d_in, x.device) for p in both]
-    if plans[0] is None or plans[1] is None or x.numel() == 0 or plans[0].settings.r == 0:
+    calibrated = any(p.gamma is not None for p in both)
+    plans = [plan_for(config, p.gradient, factor, d_k, d_in, x.device, calibrated) for p in both]
+    plain = [p.gamma is not None and p.gamma.is_zero for p in both]
+    if plans[0] is None or plans[1] is None or all(plain):
+        return F.linear(x, *query[:2]), F.linear(x, *key[:2])
+    if x.numel() == 0 or plans[0].settings.r == 0:
         return F.linear(x, *query[:2]), F.linear(x, *key[:2])
     dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
     grouped = group(x, dims, config.scope)
@@ -103,18 +109,23 @@ def coupled_vps_linear(
     name = dispatch.choose_with_memory() if any(pairs) else dispatch.choose(x)
     if name == "reference":
         ys = _reference(grouped, both, heads, kv_heads, config, counted, state, pairs)
-        return ys[0].view(*x.shape[:-1], -1), ys[1].view(*x.shape[:-1], -1)
+        ys = tuple(
+            F.linear(x, *p[:2]) if off else y.view(*x.shape[:-1], -1)
+            for p, y, off in zip(both, ys, plain, strict=True)
+        )
+        return ys[0], ys[1]
 
     r = plans[0].settings.r
     I_in = sharing.find(x, mask, grouped.shape, r)
     entropy = None if state is None else state.entropy_on(x.device)
     if name == "cpp" and _is_plain_call(x, query, key):
-        numbers, (_, *settings) = plans[0].policy, plans[0].settings
+        numbers, (_, *settings) = plans[0].numbers(query.gamma), plans[0].settings
         settings.insert(2, plans[1].settings.coupled)
+        numbers_k = None if key.gamma is query.gamma else plans[1].numbers(key.gamma)
         with torch._C._AutoDispatchBelowAutograd():
             y_q, y_k, selected = torch.ops.vps.linear_pair.default(
                 grouped, *query[:2], *key[:2], counted, I_in, numbers, entropy,
-                r, heads, kv_heads, *settings,
+                r, heads, kv_heads, *settings, numbers_k,
             )  # fmt: skip
     else:
         joint = _couple(name, grouped, query.weight, key.weight, counted, I_in, r, heads, kv_heads)
@@ -125,7 +136,7 @@ def coupled_vps_linear(
                 name,
                 Inputs(
                     grouped, p.weight, p.bias, counted, selected, joint.features[:, i + 1],
-                    plan.policy, entropy, joint[i], energy,
+                    plan.numbers(p.gamma), entropy, joint[i], energy,
                 ),
                 plan.settings,
                 pairs[i],
@@ -134,9 +145,13 @@ def coupled_vps_linear(
         )  # fmt: skip
     if I_in is None:
         sharing.remember(x, mask, grouped.shape, selected)
-    if grouped is x:
-        return y_q, y_k
-    return y_q.view(*x.shape[:-1], -1), y_k.view(*x.shape[:-1], -1)
+    if grouped is not x:
+        y_q, y_k = y_q.view(*x.shape[:-1], -1), y_k.view(*x.shape[:-1], -1)
+    if plain[0]:  # it takes part in the selection alone, and keeps the bits of its base
+        y_q = F.linear(x, *query[:2])
+    if plain[1]:
+        y_k = F.linear(x, *key[:2])
+    return y_q, y_k
 
 
 def _is_plain_call(x: Tensor, query: Projection, key: Projection) -> bool:
@@ -192,7 +207,13 @@ def _reference(
         )
     entropy = None if state is None else state.entropy
     query, key = (
-        reference.Projection(p.weight, p.bias, p.gradient, [(pair.s, pair.y) for pair in own])
+        reference.Projection(
+            p.weight,
+            p.bias,
+            p.gradient,
+            [(pair.s, pair.y) for pair in own],
+            plain_gamma(p.gamma),
+        )
         for p, own in zip(both, pairs, strict=True)
     )
     results = reference.coupled_vps_linear(

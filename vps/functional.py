@@ -5,6 +5,7 @@ The only door to the backends.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ def vps_linear(
     state: policy.PolicyState | None = None,
     gradient: bool = False,
     memory: CurvatureMemory | None = None,
+    gamma: policy.LayerGamma | float | Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """Sharpen one linear layer.
 
@@ -56,6 +58,8 @@ def vps_linear(
         gradient: the layer holds a gradient, which turns ``builder="hybrid"`` into SC.
         memory: L-BFGS pairs of the layer; without one, or with ``lbfgs=False``, no change. Only
             the torch backend and the reference compute with pairs.
+        gamma: γ in place of the config's, of either sign, as for
+            :class:`vps.policy.LayerGamma`; a tensor is data, so that no value compiles anew.
 
     Returns:
         ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and for a
@@ -77,11 +81,15 @@ def vps_linear(
         bias = None if bias is None else cast(bias, dtype)
         with torch.autocast(kind, enabled=False):
             return vps_linear(
-                x, weight, bias, config, mask=mask, state=state, gradient=gradient, memory=memory
-            )
+                x, weight, bias, config,
+                mask=mask, state=state, gradient=gradient, memory=memory, gamma=gamma,
+            )  # fmt: skip
     factor = 1.0 if state is None else state.factor()
-    plan = plan_for(config, gradient, factor, weight.shape[0], weight.shape[1], x.device)
-    if plan is None or x.numel() == 0 or plan.settings.r == 0:
+    gamma = own_gamma(gamma)
+    d_out, d_in = weight.shape
+    plan = plan_for(config, gradient, factor, d_out, d_in, x.device, gamma is not None)
+    off = gamma is not None and gamma.is_zero
+    if plan is None or off or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
     dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
     grouped = group(x, dims, config.scope)
@@ -89,7 +97,7 @@ def vps_linear(
     pairs = memory.pairs if memory is not None and config.lbfgs else ()
     name = dispatch.choose_with_memory() if pairs else dispatch.choose(x)
     if name == "reference":
-        y = _reference(grouped, weight, bias, config, counted, state, gradient, pairs)
+        y = _reference(grouped, weight, bias, config, counted, state, gradient, pairs, gamma)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     I_in = I_out = None
@@ -98,7 +106,7 @@ def vps_linear(
     else:
         I_in, I_out = (index.expand(len(grouped), -1) for index in plan.drawn)
     entropy = None if state is None else state.entropy_on(x.device)
-    inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.policy, entropy)
+    inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.numbers(gamma), entropy)
     y, selected = run(name, inputs, plan.settings, pairs)
     if I_in is None:
         sharing.remember(x, mask, grouped.shape, selected)
@@ -131,13 +139,23 @@ class _Plan(NamedTuple):
     policy: Tensor  # float64 [9]
     drawn: tuple[Tensor, Tensor] | None  # I_in and I_out [r] of the random builder
 
+    def numbers(self, gamma: policy.LayerGamma | None) -> Tensor:
+        """The policy ``[9]``, or with the γ of a layer ``[9]`` or ``[9 + r]``."""
+        return self.policy if gamma is None else gamma.in_policy(self.policy, self.settings.r)
+
 
 @constants.kept
 def plan_for(
-    config: VPSConfig, gradient: bool, factor: float, d_out: int, d_in: int, device: torch.device
+    config: VPSConfig,
+    gradient: bool,
+    factor: float,
+    d_out: int,
+    d_in: int,
+    device: torch.device,
+    calibrated: bool = False,
 ) -> _Plan | None:
     """``None`` when γ is 0 whatever the input."""
-    settings = policy.settings(config, gradient, d_in, d_out)
+    settings = policy.settings(config, gradient, d_in, d_out, calibrated)
     if settings is None:
         return None
     drawn = None
@@ -146,6 +164,15 @@ def plan_for(
         drawn = tuple(constants.vector(index, torch.int64, device) for index in features)
     numbers = constants.vector(policy.bounds(config, factor), torch.float64, device)
     return _Plan(settings, numbers, drawn)
+
+
+def own_gamma(
+    gamma: policy.LayerGamma | float | Sequence[float] | Tensor | None,
+) -> policy.LayerGamma | None:
+    """``gamma`` as the layers hold it."""
+    if gamma is None or isinstance(gamma, policy.LayerGamma):
+        return gamma
+    return policy.LayerGamma(gamma)
 
 
 def _interpreted(inputs: Inputs, settings: policy.Settings) -> tuple[Tensor, Tensor]:
@@ -164,6 +191,7 @@ def _reference(
     state: policy.PolicyState | None,
     gradient: bool,
     pairs: tuple[Pair, ...],
+    gamma: policy.LayerGamma | None,
 ) -> Tensor:
     """The literal algorithm for x ``[G, T, d_in]``, without a gradient."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -181,7 +209,16 @@ def _reference(
         outcomes=() if state is None else state.outcomes,
         gradient=gradient,
         memory=[(pair.s, pair.y) for pair in pairs],
+        gamma=plain_gamma(gamma),
     ).y
+
+
+def plain_gamma(gamma: policy.LayerGamma | None) -> float | list[float] | None:
+    """As the reference takes it."""
+    if gamma is None:
+        return None
+    numbers: list[float] = gamma.numbers.tolist()
+    return numbers if gamma.by_column else numbers[0]
 
 
 def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from vps.masking import STATE
 from vps.opaque import OpaqueProjection, opaque_vps_linear
 from vps.own_forward import OwnForward, RowNorms, is_matrix, plain, running_plain
 from vps.pairing import Coupling
-from vps.policy import PolicyState
+from vps.policy import LayerGamma, PolicyState
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,14 +27,16 @@ class SharpenedLayer:
     ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer, ``outer``
     where an adapter wraps the layer and is sharpened in its place. During a refinement also
     ``gradient``, whether the last verification pass brought one here (Hybrid turns to SC), and the
-    L-BFGS ``memory``. ``offset`` and ``norms`` are of :mod:`vps.own_forward`; ``is_whole`` says
-    whether this process holds all of the layer.
+    L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``offset`` and
+    ``norms`` are of :mod:`vps.own_forward`; ``is_whole`` says whether this process holds all of the
+    layer.
     """
 
     config: VPSConfig
     state: PolicyState
     gradient: bool = False
     memory: CurvatureMemory | None = None
+    gamma: LayerGamma | None = None
     coupling: Coupling | None = None
     outer: Any = None
     offset: bool = False
@@ -86,7 +88,8 @@ class SharpenedLayer:
     def projection(self, x: Tensor, inside: bool = False) -> OpaqueProjection:
         """The layer for :func:`vps.opaque.opaque_vps_linear`."""
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
-        return OpaqueProjection(self.own_forward(x, inside), self.gradient, self.memory, trains)
+        base = self.own_forward(x, inside)
+        return OpaqueProjection(base, self.gradient, self.memory, self.gamma, trains)
 
     def plain_output(self, x: Tensor) -> Tensor:
         """``H + b`` as the unsharpened layer has it; hooks of the module do not see the call."""
@@ -125,9 +128,10 @@ class SharpenedLayer:
                 state=self.state,
                 gradient=self.gradient,
                 memory=self.memory,
+                gamma=self.gamma,
             )
-        ys = opaque_vps_linear(x, (self.projection(x, inside=True),), self.config, state=self.state)
-        return None if ys is None else ys[0]
+        layers = (self.projection(x, inside=True),)
+        return opaque_vps_linear(x, layers, self.config, state=self.state)[0]
 
     def answer(self, x: Tensor) -> Tensor:
         """What the forward of the module gives for x: sharpened, or plain where that is asked."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vps import selection
-from vps.policy import FLOOR_GUARD, Settings
+from vps.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.torch_backend import Inputs, needs_gradient
 
 
@@ -38,13 +38,16 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
         energy = _energy(h) if pooled is None else float(pooled)
     if best_in is None or best_out is None or not math.isfinite(energy):
         return None
-    gamma, rank = _decide(policy.tolist(), energy, entropy, settings.r)
+    numbers = policy.tolist()
+    gamma, rank = _decide(numbers[:NUMBERS], energy, entropy, settings.r)
     chosen = best_out[:rank]
     B = W.index_select(1, best_in[:rank])
     scale = [gamma] * rank
+    if len(numbers) > NUMBERS:
+        scale = [gamma * factor for factor in numbers[NUMBERS:][:rank]]
     if settings.tau is not None:
-        norms = zip(_norms(W.index_select(0, chosen), 1), _norms(B, 0), strict=True)
-        scale = [gamma / max(1.0, a * b / settings.tau) for a, b in norms]
+        norms = zip(scale, _norms(W.index_select(0, chosen), 1), _norms(B, 0), strict=True)
+        scale = [own / max(1.0, a * b / settings.tau) for own, a, b in norms]
     t = h.index_select(1, chosen)
     u = t * torch.tensor(scale, dtype=selection.accumulation_dtype(W.dtype))
     u = u.to(h.dtype)

@@ -27,13 +27,19 @@ class OpaqueProjection(NamedTuple):
         base: its forward and what else is known of W.
         gradient: as for :func:`vps.vps_linear`.
         memory: as for :func:`vps.vps_linear`.
+        gamma: as for :func:`vps.vps_linear`.
         trains: whether a parameter of the layer asks for a gradient.
     """
 
     base: riding.Base
     gradient: bool = False
     memory: CurvatureMemory | None = None
+    gamma: policy.LayerGamma | None = None
     trains: bool = False
+
+    def is_plain(self) -> bool:
+        """Whether its own γ is 0, so that it takes part in a joint selection alone."""
+        return self.gamma is not None and self.gamma.is_zero
 
 
 class Given(NamedTuple):
@@ -53,7 +59,7 @@ def opaque_vps_linear(
     mask: Tensor | None = None,
     state: policy.PolicyState | None = None,
     given: Given | None = None,
-) -> list[Tensor] | None:
+) -> list[Tensor | None]:
     """Sharpen one layer, or a query and a key layer together.
 
     Args:
@@ -65,8 +71,8 @@ def opaque_vps_linear(
         given: features and energy of one layer that are not to be selected here.
 
     Returns:
-        The outputs ``[..., d_out]``, differentiable in x and in what the layers train; ``None``
-        where γ is 0 whatever the input, for the caller to use the layers as they are.
+        For each layer its output ``[..., d_out]``, differentiable in x and in what it trains, or
+        ``None`` where γ is 0 whatever the input, for the caller to use the layer as it is.
 
     Raises:
         TypeError: x is not floating point, or a layer gives no ``[M, d_out]``.
@@ -81,13 +87,16 @@ def opaque_vps_linear(
     if x.dim() == 0 or x.shape[-1] != d_in:
         raise ValueError(f"vps: x must be [..., {d_in}] to fit the layer, got {tuple(x.shape)}")
     factor = 1.0 if state is None else state.factor()
+    d_out, calibrated = layers[-1].base.d_out, any(layer.gamma is not None for layer in layers)
     plans = [
-        plan_for(config, layer.gradient, factor, layers[-1].base.d_out, d_in, x.device)
+        plan_for(config, layer.gradient, factor, d_out, d_in, x.device, calibrated)
         for layer in layers
     ]
     first = plans[0]
     if first is None or x.numel() == 0 or first.settings.r == 0:
-        return None
+        return [None] * len(layers)
+    if all(layer.is_plain() for layer in layers):
+        return [None] * len(layers)
     dispatch.choose_opaque()
     kind = x.device.type
     dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
@@ -112,12 +121,15 @@ def opaque_vps_linear(
         elif given is not None:
             energy = given.energy
         entropy = None if state is None else state.entropy_on(x.device)
-        ys = []
+        ys: list[Tensor | None] = []
         for layer, plan, h, p, I_out in zip(layers, plans, H, products, chosen, strict=True):
             assert plan is not None
+            if layer.is_plain():
+                ys.append(None)
+                continue
             inputs = Inputs(
-                grouped.detach(), p.table, None, counted, I_in, I_out, plan.policy, entropy,
-                h, energy,
+                grouped.detach(), p.table, None, counted, I_in, I_out,
+                plan.numbers(layer.gamma), entropy,                h, energy,
             )  # fmt: skip
             pairs = layer.memory.pairs if layer.memory is not None and config.lbfgs else ()
             y = _update(layer, p, inputs, riders.place, plan.settings, pairs)

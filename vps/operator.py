@@ -34,7 +34,12 @@ LIBRARY.define(
     "linear_pair(Tensor x, Tensor W_q, Tensor? b_q, Tensor W_k, Tensor? b_k, Tensor? mask, "
     "Tensor? I_in, Tensor policy, Tensor? entropy, int r, int heads, int kv_heads, bool adaptive, "
     "bool coupled_q, bool coupled_k, bool second_order, float alpha, float? tau, bool spectral, "
-    "float? clamp) -> (Tensor y_q, Tensor y_k, Tensor I_in)",
+    "float? clamp, Tensor? policy_k=None) -> (Tensor y_q, Tensor y_k, Tensor I_in)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+LIBRARY.define(
+    "linear_backward(Tensor g, Tensor weight, Tensor features, Tensor core, Tensor gamma) "
+    "-> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -135,6 +140,11 @@ def _fake(
     )
 
 
+@torch.library.register_fake("vps::linear_backward")
+def _fake_backward(g: Tensor, weight: Tensor, *selected: Tensor) -> Tensor:
+    return g.new_empty(*g.shape[:2], weight.shape[1])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     x, weight = inputs[:2]
     ctx.clamp = inputs[-1]
@@ -147,16 +157,39 @@ def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | N
     if g is None:
         return (None,) * len(wanted)
     x, weight, features, core, gamma, t = ctx.saved_tensors
-    selected = features[:, 0], features[:, 1], core, gamma, t
     return (
-        gradient.of_input(g, weight, *selected, ctx.clamp) if wanted[0] else None,
+        _of_input(g, weight, features, core, gamma, t, ctx.clamp) if wanted[0] else None,
         gradient.of_weight(g, x) if wanted[1] else None,
         gradient.of_bias(g) if wanted[2] else None,
         *[None] * (len(wanted) - 3),
     )
 
 
+def _of_input(
+    g: Tensor,
+    weight: Tensor,
+    features: Tensor,
+    core: Tensor,
+    gamma: Tensor,
+    t: Tensor,
+    clamp: float | None,
+) -> Tensor:
+    """``∂L/∂x``: without a clamp by the operator, unless it shall be differentiated itself."""
+    if clamp is None and not torch.is_grad_enabled():
+        return torch.ops.vps.linear_backward.default(g, weight, features, core, gamma)
+    selected = features[:, 0], features[:, 1], core, gamma, t
+    return gradient.of_input(g, weight, *selected, clamp)
+
+
 torch.library.register_autograd("vps::linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def _torch_backward(
+    g: Tensor, weight: Tensor, features: Tensor, core: Tensor, gamma: Tensor
+) -> Tensor:
+    """The backward pass in torch, where there is no other."""
+    selected = features[:, 0], features[:, 1], core, gamma
+    return gradient.of_input(g, weight, *selected, None, None)
 
 
 def _torch(*arguments: Any) -> Result:
@@ -192,6 +225,8 @@ def _triton_joint(*arguments: Any) -> coupling.Joint:
 
 LIBRARY.impl("linear", _triton, "CUDA")
 LIBRARY.impl("couple", _triton_joint, "CUDA")
+LIBRARY.impl("linear_backward", _torch_backward, "CUDA")
 if cpp.why_missing() is not None:
     LIBRARY.impl("linear", _torch, "CPU")
     LIBRARY.impl("couple", coupling.couple, "CPU")
+    LIBRARY.impl("linear_backward", _torch_backward, "CPU")

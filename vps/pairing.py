@@ -16,7 +16,7 @@ from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.opaque import OpaqueProjection, opaque_vps_linear
-from vps.policy import PolicyState
+from vps.policy import LayerGamma, PolicyState
 
 
 class Layer(Protocol):
@@ -26,6 +26,7 @@ class Layer(Protocol):
     state: PolicyState
     gradient: bool
     memory: CurvatureMemory | None
+    gamma: LayerGamma | None
     coupling: Coupling | None
 
     @property
@@ -89,21 +90,21 @@ class Coupling:
             if y is not None:
                 return y
         ys = self.outputs(layer, x)
-        if ys is None:
-            return None
         own, other = ys if layer is self.query else ys[::-1]
         if waits:
             _WAITING.layer = self.key if layer is self.query else self.query
             _WAITING.x, _WAITING.version, _WAITING.y = x, x._version, other
         return own
 
-    def outputs(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor] | list[Tensor] | None:
-        """Both outputs, the query's first, while the forward of ``layer`` runs; ``None`` where they
-        are those of the base layers."""
+    def outputs(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor] | list[Tensor | None]:
+        """Both outputs, the query's first, while the forward of ``layer`` runs; ``None`` where one
+        is that of the base layer."""
         W_q, W_k = self.query.matrix(), self.key.matrix()
         if W_q is not None and W_k is not None:
-            query = Projection(W_q, self.query.bias, self.query.gradient, self.query.memory)
-            key = Projection(W_k, self.key.bias, self.key.gradient, self.key.memory)
+            query = Projection(
+                W_q, self.query.bias, self.query.gradient, self.query.memory, self.query.gamma
+            )
+            key = Projection(W_k, self.key.bias, self.key.gradient, self.key.memory, self.key.gamma)
             return coupled_vps_linear(
                 x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
             )

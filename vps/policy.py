@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from vps.config import VPSConfig
 from vps.constants import constant
 
+NUMBERS = 9  # of the policy; what follows them is a factor of each column
 HISTORY = 5
 FLOOR_GUARD = 2.0**-20
 
@@ -102,6 +105,76 @@ class Decision:
     second_order: Tensor | None
 
 
+class LayerGamma:
+    """γ of one layer in place of its config's, of either sign: one number, or one a column.
+
+    Numbers of columns scale the columns of ``Ũ``, after the clip and inside the clamp, and γ itself
+    is 1 then: ``y = H + b + clamp((x Ã)(I + ½ Γ Mᵀ) Γ B̃ᵀ)``, the second order left out where the
+    order is 1. The norm of the update is at most ``max|γ_c| · r · τ``.
+
+    Args:
+        values: a number or a tensor without dims, or a list or a tensor ``[r]``, one a column.
+            A tensor is not read.
+        device: where to keep them; that of a tensor, or the CPU, when ``None``.
+
+    Raises:
+        TypeError: neither numbers nor a floating-point tensor.
+        ValueError: numbers that are not finite, or none.
+    """
+
+    def __init__(
+        self, values: float | Sequence[float] | Tensor, device: torch.device | None = None
+    ) -> None:
+        if isinstance(values, Tensor):
+            if not values.is_floating_point() or values.dim() > 1 or not values.numel():
+                raise TypeError(
+                    "gamma must be a floating-point tensor without dims or [r], got "
+                    f"{values.dtype} {tuple(values.shape)}"
+                )
+            numbers = values.detach().reshape(-1).to(device=device, dtype=torch.float64)
+            self.by_column, self.is_zero = values.dim() == 1, False
+        else:
+            self.by_column = not isinstance(values, (int, float))
+            found = list(values) if isinstance(values, Sequence) else [values]
+            if not found or any(
+                isinstance(value, bool) or not isinstance(value, (int, float)) for value in found
+            ):
+                raise TypeError(f"gamma must be a number or a list of numbers, got {values!r}")
+            if not all(math.isfinite(value) for value in found):
+                raise ValueError(f"gamma must be finite, got {values!r}")
+            with torch.inference_mode(False):
+                numbers = torch.tensor(found, dtype=torch.float64, device=device)
+            self.is_zero = not any(found)
+        self.numbers: Tensor = numbers
+        self._of: Tensor | None = None
+        self._result: Tensor | None = None
+
+    def in_policy(self, policy: Tensor, r: int) -> Tensor:
+        """``policy`` ``[9]`` with this γ in place of its bounds; ``[9 + r]`` for one a column.
+
+        The tensor made for one policy is kept: the layer's next call passes the same.
+
+        Raises:
+            ValueError: other than r numbers for the columns.
+        """
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if not traced and self._of is policy and self._result is not None:
+            return self._result
+        if self.by_column and len(self.numbers) != r:
+            raise ValueError(
+                f"gamma must be one number or hold r = {r} of them, got {len(self.numbers)}"
+            )
+        numbers = self.numbers.to(policy.device)
+        if not self.by_column:
+            result = torch.cat([policy[:1], numbers, numbers, policy[3:]])
+        else:
+            one = constant((1.0, 1.0), policy)
+            result = torch.cat([policy[:1], one, policy[3:], numbers])
+        if not traced and not result.is_inference():
+            self._of, self._result = policy, result
+        return result
+
+
 class Settings(NamedTuple):
     """What the operator takes beside tensors, in its order: the choices that shape its code.
 
@@ -126,12 +199,15 @@ class Settings(NamedTuple):
     clamp: float | None
 
 
-def settings(config: VPSConfig, gradient: bool, d_in: int, d_out: int) -> Settings | None:
+def settings(
+    config: VPSConfig, gradient: bool, d_in: int, d_out: int, calibrated: bool = False
+) -> Settings | None:
     """Settings for a layer of this shape; ``None`` when γ is 0 whatever the input.
 
-    ``gradient`` says that the layer holds a gradient, which turns the hybrid builder into SC.
+    ``gradient`` says that the layer holds a gradient, which turns the hybrid builder into SC, and
+    ``calibrated`` that it has a γ of its own, whatever that of the config.
     """
-    if (config.gamma_bounds[1] if config.adaptive_gamma else config.gamma) == 0:
+    if not calibrated and (config.gamma_bounds[1] if config.adaptive_gamma else config.gamma) == 0:
         return None
     rank = config.rank_bounds[1] if config.adaptive_rank else config.rank
     topk = config.topk_bounds[1] if config.adaptive_topk else config.topk
@@ -178,7 +254,7 @@ def decide(
     """Choose γ, rank and order of every group, without leaving the device.
 
     Args:
-        policy: what :func:`bounds` returns, ``[9]``.
+        policy: what :func:`bounds` returns, ``[9]``; what follows is not read.
         energy: ``E`` per group, ``[G]`` in the accumulation dtype, overwritten; ``None`` when
             nothing is adaptive.
         entropy: ℋ in nats, one element, or ``None``.
@@ -187,7 +263,7 @@ def decide(
 
     Source: SPEC §5; the paper, algorithm 5.
     """
-    low, high = policy[1::2], policy[2::2]
+    low, high = policy[1:NUMBERS:2], policy[2:NUMBERS:2]
     if energy is None:
         second = (low[3:] >= 2).expand(groups) if settings.second_order else None
         return Decision(low[0].expand(groups), None, second)

@@ -53,12 +53,13 @@ class Group:
 @dataclass(frozen=True)
 class Projection:
     """One of two coupled layers: weight [d_out, d_in], bias, and as for :func:`vps_linear`
-    ``gradient`` and ``memory``."""
+    ``gradient``, ``memory`` and ``gamma``."""
 
     weight: Tensor
     bias: Tensor | None = None
     gradient: bool = False
     memory: Sequence[tuple[Tensor, Tensor]] = ()
+    gamma: float | Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def vps_linear(
     outcomes: Sequence[bool] = (),
     gradient: bool = False,
     memory: Sequence[tuple[Tensor, Tensor]] = (),
+    gamma: float | Sequence[float] | None = None,
 ) -> Result:
     """Sharpen one linear layer, literally.
 
@@ -95,6 +97,8 @@ def vps_linear(
         gradient: whether the layer holds a gradient, which turns ``"hybrid"`` into SC.
         memory: L-BFGS pairs ``(s, y)``, each ``[d_out]``, oldest first; unused where the config
             says ``lbfgs=False``.
+        gamma: γ in place of the config's, of either sign: a number, or one for each of the most
+            columns there can be, which scale the columns of ``Ũ`` while γ itself is 1.
 
     Returns:
         The output and every intermediate.
@@ -120,6 +124,7 @@ def vps_linear(
             outcomes,
             gradient,
             memory if config.lbfgs else (),
+            gamma,
         )
         if group.rank:
             y[tokens] = (y[tokens] + group.gamma * group.delta).to(y.dtype)
@@ -182,6 +187,7 @@ def coupled_vps_linear(
                 outcomes,
                 p.gradient,
                 p.memory if config.lbfgs else (),
+                p.gamma,
                 joint=(energy, pools[i]),
             )
             if group.rank:
@@ -246,6 +252,7 @@ def _sharpen(
     outcomes: Sequence[bool],
     gradient: bool,
     memory: Sequence[tuple[Tensor, Tensor]],
+    own_gamma: float | Sequence[float] | None,
     joint: tuple[float, Tensor] | None = None,
 ) -> Group:
     """One group; ``joint`` is energy and pool of outputs where a coupling decided them."""
@@ -256,6 +263,11 @@ def _sharpen(
     energy = mean_square(H_counted) if joint is None else joint[0]
 
     sigma, rank, gamma, topk, order = decide(config, energy, entropy, outcomes)
+    columns: Sequence[float] | None = None
+    if isinstance(own_gamma, (int, float)):
+        gamma = float(own_gamma)
+    elif own_gamma is not None:
+        gamma, columns = 1.0, own_gamma
     k_in, k_out = min(topk, d_in), min(topk, d_out) if joint is None else len(joint[1])
     r = min(rank, k_in, k_out)
     if not bool(counted.any()):
@@ -275,11 +287,12 @@ def _sharpen(
     A, B = W.T @ V, W @ U
     scale = clip_scale(A, B, config.tau, config.clip)
     A_clipped, B_clipped = A / scale.sqrt(), B / scale.sqrt()
-    B_used = B_clipped
+    B_own = B_clipped if columns is None else B_clipped * W.new_tensor(list(columns)[:r])
+    B_used = B_own
     if memory:
-        B_used = B_clipped + 1e-3 * inverse_hessian(memory).to(W) @ B_clipped
+        B_used = B_own + 1e-3 * inverse_hessian(memory).to(W) @ B_own
     if order == 2:
-        M = (V / scale.sqrt()).T @ B_clipped
+        M = (V / scale.sqrt()).T @ B_own
         core = torch.eye(r, dtype=W.dtype, device=W.device) + (gamma / 2) * M.T
         delta = ((x @ A_clipped) @ core) @ B_used.T
     else:

@@ -47,18 +47,19 @@ class Observation:
         d_out, d_in = min(layer.widths for layer in self.layer.deciding())
         relative = float(self.size_update / self.size_H) if self.size_H > 0 else 0.0
         energy = float(self.energy.mean()) if len(self.energy) else 0.0
-        settings = policy.settings(config, self.layer.gradient, d_in, d_out)
+        own = self.layer.gamma
+        settings = policy.settings(config, self.layer.gradient, d_in, d_out, own is not None)
         entropy = state.entropy_on(self.energy.device)
         sigma = policy.sigma(self.energy.clone(), entropy, state.factor())
         average = float(sigma.mean()) if len(sigma) else 0.0
-        if settings is None or not len(sigma):  # γ is 0
+        if settings is None or not len(sigma) or own is not None and own.is_zero:  # γ is 0
             return LayerStatistics(self.name, average, 0.0, 0, energy, relative)
         numbers = self.energy.new_tensor(policy.bounds(config, state.factor()))
         settings = settings._replace(adaptive=True)
         decision = policy.decide(numbers, self.energy.clone(), entropy, len(sigma), settings)
         assert decision.inactive is not None
         rank = float((~decision.inactive).sum(1).to(self.energy.dtype).mean())
-        gamma = float(decision.gamma.mean())
+        gamma = float((decision.gamma if own is None else own.numbers).mean())
         return LayerStatistics(self.name, average, gamma, rank, energy, relative)
 
 

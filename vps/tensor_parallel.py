@@ -175,11 +175,16 @@ def sharpen(
             )
     d_in, d_out = first.in_features, min(layer.out_features for layer in layers)
     factor = state.factor()
-    plans = [plan_for(config, one.gradient, factor, d_out, d_in, x.device) for one in layers]
+    calibrated = any(layer.gamma is not None for layer in layers)
+    plans = [
+        plan_for(config, one.gradient, factor, d_out, d_in, x.device, calibrated) for one in layers
+    ]
     settled = [plan for plan in plans if plan is not None and plan.settings.r > 0]
-    if len(settled) < len(layers) or math.prod(x.shape[:-1]) == 0:
+    plain = [layer.gamma is not None and layer.gamma.is_zero for layer in layers]
+    if len(settled) < len(layers) or all(plain) or math.prod(x.shape[:-1]) == 0:
         return [layer.base_forward(x) for layer in layers]
-    x = _own_input(first, x)
+    numbers = [plan.numbers(one.gamma) for plan, one in zip(settled, layers, strict=True)]
+    given, x = x, _own_input(first, x)
     weights = [_local(layer.weight) for layer in layers]
     biases = [None if layer.bias is None else _local(layer.bias) for layer in layers]
     kind = x.device.type
@@ -199,7 +204,7 @@ def sharpen(
         if first.splits_inputs:
             W, bias, plan = weights[0], biases[0], settled[0]
             result = row_wise.forward(
-                grouped, W, bias, counted, drawn, plan.settings, plan.policy, entropy, first.shard
+                grouped, W, bias, counted, drawn, plan.settings, numbers[0], entropy, first.shard
             )
             y = result.y
             if _needs_gradient(grouped, W, bias):
@@ -207,8 +212,10 @@ def sharpen(
             return [y.view(*x.shape[:-1], y.shape[-1])]
         found = sharing.find(x, mask, grouped.shape, r) if drawn is None else drawn[0]
         projections = tuple(
-            column_wise.Projection(W, bias, layer.shard, plan.settings, plan.policy)
-            for W, bias, layer, plan in zip(weights, biases, layers, settled, strict=True)
+            column_wise.Projection(W, bias, layer.shard, plan.settings, own)
+            for W, bias, layer, plan, own in zip(
+                weights, biases, layers, settled, numbers, strict=True
+            )
         )
         outs: list[Outputs] = column_wise.forward(
             grouped, counted, projections, found, None if drawn is None else drawn[1], entropy,
@@ -222,7 +229,11 @@ def sharpen(
             if _needs_gradient(grouped, p.weight, p.bias):
                 y = column_wise.Backward.apply(grouped, p.weight, p.bias, out, clamp, p.shard)
             ys.append(_own_output(layer, y.view(*x.shape[:-1], y.shape[-1])))
-    return ys
+    # One of two with γ = 0 takes part in the selection alone, and keeps the bits of its base.
+    return [
+        layer.base_forward(given) if off else y
+        for y, off, layer in zip(ys, plain, layers, strict=True)
+    ]
 
 
 def pair(

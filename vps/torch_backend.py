@@ -31,7 +31,8 @@ class Inputs(NamedTuple):
         mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all do.
         I_in: selected inputs ``[G, r]`` where they are known, or ``None``.
         I_out: selected outputs ``[G, r]`` where they are known, or ``None``.
-        policy: the numbers of :func:`vps.policy.bounds`, float64 ``[9]``.
+        policy: the numbers of :func:`vps.policy.bounds`, float64 ``[9]``, and a factor of each
+            column, ``[9 + r]``, where the layer has them (:class:`vps.policy.LayerGamma`).
         entropy: ℋ in nats, one element, or ``None``.
         H: base product ``[G, T, d_out]`` where it is known, or ``None``.
         energy: ``[G]`` where it is known, or ``None``.
@@ -188,7 +189,8 @@ def build(
     if settings.coupled:
         X_A, Y = (selection.clean(z, mask) for z in (selected(x, I_in), t))
         mixing = selection.coupling(X_A, Y, inactive, settings.alpha)
-    core = _core(weight, I_out, mixing, decision, settings)
+    columns = numbers[policy.NUMBERS :] if len(numbers) > policy.NUMBERS else None
+    core = _core(weight, I_out, mixing, decision, columns, settings)
     if inactive is not None:
         t.masked_fill_(inactive.unsqueeze(1), 0.0)
         core = core.masked_fill(inactive.unsqueeze(1), 0.0)
@@ -232,11 +234,13 @@ def _core(
     I_out: Tensor,
     mixing: Tensor | None,
     decision: policy.Decision,
+    columns: Tensor | None,
     settings: Settings,
 ) -> Tensor:
     """``C`` without γ: a diagonal ``[G, 1, r]`` for SK of order 1, else ``[G, r, r]``.
 
-    With ``D = diag(1/√s)``: ``C = V D (I + γ/2 Mᵀ) D``, ``M = D Vᵀ B[I_out] D`` for order 2.
+    With ``D = diag(1/√s)`` and ``w`` the factors of the columns ``[r]``, 1 where there are none:
+    ``C = V D (I + γ/2 w Mᵀ) D w``, ``M = D Vᵀ B[I_out] D`` for order 2.
     """
     groups, r = I_out.shape
     dtype, device = decision.gamma.dtype, decision.gamma.device
@@ -245,17 +249,22 @@ def _core(
     if settings.tau is not None:
         scale = _clip(weight, I_out, mixing, decision.inactive, settings, settings.tau)
     if mixing is None and decision.second_order is None:
-        return scale.reciprocal().expand(groups, r).unsqueeze(1)
+        inverse = scale.reciprocal() if columns is None else columns / scale
+        return inverse.expand(groups, r).unsqueeze(1)
     V = torch.eye(r, dtype=dtype, device=device) if mixing is None else mixing.to(dtype)
     V = V.expand(groups, r, r)
     if decision.second_order is None:
-        return V / scale.unsqueeze(1)
+        return V / scale.unsqueeze(1) if columns is None else V * (columns / scale).unsqueeze(1)
     D = scale.expand(groups, r).rsqrt().unsqueeze(1)  # scales columns
     M = D.mT * (V.mT @ weight.crossing(I_out)) * D
     if decision.inactive is not None:
         M = M.masked_fill(decision.inactive.unsqueeze(1) | decision.inactive.unsqueeze(2), 0.0)
     half = M.mT * (decision.gamma * decision.second_order / 2).view(-1, 1, 1)
-    return (V * D) @ (torch.eye(r, dtype=dtype, device=device) + half) * D
+    if columns is not None:
+        half, D_out = half * columns.unsqueeze(-1), D * columns
+    else:
+        D_out = D
+    return (V * D) @ (torch.eye(r, dtype=dtype, device=device) + half) * D_out
 
 
 def _clip(

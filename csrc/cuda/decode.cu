@@ -118,7 +118,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
   check(bias, device, dtype, {d_out}, "bias must be [d_out], like x");
   check(I_in, device, aoti_torch_dtype_int64(), {1, r}, "I_in must be int64 [1, r], contiguous");
   check(I_out, device, aoti_torch_dtype_int64(), {1, r}, "I_out must be int64 [1, r], contiguous");
-  check(policy, device, aoti_torch_dtype_float64(), {9}, "policy must be float64 [9]");
+  const bool by_column = policy.defined() && policy.dim() == 1 && policy.size(0) == 9 + r;
+  check(policy, device, aoti_torch_dtype_float64(), {by_column ? 9 + r : 9},
+        "policy must be float64 [9] or [9 + r]");
   check(entropy, device, aoti_torch_dtype_float64(), {}, "entropy must be a float64 scalar");
 
   const int32_t single = aoti_torch_dtype_float32();
@@ -134,6 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
   p.I_in = pointer<int64_t>(I_in);
   p.I_out = pointer<int64_t>(I_out);
   p.policy = pointer<double>(policy);
+  p.columns = by_column ? p.policy + 9 : nullptr;
   p.entropy = pointer<double>(entropy);
   p.y = y.data_ptr();
   p.features = pointer<int64_t>(features);

@@ -24,6 +24,7 @@ struct Decode {
   const int64_t* I_in;   // [r] or null to select here
   const int64_t* I_out;  // [r] or null to select here
   const double* policy;  // [9]
+  const double* columns;  // factor of each column [r], or null for 1 everywhere
   const double* entropy;  // one element or null
   void* y;               // [d_out]
   int64_t* features;     // [2, r]
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const Decode p) {
   float* const squares = H + p.rows_per_block;      // [rows_per_block]
   float* const columns = squares + p.rows_per_block;  // [rows_per_block, r]
   __shared__ int I_in[kLargestR], I_out[kLargestR];
-  __shared__ float u[kLargestR], scale[kLargestR], selected[kLargestR];
+  __shared__ float u[kLargestR], scale[kLargestR], selected[kLargestR], weight_of[kLargestR];
   __shared__ float norm_A[kLargestR], norm_B[kLargestR];
   const int r = p.r, block = blockIdx.x;
   const int first = block * p.rows_per_block;
@@ -257,7 +258,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const Decode p) {
     const float s = p.tau < 0 ? 1.0f : norm_A[c] * norm_B[c] / p.tau;
     scale[c] = s <= 1.0f ? 1.0f : s;
     const float factor = p.clamp < 0 ? static_cast<float>(gamma) : 1.0f;
-    u[c] = c < active ? selected[c] / scale[c] * factor : 0.0f;
+    const float own = p.columns ? static_cast<float>(p.columns[c]) : 1.0f;
+    weight_of[c] = c < active ? own / scale[c] : 0.0f;
+    u[c] = c < active ? selected[c] * weight_of[c] * factor : 0.0f;
   }
   __syncthreads();
 
@@ -280,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const Decode p) {
     p.features[c] = I_in[c];
     p.features[r + c] = I_out[c];
     for (int j = 0; j < r; ++j)
-      p.core[j * r + c] = j == c && c < active ? 1.0f / scale[c] : 0.0f;
+      p.core[j * r + c] = j == c ? weight_of[c] : 0.0f;
     if (p.t) static_cast<T*>(p.t)[c] = narrow<T>(c < active ? selected[c] : 0.0f);
     if (c == 0) *p.gamma = static_cast<float>(gamma);
   }

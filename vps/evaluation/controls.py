@@ -145,8 +145,13 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
             raise RuntimeError("shuffled_selection: expected to run outside torch.autocast")
         d_out, d_in = layer.widths
         factor = layer.state.factor()
-        plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device)
+        own_gamma = layer.gamma
+        plan = plan_for(
+            layer.config, layer.gradient, factor, d_out, d_in, x.device, own_gamma is not None
+        )
         if plan is None or x.numel() == 0 or plan.settings.r == 0:
+            return None
+        if own_gamma is not None and own_gamma.is_zero:
             return None
         r = plan.settings.r
         dims, mask = masking.token_dims(x)
@@ -167,13 +172,11 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         pooled = energy if plan.settings.adaptive else None
         if W is None:
             given = Given(*donated, pooled)
-            ys = opaque_vps_linear(
-                x, (layer.projection(x),), layer.config, state=layer.state, given=given
-            )
-            return None if ys is None else ys[0]
+            own_layer = (layer.projection(x),)
+            return opaque_vps_linear(x, own_layer, layer.config, state=layer.state, given=given)[0]
         inputs = Inputs(
             grouped, W, layer.bias, counted, *donated,  # type: ignore[misc]
-            plan.policy, layer.state.entropy_on(x.device),
+            plan.numbers(own_gamma), layer.state.entropy_on(x.device),
             None if torch.is_grad_enabled() else H,
             pooled,
         )  # fmt: skip
@@ -246,7 +249,9 @@ def _hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
 
 def _settings(layer: Any) -> policy.Settings | None:
     d_out, d_in = layer.widths
-    return policy.settings(layer.config, layer.gradient, d_in, d_out)
+    if layer.gamma is not None and layer.gamma.is_zero:
+        return None
+    return policy.settings(layer.config, layer.gradient, d_in, d_out, layer.gamma is not None)
 
 
 def _own_selection(
