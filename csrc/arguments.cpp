@@ -70,14 +70,11 @@ void check_dtype(const char* name, const Tensor& tensor, int32_t dtype) {
 
 void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(i) == sizes.begin()[i];
+  if (same) return;
   std::string expected = "[";
-  int64_t i = 0;
-  for (const int64_t size : sizes) {
-    expected += (i ? ", " : "") + std::to_string(size);
-    same = same && tensor.size(i) == size;
-    ++i;
-  }
-  if (!same) fail(name, " must have shape ", expected, "], got ", shape_of(tensor));
+  for (const int64_t size : sizes) expected += (expected.size() > 1 ? ", " : "") + std::to_string(size);
+  fail(name, " must have shape ", expected, "], got ", shape_of(tensor));
 }
 
 void check_indices(const char* name, const Tensor& index, int64_t groups, int64_t r,

@@ -24,7 +24,8 @@ namespace {
 /// One call; its members are what the steps below hand to each other.
 class Call {
  public:
-  Call(const Arguments& arguments, const Product* given)
+  /// With `keep` what the gradient needs outlives the call.
+  Call(const Arguments& arguments, const Product* given, bool keep)
       : a_(arguments),
         given_(given),
         s_(check(arguments)),
@@ -37,14 +38,21 @@ class Call {
         counts_(count_tokens(s_.groups, s_.tokens, counted_, workspace_)),
         all_{s_.groups, s_.tokens, counted_, counts_},
         W_{a_.weight.data_ptr(), s_.d_out, s_.d_in, a_.weight.stride(0), a_.weight.stride(1)},
-        features_(empty({s_.groups, 2, a_.r}, aoti_torch_dtype_int64())),
-        core_(empty({s_.groups, a_.r, a_.r}, aoti_torch_dtype_float32())),
-        gamma_(empty({s_.groups}, aoti_torch_dtype_float32())),
-        features_data_(data<int64_t>(features_)),
-        core_data_(data<float>(core_)),
-        gamma_data_(data<float>(gamma_)) {}
+        features_(kept(keep, {s_.groups, 2, a_.r}, aoti_torch_dtype_int64())),
+        core_(kept(keep, {s_.groups, a_.r, a_.r}, aoti_torch_dtype_float32())),
+        gamma_(kept(keep, {s_.groups}, aoti_torch_dtype_float32())),
+        features_data_(numbers<int64_t>(features_, s_.groups * 2 * a_.r)),
+        core_data_(numbers<float>(core_, s_.groups * a_.r * a_.r)),
+        gamma_data_(numbers<float>(gamma_, s_.groups)) {}
 
-  Results run() {
+  Results keep() {
+    const Tensor t = a_.clamp ? empty({s_.groups, s_.tokens, a_.r}, s_.torch_dtype)
+                              : empty({0}, s_.torch_dtype);
+    return {run(t.data_ptr()), *features_, *core_, *gamma_, t};
+  }
+
+  /// y, and in `t` the selected outputs where a clamp needs them later; both may be null.
+  Tensor run(void* t) {
     if (a_.I_in)
       copy_features(*a_.I_in, 0);
     else
@@ -70,14 +78,24 @@ class Call {
       Workspace scratch;
       for (; g < end; ++g) build(g, H, scratch);
     });
-    const Tensor t = a_.clamp ? empty({s_.groups, s_.tokens, r}, s_.torch_dtype)
-                              : empty({0}, s_.torch_dtype);
-    update(H, t.data_ptr());
+    update(H, a_.clamp ? t : nullptr);
     restore(H);
-    return {y, features_, core_, gamma_, t};
+    return y;
+  }
+
+  void copy_inputs(int64_t* I_in) const {
+    for (int64_t g = 0; g < s_.groups; ++g)
+      std::copy_n(features(g, 0), a_.r, I_in + g * a_.r);
   }
 
  private:
+  static Optional kept(bool keep, std::initializer_list<int64_t> sizes, int32_t dtype) {
+    return keep ? Optional(empty(sizes, dtype)) : std::nullopt;
+  }
+  template <class T>
+  T* numbers(const Optional& tensor, int64_t count) {
+    return tensor ? data<T>(*tensor) : workspace_.take<T>(count);
+  }
   std::byte* at(void* elements, int64_t offset) const {
     return static_cast<std::byte*>(elements) + offset * s_.element_size;
   }
@@ -311,7 +329,7 @@ class Call {
     const float* core = core_data_ + g * r * r;
     for (int64_t c = 0; c < a; ++c)
       selected[c] = value(at(H, n * s_.d_out), features(g, 1)[c]);
-    if (a_.clamp) {
+    if (t) {
       std::memset(at(t, n * r), 0, r * s_.element_size);
       for (int64_t c = 0; c < a; ++c)
         std::memcpy(at(t, n * r + c), at(H, n * s_.d_out + features(g, 1)[c]), s_.element_size);
@@ -346,7 +364,7 @@ class Call {
   int64_t* counts_;      // counted tokens of each group
   const Tokens all_;
   const Matrix W_;
-  const Tensor features_, core_, gamma_;
+  const Optional features_, core_, gamma_;
   int64_t* const features_data_;
   float *const core_data_, *const gamma_data_;
   int64_t used_;            // the first so many of I_in [r] that are read
@@ -368,11 +386,33 @@ Results linear(
   return sharpen(arguments, nullptr);
 }
 
+std::tuple<Tensor, Tensor> linear_only(
+    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& mask,
+    const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
+    const Optional& H, const Optional& energy, int64_t r, bool adaptive, bool coupled,
+    bool second_order, double alpha, std::optional<double> tau, bool spectral,
+    std::optional<double> clamp) {
+  const Arguments arguments{x,      weight,  bias, mask,     I_in,    I_out,
+                            policy, entropy, H,    energy,   r,       adaptive,
+                            coupled, second_order, alpha, tau, spectral, clamp};
+  Call call(arguments, nullptr, false);
+  const Tensor y = call.run(nullptr), selected = empty({x.size(0), r}, aoti_torch_dtype_int64());
+  call.copy_inputs(data<int64_t>(selected));
+  return {y, selected};
+}
+
 }  // namespace
 
 Results sharpen(const Arguments& arguments, const Product* product) {
-  return Call(arguments, product).run();
+  return Call(arguments, product, true).keep();
+}
+
+Tensor sharpen_only(const Arguments& arguments, const Product* product) {
+  return Call(arguments, product, false).run(nullptr);
 }
 }  // namespace vps
 
-STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) { m.impl("linear", TORCH_BOX(&vps::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) {
+  m.impl("linear", TORCH_BOX(&vps::linear));
+  m.impl("linear_only", TORCH_BOX(&vps::linear_only));
+}

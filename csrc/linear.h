@@ -18,4 +18,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 /// y, features [G, 2, r], core [G, r, r], gamma [G] and t: see vps/operator.py. `product` may be null.
 Results sharpen(const Arguments& arguments, const Product* product);
 
+/// y alone, for who needs no gradient.
+Tensor sharpen_only(const Arguments& arguments, const Product* product);
+
 }  // namespace vps

@@ -44,6 +44,16 @@ def test_opcheck(settings):
     torch.library.opcheck(torch.ops.vps.linear.default, (*inputs, *static))
 
 
+@pytest.mark.skipif(vps.backends()["cpp"] is not None, reason="the C++ operator alone has it")
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_without_a_gradient_y_and_features_are_the_same(settings):
+    inputs, static = inputs_of(VPSConfig(**settings))
+    torch.library.opcheck(torch.ops.vps.linear_only.default, (*inputs, *static))
+    y, features, *_ = torch.ops.vps.linear.default(*inputs, *static)
+    y_only, I_in = torch.ops.vps.linear_only.default(*inputs, *static)
+    assert torch.equal(y, y_only) and torch.equal(features[:, 0], I_in)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("mask", [False, True])
 def test_gradient_equals_that_of_the_torch_backend(settings, mask):

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from vps import VPSConfig, VPSLinear, selection, sharing, token_mask
 
@@ -127,3 +128,15 @@ def test_scores_overflow_in_order():
     scores, energy = selection.statistics(values, None, None, True)
     assert selection.top_k(scores, 4).tolist() == [[0, 1, 3, 2]]
     assert energy.item() == float("inf")
+
+
+def test_what_is_remembered_compiles_nothing_anew():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer = VPSLinear(16, 20)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(1, 3, 16)
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert counter.frame_count == 1

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import coupling, dispatch, masking, operator, policy, reference, sharing
+from vps import coupling, dispatch, operator, policy, reference, sharing
 from vps.config import VPSConfig
-from vps.functional import cast, check, group, plain_gamma, plan_for, run, vps_linear
+from vps.functional import arrange, cast, check, plain_gamma, plan_for, run, vps_linear
 from vps.lbfgs import CurvatureMemory, Pair
 from vps.torch_backend import Inputs
 
@@ -96,17 +96,17 @@ def coupled_vps_linear(
     factor = 1.0 if state is None else state.factor()
     d_k, d_in = key.weight.shape
     calibrated = any(p.gamma is not None for p in both)
-    plans = [plan_for(config, p.gradient, factor, d_k, d_in, x.device, calibrated) for p in both]
+    plans = [
+        plan_for(config, p.gradient, factor, d_k, d_in, x.device, calibrated, x.dtype) for p in both
+    ]
     plain = [p.gamma is not None and p.gamma.is_zero for p in both]
     if plans[0] is None or plans[1] is None or all(plain):
         return F.linear(x, *query[:2]), F.linear(x, *key[:2])
     if x.numel() == 0 or plans[0].settings.r == 0:
         return F.linear(x, *query[:2]), F.linear(x, *key[:2])
-    dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
-    grouped = group(x, dims, config.scope)
-    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    grouped, mask, counted = arrange(x, mask, config.scope)
     pairs = [p.memory.pairs if p.memory is not None and config.lbfgs else () for p in both]
-    name = dispatch.choose_with_memory() if any(pairs) else dispatch.choose(x)
+    name = dispatch.choose_with_memory() if any(pairs) else dispatch.asked(x) or plans[0].fastest
     if name == "reference":
         ys = _reference(grouped, both, heads, kv_heads, config, counted, state, pairs)
         ys = tuple(

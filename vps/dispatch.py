@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from vps import cpp, cuda
-from vps.constants import kept
 from vps.masking import STATE
 
 NAMES = ("torch", "cpp", "triton", "cuda", "reference")
@@ -58,19 +57,19 @@ def backend(name: str) -> Iterator[None]:
         STATE.backends.pop()
 
 
-def choose(x: Tensor) -> str:
-    """The backend for a layer with input ``x``.
+def asked(x: Tensor) -> str | None:
+    """The backend that was asked for, for a layer with input ``x``; ``None`` for the fastest.
 
     Raises:
-        RuntimeError: the backend asked for cannot run or cannot take x.
+        RuntimeError: it cannot run or cannot take x.
     """
     if STATE.backends:
         name = STATE.backends[-1]
-    elif _FROM_ENVIRONMENT is not None:
+    elif _FROM_ENVIRONMENT is None:
+        return None
+    else:
         name = _FROM_ENVIRONMENT
         _check(name, VARIABLE)
-    else:
-        return _fastest(x.device.type, x.dtype)
     reason = _why_not(name, x.device.type, x.dtype)
     if reason is not None:
         raise RuntimeError(f"vps backend {name!r} cannot run this layer: {reason}")
@@ -106,8 +105,8 @@ def choose_opaque() -> None:
         )
 
 
-@kept
-def _fastest(device: str, dtype: torch.dtype) -> str:
+def fastest(device: str, dtype: torch.dtype) -> str:
+    """The backend that a layer takes by itself."""
     names = ("triton", "torch") if device == "cuda" else ("cpp", "torch")
     return next(name for name in names if _why_not(name, device, dtype) is None)
 

@@ -87,15 +87,13 @@ def vps_linear(
     factor = 1.0 if state is None else state.factor()
     gamma = own_gamma(gamma)
     d_out, d_in = weight.shape
-    plan = plan_for(config, gradient, factor, d_out, d_in, x.device, gamma is not None)
+    plan = plan_for(config, gradient, factor, d_out, d_in, x.device, gamma is not None, x.dtype)
     off = gamma is not None and gamma.is_zero
     if plan is None or off or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
-    dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
-    grouped = group(x, dims, config.scope)
-    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    grouped, mask, counted = arrange(x, mask, config.scope)
     pairs = memory.pairs if memory is not None and config.lbfgs else ()
-    name = dispatch.choose_with_memory() if pairs else dispatch.choose(x)
+    name = dispatch.choose_with_memory() if pairs else dispatch.asked(x) or plan.fastest
     if name == "reference":
         y = _reference(grouped, weight, bias, config, counted, state, gradient, pairs, gamma)
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -138,6 +136,7 @@ class _Plan(NamedTuple):
     settings: policy.Settings
     policy: Tensor  # float64 [9]
     drawn: tuple[Tensor, Tensor] | None  # I_in and I_out [r] of the random builder
+    fastest: str  # backend, unless another is asked for
 
     def numbers(self, gamma: policy.LayerGamma | None) -> Tensor:
         """The policy ``[9]``, or with the γ of a layer ``[9]`` or ``[9 + r]``."""
@@ -153,6 +152,7 @@ def plan_for(
     d_in: int,
     device: torch.device,
     calibrated: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> _Plan | None:
     """``None`` when γ is 0 whatever the input."""
     settings = policy.settings(config, gradient, d_in, d_out, calibrated)
@@ -163,7 +163,7 @@ def plan_for(
         features = selection.random_features(config.seed, d_in, d_out, settings.r)
         drawn = tuple(constants.vector(index, torch.int64, device) for index in features)
     numbers = constants.vector(policy.bounds(config, factor), torch.float64, device)
-    return _Plan(settings, numbers, drawn)
+    return _Plan(settings, numbers, drawn, dispatch.fastest(device.type, dtype))
 
 
 def own_gamma(
@@ -247,6 +247,21 @@ def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """What autocast does to an argument of F.linear: all but float64 takes its dtype."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def arrange(
+    x: Tensor, mask: Tensor | None, scope: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x as ``[G, T, d_in]``, the mask that applies, and that mask as ``[G, T]`` on x's device."""
+    if mask is None:
+        if scope == "sequence" and x.dim() == 3 and not masking.STATE.layouts:
+            return x, None, None
+        dims, mask = masking.token_dims(x)
+    else:
+        dims = tuple(mask.shape)
+    grouped = group(x, dims, scope)
+    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    return grouped, mask, counted
 
 
 def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:

@@ -18,12 +18,17 @@ from vps.selection import accumulation_dtype
 from vps.torch_backend import Inputs, Outputs, needs_gradient
 
 LIBRARY = torch.library.Library("vps", "DEF")
-LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? I_in, Tensor? I_out, "
+ARGUMENTS = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? I_in, Tensor? I_out, "
     "Tensor policy, Tensor? entropy, Tensor? H, Tensor? energy, int r, bool adaptive, "
-    "bool coupled, bool second_order, float alpha, float? tau, bool spectral, float? clamp) "
-    "-> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)",
+    "bool coupled, bool second_order, float alpha, float? tau, bool spectral, float? clamp)"
+)
+LIBRARY.define(
+    f"linear{ARGUMENTS} -> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)",
     tags=[torch.Tag.pt2_compliant_tag],
+)
+LIBRARY.define(
+    f"linear_only{ARGUMENTS} -> (Tensor y, Tensor I_in)", tags=[torch.Tag.pt2_compliant_tag]
 )
 LIBRARY.define(
     "couple(Tensor x, Tensor W_q, Tensor W_k, Tensor? mask, Tensor? I_in, int r, int heads, "
@@ -49,9 +54,12 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]``, differentiable, and ``I_in`` [G, r], through the operator."""
     if torch.compiler.is_compiling() or needs_gradient(inputs):
         y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
-    else:  # past the gradient's registration, which is written in Python
-        with torch._C._AutoDispatchBelowAutograd():
-            y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
+        return y, features[:, 0]
+    with torch._C._AutoDispatchBelowAutograd():  # past the gradient, which is written in Python
+        if inputs.x.is_cpu:  # what a gradient would need is not even allocated
+            y, I_in = torch.ops.vps.linear_only.default(*inputs, *settings)
+            return y, I_in
+        y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
     return y, features[:, 0]
 
 
@@ -143,6 +151,12 @@ def _fake(
 @torch.library.register_fake("vps::linear_backward")
 def _fake_backward(g: Tensor, weight: Tensor, *selected: Tensor) -> Tensor:
     return g.new_empty(*g.shape[:2], weight.shape[1])
+
+
+@torch.library.register_fake("vps::linear_only")
+def _fake_only(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y, features, *_ = _fake(*arguments)
+    return y, y.new_empty(len(y), features.shape[-1], dtype=torch.int64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:

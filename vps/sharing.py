@@ -28,6 +28,8 @@ _LAST = _Last()
 
 def find(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], r: int) -> Tensor | None:
     """Indices ``[G, r]`` remembered for this x and mask, grouped as ``shape``; or ``None``."""
+    if torch.compiler.is_compiling():
+        return None
     I_in, of_x, of_mask = _LAST.I_in, _LAST.x, _LAST.mask
     if I_in is None or of_x is None or of_x() is not x or _LAST.shape != shape:
         return None

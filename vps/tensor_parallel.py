@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vps import column_wise, dispatch, masking, pairing, row_wise, sharding, sharing
 from vps.config import VPSConfig
-from vps.functional import FLOATING, cast, group, plan_for
+from vps.functional import FLOATING, arrange, cast, plan_for
 from vps.linear import SharpenedLayer
 from vps.own_forward import OwnForward
 from vps.policy import PolicyState
@@ -192,9 +192,7 @@ def sharpen(
         dtype = torch.get_autocast_dtype(kind)
         x, weights = cast(x, dtype), [cast(W, dtype) for W in weights]
         biases = [None if b is None else cast(b, dtype) for b in biases]
-    dims, mask = masking.token_dims(x)
-    grouped = group(x, dims, config.scope)
-    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    grouped, mask, counted = arrange(x, None, config.scope)
     entropy = state.entropy_on(x.device)
     clamp, r = settled[0].settings.clamp, settled[0].settings.r
     drawn = settled[0].drawn

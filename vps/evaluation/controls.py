@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vps import coupling, masking, policy, selection
-from vps.functional import group, plan_for, run
+from vps.functional import arrange, group, plan_for, run
 from vps.masking import STATE
 from vps.opaque import Given, opaque_vps_linear
 from vps.patching import disabled, sharpened_layers
@@ -154,9 +154,7 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         if own_gamma is not None and own_gamma.is_zero:
             return None
         r = plan.settings.r
-        dims, mask = masking.token_dims(x)
-        grouped = group(x, dims, layer.config.scope)
-        counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+        grouped, _, counted = arrange(x, None, layer.config.scope)
         H: Tensor | None = None
         energy: Tensor | None = None
         if plan.drawn is not None:
