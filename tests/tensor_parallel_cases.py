@@ -618,6 +618,7 @@ def refusals(group):
         ALL_PARALLEL_STYLES,
         ColwiseParallel,
         RowwiseParallel,
+        TensorParallelLayer,
     )
 
     mesh = init_device_mesh("cpu", (group.world,))
@@ -634,7 +635,7 @@ def refusals(group):
 
     modules = {
         "sequence_parallel": holder(ALL_PARALLEL_STYLES["sequence_parallel"]),
-        "replicate": holder(ALL_PARALLEL_STYLES["replicate"]),
+        "replicate": holder(TensorParallelLayer()),
         "packed_colwise": holder(ALL_PARALLEL_STYLES["packed_colwise"]),
         "scattered": holder(RowwiseParallel(output_layouts=Shard(1)), Shard(1)),
         "split input": holder(ColwiseParallel(input_layouts=Shard(1)), Shard(0)),
@@ -705,6 +706,9 @@ def other_styles(group):
         "model.layers.*.self_attn.k_proj": "colwise_gather_output",
         "model.layers.*.self_attn.v_proj": "colwise_gather_output",
         "model.layers.*.self_attn.o_proj": "rowwise_split_input",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
     }
     split = AutoModelForCausalLM.from_pretrained(
         group.folder / "short-torch.float64",
