@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensor_parallel_cases  # noqa: F401  # its cases
 import torch
-from tensor_parallel_cases import CASES, HIDDEN, RANKS, SIZES
+from tensor_parallel_group import CASES, HIDDEN, RANKS, SIZES
 from torch import nn
 
 import vps
