@@ -10,7 +10,7 @@ selected rows of W, as :func:`vps.sharding.products_of_rows` moves them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,28 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vps import coupling, gradient, selection, sharding, torch_backend
-from vps.policy import Settings
 from vps.products import Products, build_core, needs_gram_of_rows
-from vps.sharding import Shard
+from vps.sharding import Projection, Shard
 from vps.torch_backend import Outputs
-
-
-class Projection(NamedTuple):
-    """A layer, or the query or key of two that decide together.
-
-    Args:
-        weight: this rank's rows, ``[held, d_in]``.
-        bias: ``[held]`` or ``None``.
-        shard: of the outputs.
-        settings: of the whole layer.
-        numbers: of :func:`vps.policy.bounds`, ``[9]``.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    shard: Shard
-    settings: Settings
-    numbers: Tensor
 
 
 @torch.no_grad()

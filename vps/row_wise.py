@@ -19,7 +19,7 @@ from torch import Tensor
 from vps import gradient, selection, sharding, torch_backend
 from vps.policy import Settings
 from vps.products import Products, build_core, needs_gram_of_rows
-from vps.sharding import Shard
+from vps.sharding import Projection, Shard
 
 
 class Columns(NamedTuple):
@@ -63,56 +63,46 @@ class Result(NamedTuple):
 @torch.no_grad()
 def forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    layer: Projection,
     mask: Tensor | None,
-    drawn: tuple[Tensor, Tensor] | None,
-    settings: Settings,
-    numbers: Tensor,
+    I_in: Tensor | None,
+    I_out: Tensor | None,
     entropy: Tensor | None,
-    shard: Shard,
 ) -> Result:
     """Policy, selection, core and update of one layer.
 
     Args:
         x: this rank's inputs, ``[G, T, held]``.
-        weight: this rank's columns, ``[d_out, held]``.
-        bias: ``[d_out]``, the same on every rank, or ``None``.
+        layer: what this rank holds of it.
         mask: bool ``[G, T]``, True counts; ``None`` when all do.
-        drawn: ``I_in`` and ``I_out`` ``[G, r]`` where they are known.
-        settings: of the whole layer.
-        numbers: of :func:`vps.policy.bounds`, ``[9]``.
+        I_in, I_out: selected features ``[G, r]`` where they are known.
         entropy: ℋ in nats, one element, or ``None``.
-        shard: of the inputs.
     """
-    x, W = sharding.padded(x, -1), sharding.padded(weight, -1)
+    settings, shard = layer.settings, layer.shard
+    x, W = sharding.padded(x, -1), sharding.padded(layer.weight, -1)
     count = None if mask is None else mask.sum(1).clamp_(min=1)
-    if drawn is None:
+    if I_in is None:
         scores, _ = selection.statistics(x, mask, count, False)
         index = selection.top_k(scores, min(settings.r, shard.size))
         best = scores.gather(1, index)
         (I_in,) = sharding.best_of_all(best, [index + shard.offset], settings.r, shard)
-    else:
-        I_in = drawn[0]
     H, columns = _reduced(F.linear(x, W), W, I_in, shard)
     s_out, energy = None, None
-    if drawn is None or settings.adaptive:
+    if I_out is None or settings.adaptive:
         s_out, energy = selection.statistics(H, mask, count, settings.adaptive)
-    if drawn is None:
+    if I_out is None:
         assert s_out is not None
         I_out = selection.top_k(s_out, settings.r)
-    else:
-        I_out = drawn[1]
     products = _products(x, W, H, columns, I_in, I_out, settings, shard)
-    core, gamma, t = build_core(products, numbers, energy, entropy, mask, settings)
+    core, gamma, t = build_core(products, layer.numbers, energy, entropy, mask, settings)
     if settings.clamp is None:
         y = columns.expand(gradient.mix(t, core * gamma.view(-1, 1, 1))).add_(H)
     else:
         y = torch_backend.add(H, columns.expand(gradient.mix(t, core)), gamma, settings.clamp)
     if mask is not None:
         y = torch.where(mask.any(1)[:, None, None], y, H)
-    if bias is not None:
-        y = y.add_(bias)
+    if layer.bias is not None:
+        y = y.add_(layer.bias)
     return Result(y, I_in, columns, I_out, core, gamma, t)
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vps.policy import Settings
+
 
 class Shard(NamedTuple):
     """One dim of a weight, split over the ranks of a group in their order.
@@ -50,6 +52,25 @@ class Shard(NamedTuple):
         local = index - self.offset
         held = (local >= 0) & (local < self.size)
         return local.clamp(0, max(0, self.size - 1)), held
+
+
+class Projection(NamedTuple):
+    """What this rank holds of a layer, and how the whole layer is sharpened.
+
+    Args:
+        weight: its rows ``[held, d_in]`` where outputs are split, else its columns
+            ``[d_out, held]``.
+        bias: ``[held]`` where outputs are split, else ``[d_out]``; or ``None``.
+        shard: of the dim that is split.
+        settings: of the whole layer.
+        numbers: of :func:`vps.policy.bounds`, ``[9]``, or with a factor of each column.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    shard: Shard
+    settings: Settings
+    numbers: Tensor
 
 
 def split_evenly(features: int, ranks: int) -> tuple[int, ...]:

@@ -23,8 +23,7 @@ from vps.functional import FLOATING, arrange, cast, plan_for
 from vps.linear import SharpenedLayer
 from vps.own_forward import OwnForward
 from vps.policy import PolicyState
-from vps.sharding import Shard, split_evenly
-from vps.torch_backend import Outputs
+from vps.sharding import Projection, Shard, split_evenly
 
 STYLES = {"ColwiseParallel": 0, "RowwiseParallel": 1}  # and the dim of the weight that they split
 
@@ -183,55 +182,81 @@ def sharpen(
     plain = [layer.gamma is not None and layer.gamma.is_zero for layer in layers]
     if len(settled) < len(layers) or all(plain) or math.prod(x.shape[:-1]) == 0:
         return [layer.base_forward(x) for layer in layers]
-    numbers = [plan.numbers(one.gamma) for plan, one in zip(settled, layers, strict=True)]
-    given, x = x, _own_input(first, x)
+    part = _own_input(first, x)
     weights = [_local(layer.weight) for layer in layers]
     biases = [None if layer.bias is None else _local(layer.bias) for layer in layers]
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        x, weights = cast(x, dtype), [cast(W, dtype) for W in weights]
+        part, weights = cast(part, dtype), [cast(W, dtype) for W in weights]
         biases = [None if b is None else cast(b, dtype) for b in biases]
-    grouped, mask, counted = arrange(x, None, config.scope)
-    entropy = state.entropy_on(x.device)
-    clamp, r = settled[0].settings.clamp, settled[0].settings.r
-    drawn = settled[0].drawn
-    if drawn is not None:
-        drawn = (drawn[0].expand(len(grouped), -1), drawn[1].expand(len(grouped), -1))
+    projections = tuple(
+        Projection(W, bias, layer.shard, plan.settings, plan.numbers(layer.gamma))
+        for W, bias, layer, plan in zip(weights, biases, layers, settled, strict=True)
+    )
+    compute = _by_inputs if first.splits_inputs else _by_outputs
     with torch.autocast(kind, enabled=False):
-        if first.splits_inputs:
-            W, bias, plan = weights[0], biases[0], settled[0]
-            result = row_wise.forward(
-                grouped, W, bias, counted, drawn, plan.settings, numbers[0], entropy, first.shard
-            )
-            y = result.y
-            if _needs_gradient(grouped, W, bias):
-                y = row_wise.Backward.apply(grouped, W, bias, result, clamp)
-            return [y.view(*x.shape[:-1], y.shape[-1])]
-        found = sharing.find(x, mask, grouped.shape, r) if drawn is None else drawn[0]
-        projections = tuple(
-            column_wise.Projection(W, bias, layer.shard, plan.settings, own)
-            for W, bias, layer, plan, own in zip(
-                weights, biases, layers, settled, numbers, strict=True
-            )
-        )
-        outs: list[Outputs] = column_wise.forward(
-            grouped, counted, projections, found, None if drawn is None else drawn[1], entropy,
-            kv_head_size,
-        )  # fmt: skip
-        if found is None:
-            sharing.remember(x, mask, grouped.shape, outs[0].I_in)
-        ys = []
-        for out, p, layer in zip(outs, projections, layers, strict=True):
-            y = out.y
-            if _needs_gradient(grouped, p.weight, p.bias):
-                y = column_wise.Backward.apply(grouped, p.weight, p.bias, out, clamp, p.shard)
-            ys.append(_own_output(layer, y.view(*x.shape[:-1], y.shape[-1])))
+        ys = compute(part, projections, settled[0].drawn, config.scope, state, kv_head_size)
     # One of two with γ = 0 takes part in the selection alone, and keeps the bits of its base.
     return [
-        layer.base_forward(given) if off else y
+        layer.base_forward(x) if off else _own_output(layer, y.view(*x.shape[:-1], y.shape[-1]))
         for y, off, layer in zip(ys, plain, layers, strict=True)
     ]
+
+
+def _by_outputs(
+    x: Tensor,
+    projections: tuple[Projection, ...],
+    drawn: tuple[Tensor, Tensor] | None,
+    scope: str,
+    state: PolicyState,
+    kv_head_size: int | None,
+) -> list[Tensor]:
+    """What this rank holds of the outputs, ``[G, T, held]`` each."""
+    grouped, mask, counted = arrange(x, None, scope)
+    settings = projections[0].settings
+    I_in, I_out = _expanded(drawn, len(grouped))
+    found = sharing.find(x, mask, grouped.shape, settings.r) if I_in is None else I_in
+    outs = column_wise.forward(
+        grouped, counted, projections, found, I_out, state.entropy_on(x.device), kv_head_size
+    )
+    if found is None:
+        sharing.remember(x, mask, grouped.shape, outs[0].I_in)
+    return [
+        column_wise.Backward.apply(grouped, p.weight, p.bias, out, settings.clamp, p.shard)
+        if _needs_gradient(grouped, p.weight, p.bias)
+        else out.y
+        for out, p in zip(outs, projections, strict=True)
+    ]
+
+
+def _by_inputs(
+    x: Tensor,
+    projections: tuple[Projection, ...],
+    drawn: tuple[Tensor, Tensor] | None,
+    scope: str,
+    state: PolicyState,
+    kv_head_size: int | None,
+) -> list[Tensor]:
+    """The output of one layer, ``[G, T, d_out]``, from what this rank holds of its inputs."""
+    (own,) = projections
+    grouped, _, counted = arrange(x, None, scope)
+    result = row_wise.forward(
+        grouped, own, counted, *_expanded(drawn, len(grouped)), state.entropy_on(x.device)
+    )
+    if not _needs_gradient(grouped, own.weight, own.bias):
+        return [result.y]
+    clamp = own.settings.clamp
+    return [row_wise.Backward.apply(grouped, own.weight, own.bias, result, clamp)]
+
+
+def _expanded(
+    drawn: tuple[Tensor, Tensor] | None, groups: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """``I_in`` and ``I_out`` ``[G, r]`` of the random builder."""
+    if drawn is None:
+        return None, None
+    return drawn[0].expand(groups, -1), drawn[1].expand(groups, -1)
 
 
 def pair(
@@ -323,7 +348,9 @@ def _replicated() -> Any:
 
 def _local(parameter: Any) -> Tensor:
     """This rank's part of a parameter, through which its gradient flows."""
-    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    from torch.distributed.tensor import DTensor
+
+    local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return local
 
 
