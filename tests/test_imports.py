@@ -28,6 +28,7 @@ LAYERS = [
         "weight",
         "riding",
     },
+    {"weight_rows"},
     {"own_forward"},
     {"kernels", "cpp"},
     {"torch_backend", "one_group", "triton_backend", "cuda", "products"},

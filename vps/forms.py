@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from vps import adapters, opaque_layer, tensor_parallel
 from vps.config import VPSConfig
 from vps.linear import FLOATING, SharpenedLayer, VPSLinear, why_not_sharpenable
-from vps.own_forward import innermost, is_matrix
+from vps.own_forward import fsdp_module, innermost, is_matrix
 from vps.policy import PolicyState
 from vps.tensor_parallel import TensorParallelLinear
 
@@ -67,7 +68,10 @@ def _form(module: nn.Module) -> Form:
 
 def _opaque_form(module: nn.Module, expected: type[nn.Module], reason: str) -> Form:
     """The opaque form of a layer that has no plain weight for that ``reason``."""
-    kind, hook = type(module).__name__, module.__dict__.get("_hf_hook")
+    hook = module.__dict__.get("_hf_hook")
+    sharded = fsdp_module()
+    alone = sharded is not None and isinstance(module, sharded)
+    kind = type(module).__mro__[2 if alone else 0].__name__
     handle = opaque_layer.handle_of(module)
     if "forward" in module.__dict__ and hook is None and handle is None:
         return Form(reason=reason)
@@ -120,12 +124,23 @@ def check(module: nn.Module) -> str | None:
     layer = opaque_layer.handle_of(module)
     if layer is None or _is_sharded(module):
         return None
-    base = layer.own_forward(_token_like(module))
+    base, config = layer.own_forward(_token_like(module)), layer.config
     reason: str | None = base.describe()
-    if reason is None and layer.config.tau is not None and base.matrix() is None:
-        if layer.norms is not None:
-            layer.norms.find(base, base.like.dtype)
-    return reason
+    if reason is not None or config.tau is None or base.matrix() is not None:
+        return reason
+    if layer.norms is not None:
+        layer.norms.find(base, base.like.dtype)
+    if layer.norms is None or config.builder == "sc" or config.clip == "spectral":
+        missing = base.why_no_backward()
+        if missing is not None:
+            warnings.warn(
+                f"vps.patch: a {type(module).__name__} has no backward pass ({missing}), so the "
+                f"rows of its weight that the clip asks for take {base.d_in} one-hot rows at every "
+                "call; tau=None, or without an adapter builder='sk' with clip='component', does "
+                "without them",
+                stacklevel=4,
+            )
+    return None
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -14,9 +14,10 @@ from vps.functional import FLOATING, vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.masking import STATE
 from vps.opaque import OpaqueProjection, opaque_vps_linear
-from vps.own_forward import OwnForward, RowNorms, is_matrix, plain, running_plain
+from vps.own_forward import OwnForward, is_matrix, running_plain
 from vps.pairing import Coupling
 from vps.policy import LayerGamma, PolicyState
+from vps.weight_rows import RowNorms
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -93,9 +94,12 @@ class SharpenedLayer:
 
     def plain_output(self, x: Tensor) -> Tensor:
         """``H + b`` as the unsharpened layer has it; hooks of the module do not see the call."""
-        with plain(self.module, True):
-            y: Tensor = self.module.forward(x)
-        return y
+        base = self.own_forward(x)
+        base.biased = True
+        try:
+            return base.product(x)
+        finally:
+            base.release()
 
     def base_product(self, x: Tensor) -> Tensor:
         """``H`` ``[..., d_out]`` for x ``[..., d_in]``."""
@@ -103,9 +107,12 @@ class SharpenedLayer:
         if W is not None:
             return F.linear(x, W.to(x.dtype))
         base = self.own_forward(x)
-        H = base.product(x.reshape(-1, x.shape[-1]))
-        if base.offset:
-            H = H - base.product(x.new_zeros(1, x.shape[-1]))
+        try:
+            H = base.product(x.reshape(-1, x.shape[-1]))
+            if base.offset:
+                H = H - base.product(x.new_zeros(1, x.shape[-1]))
+        finally:
+            base.release()
         return H.view(*x.shape[:-1], -1)
 
     def whole(self, y: Tensor) -> Tensor:

@@ -104,6 +104,30 @@ def opaque_vps_linear(
     grouped = group(tokens, dims, config.scope)
     counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
     I_in, drawn = _inputs(x, grouped, mask, counted, first, given)
+    try:
+        return _sharpened(
+            x, grouped, counted, I_in, drawn, layers, plans, config, heads, state, given
+        )
+    finally:
+        for layer in layers:
+            layer.base.release()
+
+
+def _sharpened(
+    x: Tensor,
+    grouped: Tensor,
+    counted: Tensor | None,
+    I_in: Tensor,
+    drawn: Tensor | None,
+    layers: tuple[OpaqueProjection, ...],
+    plans: list[Any],
+    config: VPSConfig,
+    heads: tuple[int, int] | None,
+    state: policy.PolicyState | None,
+    given: Given | None,
+) -> list[Tensor | None]:
+    """The outputs, once the inputs are selected."""
+    kind, d_in, first = x.device.type, x.shape[-1], plans[0]
     riders = riding.riders(I_in, d_in)
     products = [
         riding.ride(layer.base, grouped.reshape(-1, d_in), riders.index) for layer in layers
@@ -132,7 +156,7 @@ def opaque_vps_linear(
                 plan.numbers(layer.gamma), entropy,                h, energy,
             )  # fmt: skip
             pairs = layer.memory.pairs if layer.memory is not None and config.lbfgs else ()
-            y = _update(layer, p, inputs, riders.place, plan.settings, pairs)
+            y = _update(layer, p, inputs, riders, plan.settings, pairs)
             ys.append(y.view(*x.shape[:-1], -1))
     return ys
 
@@ -167,13 +191,14 @@ def _update(
     layer: OpaqueProjection,
     products: riding.Products,
     inputs: Inputs,
-    place: Tensor,
+    riders: riding.Riders,
     settings: policy.Settings,
     pairs: tuple[Pair, ...],
 ) -> Tensor:
     """``H + b + γ · clamp(δ)``, ``[G, T, d_out]``; autograd gives SPEC §6, for all but H in it is
     a constant."""
     H, I_out, mask = inputs.H, inputs.I_out, inputs.mask
+    index, place = riders
     assert H is not None
     plain = products.output[: len(products.H)].view_as(H)
     bias = layer.base.bias()
@@ -186,7 +211,8 @@ def _update(
             s_out, measured = selection.statistics(values, mask, count, settings.adaptive)
             energy = measured if energy is None else energy
             I_out = selection.top_k(s_out, settings.r) if I_out is None else I_out
-        weight = riding.RiddenWeight(layer.base, products.table, place)
+        known = riding.Columns(index, products.table)
+        weight = riding.RiddenWeight(layer.base, known, place)
         assert inputs.I_in is not None
         core, gamma, t, inactive = backend.build(
             inputs, values, energy, inputs.I_in, I_out, None, settings, weight

@@ -15,16 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from vps import adapters
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer
-from vps.own_forward import (
-    RowNorms,
-    are_fixed,
-    handle_of,
-    innermost,
-    is_matrix,
-    plain,
-    without_bias,
-)
+from vps.own_forward import handle_of, innermost, is_matrix, plain, without_bias
 from vps.policy import PolicyState
+from vps.weight_rows import RowNorms, are_fixed
 
 
 class OpaqueLayer(SharpenedLayer):

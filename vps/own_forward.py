@@ -1,13 +1,8 @@
-"""A layer known by its own forward: its product without bias, and rows of W through it.
-
-The rows of W come, in this order, from a matrix in memory; as norms found once, where every matrix
-of the layer is quantized; or from the layer's backward pass, ``W[o] = ∂(x Wᵀ)[o] / ∂x``, which is
-right whatever an adapter does meanwhile.
-"""
+"""A layer known by its own forward: its product without bias, and whether it is a linear map."""
 
 from __future__ import annotations
 
-import weakref
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vps import weight_rows
 from vps.masking import STATE
-from vps.riding import RIDERS, columns, one_hot
-from vps.selection import accumulation_dtype, is_read_freely
+from vps.riding import Columns, columns, one_hot
+from vps.selection import is_read_freely
+from vps.weight_rows import RowNorms
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -108,6 +105,11 @@ def without_bias(module: nn.Module) -> nn.Module | None:
     return None if within is None else twin
 
 
+def fsdp_module() -> Any:
+    """The class of modules that FSDP2 shards, or ``None`` where nothing uses it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
 def handle_of(module: nn.Module) -> Any:
     """The :class:`vps.opaque_layer.OpaqueLayer` that sharpens a module, or ``None``."""
     return module.__dict__.get("_sharpened")
@@ -160,14 +162,37 @@ class OwnForward:
         self.biased = not layer.leaves_out_bias()
         self.offset = layer.offset or self.biased
         self.entry: Plain | None = None
+        self.gathered = False
 
     def product(self, rows: Tensor) -> Tensor:
         if self.inside:
             return self.layer.apply_plain(rows, self.biased)
+        self._gather()
         with plain(self.module, self.biased) as entry:
             output: Tensor = self.module.forward(rows)
         self.entry = entry
         return output
+
+    def _gather(self) -> None:
+        """Bring the shards of a layer together that FSDP2 manages by itself, as its call would."""
+        sharded = fsdp_module()
+        if self.gathered or sharded is None or not isinstance(self.module, sharded):
+            return
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            raise RuntimeError(
+                "vps: query and key cannot be coupled with gradients for parameters where FSDP2 "
+                "shards each of them by itself; expected fully_shard of their block, "
+                "qk_coupling=False, or no gradient"
+            )
+        self.module.unshard()
+        self.gathered = True
+
+    def release(self) -> None:
+        """Let go of what this call brought into memory."""
+        self.entry = None
+        if self.gathered:
+            self.gathered = False
+            self.module.reshard()  # type: ignore[operator]
 
     def bias(self) -> Tensor | None:
         if self.biased:
@@ -179,15 +204,19 @@ class OwnForward:
         return self.layer.matrix() if self.entry is None else self.entry.matrix
 
     def steady_product(self, rows: Tensor) -> Tensor:
-        with torch.no_grad(), _steady(self.module):
+        with torch.no_grad(), steady(self.module):
+            return self.product(rows)
+
+    def gradient_product(self, rows: Tensor) -> Tensor:
+        """The product with a graph, without dropout."""
+        with steady(self.module):
             return self.product(rows)
 
     def is_noisy(self) -> bool:
-        return next(_dropouts(self.module), None) is not None
+        return next(dropouts(self.module), None) is not None
 
-    def row_norms(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def row_norms(self, index: Tensor, dtype: torch.dtype, known: Columns) -> Tensor:
         W = self.matrix()
-        norm = torch.linalg.vector_norm
         if W is None and self.layer.norms is not None:
             return self.layer.norms.find(self, dtype)[index]
         if len(index) > 1 and is_read_freely(index):
@@ -195,32 +224,12 @@ class OwnForward:
         else:
             chosen = index.reshape(-1)
             place = torch.arange(len(chosen), device=index.device).view(index.shape)
-        rows = self.rows(chosen) if W is None else W.index_select(0, chosen)
-        return norm(rows, 2, dim=1, dtype=dtype)[place]
+        rows = self.rows(chosen, known)
+        return torch.linalg.vector_norm(rows, 2, dim=1, dtype=dtype)[place]
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor, known: Columns) -> Tensor:
         W = self.matrix()
-        if W is not None:
-            return W.index_select(0, index)
-        return torch.cat([self._rows_by_gradient(block) for block in index.split(RIDERS)])
-
-    def _rows_by_gradient(self, index: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad(), _steady(self.module):
-            start = torch.zeros(
-                len(index), self.d_in, dtype=self.like.dtype, device=self.like.device
-            ).requires_grad_()
-            try:
-                output = self.product(start)
-                chosen = one_hot(index.clone(), self.d_out, output.dtype)
-                (rows,) = torch.autograd.grad(output, start, chosen)
-            except (RuntimeError, NotImplementedError) as error:
-                raise RuntimeError(
-                    f"vps: a {type(self.module).__name__} has no backward pass ({error}), from "
-                    "which the rows of its weight are taken for builder 'sc' and clip 'spectral', "
-                    "and with an adapter for every clip; expected builder='sk' with "
-                    "clip='component' or tau=None"
-                ) from error
-        return rows
+        return weight_rows.find(self, index, known) if W is None else W.index_select(0, index)
 
     def describe(self) -> str | None:
         """Why the forward is no linear map of each row by itself, or ``None``: tried on one-hot
@@ -245,62 +254,21 @@ class OwnForward:
             return "its forward is not a linear map of every row by itself"
         return None
 
-
-class RowNorms:
-    """Norms of all rows of W, found once by applying the layer to the identity, in blocks.
-
-    They are found again when a parameter or buffer of the layer is another or has changed.
-    """
-
-    def __init__(self) -> None:
-        self._norms: Tensor | None = None
-        self._key: list[tuple[Any, int]] = []
-
-    def find(self, base: OwnForward, dtype: torch.dtype) -> Tensor:
-        """``[d_out]``."""
-        if self._norms is None or not (torch.compiler.is_compiling() or self._is_of(base.module)):
-            total: Any = 0
-            wide = accumulation_dtype(base.like.dtype)
-            with torch.inference_mode(False):
-                index = torch.arange(base.d_in, device=base.like.device)
-                offset = None
-                if base.offset:
-                    offset = base.steady_product(base.like.new_zeros(1, base.d_in))[0]
-                for block in index.split(RIDERS):
-                    part = columns(base, block, base.like.dtype, offset)
-                    total = total + part.to(wide).square().sum(0)
-                self._norms = total.sqrt()
-            self._key = _versions(base.module)
-        norms = self._norms
-        if norms.device != base.like.device:
-            norms = self._norms = norms.to(base.like.device)
-        return norms.to(dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_norms": None, "_key": []}  # weak references are neither copied nor pickled
-
-    def _is_of(self, module: nn.Module) -> bool:
-        now = _versions(module)
-        return len(now) == len(self._key) and all(
-            one() is other() and version == other_version
-            for (one, version), (other, other_version) in zip(now, self._key, strict=True)
-        )
+    def why_no_backward(self) -> str | None:
+        """Why no rows come from the backward pass of the layer, or ``None``."""
+        some = torch.arange(min(4, self.d_in, self.d_out), device=self.like.device)
+        try:
+            offset = None
+            if self.offset:
+                offset = self.steady_product(self.like.new_zeros(1, self.d_in))[0]
+            known = Columns(some, columns(self, some, self.like.dtype, offset))
+            rows = weight_rows.by_gradient(self, some)
+        except weight_rows.NoBackward as error:
+            return str(error)
+        return None if weight_rows.agree(rows, some, known) else "it leaves out part of the weight"
 
 
-def _versions(module: nn.Module) -> list[tuple[Any, int]]:
-    return [
-        (weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version)
-        for tensor in (*module.parameters(), *module.buffers())
-    ]
-
-
-def are_fixed(module: nn.Module) -> bool:
-    """Whether every matrix of a layer is quantized, so that its row norms may be kept: no edit
-    would be made in place of such data, while ``weight.data`` of a plain one is edited unseen."""
-    return not any(is_matrix(parameter) for parameter in module.parameters())
-
-
-def _dropouts(module: nn.Module) -> Iterator[nn.Module]:
+def dropouts(module: nn.Module) -> Iterator[nn.Module]:
     """Modules that drop elements now."""
     for inner in module.modules():
         if isinstance(inner, nn.modules.dropout._DropoutNd) and inner.training and inner.p > 0:
@@ -308,9 +276,9 @@ def _dropouts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _steady(module: nn.Module) -> Iterator[None]:
+def steady(module: nn.Module) -> Iterator[None]:
     """Without dropout."""
-    active = list(_dropouts(module))
+    active = list(dropouts(module))
     try:
         for dropout in active:
             dropout.training = False

@@ -17,6 +17,18 @@ from vps.selection import accumulation_dtype, is_read_freely
 RIDERS = 256  # rows that ride along; more go in calls of their own
 
 
+class Columns(NamedTuple):
+    """Some columns of W.
+
+    Args:
+        index: of which features, ``[D]``.
+        table: ``[D, d_out]``.
+    """
+
+    index: Tensor
+    table: Tensor
+
+
 class Base(Protocol):
     """A linear layer that is known by its forward alone.
 
@@ -38,14 +50,17 @@ class Base(Protocol):
     def steady_product(self, rows: Tensor) -> Tensor:
         """The same without a gradient, and without the noise of dropout."""
 
+    def release(self) -> None:
+        """Let go of what the calls brought into memory."""
+
     def is_noisy(self) -> bool:
         """Whether dropout acts on the product."""
 
-    def row_norms(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """``‖W[index]‖`` in a dtype, of the shape of ``index``."""
+    def row_norms(self, index: Tensor, dtype: torch.dtype, known: Columns) -> Tensor:
+        """``‖W[index]‖`` in a dtype, of the shape of ``index``; some columns are known."""
 
-    def rows(self, index: Tensor) -> Tensor:
-        """``W[index]``, ``[K, d_in]`` for ``[K]``."""
+    def rows(self, index: Tensor, known: Columns) -> Tensor:
+        """``W[index]``, ``[K, d_in]`` for ``[K]``; some columns are known."""
 
 
 class Riders(NamedTuple):
@@ -156,19 +171,20 @@ class RiddenWeight:
 
     Args:
         base: the layer.
-        table: the riders' columns, ``[D, d_out]``.
+        known: the riders' columns.
         place: where those of each group are, ``[G, r]``.
     """
 
-    def __init__(self, base: Base, table: Tensor, place: Tensor) -> None:
-        self.base, self.table, self.place = base, table, place
-        self.dtype = accumulation_dtype(table.dtype)
+    def __init__(self, base: Base, known: Columns, place: Tensor) -> None:
+        self.base, self.known, self.place = base, known, place
+        self.table = known.table
+        self.dtype = accumulation_dtype(known.table.dtype)
 
     def norm_in(self) -> Tensor:
         return torch.linalg.vector_norm(self.table, 2, dim=1, dtype=self.dtype)[self.place]
 
     def norm_out(self, I_out: Tensor) -> Tensor:
-        return self.base.row_norms(I_out, self.dtype)
+        return self.base.row_norms(I_out, self.dtype, self.known)
 
     def gram_in(self) -> Tensor:
         return _gram(self.table.to(self.dtype), self.place)
@@ -179,7 +195,7 @@ class RiddenWeight:
         else:
             index = I_out.reshape(-1)
             place = torch.arange(len(index), device=index.device).view(I_out.shape)
-        return _gram(self.base.rows(index).to(self.dtype), place)
+        return _gram(self.base.rows(index, self.known).to(self.dtype), place)
 
     def crossing(self, I_out: Tensor) -> Tensor:
         return self.table[self.place.unsqueeze(1), I_out.unsqueeze(2)].to(self.dtype)

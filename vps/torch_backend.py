@@ -181,9 +181,12 @@ def build(
     """
     x, mask = inputs.x, inputs.mask
     weight = WeightMatrix(inputs.weight, I_in, B) if weight is None else weight
+    # In float64, which the policy is given in: float32 would round a σ near 1 over the next rank.
+    wide = None if energy is None else energy.to(inputs.policy.dtype)
+    decision = policy.decide(inputs.policy, wide, inputs.entropy, len(H), settings)
     numbers = inputs.policy.to(selection.accumulation_dtype(H.dtype))
-    decision = policy.decide(numbers, energy, inputs.entropy, len(H), settings)
-    gamma, inactive = decision.gamma, decision.inactive
+    gamma, inactive = decision.gamma.to(numbers.dtype), decision.inactive
+    decision = policy.Decision(gamma, inactive, decision.second_order)
     t = selected(H, I_out)
     mixing = None
     if settings.coupled:
