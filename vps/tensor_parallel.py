@@ -376,7 +376,7 @@ def _own_input(layer: TensorParallelLinear, x: Tensor) -> Tensor:
 
 def _own_output(layer: TensorParallelLinear, y: Tensor) -> Tensor:
     """The output as the base layer gives it, gathered where that is its style."""
-    if layer.style.output_layouts != _replicated():
+    if layer.splits_inputs or layer.style.output_layouts != _replicated():
         return y
     mesh: Any = layer.weight.device_mesh  # type: ignore[attr-defined]
     gathered: Tensor = layer.style.transform_output_post_forward(layer, y, mesh)
