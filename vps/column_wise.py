@@ -59,9 +59,10 @@ def forward(
     if I_in is None:
         I_in = selection.top_k(selection.statistics(x, mask, count, False)[0], settings.r)
     outputs = (I_out,) if I_out is not None else _select(scores, projections, kv_head_size)
+    grams = _products_of_rows(projections, outputs)
     parts = [
-        _parts(x, H, p, I_in, index)
-        for H, p, index in zip(products, projections, outputs, strict=True)
+        _parts(H, p, I_in, index, gram)
+        for H, p, index, gram in zip(products, projections, outputs, grams, strict=True)
     ]
     energy, *sums_ = sharding.add_up([energy, *(part for own in parts for part in own)], shard)
     if energy is not None:
@@ -94,16 +95,31 @@ def _select(
     return I_q, I_k
 
 
-def _parts(x: Tensor, H: Tensor, p: Projection, I_in: Tensor, I_out: Tensor) -> Products:
+def _products_of_rows(
+    projections: tuple[Projection, ...], outputs: tuple[Tensor, ...]
+) -> list[Tensor | None]:
+    """This rank's summand of ``gram_A`` of each projection; ``None`` where none is needed."""
+    wanted = [needs_gram_of_rows(p.settings) for p in projections]
+    if not any(wanted):
+        return [None] * len(projections)
+    chosen = [(p, index) for p, index, one in zip(projections, outputs, wanted, strict=True) if one]
+    grams = sharding.products_of_rows(
+        [p.weight for p, _ in chosen], [i for _, i in chosen], [p.shard for p, _ in chosen]
+    )
+    found = iter(grams)
+    return [next(found) if one else None for one in wanted]
+
+
+def _parts(
+    H: Tensor, p: Projection, I_in: Tensor, I_out: Tensor, gram_A: Tensor | None
+) -> Products:
     """What this rank adds to :class:`Products`, with ``norm_B`` squared."""
     W, settings = sharding.padded(p.weight, 0), p.settings
     dtype = selection.accumulation_dtype(W.dtype)
     norm = torch.linalg.vector_norm
     local, held = p.shard.locate(I_out)
-    norm_A = gram_A = norm_B = gram_B = B_selected = None
-    if needs_gram_of_rows(settings):
-        gram_A = sharding.products_of_rows(p.weight, I_out, p.shard)
-    elif settings.tau is not None:
+    norm_A = norm_B = gram_B = B_selected = None
+    if settings.tau is not None and gram_A is None:
         rows = W.index_select(0, local.reshape(-1))
         norm_A = norm(rows, 2, dim=1, dtype=dtype).view(local.shape).masked_fill_(~held, 0.0)
     if settings.tau is not None and settings.spectral:

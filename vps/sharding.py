@@ -146,39 +146,50 @@ def add_up(parts: Sequence[Tensor | None], shard: Shard) -> list[Tensor | None]:
     return [None if part is None else next(sums).view(part.shape).to(part.dtype) for part in parts]
 
 
-def products_of_rows(weight: Tensor, index: Tensor, shard: Shard) -> Tensor:
-    """This rank's summand of the inner products of selected rows of a weight split by rows.
+def products_of_rows(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], shards: Sequence[Shard]
+) -> list[Tensor]:
+    """This rank's summands of the inner products of selected rows of weights split by rows.
 
     Rows that different ranks hold have to meet. Each rank takes one part of the inputs of every
     distinct selected row, by one all-to-all, which moves each element of these rows once over all
-    ranks: at most ``G · r · d_in``, and ``1/P`` of that to each of P ranks. No exchange of fewer
-    numbers gives the inner product of two vectors that two ranks hold.
+    ranks: at most ``G · r · d_in`` for a weight, and ``1/P`` of that to each of P ranks. No
+    exchange of fewer numbers gives the inner product of two vectors that two ranks hold.
 
     Args:
-        weight: this rank's rows, ``[held, d_in]``.
-        index: of rows of the whole weight, ``[G, r]``.
-        shard: of the rows.
+        weights: this rank's rows of each, ``[held, d_in]``.
+        indices: of rows of each whole weight, ``[G, r]``.
+        shards: of the rows, over one group.
 
     Returns:
-        ``[G, r, r]`` in the dtype of the weight or float32, to be added up over the ranks.
+        ``[G, r, r]`` each, in the dtype of the weight or float32, to be added up over the ranks.
     """
-    d_in = weight.shape[1]
-    rows, place = torch.unique(index, return_inverse=True)  # ascending, so by rank
-    listed = rows.tolist()
-    firsts = [bisect_left(listed, bound) for bound in shard.bounds]
-    own = weight[rows[firsts[shard.rank] : firsts[shard.rank + 1]] - shard.offset]
-    parts = split_evenly(d_in, shard.world)
+    ranks, rank = shards[0].world, shards[0].rank
+    parts = split_evenly(weights[0].shape[1], ranks)
     widths = [end - start for start, end in zip(parts, parts[1:], strict=False)]
-    sent = torch.cat([part.reshape(-1) for part in own.split(widths, dim=1)])
-    width = widths[shard.rank]
-    received = weight.new_empty(len(rows) * width)
+    places, counts, owns = [], [], []
+    for weight, index, shard in zip(weights, indices, shards, strict=True):
+        rows, place = torch.unique(index, return_inverse=True)  # ascending, so by rank
+        listed = rows.tolist()
+        firsts = [bisect_left(listed, bound) for bound in shard.bounds]
+        places.append(place)
+        counts.append([end - start for start, end in zip(firsts, firsts[1:], strict=False)])
+        own = weight[rows[firsts[rank] : firsts[rank + 1]] - shard.offset]
+        owns.append(own.split(widths, dim=1))
+    width = widths[rank]
+    received = weights[0].new_empty(sum(map(sum, counts)) * width)
     dist.all_to_all_single(
         received,
-        sent,
-        [(end - start) * width for start, end in zip(firsts, firsts[1:], strict=False)],
-        [len(own) * each for each in widths],
-        group=shard.group,
+        torch.cat([own[other].reshape(-1) for other in range(ranks) for own in owns]),
+        [sum(count[other] for count in counts) * width for other in range(ranks)],
+        [sum(own[other].numel() for own in owns) for other in range(ranks)],
+        group=shards[0].group,
     )
-    selected = received.view(len(rows), width).to(torch.promote_types(weight.dtype, torch.float32))
-    picked = selected[place]
-    return picked @ picked.mT
+    sizes = [count[other] * width for other in range(ranks) for count in counts]
+    pieces = received.split(sizes)
+    products = []
+    for number, place in enumerate(places):
+        joined = torch.cat(pieces[number :: len(places)]).view(-1, width)
+        picked = joined.to(torch.promote_types(joined.dtype, torch.float32))[place]
+        products.append(picked @ picked.mT)
+    return products
