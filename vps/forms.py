@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vps import adapters, opaque_layer, tensor_parallel
 from vps.config import VPSConfig
-from vps.linear import FLOATING, SharpenedLayer, VPSLinear, why_not_sharpenable
+from vps.linear import FLOATING, SharpenedLayer, VPSLinear, is_replaced, why_not_sharpenable
 from vps.own_forward import fsdp_module, innermost, is_matrix
 from vps.policy import PolicyState
 from vps.tensor_parallel import TensorParallelLinear
@@ -73,7 +73,7 @@ def _opaque_form(module: nn.Module, expected: type[nn.Module], reason: str) -> F
     alone = sharded is not None and isinstance(module, sharded)
     kind = type(module).__mro__[2 if alone else 0].__name__
     handle = opaque_layer.handle_of(module)
-    if "forward" in module.__dict__ and hook is None and handle is None:
+    if is_replaced(module) and hook is None and handle is None:
         return Form(reason=reason)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -170,8 +170,9 @@ def _in_place(layer: VPSLinear) -> nn.Module:
     for name in SharpenedLayer.__annotations__:
         layer.__dict__.pop(name, None)
     layer.__class__ = nn.Linear if kind is VPSLinear else type("FSDPLinear", bases, {})  # type: ignore[assignment]
-    if "_old_forward" in layer.__dict__:
-        layer._old_forward = nn.Linear.forward.__get__(layer)
+    for slot in ("forward", "_old_forward"):
+        if getattr(layer.__dict__.get(slot), "__func__", None) is VPSLinear.forward:
+            layer.__dict__[slot] = nn.Linear.forward.__get__(layer)
     return layer
 
 

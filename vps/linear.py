@@ -237,17 +237,26 @@ def as_class(module: nn.Module, cls: type[M], **attributes: Any) -> M:
     """``module`` as another class: same parameters, buffers and hooks, other attributes."""
     other: M = cls.__new__(cls)  # type: ignore[call-overload]
     inner = {k: v for k, v in module.__dict__.items() if k not in SharpenedLayer.__annotations__}
+    if not is_replaced(module):
+        inner.pop("forward", None)
     for name in ("_parameters", "_buffers", "_modules"):
         inner[name] = inner[name].copy()
     other.__dict__.update(inner, **attributes)
     return other
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the forward of an instance is another than its class's, which accelerate leaves on
+    the instance when it takes its own away."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def why_not_sharpenable(module: nn.Module, expected: type[nn.Module]) -> str | None:
     """Why ``module`` is not a plain ``expected`` with a floating weight in memory, or ``None``."""
     if type(module) is not expected:
         return f"its type is {type(module).__name__}, expected exactly {expected.__name__}"
-    if "forward" in module.__dict__:
+    if is_replaced(module):
         return "its forward is replaced on the instance (accelerate offload or tensor parallel)"
     weight = module._parameters.get("weight")
     if weight is None:

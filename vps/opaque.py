@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vps import coupling, dispatch, gradient, masking, policy, riding, selection, sharing
+from vps import coupling, dispatch, gradient, policy, riding, selection, sharing
 from vps import torch_backend as backend
 from vps.config import VPSConfig
-from vps.functional import FLOATING, cast, group, plan_for
+from vps.functional import FLOATING, arrange, cast, plan_for
 from vps.lbfgs import CurvatureMemory, Pair, precondition
 from vps.torch_backend import Inputs
 
@@ -99,10 +99,8 @@ def opaque_vps_linear(
         return [None] * len(layers)
     dispatch.choose_opaque()
     kind = x.device.type
-    dims, mask = masking.token_dims(x) if mask is None else (tuple(mask.shape), mask)
     tokens = cast(x, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-    grouped = group(tokens, dims, config.scope)
-    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    grouped, mask, counted = arrange(tokens, mask, config.scope)
     I_in, drawn = _inputs(x, grouped, mask, counted, first, given)
     try:
         return _sharpened(

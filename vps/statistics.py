@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vps import masking, policy, selection
 from vps.functional import group
+from vps.generation import input_device
 from vps.patching import sharpened_layers
 
 
@@ -96,7 +97,8 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
 def measure(model: nn.Module, inputs: dict[str, Tensor]) -> list[LayerStatistics]:
     """Run one forward pass over ``inputs``, which are moved to the model's device."""
     with observe(model) as seen, torch.inference_mode():
-        model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+        device = input_device(model)
+        model(**{name: tensor.to(device) for name, tensor in inputs.items()})
         return [observation.decided() for observation in seen]
 
 
