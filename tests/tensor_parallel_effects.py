@@ -7,6 +7,7 @@ from unittest import mock
 import peft
 import torch
 import torch.distributed as dist
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tensor_parallel_group import RANKS, case, compared, embedded, error, sharpened, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -222,7 +223,9 @@ def refusals(group):
         "replicated weight": holder(ALL_PARALLEL_STYLES["colwise"], Replicate()),
         "wrong dim": holder(ALL_PARALLEL_STYLES["rowwise"], Shard(0)),
         "plain weight": holder(ALL_PARALLEL_STYLES["colwise"]),
+        "hooked": holder(ALL_PARALLEL_STYLES["colwise"], Shard(0)),
     }
+    add_hook_to_module(modules["hooked"].q_proj, ModelHook())
     messages = {}
     for name, module in modules.items():
         try:

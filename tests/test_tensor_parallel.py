@@ -134,6 +134,7 @@ def test_refusals_name_the_reason(launched):
             "replicated weight": "its weight is R, expected Shard(dim=0)",
             "wrong dim": "its weight is S(0), expected Shard(dim=1)",
             "plain weight": "its weight is a Tensor, expected a DTensor",
+            "hooked": "its tensor-parallel style is TensorParallelLayer, expected",
             "backend": "vps backend 'reference' cannot run this layer: its weight is",
             "control": "layers.0.self_attn.q_proj is split over ranks, of which each holds a part",
             "adapter": "an adapter around a sharpened TensorParallelLinear is not supported",

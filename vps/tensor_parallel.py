@@ -328,7 +328,10 @@ def _style_name(module: nn.Module) -> str:
 
 def _style(module: nn.Module) -> Any:
     """The parallel style of transformers in the forward of ``module``, or ``None``."""
-    return inspect.getclosurevars(module.__dict__["forward"]).nonlocals.get("self")
+    forward = module.__dict__["forward"]
+    if not inspect.isfunction(forward):  # another party's around it, of the same name
+        return None
+    return inspect.getclosurevars(forward).nonlocals.get("self")
 
 
 def _shard(module: nn.Module) -> Shard:
