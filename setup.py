@@ -12,7 +12,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vps/__init__.py").read_tex
 
 # Listed by hand: find_packages would not follow the link vps/kernels -> ../kernels, and a
 # top-level package `kernels` would overwrite Hugging Face's package of that name.
-PACKAGES = ["vps", "vps.cli", "vps.demo", "vps.evaluation", "vps.kernels", "vps.verify"]
+PACKAGES = [
+    "vps",
+    "vps.cli",
+    "vps.demo",
+    "vps.evaluation",
+    "vps.kernels",
+    "vps.serving",
+    "vps.verify",
+]
 
 EXTRAS = {
     "gpu": ["triton>=3.6"],
@@ -21,6 +29,7 @@ EXTRAS = {
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
     "engines": ["bitsandbytes>=0.48", "torchao>=0.14", "peft", "accelerate"],
+    "vllm": ["vllm>=0.32"],
     "dev": ["ruff", "mypy", "pre-commit"],
 }
 EXTRAS["test"] = [
@@ -35,7 +44,8 @@ EXTRAS["test"] = [
     *EXTRAS["eval"],
     *EXTRAS["verify"],
 ]
-EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# vLLM pins its own torch, so it is no part of "all".
+EXTRAS["all"] = sorted({r for name, extra in EXTRAS.items() if name != "vllm" for r in extra})
 
 
 def cpp_extension() -> dict:
@@ -104,5 +114,8 @@ setup(
     install_requires=["torch>=2.11"],
     extras_require=EXTRAS,
     **cpp_extension(),
-    entry_points={"console_scripts": ["vps = vps.cli:main"]},
+    entry_points={
+        "console_scripts": ["vps = vps.cli:main"],
+        "vllm.general_plugins": ["vps = vps.serving.plugin:register"],
+    },
 )

@@ -42,7 +42,7 @@ LAYERS = [
     {"patching"},
     {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture", "engines"},
     {"ephemeral"},
-    {"refine", "batch"},
+    {"refine", "batch", "serving"},
     {"demo", "evaluation"},
     {"cli"},
 ]
@@ -65,9 +65,12 @@ OPTIONAL = {
     "reasoning_gym",
     "datasets",
     "yaml",
+    "vllm",
 }
 # Subclasses a class of transformers, so imported inside functions only itself.
 NEEDS_TRANSFORMERS = {"conv1d"}
+# Likewise of vLLM, which imports them by their names.
+NEEDS_VLLM = {"plugin", "linear_method", "scheduler"}
 
 
 def named(node):
@@ -105,6 +108,10 @@ def noun(path):
     return "kernels" if parts[0] == "kernels" else parts[1]
 
 
+def needs_vllm(path):
+    return noun(path) == "serving" and path.stem in NEEDS_VLLM
+
+
 def layer(name):
     return next((level for level, names in enumerate(LAYERS) if name in names), None)
 
@@ -118,6 +125,7 @@ def test_imports_point_one_way(path):
         assert top not in ("kernels", "tests", "benchmarks"), f"{path} imports {name}"
         assert top != "triton" or own == "kernels", f"{path} imports {name}"
         assert top != "transformers" or own in KNOW_TRANSFORMERS, f"{path} imports {name}"
+        assert top != "vllm" or needs_vllm(path), f"{path} imports {name}"
         if top != "vps" or own == "__init__":
             continue
         assert own not in ("config", "reference"), f"{path} imports {name}"
@@ -131,11 +139,12 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_optional_packages_are_imported_late(path):
-    if noun(path) in NEEDS_TRANSFORMERS:
+    if noun(path) in NEEDS_TRANSFORMERS or needs_vllm(path):
         return
     for name in eager_imports(ast.parse(path.read_text())):
         assert name.split(".")[0] not in OPTIONAL, f"{path} imports {name} when it is imported"
         late = {f"vps.{module}" for module in NEEDS_TRANSFORMERS}
+        late |= {f"vps.serving.{module}" for module in NEEDS_VLLM}
         assert name not in late, f"{path} imports {name} when it is imported"
 
 

@@ -27,6 +27,7 @@ OPTIONAL = {
     "reasoning_gym": "eval",
     "scipy": "eval",
     "matplotlib": "plots",
+    "vllm": "vllm",
 }
 
 
