@@ -84,10 +84,11 @@ def counted():
 
         return mock.patch.object(dist, name, wrapped)
 
-    known = {"all_reduce": 0, "all_gather_into_tensor": 1, "all_to_all_single": 1}
+    known = {"all_reduce": 0, "all_gather": 1, "all_to_all_single": 1}
     others = (
-        "all_gather", "broadcast", "reduce", "gather", "scatter", "reduce_scatter_tensor",
-        "reduce_scatter", "all_to_all", "all_gather_object", "send", "isend",
+        "all_gather_into_tensor", "broadcast", "reduce", "gather", "scatter",
+        "reduce_scatter_tensor", "reduce_scatter", "all_to_all", "all_gather_object", "send",
+        "isend",
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, position in known.items():

@@ -178,14 +178,14 @@ def test_communication(group, name, groups, gram_A, gram_B, crossing, selected):
         for layer, kinds in found.items():
             pair = 2 if layer == "self_attn.q_proj" and coupled else 1
             if layer in ("self_attn.o_proj", "mlp.down_proj"):
-                assert kinds["all_gather_into_tensor"] == [2 * columns], layer
+                assert kinds["all_gather"] == [2 * columns], layer
                 own, *rest = kinds["all_reduce"]
                 riding = (own - TOKENS * HIDDEN) / HIDDEN
                 assert riding == int(riding) and 1 <= riding <= columns, layer
                 small = of_A + TOKENS * R * selected
                 assert rest == ([small] if small else []), layer
             else:
-                assert kinds["all_gather_into_tensor"] == [(1 + pair) * columns], layer
+                assert kinds["all_gather"] == [(1 + pair) * columns], layer
                 assert kinds["all_reduce"] == [groups + pair * (TOKENS * R + core)], layer
     for layer in group[0]["communication"][name]:
         calls = [

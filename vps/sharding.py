@@ -108,12 +108,18 @@ def best_of_all(
     rows = torch.stack([scores.double(), *(feature.double() for feature in features)], 1)
     message = rows.new_full((*rows.shape[:2], r), -1.0)
     message[..., : rows.shape[-1]] = rows
-    everyone = message.new_empty((shard.world * len(message), *message.shape[1:]))
-    dist.all_gather_into_tensor(everyone, message, group=shard.group)
+    everyone = _from_all(message, shard)
     # Ranks hold features in ascending order, so a stable sort leaves ties to the lower index.
-    merged = everyone.view(shard.world, *message.shape).permute(1, 2, 0, 3).flatten(2)
+    merged = everyone.permute(1, 2, 0, 3).flatten(2)
     order = merged[:, 0].sort(dim=-1, descending=True, stable=True).indices[:, :r]
     return tuple(column.gather(1, order).long() for column in merged.unbind(1)[1:])
+
+
+def _from_all(message: Tensor, shard: Shard) -> Tensor:
+    """The messages of all ranks, of one shape, along a new first dim."""
+    everyone = [torch.empty_like(message) for _ in range(shard.world)]
+    dist.all_gather(everyone, message, group=shard.group)
+    return torch.stack(everyone)
 
 
 def gather(values: Tensor, shard: Shard) -> Tensor:
@@ -122,9 +128,7 @@ def gather(values: Tensor, shard: Shard) -> Tensor:
     widest = shard.bounds[1]
     own = rows.new_zeros(len(rows), widest)
     own[:, : rows.shape[1]] = rows
-    everyone = own.new_empty(shard.world * len(own), widest)
-    dist.all_gather_into_tensor(everyone, own, group=shard.group)
-    joined = everyone.view(shard.world, len(own), widest).transpose(0, 1).flatten(1)
+    joined = _from_all(own, shard).transpose(0, 1).flatten(1)
     # The last part may be shorter than the others, and is padded.
     return joined[:, : shard.bounds[-1]].reshape(*values.shape[:-1], -1)
 
