@@ -29,6 +29,7 @@ EXTRAS = {
     "verify": ["sympy", "pint", "math-verify"],
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
+    "engines": ["bitsandbytes>=0.48", "torchao>=0.14", "peft", "accelerate"],
     "vllm": ["vllm>=0.32"],
     "dev": ["ruff", "mypy", "pre-commit"],
 }
@@ -37,7 +38,7 @@ EXTRAS["test"] = [
     "pytest-benchmark",
     "numpy",
     "packaging",
-    "peft",
+    *EXTRAS["engines"],
     *EXTRAS["gpu"],
     *EXTRAS["hf"],
     *EXTRAS["plots"],

@@ -5,7 +5,7 @@ from importlib import util
 
 import torch
 
-from vps import __version__, backends, doctor
+from vps import __version__, backends, doctor, engines
 
 
 def test_facts_are_those_of_the_machine():
@@ -39,3 +39,28 @@ def test_a_missing_device_or_tool_is_said(monkeypatch):
     facts = doctor.diagnose()
     assert "built without CUDA" in facts["devices"]["cuda"]
     assert facts["tools"] == {"c++": "not found", "nvcc": "not found"}
+
+
+def test_every_engine_is_available_or_has_a_reason(monkeypatch):
+    shown = doctor.diagnose()["engines"]
+    assert set(shown) >= {"bitsandbytes", "torchao", "PEFT", "accelerate offload", "FSDP2"}
+    assert {"tensor parallel", "vLLM"} <= set(shown)
+    assert all(text.startswith(("available: ", "missing: ", "none: ")) for text in shown.values())
+    for name in ("bitsandbytes", "torchao", "PEFT", "accelerate offload", "FSDP2"):
+        assert shown[name].startswith("available: "), shown[name]
+    monkeypatch.setattr(engines.metadata, "version", lambda package: missing(package))
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    without = engines.engines()
+    assert without["bitsandbytes"] == "missing: pip install 'vps-kernels[engines]'"
+    assert without["vLLM"].startswith("missing: ")
+    assert "without torch.distributed" in without["FSDP2"]
+    assert "without torch.distributed" in without["tensor parallel"]
+
+
+def test_old_transformers_are_said(monkeypatch):
+    monkeypatch.setattr(engines.metadata, "version", lambda package: "5.3.0")
+    assert "5.3.0 is older than 5.17" in engines.engines()["tensor parallel"]
+
+
+def missing(package):
+    raise engines.metadata.PackageNotFoundError(package)

@@ -10,7 +10,6 @@ import vps
 from vps import VPSConfig, reference
 from vps.evaluation.controls import CONTROLS, control
 from vps.patching import sharpened_layers
-from vps.statistics import weight_of
 
 GUIDED = [name for name in CONTROLS if name != "baseline"]
 IDS = torch.tensor([[5, 9, 20, 33, 7, 41], [8, 3, 60, 60, 12, 0]])
@@ -122,7 +121,7 @@ def test_noise_has_the_norm_of_the_update(make, scope):
         noisy = recorded(model)
     for name, layer in sharpened_layers(model).items():
         x, y = noisy[name]
-        plain = F.linear(x, weight_of(layer), layer.bias)
+        plain = F.linear(x, layer.matrix(), layer.bias)
         with vps.token_mask(MASK.bool()):  # the layer's own update for this x
             if layer.coupling is None:
                 own = layer(x)

@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from vps import pairing
+from vps import pairing, tensor_parallel
 from vps.coupled import why_not
-from vps.linear import VPSLinear
+from vps.linear import SharpenedLayer
+from vps.opaque_layer import sharpened_by
+from vps.tensor_parallel import TensorParallelLinear
 
 QUERY, KEY = "q_proj", "k_proj"
 CROSS = re.compile(r"cross|encoder_attn|enc_attn", re.IGNORECASE)
@@ -43,14 +45,17 @@ def couple_blocks(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(coupled), reasons
 
 
-def _sharpened(child: nn.Module | None) -> VPSLinear | None:
-    """The sharpened layer that a child is, or that an adapter of PEFT wraps."""
-    layer = getattr(child, "base_layer", child)
-    return layer if isinstance(layer, VPSLinear) else None
+def _sharpened(child: nn.Module | None) -> SharpenedLayer | None:
+    """What sharpens a child, if it is there."""
+    return None if child is None else sharpened_by(child)
 
 
 def _pair(
-    name: str, block: nn.Module, query: VPSLinear | None, key: VPSLinear | None, config: Any
+    name: str,
+    block: nn.Module,
+    query: SharpenedLayer | None,
+    key: SharpenedLayer | None,
+    config: Any,
 ) -> pairing.Coupling | str:
     """The coupling of a block, or why there is none."""
     if query is None or key is None:
@@ -59,9 +64,11 @@ def _pair(
         return "a cross-attention reads its keys from another input"
     if query.coupling is not None or key.coupling is not None:
         return "a layer is shared with another block"
-    if query.in_features != key.in_features:
-        return f"they read {query.in_features} and {key.in_features} features"
-    d_q, d_k = query.out_features, key.out_features
+    (d_q, in_q), (d_k, in_k) = query.widths, key.widths
+    if in_q != in_k:
+        return f"they read {in_q} and {in_k} features"
+    heads: Any
+    kv_heads: Any
     size = getattr(block, "head_dim", None)
     if isinstance(size, int) and size > 0:
         heads, kv_heads = d_q // size, d_k // size
@@ -71,7 +78,13 @@ def _pair(
         if not isinstance(heads, int) or not isinstance(kv_heads, int):
             return "neither the block nor the model's config says how many heads there are"
     reason = why_not(d_q, d_k, heads, kv_heads)
-    return pairing.Coupling(query, key, heads, kv_heads) if reason is None else reason
+    if reason is not None:
+        return reason
+    if isinstance(query, TensorParallelLinear) and isinstance(key, TensorParallelLinear):
+        return tensor_parallel.pair(query, key, heads, kv_heads)
+    if isinstance(query, TensorParallelLinear) or isinstance(key, TensorParallelLinear):
+        return "only one of them is split over ranks"
+    return pairing.Coupling(query, key, heads, kv_heads)  # type: ignore[arg-type]
 
 
 def _text_config(config: Any) -> Any:

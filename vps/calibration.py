@@ -195,7 +195,7 @@ class Calibration:
         else:
             self._check(model)
         layers: dict[str, Any] = sharpened_layers(model)
-        made = {n: LayerGamma(self.gamma[n], one.weight.device) for n, one in layers.items()}
+        made = {n: LayerGamma(self.gamma[n], _device(one)) for n, one in layers.items()}
         for name, own in made.items():
             width = columns_of(layers[name])
             if own.by_column and len(own.numbers) != width:
@@ -222,12 +222,15 @@ def clear_calibration(model: nn.Module) -> None:
         layer.gamma = None
 
 
+def _device(layer: Any) -> torch.device | None:
+    """Where a layer computes; ``None`` where its weights are elsewhere until they are needed."""
+    parameter = next(layer.module.parameters(), None)
+    return None if parameter is None or parameter.is_meta else parameter.device
+
+
 def columns_of(layer: Any) -> int:
     """Columns that the update of a sharpened layer can have at most (SPEC §3)."""
-    d_out, d_in = min(
-        (one.weight.shape if isinstance(one, nn.Linear) else one.weight.shape[::-1])
-        for one in layer.deciding()
-    )
+    d_out, d_in = min(one.widths for one in layer.deciding())
     found = settings(layer.config, False, d_in, d_out, calibrated=True)
     assert found is not None
     return found.r

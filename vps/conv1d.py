@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from vps import adapters
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer, as_class
+from vps.own_forward import is_matrix
 from vps.policy import PolicyState
 
 
@@ -26,5 +28,19 @@ class VPSConv1D(SharpenedLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sharpened output ``[..., d_out]`` for x ``[..., d_in]``."""
-        y = self.sharpen(x, self.weight.t(), self.bias)
-        return super().forward(x) if y is None else y
+        return self.answer(x)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.nf, self.nx
+
+    def matrix(self) -> Tensor | None:
+        weight = self.weight
+        return weight.t() if is_matrix(weight) else None
+
+    def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
+        return super().forward(x) if biased else x @ self.weight
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        adapters.watch()
+        super().__setstate__(state)

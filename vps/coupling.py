@@ -58,12 +58,27 @@ def couple(
         statistics: scores ``[G, d]`` and energy ``[G]`` of values ``[G, T, d]`` under a mask;
             those of torch when ``None``.
     """
-    statistics = _statistics if statistics is None else statistics
     H_q, H_k = F.linear(x, W_q), F.linear(x, W_k)
+    return decide(x, H_q, H_k, mask, I_in, r, heads, kv_heads, statistics)
+
+
+def decide(
+    x: Tensor,
+    H_q: Tensor,
+    H_k: Tensor,
+    mask: Tensor | None,
+    I_in: Tensor | None,
+    r: int,
+    heads: int,
+    kv_heads: int,
+    statistics: Statistics | None = None,
+) -> Joint:
+    """As :func:`couple`, from base products ``[G, T, d_q]`` and ``[G, T, d_k]``."""
+    statistics = _statistics if statistics is None else statistics
     s_q, energy_q = statistics(H_q, mask, True)
     s_k, energy_k = statistics(H_k, mask, True)
     assert energy_q is not None and energy_k is not None
-    d_q, d_k = W_q.shape[0], W_k.shape[0]
+    d_q, d_k = H_q.shape[-1], H_k.shape[-1]
     energy = (energy_q * d_q + energy_k * d_k) / (d_q + d_k)
     if I_in is None:
         I_in = selection.top_k(statistics(x, mask, False)[0], r)
@@ -73,6 +88,13 @@ def couple(
 
 def select(s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """``I_out`` of the query and of the key, ``[G, r]``, from scores ``[G, d_q]``, ``[G, d_k]``."""
+    return contributions(s_q, s_k, r, heads, kv_heads)[1:]
+
+
+def contributions(
+    s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All contributions ``c``, float64 ``[G, d_k]``, and what :func:`select` makes of them."""
     groups, size = len(s_k), s_k.shape[1] // kv_heads
     per_group = heads // kv_heads
     query = s_q.double().view(groups, kv_heads, per_group, size)
@@ -80,7 +102,7 @@ def select(s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int) -> tuple
     I_k = selection.top_k(contribution, r)
     best_head = query.max(2).indices.flatten(1).gather(1, I_k)
     I_q = ((I_k // size) * per_group + best_head) * size + I_k % size
-    return I_q, I_k
+    return contribution, I_q, I_k
 
 
 def _statistics(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor | None]:

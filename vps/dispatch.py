@@ -6,7 +6,8 @@ Left alone, a layer takes the fastest that its tensors allow: on CUDA and ROCm `
 backend that was asked for runs or raises; nothing falls back in silence.
 
 A layer that holds L-BFGS pairs, which only a refinement records, is computed by ``torch`` on every
-device: no other backend but ``reference`` knows them, and asking for one there raises.
+device: no other backend but ``reference`` knows them, and asking for one there raises. So is a
+layer whose weight is no plain matrix in memory; for it ``torch`` is the only backend.
 """
 
 from __future__ import annotations
@@ -88,6 +89,20 @@ def choose_with_memory() -> str:
             "'torch' and 'reference' compute; set lbfgs=False in the config to go without them"
         )
     return name
+
+
+def choose_opaque() -> None:
+    """Check that torch may compute a layer that is known by its forward alone.
+
+    Raises:
+        RuntimeError: another backend was asked for.
+    """
+    name = STATE.backends[-1] if STATE.backends else _FROM_ENVIRONMENT or "torch"
+    if name != "torch":
+        raise RuntimeError(
+            f"vps backend {name!r} cannot run this layer: its weight is no plain matrix in memory, "
+            "and such layers are computed by 'torch' alone"
+        )
 
 
 def fastest(device: str, dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, backends and optional packages."""
+"""What this machine can run: versions, devices, backends, engines and optional packages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vps.dispatch import backends
+from vps.engines import engines
 
 OPTIONAL = {
     "transformers": "hf",
@@ -58,6 +59,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
         "packages": packages,
         "devices": devices,
         "backends": {name: reason or "available" for name, reason in backends().items()},
+        "engines": engines(),
         "tools": {tool: shutil.which(tool) or "not found" for tool in ("c++", "nvcc")},
     }
 

@@ -151,7 +151,7 @@ def plan_for(
     d_out: int,
     d_in: int,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
     calibrated: bool = False,
 ) -> _Plan | None:
     """``None`` when γ is 0 whatever the input."""

@@ -77,7 +77,7 @@ def generate(
 
     ``processors`` are logits processors, such as :class:`vps.EntropyProcessor`.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
     start = time.perf_counter()
     with torch.no_grad():
         output = model.generate(
@@ -108,8 +108,8 @@ def sample(
 
     The same seed draws the same numbers, so that equal models give equal samples.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    devices = [model.device] if model.device.type == "cuda" else []
+    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    devices = [input_device(model)] if input_device(model).type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(
@@ -147,11 +147,25 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
     Both see the same tokens, so every position is judged by itself. Under the sequence scope
     late tokens shape the selection used on early ones; use ``scope="token"`` for a causal figure.
     """
-    prompt = inputs["input_ids"].to(model.device)
-    tail = torch.tensor([continuation], dtype=prompt.dtype, device=model.device)
+    prompt = inputs["input_ids"].to(input_device(model))
+    tail = torch.tensor([continuation], dtype=prompt.dtype, device=prompt.device)
     ids = torch.cat([prompt, tail], dim=1)
     with torch.no_grad():
         sharpened = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
         with disabled(model):
             plain = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
     return float((sharpened != plain).double().mean())
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its inputs: one whose weights are kept elsewhere, where it computes."""
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = module.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", [hook]):
+            found = getattr(one, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+    return device

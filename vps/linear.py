@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vps import adapters
 from vps.config import VPSConfig
 from vps.functional import FLOATING, vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.masking import STATE
+from vps.opaque import OpaqueProjection, opaque_vps_linear
+from vps.own_forward import OwnForward, is_matrix, running_plain
 from vps.pairing import Coupling
 from vps.policy import LayerGamma, PolicyState
+from vps.weight_rows import RowNorms
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -20,9 +25,12 @@ M = TypeVar("M", bound=nn.Module)
 class SharpenedLayer:
     """What every sharpened layer holds beside its base layer.
 
-    ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer. During a
-    refinement also ``gradient``, whether the last verification pass brought one here (Hybrid turns
-    to SC), and the L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's.
+    ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer, ``outer``
+    where an adapter wraps the layer and is sharpened in its place. During a refinement also
+    ``gradient``, whether the last verification pass brought one here (Hybrid turns to SC), and the
+    L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``offset`` and
+    ``norms`` are of :mod:`vps.own_forward`; ``is_whole`` says whether this process holds all of the
+    layer.
     """
 
     config: VPSConfig
@@ -31,6 +39,40 @@ class SharpenedLayer:
     memory: CurvatureMemory | None = None
     gamma: LayerGamma | None = None
     coupling: Coupling | None = None
+    outer: Any = None
+    offset: bool = False
+    norms: RowNorms | None = None
+    is_whole = True
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer in the model."""
+        assert isinstance(self, nn.Module)
+        return self
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """d_out and d_in."""
+        raise NotImplementedError
+
+    if TYPE_CHECKING:
+
+        @property
+        def bias(self) -> Tensor | None: ...
+
+        def register_forward_hook(self, hook: Any, **options: Any) -> Any: ...
+
+    def matrix(self) -> Tensor | None:
+        """W ``[d_out, d_in]`` where it is a plain matrix in memory now, else ``None``."""
+        raise NotImplementedError
+
+    def leaves_out_bias(self) -> bool:
+        """Whether :meth:`apply_plain` can do without the bias."""
+        return True
+
+    def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
+        """``H``, or ``H + b``, ``[..., d_out]`` for x ``[..., d_in]``, while its forward runs."""
+        raise NotImplementedError
 
     def deciding(self) -> tuple[Any, ...]:
         """The layers that share one policy decision with this one, which is among them (SPEC §7):
@@ -40,23 +82,75 @@ class SharpenedLayer:
             return (self,)
         return self.coupling.query, self.coupling.key
 
-    def sharpen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The sharpened output, or ``None`` where the layer is switched off."""
+    def own_forward(self, x: Tensor, inside: bool = False) -> OwnForward:
+        """The layer as it is known by its forward, for tokens like x."""
+        return OwnForward(self, x, inside)  # type: ignore[arg-type]
+
+    def projection(self, x: Tensor, inside: bool = False) -> OpaqueProjection:
+        """The layer for :func:`vps.opaque.opaque_vps_linear`."""
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
+        base = self.own_forward(x, inside)
+        return OpaqueProjection(base, self.gradient, self.memory, self.gamma, trains)
+
+    def plain_output(self, x: Tensor) -> Tensor:
+        """``H + b`` as the unsharpened layer has it; hooks of the module do not see the call."""
+        base = self.own_forward(x)
+        base.biased = True
+        try:
+            return base.product(x)
+        finally:
+            base.release()
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """``H`` ``[..., d_out]`` for x ``[..., d_in]``."""
+        W = self.matrix()
+        if W is not None:
+            return F.linear(x, W.to(x.dtype))
+        base = self.own_forward(x)
+        try:
+            H = base.product(x.reshape(-1, x.shape[-1]))
+            if base.offset:
+                H = H - base.product(x.new_zeros(1, x.shape[-1]))
+        finally:
+            base.release()
+        return H.view(*x.shape[:-1], -1)
+
+    def whole(self, y: Tensor) -> Tensor:
+        """All of an output of which this process may hold a part."""
+        return y
+
+    def sharpen(self, x: Tensor) -> Tensor | None:
+        """The output for x, or ``None`` where it is that of the base layer."""
         if STATE.disabled and any(state is self.state for state in STATE.disabled):
             return None
         if self.coupling is not None and self.coupling.applies():
-            assert isinstance(self, VPSLinear)
             return self.coupling.sharpen(self, x)
-        return vps_linear(
-            x,
-            weight,
-            bias,
-            self.config,
-            state=self.state,
-            gradient=self.gradient,
-            memory=self.memory,
-            gamma=self.gamma,
-        )
+        W = self.matrix()
+        if W is not None:
+            return vps_linear(
+                x,
+                W,
+                self.bias,
+                self.config,
+                state=self.state,
+                gradient=self.gradient,
+                memory=self.memory,
+                gamma=self.gamma,
+            )
+        layers = (self.projection(x, inside=True),)
+        return opaque_vps_linear(x, layers, self.config, state=self.state)[0]
+
+    def answer(self, x: Tensor) -> Tensor:
+        """What the forward of the module gives for x: sharpened, or plain where that is asked."""
+        entry = running_plain(self.module) if STATE.plain else None
+        if entry is None:
+            y = self.sharpen(x)
+            if y is not None:
+                return y
+        if entry is None or entry.module is not self.module:
+            return self.apply_plain(x, True)
+        entry.matrix, entry.bias = self.matrix(), self.bias
+        return self.apply_plain(x, entry.biased)
 
 
 class VPSLinear(SharpenedLayer, nn.Linear):
@@ -118,8 +212,23 @@ class VPSLinear(SharpenedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``y = H + b + γ · clamp(δ)`` for x ``[..., d_in]``; see :func:`vps.vps_linear`."""
-        y = self.sharpen(x, self.weight, self.bias)
-        return super().forward(x) if y is None else y
+        return self.answer(x)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def matrix(self) -> Tensor | None:
+        weight = self._parameters.get("weight")
+        weight = self.weight if weight is None else weight  # a parametrization made later
+        return weight if is_matrix(weight) else None
+
+    def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
+        return super().forward(x) if biased else F.linear(x, self.weight)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        adapters.watch()
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         """Sizes and the main settings."""
@@ -131,17 +240,26 @@ def as_class(module: nn.Module, cls: type[M], **attributes: Any) -> M:
     """``module`` as another class: same parameters, buffers and hooks, other attributes."""
     other: M = cls.__new__(cls)  # type: ignore[call-overload]
     inner = {k: v for k, v in module.__dict__.items() if k not in SharpenedLayer.__annotations__}
+    if not is_replaced(module):
+        inner.pop("forward", None)
     for name in ("_parameters", "_buffers", "_modules"):
         inner[name] = inner[name].copy()
     other.__dict__.update(inner, **attributes)
     return other
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the forward of an instance is another than its class's, which accelerate leaves on
+    the instance when it takes its own away."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def why_not_sharpenable(module: nn.Module, expected: type[nn.Module]) -> str | None:
     """Why ``module`` is not a plain ``expected`` with a floating weight in memory, or ``None``."""
     if type(module) is not expected:
         return f"its type is {type(module).__name__}, expected exactly {expected.__name__}"
-    if "forward" in module.__dict__:
+    if is_replaced(module):
         return "its forward is replaced on the instance (accelerate offload or tensor parallel)"
     weight = module._parameters.get("weight")
     if weight is None:

@@ -33,6 +33,7 @@ class _ThreadState(threading.local):
         self.layouts: list[TokenLayout] = []
         self.disabled: list[Any] = []
         self.backends: list[str] = []
+        self.plain: list[Any] = []  # modules whose own forward is being asked for
 
 
 # Lists, not attributes: torch.compile traces their mutation, and no ContextVar.

@@ -15,20 +15,29 @@ from torch import Tensor, nn
 from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
 from vps.lbfgs import CurvatureMemory
+from vps.opaque import OpaqueProjection, opaque_vps_linear
 from vps.policy import LayerGamma, PolicyState
 
 
 class Layer(Protocol):
-    """What a sharpened linear layer holds."""
+    """What a sharpened layer holds."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     config: VPSConfig
     state: PolicyState
     gradient: bool
     memory: CurvatureMemory | None
     gamma: LayerGamma | None
     coupling: Coupling | None
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def widths(self) -> tuple[int, int]: ...
+
+    def matrix(self) -> Tensor | None: ...
+
+    def projection(self, x: Tensor, inside: bool = False) -> OpaqueProjection: ...
 
 
 class _Waiting(threading.local):
@@ -70,8 +79,9 @@ class Coupling:
             return False
         return config.qk_coupling and config.builder != "random"
 
-    def sharpen(self, layer: Layer, x: Tensor) -> Tensor:
-        """Output of ``layer``, one of the two, for x ``[..., d_in]``."""
+    def sharpen(self, layer: Layer, x: Tensor) -> Tensor | None:
+        """Output of ``layer``, one of the two, for x ``[..., d_in]``; ``None`` where it is that of
+        the base layer."""
         waits = self._may_wait(x)
         if waits and _WAITING.layer is layer:
             unchanged = x._version == _WAITING.version and _WAITING.x is x
@@ -79,18 +89,31 @@ class Coupling:
             _WAITING.clear()
             if y is not None:
                 return y
-        query, key = (
-            Projection(one.weight, one.bias, one.gradient, one.memory, one.gamma)
-            for one in (self.query, self.key)
-        )
-        ys = coupled_vps_linear(
-            x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
-        )
+        ys = self.outputs(layer, x)
         own, other = ys if layer is self.query else ys[::-1]
         if waits:
             _WAITING.layer = self.key if layer is self.query else self.query
             _WAITING.x, _WAITING.version, _WAITING.y = x, x._version, other
         return own
+
+    def outputs(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor] | list[Tensor | None]:
+        """Both outputs, the query's first, while the forward of ``layer`` runs; ``None`` where one
+        is that of the base layer."""
+        W_q, W_k = self.query.matrix(), self.key.matrix()
+        if W_q is not None and W_k is not None:
+            query = Projection(
+                W_q, self.query.bias, self.query.gradient, self.query.memory, self.query.gamma
+            )
+            key = Projection(W_k, self.key.bias, self.key.gradient, self.key.memory, self.key.gamma)
+            return coupled_vps_linear(
+                x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
+            )
+        both = (
+            self.query.projection(x, inside=layer is self.query),
+            self.key.projection(x, inside=layer is self.key),
+        )
+        heads = self.heads, self.kv_heads
+        return opaque_vps_linear(x, both, layer.config, heads=heads, state=layer.state)
 
     def _may_wait(self, x: Tensor) -> bool:
         """Whether this runs in its block, eagerly, with an x whose changes show."""

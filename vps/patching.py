@@ -5,8 +5,9 @@ Replaced layers share their parameters with the originals, so ``state_dict`` key
 
 from __future__ import annotations
 
-import sys
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from vps import attention, attention_mask, pairing
+from vps import adapters, attention, attention_mask, forms, opaque_layer, pairing
 from vps.config import VPSConfig
-from vps.linear import SharpenedLayer, VPSLinear, why_not_sharpenable
+from vps.linear import SharpenedLayer
 from vps.masking import STATE
 from vps.matching import select_names
+from vps.own_forward import innermost
 from vps.policy import PolicyState
+
+# Also of the quantized layers of other libraries: HQQLinear, QuantLinear, WQLinear_GEMM.
+LINEAR = re.compile(r"Linear(8bitLt|4bit|_\w+)?$")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class PatchReport:
 
     Args:
         patched: names of the layers now sharpened.
+        forms: for each of them ``"weight"``, where it is computed from its weight, or
+            ``"opaque (…)"`` with the kind of layer, where it is through the layer's own forward.
         refused: names the config asked for that cannot be sharpened, each with the reason.
         not_patched: other modules that hold weights the config's names suggest, such as fused
             experts, and attention blocks left without Q/K coupling, each with the reason.
@@ -38,11 +45,16 @@ class PatchReport:
     refused: dict[str, str] = field(default_factory=dict)
     not_patched: dict[str, str] = field(default_factory=dict)
     coupled: tuple[str, ...] = ()
+    forms: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.patched)} layers sharpened"]
         if self.coupled:
             lines[0] += f", query and key coupled in {len(self.coupled)} attention blocks"
+        kinds = Counter(self.forms.values())
+        if set(kinds) - {forms.WEIGHT}:
+            listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            lines.append(f"forms: {listed}")
         for title, reasons in (("refused", self.refused), ("not patched", self.not_patched)):
             lines += [f"{title}: {name}: {reason}" for name, reason in reasons.items()]
         return "\n".join(lines)
@@ -79,27 +91,32 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
         raise ValueError("vps.patch: model is itself a linear layer; use VPSLinear.from_linear")
     linears = _linear_layers(model)
     names = select_names(linears, _head_name(model, linears), config)
-    if not names:
+    others = set(dict(model.named_modules(remove_duplicate=False))) - set(linears)
+    refused = forms.loose_targets(_named_outright(others, linears, config), model)
+    if not names and not refused:
         raise ValueError(_nothing_matches(linears, config))
-    refused = {}
-    for name in names:
-        reason = _why_not(linears[name])
-        if reason is not None:
-            refused[name] = reason
+    found = {name: forms.form_of(linears[name]) for name in names}
+    refused |= {name: form.reason for name, form in found.items() if form.reason is not None}
     wanted = [name for name in names if name not in refused]
     if not wanted:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3])
-        raise ValueError(
-            f"vps.patch: none of the {len(names)} matching layers can be sharpened: {listed}"
-        )
+        raise ValueError(_all_refused(refused))
 
     state = PolicyState()
     if sharpened_layers(model):
         state = policy_state(model)
         unpatch(model)
         linears = _linear_layers(model)
+    adapters.watch()
     unique = {id(linears[name]): linears[name] for name in wanted}
-    _replace(model, {key: _sharpened(old, config, state) for key, old in unique.items()})
+    made = {key: forms.sharpen(old, config, state) for key, old in unique.items()}
+    broken = {key: reason for key, new in made.items() if (reason := forms.check(new)) is not None}
+    for key in broken:
+        forms.plain(made.pop(key))
+    refused |= {name: broken[key] for name in wanted if (key := id(linears[name])) in broken}
+    wanted = [name for name in wanted if name not in refused]
+    if not wanted:
+        raise ValueError(_all_refused(refused))
+    _replace(model, made)
     attention_mask.attach(model)
     if refused:
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
@@ -108,7 +125,8 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     not_patched = _fused_experts(model)
     if not config.qk_coupling or config.builder == "random":
         coupled, uncoupled = (), {}
-    return PatchReport(tuple(wanted), refused, not_patched | uncoupled, coupled)
+    names_of_forms = {name: found[name].name for name in wanted}
+    return PatchReport(tuple(wanted), refused, not_patched | uncoupled, coupled, names_of_forms)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -121,7 +139,7 @@ def unpatch(model: nn.Module) -> None:
     layers = _require_layers(model, "unpatch")
     attention_mask.detach(model)
     pairing.detach(model)
-    _replace(model, {id(layer): _plain(layer) for layer in layers.values()})
+    _replace(model, {id(layer.module): forms.plain(layer.module) for layer in layers.values()})
 
 
 @contextmanager
@@ -180,9 +198,29 @@ def policy_state(model: nn.Module) -> PolicyState:
     return next(iter(states.values()))
 
 
-def sharpened_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every sharpened layer of ``model`` by its first name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SharpenedLayer)}
+def sharpened_layers(model: nn.Module) -> dict[str, SharpenedLayer]:
+    """Every sharpened layer of ``model`` by the first name of its module.
+
+    A layer that an adapter wraps is not among them: the adapter is, in its place.
+    """
+    found: dict[str, SharpenedLayer] = {}
+    seen: set[int] = set()
+    for name, module in _outside_adapters(model):
+        layer = opaque_layer.sharpened_by(module)
+        if layer is not None and id(module) not in seen:
+            seen.add(id(module))
+            found[name] = layer
+    return found
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by all of their names, but not what is inside a layer of PEFT."""
+    within = ""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if within and name.startswith(within):
+            continue
+        within = f"{name}." if name and adapters.is_adapter(module) else ""
+        yield name, module
 
 
 def _check_module(model: nn.Module, function: str) -> None:
@@ -200,21 +238,27 @@ def _require_layers(model: nn.Module, function: str) -> dict[str, Any]:
     return layers
 
 
-def _conv1d() -> type[nn.Module] | None:
-    """Hugging Face's Conv1D if anything imported it; a model cannot hold one otherwise."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return getattr(module, "Conv1D", None)
-
-
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that is, or wraps, a linear map, by all of its names."""
-    conv1d = _conv1d()
+    conv1d = adapters.loaded("transformers.pytorch_utils", "Conv1D")
+    kinds = (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
     found = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        is_linear = isinstance(module, nn.Linear) or type(module).__name__.endswith("Linear")
-        if is_linear or (conv1d is not None and isinstance(module, conv1d)):
+    for name, module in _outside_adapters(model):
+        base = innermost(module) if adapters.is_adapter(module) else module
+        if isinstance(base, kinds) or LINEAR.search(type(base).__name__):
             found[name] = module
     return found
+
+
+def _named_outright(
+    others: set[str], linears: dict[str, nn.Module], config: VPSConfig
+) -> list[str]:
+    """Which of the modules that are no linear layers the config's list of names asks for."""
+    if isinstance(config.target_modules, str):
+        return []
+    named = select_names(sorted(others), None, config)
+    inside = tuple(f"{name}." for name in linears)
+    return [name for name in named if not name.startswith(inside)]
 
 
 def _head_name(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
@@ -222,29 +266,6 @@ def _head_name(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return next((name for name, module in linears.items() if module is head), None)
-
-
-def _why_not(module: nn.Module) -> str | None:
-    if isinstance(module, SharpenedLayer):
-        return None
-    conv1d = _conv1d()
-    if conv1d is not None and isinstance(module, conv1d):
-        return why_not_sharpenable(module, conv1d)
-    return why_not_sharpenable(module, nn.Linear)
-
-
-def _sharpened(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.Module:
-    if isinstance(module, nn.Linear):
-        return VPSLinear.from_linear(module, config, state)
-    from vps.conv1d import VPSConv1D  # needs transformers, which this module came from
-
-    return VPSConv1D.from_conv1d(module, config, state)
-
-
-def _plain(layer: nn.Module) -> nn.Module:
-    if isinstance(layer, VPSLinear):
-        return layer.to_linear()
-    return layer.to_conv1d()  # type: ignore[operator]
 
 
 def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -256,6 +277,11 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
+
+
+def _all_refused(refused: dict[str, str]) -> str:
+    listed = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3])
+    return f"vps.patch: none of the {len(refused)} matching layers can be sharpened: {listed}"
 
 
 def _nothing_matches(linears: dict[str, nn.Module], config: VPSConfig) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vps import dispatch, ephemeral
 from vps.config import VPSConfig
 from vps.entropy import EntropyProcessor, token_entropy
-from vps.generation import Generation, encode, generate, sample
+from vps.generation import Generation, encode, generate, input_device, sample
 from vps.patching import disabled, policy_state, set_config
 from vps.statistics import observe
 from vps.verify import CompositeVerifier, Losses
@@ -246,9 +246,10 @@ class _Run:
 
     def logits(self, ids: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
         """Logits ``[1, ≥ count, V]`` of the last tokens."""
-        arguments: dict[str, Any] = {"input_ids": ids.to(self.model.device), "use_cache": False}
+        device = input_device(self.model)
+        arguments: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
         if mask is not None:
-            arguments["attention_mask"] = mask.to(self.model.device)
+            arguments["attention_mask"] = mask.to(device)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             arguments["logits_to_keep"] = count
         logits: Tensor = self.model(**arguments).logits

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vps import masking, policy, selection
 from vps.functional import group
+from vps.generation import input_device
 from vps.patching import sharpened_layers
 
 
@@ -45,8 +45,7 @@ class Observation:
     def decided(self) -> LayerStatistics:
         """What the layer's config and policy state, as they are now, make of the energies."""
         config, state = self.layer.config, self.layer.state
-        shapes = [weight_of(layer).shape for layer in self.layer.deciding()]
-        d_out, d_in = min(shapes)
+        d_out, d_in = min(layer.widths for layer in self.layer.deciding())
         relative = float(self.size_update / self.size_H) if self.size_H > 0 else 0.0
         energy = float(self.energy.mean()) if len(self.energy) else 0.0
         own = self.layer.gamma
@@ -80,7 +79,7 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
         raise ValueError("vps.statistics.observe: the model holds no sharpened layer")
     seen: list[Observation] = []
     handles = [
-        layer.register_forward_hook(partial(_observed, seen, name))
+        layer.register_forward_hook(partial(_observed, seen, name, layer))
         for name, layer in layers.items()
     ]
     try:
@@ -98,24 +97,25 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
 def measure(model: nn.Module, inputs: dict[str, Tensor]) -> list[LayerStatistics]:
     """Run one forward pass over ``inputs``, which are moved to the model's device."""
     with observe(model) as seen, torch.inference_mode():
-        model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+        device = input_device(model)
+        model(**{name: tensor.to(device) for name, tensor in inputs.items()})
         return [observation.decided() for observation in seen]
-
-
-def weight_of(layer: Any) -> Tensor:
-    """``W`` ``[d_out, d_in]`` of a sharpened layer, also where it is stored transposed."""
-    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
 
 
 @torch.no_grad()
 def _observed(
-    seen: list[Observation], name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor
+    seen: list[Observation],
+    name: str,
+    layer: Any,
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    y: Tensor,
 ) -> None:
     """Forward hook."""
-    x, W = args[0], weight_of(layer)
-    H = F.linear(x, W.to(x.dtype))
-    weights = [weight_of(one).to(x.dtype) for one in layer.deciding()]
-    products = H if len(weights) == 1 else torch.cat([F.linear(x, one) for one in weights], -1)
+    x = args[0]
+    H = layer.base_product(x)
+    own = [H if one is layer else one.base_product(x) for one in layer.deciding()]
+    products = H if len(own) == 1 else torch.cat(own, -1)
     dims, mask = masking.token_dims(x)
     grouped = group(products, dims, layer.config.scope)
     counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
@@ -124,7 +124,10 @@ def _observed(
     assert energy is not None
     if counted is not None:
         energy = energy[counted.any(1)]
-    update = y - H if layer.bias is None else y - H - layer.bias
+    if layer.matrix() is None:
+        update = layer.whole(y) - layer.whole(layer.plain_output(x))
+    else:
+        update = y - H if layer.bias is None else y - H - layer.bias
     sizes = (torch.linalg.vector_norm(z, dtype=energy.dtype) for z in (H, update))
     seen.append(Observation(name, layer, energy, *sizes))
 

@@ -18,6 +18,7 @@ from vps import clipping, gradient, policy, selection
 from vps.constants import constant
 from vps.lbfgs import Pair, precondition
 from vps.policy import Settings
+from vps.weight import Weight, WeightMatrix
 
 
 class Inputs(NamedTuple):
@@ -145,9 +146,9 @@ def forward(inputs: Inputs, settings: Settings, pairs: tuple[Pair, ...] = ()) ->
     keep_H = mask is not None or inputs.H is not None
     if pairs:
         delta = precondition(pairs, gradient.expand(gradient.mix(t, core), W, I_in))
-        y = _add(H, delta, gamma, settings.clamp)
+        y = add(H, delta, gamma, settings.clamp)
     else:
-        y = _apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H)
+        y = apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H)
     if bias is not None:
         y = y.add_(bias)
     if mask is not None:  # a group without a counted token keeps the bits of the base layer
@@ -164,6 +165,7 @@ def build(
     I_out: Tensor,
     B: Tensor | None,
     settings: Settings,
+    weight: Weight | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(core, γ, t)`` of :class:`Outputs` and the columns left out, bool ``[G, r]`` or ``None``.
 
@@ -175,18 +177,23 @@ def build(
         I_out: ``[G, r]``.
         B: ``[d_out, G, r]``, or ``None`` to read all of W instead.
         settings: the rest.
+        weight: how W is read where it is not ``inputs.weight``, which then is not looked at.
     """
-    x, W, mask = inputs.x, inputs.weight, inputs.mask
-    numbers = inputs.policy.to(selection.accumulation_dtype(W.dtype))
-    decision = policy.decide(numbers, energy, inputs.entropy, len(H), settings)
-    gamma, inactive = decision.gamma, decision.inactive
+    x, mask = inputs.x, inputs.mask
+    weight = WeightMatrix(inputs.weight, I_in, B) if weight is None else weight
+    # In float64, which the policy is given in: float32 would round a σ near 1 over the next rank.
+    wide = None if energy is None else energy.to(inputs.policy.dtype)
+    decision = policy.decide(inputs.policy, wide, inputs.entropy, len(H), settings)
+    numbers = inputs.policy.to(selection.accumulation_dtype(H.dtype))
+    gamma, inactive = decision.gamma.to(numbers.dtype), decision.inactive
+    decision = policy.Decision(gamma, inactive, decision.second_order)
     t = selected(H, I_out)
     mixing = None
     if settings.coupled:
         X_A, Y = (selection.clean(z, mask) for z in (selected(x, I_in), t))
         mixing = selection.coupling(X_A, Y, inactive, settings.alpha)
     columns = numbers[policy.NUMBERS :] if len(numbers) > policy.NUMBERS else None
-    core = _core(W, I_in, I_out, B, mixing, decision, columns, settings)
+    core = _core(weight, I_out, mixing, decision, columns, settings)
     if inactive is not None:
         t.masked_fill_(inactive.unsqueeze(1), 0.0)
         core = core.masked_fill(inactive.unsqueeze(1), 0.0)
@@ -195,7 +202,7 @@ def build(
     return core, gamma, t, inactive
 
 
-def _apply(
+def apply(
     H: Tensor,
     t: Tensor,
     core: Tensor,
@@ -208,7 +215,7 @@ def _apply(
 ) -> Tensor:
     """``H + γ · clamp(t C Bᵀ)``, in place of H if it may be."""
     if clamp is not None:
-        return _add(H, gradient.expand(gradient.mix(t, core), W, I_in), gamma, clamp)
+        return add(H, gradient.expand(gradient.mix(t, core), W, I_in), gamma, clamp)
     u = gradient.mix(t, core * gamma.view(-1, 1, 1))
     if B is None:
         return gradient.expand(u, W, I_in).add_(H)
@@ -218,7 +225,7 @@ def _apply(
     return torch.baddbmm(H, u, B.permute(1, 2, 0))
 
 
-def _add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor:
+def add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor:
     """``H + γ · clamp(δ)``, in place of δ ``[G, T, d_out]``."""
     if clamp is not None:
         delta = delta.clamp_(-clamp, clamp)
@@ -226,10 +233,8 @@ def _add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor
 
 
 def _core(
-    W: Tensor,
-    I_in: Tensor,
+    weight: Weight,
     I_out: Tensor,
-    B: Tensor | None,
     mixing: Tensor | None,
     decision: policy.Decision,
     columns: Tensor | None,
@@ -240,22 +245,21 @@ def _core(
     With ``D = diag(1/√s)`` and ``w`` the factors of the columns ``[r]``, 1 where there are none:
     ``C = V D (I + γ/2 w Mᵀ) D w``, ``M = D Vᵀ B[I_out] D`` for order 2.
     """
-    groups, r = I_in.shape
-    dtype = selection.accumulation_dtype(W.dtype)
+    groups, r = I_out.shape
+    dtype, device = decision.gamma.dtype, decision.gamma.device
     one = constant(1.0, decision.gamma)
     scale = one.expand(groups, r)
     if settings.tau is not None:
-        scale = _clip(W, I_in, I_out, B, mixing, decision.inactive, settings, settings.tau)
+        scale = _clip(weight, I_out, mixing, decision.inactive, settings, settings.tau)
     if mixing is None and decision.second_order is None:
         inverse = scale.reciprocal() if columns is None else columns / scale
         return inverse.expand(groups, r).unsqueeze(1)
-    V = torch.eye(r, dtype=dtype, device=W.device) if mixing is None else mixing.to(dtype)
+    V = torch.eye(r, dtype=dtype, device=device) if mixing is None else mixing.to(dtype)
     V = V.expand(groups, r, r)
     if decision.second_order is None:
         return V / scale.unsqueeze(1) if columns is None else V * (columns / scale).unsqueeze(1)
     D = scale.expand(groups, r).rsqrt().unsqueeze(1)  # scales columns
-    B_selected = W[I_out.unsqueeze(2), I_in.unsqueeze(1)].to(dtype)
-    M = D.mT * (V.mT @ B_selected) * D
+    M = D.mT * (V.mT @ weight.crossing(I_out)) * D
     if decision.inactive is not None:
         M = M.masked_fill(decision.inactive.unsqueeze(1) | decision.inactive.unsqueeze(2), 0.0)
     half = M.mT * (decision.gamma * decision.second_order / 2).view(-1, 1, 1)
@@ -263,46 +267,30 @@ def _core(
         half, D_out = half * columns.unsqueeze(-1), D * columns
     else:
         D_out = D
-    return (V * D) @ (torch.eye(r, dtype=dtype, device=W.device) + half) * D_out
+    return (V * D) @ (torch.eye(r, dtype=dtype, device=device) + half) * D_out
 
 
 def _clip(
-    W: Tensor,
-    I_in: Tensor,
+    weight: Weight,
     I_out: Tensor,
-    B: Tensor | None,
     mixing: Tensor | None,
     inactive: Tensor | None,
     settings: Settings,
     tau: float,
 ) -> Tensor:
     """``s`` of SPEC §4, ``[G, r]`` or ``[G, 1]``, from norms and Gram matrices alone."""
-    dtype = selection.accumulation_dtype(W.dtype)
-    norm = torch.linalg.vector_norm
-    if B is not None:
-        norm_B = norm(B, 2, dim=0, dtype=dtype)
-    else:
-        norm_B = norm(W, 2, dim=0, dtype=dtype)[I_in]
     if mixing is None and not settings.spectral:
-        if B is None:
-            norm_A = norm(W, 2, dim=1, dtype=dtype)[I_out]
-        else:
-            rows = W.index_select(0, I_out.reshape(-1))
-            norm_A = norm(rows, 2, dim=1, dtype=dtype).view(I_out.shape)
-        return clipping.component_scale(norm_A, norm_B, tau)
-    rows = W[I_out].to(dtype)
-    gram_A = rows @ rows.mT
+        return clipping.component_scale(weight.norm_out(I_out), weight.norm_in(), tau)
+    gram_A = weight.gram_out(I_out)
     if mixing is not None:
-        mixing = mixing.to(dtype)
+        mixing = mixing.to(gram_A.dtype)
         gram_A = mixing.mT @ gram_A @ mixing
     if not settings.spectral:
         norm_A = gram_A.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        return clipping.component_scale(norm_A, norm_B, tau)
-    B = W[:, I_in].to(dtype) if B is None else B.to(dtype)
-    gram_B = torch.einsum("ogc,oge->gce", B, B)
+        return clipping.component_scale(norm_A, weight.norm_in(), tau)
     if inactive is not None:
         gram_A = gram_A.masked_fill(inactive.unsqueeze(1) | inactive.unsqueeze(2), 0.0)
-    return clipping.spectral_scale(gram_A, gram_B, tau)
+    return clipping.spectral_scale(gram_A, weight.gram_in(), tau)
 
 
 def selected(values: Tensor, index: Tensor) -> Tensor:

@@ -26,5 +26,6 @@ def run(arguments: argparse.Namespace) -> None:
         return
     for section, entries in facts.items():
         print(section)
+        width = max(14, *map(len, entries))
         for name, value in entries.items():
-            print(f"  {name:<14} {value}")
+            print(f"  {name:<{width}} {value}")

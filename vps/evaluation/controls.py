@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from vps import coupling, masking, policy, selection
 from vps.functional import arrange, group, plan_for, run
 from vps.masking import STATE
+from vps.opaque import Given, opaque_vps_linear
 from vps.patching import disabled, sharpened_layers
-from vps.statistics import weight_of
 from vps.torch_backend import Inputs
 
 SHARPENED = "sharpened"
@@ -93,10 +93,10 @@ def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
         settings = _settings(layer)
         if settings is None or x.numel() == 0:
             return None
-        plain = _plain(layer, x)
+        plain = layer.plain_output(x)
         key = (name, x.device)
         if key not in factors:
-            d_out, d_in = weight_of(layer).shape
+            d_out, d_in = layer.widths
             generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
             factors[key] = tuple(
                 torch.randn(d, settings.r, generator=generator).to(x.device) for d in (d_in, d_out)
@@ -140,10 +140,10 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         chosen.clear()
 
     def hook(name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-        x, W = args[0], weight_of(layer)
+        x, W = args[0], layer.matrix()
         if torch.is_autocast_enabled(x.device.type):
             raise RuntimeError("shuffled_selection: expected to run outside torch.autocast")
-        d_out, d_in = W.shape
+        d_out, d_in = layer.widths
         factor = layer.state.factor()
         own_gamma = layer.gamma
         plan = plan_for(
@@ -168,11 +168,16 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         if donated is None or donated[0].shape != own[0].shape:
             drawn = selection.random_features(seed, d_in, d_out, r)
             donated = tuple(torch.tensor(i, device=x.device).expand_as(own[0]) for i in drawn)  # type: ignore[assignment]
+        pooled = energy if plan.settings.adaptive else None
+        if W is None:
+            given = Given(*donated, pooled)
+            own_layer = (layer.projection(x),)
+            return opaque_vps_linear(x, own_layer, layer.config, state=layer.state, given=given)[0]
         inputs = Inputs(
             grouped, W, layer.bias, counted, *donated,  # type: ignore[misc]
             plan.numbers(own_gamma), layer.state.entropy_on(x.device),
             None if torch.is_grad_enabled() else H,
-            energy if plan.settings.adaptive else None,
+            pooled,
         )  # fmt: skip
         memory = layer.memory
         pairs = memory.pairs if memory is not None and layer.config.lbfgs else ()
@@ -207,7 +212,7 @@ def _donors(layers: dict[str, Any], seed: int) -> dict[str, str]:
     donors = {}
     generator = random.Random(seed)
     for name, layer in layers.items():
-        alike = earlier.setdefault(tuple(weight_of(layer).shape), [])
+        alike = earlier.setdefault(layer.widths, [])
         if alike:
             donors[name] = generator.choice(alike)
         alike.append(name)
@@ -218,13 +223,20 @@ def _donors(layers: dict[str, Any], seed: int) -> dict[str, str]:
 def _hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
     """``hook`` replaces the output of every layer that is not switched off, before other hooks."""
 
-    def call(name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+    def call(
+        name: str, layer: Any, module: nn.Module, args: tuple[Tensor, ...], y: Tensor
+    ) -> Tensor | None:
         if any(state is layer.state for state in STATE.disabled):
             return None
+        if not layer.is_whole:
+            raise TypeError(
+                f"control: {name} is split over ranks, of which each holds a part; expected a "
+                "model in one process"
+            )
         return hook(name, layer, args, y)
 
     handles = [
-        layer.register_forward_hook(partial(call, name), prepend=True)
+        layer.register_forward_hook(partial(call, name, layer), prepend=True)
         for name, layer in _layers(model).items()
     ]
     try:
@@ -234,18 +246,8 @@ def _hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
             handle.remove()
 
 
-def _plain(layer: Any, x: Tensor) -> Tensor:
-    """``H + b`` as the unpatched layer has it; other hooks do not see the call."""
-    STATE.disabled.append(layer.state)
-    try:
-        y: Tensor = layer.forward(x)
-        return y
-    finally:
-        STATE.disabled.pop()
-
-
 def _settings(layer: Any) -> policy.Settings | None:
-    d_out, d_in = weight_of(layer).shape
+    d_out, d_in = layer.widths
     if layer.gamma is not None and layer.gamma.is_zero:
         return None
     return policy.settings(layer.config, layer.gradient, d_in, d_out, layer.gamma is not None)
@@ -258,16 +260,16 @@ def _own_selection(
     ``[G, T, d_out]``, and its policy's energy where that is pooled with its peer's.
     """
     deciding = layer.deciding()
+    flat = x.reshape(-1, x.shape[-1])
+    products = [one.base_product(flat).view(*x.shape[:-1], -1) for one in deciding]
     if len(deciding) == 2:
-        query, key = deciding
         pair = layer.coupling
-        joint = coupling.couple(
-            x, query.weight, key.weight, mask, None, r, pair.heads, pair.kv_heads
-        )
-        index = 0 if layer is query else 1
+        H_q, H_k = products
+        joint = coupling.decide(x, H_q, H_k, mask, None, r, pair.heads, pair.kv_heads)
+        index = 0 if layer is deciding[0] else 1
         return (joint.features[:, 0], joint.features[:, index + 1]), joint[index], joint.energy
     count = None if mask is None else mask.sum(1).clamp_(min=1)
-    H = torch.nn.functional.linear(x, weight_of(layer))
+    H = products[0]
     scores = (selection.statistics(values, mask, count, False)[0] for values in (x, H))
     I_in, I_out = (selection.top_k(score, r) for score in scores)
     return (I_in, I_out), H, None

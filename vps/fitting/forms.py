@@ -44,10 +44,10 @@ class Form:
         self.parts: dict[int, tuple[str, slice]] = {}
         total = 0
         for name in names:
+            device = matrix_of(name, self.layers[name]).device
             count = columns_of(self.layers[name]) if by_column else 1
             self.parts[id(self.layers[name])] = name, slice(total, total + count)
             total += count
-        device = self.layers[names[0]].weight.device
         self.values = torch.zeros(total, dtype=torch.float64, device=device, requires_grad=True)
 
     @property
@@ -101,8 +101,8 @@ class _Bound:
         self.compute = compute
         self.layer = layer
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        return self.compute(self.layer, x, weight, bias)
+    def __call__(self, x: Tensor) -> Tensor | None:
+        return self.compute(self.layer, x, self.layer.matrix(), self.layer.bias)
 
 
 class Plain(Form):
@@ -169,7 +169,7 @@ class Sharpening(Form):
         if own is None:
             return None
         name = self.parts[id(layer)][0]
-        d_out, d_in = min(tuple(_matrix(one).shape) for one in layer.deciding())
+        d_out, d_in = min(one.widths for one in layer.deciding())
         factor = layer.state.factor()
         plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, x.dtype, True)
         assert plan is not None
@@ -204,7 +204,7 @@ class Sharpening(Form):
                 joint, self._joint = held[2], None
             else:
                 joint = coupling.couple(
-                    x, query.weight, key.weight, mask, None, r, pair.heads, pair.kv_heads
+                    x, query.matrix(), key.matrix(), mask, None, r, pair.heads, pair.kv_heads
                 )
                 self._joint = x, x._version, joint
             place = 0 if layer is query else 1
@@ -224,7 +224,7 @@ class Sharpening(Form):
         self.counts = {
             name: tuple(  # type: ignore[misc]
                 torch.zeros(d, dtype=torch.int64, device=self.values.device)
-                for d in reversed(_matrix(self.layers[name]).shape)
+                for d in reversed(self.layers[name].widths)
             )
             for name in self.names
         }
@@ -246,10 +246,10 @@ def random_features(form: Form, seed: int) -> dict[str, Features]:
     found = {}
     for number, name in enumerate(form.names):
         layer = form.layers[name]
-        d_out, d_in = _matrix(layer).shape
+        d_out, d_in = layer.widths
         own = seed * 1_000_003 + number
         drawn = selection.random_features(own, d_in, d_out, columns_of(layer))
-        found[name] = tuple(torch.tensor(index, device=layer.weight.device) for index in drawn)
+        found[name] = tuple(torch.tensor(index, device=form.values.device) for index in drawn)
     return found  # type: ignore[return-value]
 
 
@@ -264,6 +264,17 @@ def frequent_features(form: Form, counts: Mapping[str, Features]) -> dict[str, F
     return found  # type: ignore[return-value]
 
 
-def _matrix(layer: Any) -> Tensor:
-    """``W`` ``[d_out, d_in]``."""
-    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+def matrix_of(name: str, layer: Any) -> Tensor:
+    """``W`` ``[d_out, d_in]`` of a layer.
+
+    Raises:
+        ValueError: it has no plain matrix in memory.
+    """
+    W: Tensor | None = layer.matrix()
+    if W is None:
+        raise ValueError(
+            f"calibration: {name} must have a plain weight matrix in memory to be fitted, got a "
+            f"{type(layer.module).__name__} that is sharpened through its own forward; a "
+            "calibration of the plain model says what it would bring"
+        )
+    return W

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vps.fitting.descent import gradients
 from vps.fitting.examples import Encoded
-from vps.fitting.forms import Form
+from vps.fitting.forms import Form, matrix_of
+from vps.patching import disabled
 
 ADAPTER = "default"
 
@@ -44,9 +45,8 @@ class LoRA(Form):
         self.masks: list[Tensor] = []
         left = count
         for number, name in enumerate(chosen):
-            weight = self.layers[name].weight
-            layer = self.layers[name]
-            d_out, d_in = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
+            weight = matrix_of(name, self.layers[name])
+            d_out, d_in = weight.shape
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             bound = d_in**-0.5  # as PEFT draws A
             drawn = torch.rand(1, d_in, generator=generator) * 2 * bound - bound
@@ -82,7 +82,7 @@ class LoRA(Form):
         )
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         training = {m: m.training for m in self.model.modules()}
-        with super().applied():
+        with disabled(self.model):  # also where PEFT wraps a layer, which then is sharpened itself
             tuned = peft.tuners.lora.LoraModel(self.model, {ADAPTER: config}, ADAPTER)
             try:
                 for name, (A, B) in self.factors.items():

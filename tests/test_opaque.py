@@ -1,0 +1,239 @@
+"""Layers sharpened through their own forward, against the reference on their dense weight."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import HEADS, coupled_case, coupled_reference_of, random_case, reference_of
+from opaque_cases import Block, Hidden, opaque
+from torch import nn
+
+import vps
+from vps import VPSConfig, token_mask, vps_linear
+from vps.lbfgs import CurvatureMemory
+from vps.opaque_layer import sharpened_by
+
+
+def apply(model, x, mask):
+    if mask is None:
+        return model(x)
+    with token_mask(mask):
+        return model(x)
+
+
+def check(y, expected, seed, bound=1e-10):
+    finite = expected.isfinite()
+    assert torch.equal(finite, y.isfinite()), seed
+    error = (y - expected)[finite].norm() / expected[finite].norm().clamp(min=1e-300)
+    assert error <= bound, (seed, error)
+
+
+@pytest.mark.parametrize("block", range(4))
+@torch.no_grad()
+def test_float64_equals_the_reference(block):
+    for seed in range(block * 100, block * 100 + 100):
+        case = random_case(seed)
+        model = opaque(
+            case["W"], case["b"], case["config"], state=case["state"], gradient=case["gradient"]
+        )
+        check(apply(model, case["x"], case["mask"]), reference_of(case).y, seed)
+
+
+@pytest.mark.parametrize("kinds", ["both", "query", "key"])
+@pytest.mark.parametrize("first", ["q_proj", "k_proj"])
+@torch.no_grad()
+def test_coupled_layers_equal_the_reference(kinds, first):
+    """One of the two, or both, known by the forward alone, whichever is called first."""
+    for seed in range(60):
+        case = coupled_case(seed)
+        hidden = {"both": (True, True), "query": (True, False), "key": (False, True)}[kinds]
+        block = Block(case, hidden, first)
+        report = vps.patch(block, case["config"].replace(target_modules=["q_proj", "k_proj"]))
+        assert report.coupled == ("",)
+        for index, name in enumerate(("q_proj", "k_proj")):
+            layer = sharpened_by(getattr(block, name))
+            layer.state, layer.gradient = case["state"], (case["gradient"], True)[index]
+            layer.memory = memory(case["weights"][index], case["memories"][index])
+        ys = apply(block, case["x"], case["mask"])
+        for y, expected in zip(ys, coupled_reference_of(case), strict=True):
+            check(y, expected.y, seed)
+
+
+def memory(W, pairs):
+    held = CurvatureMemory()
+    w = g = torch.zeros_like(W[:, 0])
+    held.record(w, g)
+    for s, y in pairs:
+        w, g = w + s, g + y
+        held.record(w, g)
+    assert len(held.pairs) == len(pairs)
+    return held
+
+
+@torch.no_grad()
+def test_both_of_a_pair_run_once():
+    case = coupled_case(HEADS.index((4, 2, 5)))
+    block = Block(case, (True, True), "q_proj")
+    vps.patch(block, VPSConfig(target_modules=["q_proj", "k_proj"], tau=None, builder="sk"))
+    block.q_proj.calls.clear()
+    block.k_proj.calls.clear()
+    block(torch.randn(1, 3, case["x"].shape[-1], dtype=torch.float64))
+    assert len(block.q_proj.calls) == len(block.k_proj.calls) == 1
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_gradients_are_those_of_a_layer_with_a_weight(trains):
+    """SPEC §6: what the update adds reaches x, but neither W nor b."""
+    for seed in range(40):
+        case = random_case(seed)
+        x = case["x"].nan_to_num(0.0, 0.0, 0.0).clamp(-1e3, 1e3)
+        tensors = [x, case["W"]] + ([] if case["b"] is None else [case["b"]])
+        x, W, *rest = (t.clone().requires_grad_(i == 0 or trains) for i, t in enumerate(tensors))
+        b = rest[0] if rest else None
+        options = dict(state=case["state"], gradient=case["gradient"])
+        expected = vps_linear(x, W, b, case["config"], mask=case["mask"], **options)
+        g = torch.randn(expected.shape, dtype=torch.float64)
+        wanted = torch.autograd.grad(
+            expected, [t for t in (x, W, b) if t is not None and t.requires_grad], g
+        )
+        model = opaque(W.detach(), None if b is None else b.detach(), case["config"], **options)
+        if trains:
+            model.requires_grad_()
+        y = apply(model, x, case["mask"])
+        layer = model[0]
+        inputs = [x, layer.hidden, layer.bias] if trains else [x]
+        for got, right in zip(
+            torch.autograd.grad(y, [t for t in inputs if t is not None], g), wanted, strict=True
+        ):
+            torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_off_is_the_layer_itself_bit_for_bit():
+    torch.manual_seed(0)
+    W, b, x = torch.randn(40, 33), torch.randn(40), torch.randn(3, 5, 33)
+    base = F.linear(x, W, b)
+    model = opaque(W, b, VPSConfig())
+    assert not torch.equal(model(x), base)
+    with vps.disabled(model):
+        assert torch.equal(model(x), base)
+    vps.set_config(model, VPSConfig(target_modules=["0"], gamma=0, adaptive_gamma=False))
+    assert torch.equal(model(x), base)
+    vps.unpatch(model)
+    assert torch.equal(model(x), base)
+    assert type(model[0]) is Hidden and not {"forward", "_sharpened"} & set(vars(model[0]))
+
+
+@torch.no_grad()
+def test_weight_is_read_once_a_call():
+    """r one-hot rows ride along, and those of all sequences once each."""
+    torch.manual_seed(0)
+    W, b = torch.randn(40, 33), torch.randn(40)
+    model = opaque(W, b, VPSConfig(adaptive_rank=False, rank=3, tau=None, builder="sk"))
+    model(torch.randn(5, 33))
+    assert model[0].calls == [5 + 3]
+    model[0].calls.clear()
+    x = torch.randn(1, 5, 33).expand(4, 5, 33)
+    model(x)
+    assert model[0].calls == [20 + 3]
+    model[0].calls.clear()
+    vps.set_config(model, VPSConfig(target_modules=["0"], scope="token"))
+    many = torch.randn(400, 33)
+    expected = vps.reference.vps_linear(many, W, b, config=VPSConfig(scope="token")).y
+    torch.testing.assert_close(model(many), expected, rtol=1e-4, atol=1e-4)
+    assert model[0].calls[0] == 400 + 33  # no feature twice
+
+
+@torch.no_grad()
+def test_many_features_go_in_calls_of_their_own(monkeypatch):
+    for module in ("riding", "weight_rows"):
+        monkeypatch.setattr(f"vps.{module}.RIDERS", 4)
+    for seed in range(40):
+        case = random_case(seed)
+        model = opaque(
+            case["W"], case["b"], case["config"], state=case["state"], gradient=case["gradient"]
+        )
+        check(apply(model, case["x"], case["mask"]), reference_of(case).y, seed)
+        assert max(model[0].calls[1:], default=0) <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_large_bias_costs_no_digits(dtype):
+    """Qwen2's key biases are a hundred times the product; H and B must not lose to them."""
+    torch.manual_seed(0)
+    W, b = torch.randn(24, 33).to(dtype) / 6, 200 * torch.randn(24).to(dtype)
+    x = torch.randn(2, 5, 33).to(dtype)
+    model = opaque(W, b, VPSConfig(builder="sk"))
+    with vps.backend("torch"):
+        expected = vps_linear(x, W, b, VPSConfig(builder="sk"))
+    assert (model(x).float() - expected.float()).abs().max() <= torch.finfo(dtype).eps * 400
+
+
+@torch.no_grad()
+def test_batch_mates_do_not_matter():
+    torch.manual_seed(0)
+    W, x = torch.randn(40, 33, dtype=torch.float64), torch.randn(3, 5, 33, dtype=torch.float64)
+    for scope in ("sequence", "token"):
+        model = opaque(W, None, VPSConfig(scope=scope))
+        for row in range(3):
+            torch.testing.assert_close(model(x)[row : row + 1], model(x[row : row + 1]))
+    empty = model(x[:0])
+    assert empty.shape == (0, 5, 40)
+
+
+@torch.no_grad()
+def test_dropout_of_an_adapter_touches_neither_B_nor_the_norms():
+    class Dropped(Hidden):
+        def __init__(self, W):
+            super().__init__(W)
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return F.linear(self.dropout(x), self.hidden)
+
+    torch.manual_seed(0)
+    W = torch.randn(40, 33, dtype=torch.float64)
+    model = nn.Sequential(Dropped(W))
+    vps.patch(model, VPSConfig(target_modules=["0"]))
+    model.eval()
+    x = torch.randn(4, 33, dtype=torch.float64)
+    expected = model(x)
+    model.train()
+    seen = torch.stack([model(x) for _ in range(20)])
+    assert not torch.allclose(seen[0], seen[1])
+    model[0].dropout.p = 0.0
+    torch.testing.assert_close(model(x), expected)
+    assert model[0].dropout.training
+
+
+@pytest.mark.parametrize("part", ["none", "half"])
+@torch.no_grad()
+def test_rows_of_a_layer_without_backward_come_from_the_identity(part):
+    """Also where the backward pass is there but leaves out a part, as of an adapter around it."""
+    torch.manual_seed(0)
+    W, x = torch.randn(7, 9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
+
+    class WithoutBackward(Hidden):
+        def forward(self, x):
+            y = F.linear(x.detach(), self.hidden)
+            return y if part == "none" else 0.5 * y + 0.5 * F.linear(x, self.hidden)
+
+    for config in (VPSConfig(tau=None), VPSConfig(), VPSConfig(builder="sc", clip="spectral")):
+        model = nn.Sequential(WithoutBackward(W))
+        if config.tau is None:
+            vps.patch(model, config.replace(target_modules=["0"]))
+        else:
+            with pytest.warns(UserWarning, match="no backward pass .* 9 one-hot rows"):
+                vps.patch(model, config.replace(target_modules=["0"]))
+        check(model(x), vps.reference.vps_linear(x, W, config=config).y, config)
+
+
+@torch.no_grad()
+def test_fullgraph_compiles():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    W, b, x = torch.randn(40, 33), torch.randn(40), torch.randn(3, 5, 33)
+    for config in (VPSConfig(tau=None), VPSConfig(tau=None, builder="sc", scope="token")):
+        model = opaque(W, b, config)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,233 @@
+"""In which form a layer is sharpened: by its weight, through its own forward, or not at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vps import adapters, opaque_layer, tensor_parallel
+from vps.config import VPSConfig
+from vps.linear import FLOATING, SharpenedLayer, VPSLinear, is_replaced, why_not_sharpenable
+from vps.own_forward import fsdp_module, innermost, is_matrix
+from vps.policy import PolicyState
+from vps.tensor_parallel import TensorParallelLinear
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer can be sharpened.
+
+    Args:
+        name: ``"weight"``, or ``"opaque (…)"`` with the kind of layer; empty where it cannot be.
+        reason: why it cannot be.
+    """
+
+    name: str = ""
+    reason: str | None = None
+
+
+def form_of(module: nn.Module) -> Form:
+    """The form for a layer that a config names, which may be sharpened already."""
+    form = _form(module)
+    kind = type(module).__name__
+    if form.reason is None or kind in form.reason:
+        return form
+    return Form(reason=f"{form.reason} (a {kind})")
+
+
+def _form(module: nn.Module) -> Form:
+    if isinstance(module, TensorParallelLinear):
+        return Form(module.form)
+    if isinstance(module, SharpenedLayer):
+        return Form(WEIGHT)
+    if tensor_parallel.is_tensor_parallel(module):
+        return Form(tensor_parallel.form_of(module), tensor_parallel.why_not_sharpenable(module))
+    if adapters.is_adapter(module):
+        base = innermost(module)
+        within = form_of(base)
+        if within.reason is not None:
+            return Form(reason=f"the layer in it: {within.reason}")
+        if isinstance(base, TensorParallelLinear) or tensor_parallel.is_tensor_parallel(base):
+            return Form(reason=f"the layer in it is split over ranks: {within.name}")
+        return Form(f"opaque ({_package(module)}.{type(module).__name__})")
+    expected = _kind(module)
+    if expected is None:
+        return Form(reason=f"its type is {type(module).__name__}, which is no supported layer")
+    reason = why_not_sharpenable(module, expected)
+    if reason is None:
+        return Form(WEIGHT)
+    return _opaque_form(module, expected, reason)
+
+
+def _opaque_form(module: nn.Module, expected: type[nn.Module], reason: str) -> Form:
+    """The opaque form of a layer that has no plain weight for that ``reason``."""
+    hook = module.__dict__.get("_hf_hook")
+    sharded = fsdp_module()
+    alone = sharded is not None and isinstance(module, sharded)
+    kind = type(module).__mro__[2 if alone else 0].__name__
+    handle = opaque_layer.handle_of(module)
+    if is_replaced(module) and hook is None and handle is None:
+        return Form(reason=reason)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return Form(reason=f"a {kind} without a weight: {reason}")
+    if _is_dtensor(weight):
+        if not getattr(module, "_is_fsdp_managed_module", False):
+            return Form(reason=f"its weight is a DTensor, which no FSDP2 module gathers ({kind})")
+        return Form(f"opaque (FSDP2 {kind})")
+    if weight.device.type == "meta":
+        offloaded = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
+        return Form(f"opaque (offloaded {kind})") if offloaded else Form(reason=reason)
+    if type(module) is expected:
+        if type(weight) is not nn.Parameter:
+            return Form(f"opaque ({type(weight).__name__})")
+        if not is_matrix(weight):
+            return Form(reason=reason)
+    return Form(f"opaque ({kind})" if hook is None else f"opaque (dispatched {kind})")
+
+
+def sharpen(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.Module:
+    """What stands for a module of form ``"weight"``; any other itself, sharpened in its place."""
+    if adapters.is_adapter(module):
+        wrapped = module._modules["base_layer"]
+        assert wrapped is not None
+        within = sharpen(wrapped, config, state)
+        module._modules["base_layer"] = within
+        layer = opaque_layer.sharpened_by(within)
+        adapters.cover(module, layer)
+        return module
+    if tensor_parallel.is_tensor_parallel(module):
+        assert isinstance(module, nn.Linear)
+        return TensorParallelLinear.sharpened(module, config, state)
+    if form_of(module).name == WEIGHT:
+        if isinstance(module, nn.Linear):
+            return VPSLinear.from_linear(module, config, state)
+        from vps.conv1d import VPSConv1D  # needs transformers, which this module came from
+
+        return VPSConv1D.from_conv1d(module, config, state)
+    opaque_layer.attach(module, config, state, widths_of(module))
+    return module
+
+
+def check(module: nn.Module) -> str | None:
+    """Why a layer sharpened in its place is none after all, or ``None``: it is tried.
+
+    Norms of the rows of W are found here, where they may be kept and the config asks for them.
+    """
+    layer = opaque_layer.handle_of(module)
+    if layer is None or _is_sharded(module):
+        return None
+    base, config = layer.own_forward(_token_like(module)), layer.config
+    reason: str | None = base.describe()
+    layer.tried = True
+    if reason is not None or config.tau is None or base.matrix() is not None:
+        return reason
+    if layer.norms is not None:
+        layer.norms.find(base, base.like.dtype)
+    if layer.norms is None or config.builder == "sc" or config.clip == "spectral":
+        missing = base.why_no_backward()
+        if missing is not None:
+            warnings.warn(
+                f"vps.patch: a {type(module).__name__} has no backward pass ({missing}), so the "
+                f"rows of its weight that the clip asks for take {base.d_in} one-hot rows at every "
+                "call; tau=None, or without an adapter builder='sk' with clip='component', does "
+                "without them",
+                stacklevel=4,
+            )
+    return None
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """What :func:`sharpen` was given, or its like with the same parameters."""
+    if adapters.is_adapter(module):
+        opaque_layer.detach(module)
+        wrapped = module._modules["base_layer"]
+        assert wrapped is not None
+        module._modules["base_layer"] = plain(wrapped)
+        return module
+    if isinstance(module, TensorParallelLinear):
+        return module.plain()
+    if not isinstance(module, SharpenedLayer):
+        opaque_layer.detach(module)
+        return module
+    if not isinstance(module, VPSLinear):
+        return module.to_conv1d()  # type: ignore[attr-defined,no-any-return]
+    if type(module._parameters.get("weight")) is nn.Parameter and "forward" not in module.__dict__:
+        return module.to_linear()
+    return _in_place(module)
+
+
+def _in_place(layer: VPSLinear) -> nn.Module:
+    """A ``VPSLinear`` made an ``nn.Linear`` itself: others (FSDP2, accelerate) hold on to it."""
+    kind = type(layer)
+    bases = tuple(nn.Linear if base is VPSLinear else base for base in kind.__bases__)
+    for name in SharpenedLayer.__annotations__:
+        layer.__dict__.pop(name, None)
+    layer.__class__ = nn.Linear if kind is VPSLinear else type("FSDPLinear", bases, {})  # type: ignore[assignment]
+    for slot in ("forward", "_old_forward"):
+        if getattr(layer.__dict__.get(slot), "__func__", None) is VPSLinear.forward:
+            layer.__dict__[slot] = nn.Linear.forward.__get__(layer)
+    return layer
+
+
+def widths_of(module: nn.Module) -> tuple[int, int]:
+    """d_out and d_in of a layer."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.nf, module.nx  # type: ignore[return-value]  # a Conv1D
+
+
+def loose_targets(names: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Why modules of these names, which are no linear layers, are refused, by name."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        name: f"its type is {type(modules[name]).__name__}, which is no supported layer"
+        for name in names
+        if next(modules[name].parameters(), None) is not None
+    }
+
+
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class that ``module`` is of, of those that hold W in ``weight``."""
+    if isinstance(module, nn.Linear):
+        return nn.Linear
+    conv1d = adapters.loaded("transformers.pytorch_utils", "Conv1D")
+    return conv1d if conv1d is not None and isinstance(module, conv1d) else None
+
+
+def _package(adapter: nn.Module) -> str:
+    """``"lora"`` of ``peft.tuners.lora.layer``."""
+    parts = type(adapter).__module__.split(".")
+    return parts[2] if len(parts) > 2 else parts[0]
+
+
+def _is_dtensor(weight: Tensor) -> bool:
+    dtensor = adapters.loaded("torch.distributed.tensor", "DTensor")
+    return dtensor is not None and isinstance(weight, dtensor)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(_is_dtensor(parameter) for parameter in module.parameters())
+
+
+def _token_like(module: nn.Module) -> Tensor:
+    """An empty tensor of the dtype and on the device with which a layer computes."""
+    base = innermost(module)
+    hook = getattr(base, "_hf_hook", None)
+    device: Any = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for one in getattr(hook, "hooks", [hook]):
+        device = getattr(one, "execution_device", None) or device
+    candidates: list[Any] = [getattr(base, "compute_dtype", None)]
+    quantized = getattr(getattr(base, "weight", None), "quant_state", None)
+    candidates.append(getattr(quantized, "dtype", None))
+    candidates += [getattr(getattr(base, name, None), "dtype", None) for name in ("weight", "bias")]
+    candidates += [parameter.dtype for parameter in module.parameters()]
+    dtype = next((one for one in candidates if one in FLOATING), torch.get_default_dtype())
+    return torch.empty(0, dtype=dtype, device=device)

@@ -1,0 +1,175 @@
+"""``OpaqueLayer``: sharpens a module in its place, through the module's own forward.
+
+The module keeps its class, parameters, hooks and ``state_dict`` keys; its ``forward`` is replaced
+on the instance, inside what accelerate put there to bring offloaded weights into memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vps import adapters
+from vps.config import VPSConfig
+from vps.linear import SharpenedLayer
+from vps.masking import STATE
+from vps.own_forward import handle_of, innermost, is_matrix, plain, without_bias
+from vps.policy import PolicyState
+from vps.weight_rows import RowNorms, are_fixed
+
+
+class OpaqueLayer(SharpenedLayer):
+    """One sharpened module, which may be no plain ``nn.Linear``.
+
+    Args:
+        module: a linear layer, or an adapter around one.
+        config: the settings.
+        state: policy state of the model.
+        widths: d_out and d_in.
+        wraps: whether it is an adapter, which may yet have to be given the layer that it wraps.
+
+    ``tried`` says whether the module was found to be a linear map; one that was not yet is at its
+    next call.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: VPSConfig,
+        state: PolicyState,
+        widths: tuple[int, int],
+        wraps: bool,
+    ) -> None:
+        self._module = module
+        self._widths = widths
+        self.config = config
+        self.state = state
+        self.wraps = wraps
+        self.tried = False
+        self.offset = wraps  # an adapter may bring a bias of its own
+        self.norms = RowNorms() if not wraps and are_fixed(module) else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        adapters.watch()
+        self.__dict__.update(state)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self._widths
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the innermost layer, ``[d_out]``."""
+        bias: Tensor | None = getattr(innermost(self._module), "bias", None)
+        return bias
+
+    def matrix(self) -> Tensor | None:
+        if self.wraps or not _reads_weight(self._module):
+            return None
+        weight = getattr(self._module, "weight", None)
+        if not is_matrix(weight):
+            return None
+        assert isinstance(weight, Tensor)
+        return weight if isinstance(self._module, nn.Linear) else weight.t()
+
+    def leaves_out_bias(self) -> bool:
+        if self.bias is None:
+            return True
+        return not torch.compiler.is_compiling() and without_bias(self._module) is not None
+
+    def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
+        twin = None if biased or self.bias is None else without_bias(self._module)
+        module = self._module if twin is None else twin
+        with plain(module, True):
+            y: Tensor = type(module).forward(module, x)
+        return y
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What stands in for the module's ``forward``.
+
+        Raises:
+            TypeError: arguments beside the input, such as one adapter for each sequence.
+        RuntimeError: an adapter has made it no linear map.
+        """
+        given = [*args, *kwargs.values()]
+        if given and isinstance(given[0], Tensor) and all(rest is None for rest in given[1:]):
+            if not self.tried and not torch.compiler.is_compiling():
+                self._try(given[0])
+            return self.answer(given[0])
+        raise TypeError(
+            f"vps: a sharpened {type(self._module).__name__} takes its input alone, got "
+            f"{len(args)} positional arguments and {sorted(kwargs)}; arguments such as PEFT's "
+            "adapter_names, which give every sequence other weights, are not supported"
+        )
+
+    def _try(self, x: Tensor) -> None:
+        if STATE.plain or not x.is_floating_point():  # it is being tried, or will be refused
+            return
+        reason = self.own_forward(x.detach(), inside=True).describe()
+        if reason is not None:
+            raise RuntimeError(
+                f"vps: a {type(self._module).__name__} cannot be sharpened: {reason}"
+            )
+        self.tried = True
+
+    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
+        """A forward hook of the module."""
+        return self._module.register_forward_hook(hook, **options)
+
+    def __repr__(self) -> str:
+        return f"OpaqueLayer({type(self._module).__name__}, {self._widths[1]} to {self._widths[0]})"
+
+
+def _reads_weight(module: nn.Module) -> bool:
+    """Whether the class of a module computes ``x Wᵀ + b`` from an attribute ``weight``."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    conv1d = adapters.loaded("transformers.pytorch_utils", "Conv1D")
+    return conv1d is not None and type(module).forward is conv1d.forward
+
+
+def sharpened_by(module: nn.Module) -> SharpenedLayer | None:
+    """What sharpens a module where it stands, or ``None``."""
+    if isinstance(module, SharpenedLayer):
+        return module
+    found: SharpenedLayer | None = handle_of(module)
+    return found
+
+
+def attach(
+    module: nn.Module,
+    config: VPSConfig,
+    state: PolicyState,
+    widths: tuple[int, int],
+    wraps: bool = False,
+) -> OpaqueLayer:
+    """Sharpen ``module`` in its place; arguments as for :class:`OpaqueLayer`."""
+    layer = OpaqueLayer(module, config, state, widths, wraps)
+    module.__dict__["_sharpened"] = layer
+    module.__dict__[_slot(module)] = layer.forward
+    return layer
+
+
+def detach(module: nn.Module) -> None:
+    """Take back what :func:`attach` did to a module, if it did."""
+    layer = module.__dict__.pop("_sharpened", None)
+    if layer is None:
+        return
+    for slot in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(slot), "__self__", None) is layer:
+            if slot == "forward":
+                del module.__dict__[slot]
+            else:
+                module.__dict__[slot] = type(module).forward.__get__(module)
+
+
+def _slot(module: nn.Module) -> str:
+    """Where the forward of a module is to be replaced: inside accelerate's, if it has one."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"

@@ -1,0 +1,288 @@
+"""A layer known by its own forward: its product without bias, and whether it is a linear map."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vps import weight_rows
+from vps.masking import STATE
+from vps.riding import Columns, columns, one_hot
+from vps.selection import is_read_freely
+from vps.weight_rows import RowNorms
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Plain:
+    """On the stack of this thread while the forward of ``module`` runs for its own sake.
+
+    Args:
+        module: which, with the layers it wraps, then computes as if it were not sharpened.
+        biased: whether its output has the bias.
+        matrix, bias: of the layer, which leaves them here: some are in memory only meanwhile.
+    """
+
+    def __init__(self, module: nn.Module, biased: bool) -> None:
+        self.module = module
+        self.biased = biased
+        self.matrix: Tensor | None = None
+        self.bias: Tensor | None = None
+
+
+def running_plain(module: nn.Module) -> Plain | None:
+    """The entry of ``module`` or of a layer around it on this thread's stack, if there is one."""
+    for entry in STATE.plain:
+        if any(layer is module for layer in chain(entry.module)):
+            found: Plain = entry
+            return found
+    return None
+
+
+@contextmanager
+def plain(module: nn.Module, biased: bool) -> Iterator[Plain]:
+    """Let ``module`` and what it wraps compute unsharpened, on this thread, inside the block."""
+    entry = Plain(module, biased)
+    STATE.plain.append(entry)
+    try:
+        yield entry
+    finally:
+        STATE.plain.pop()
+
+
+def chain(module: nn.Module) -> Iterator[nn.Module]:
+    """A layer, the one that it wraps as an adapter, and so on."""
+    layer: nn.Module | None = module
+    while layer is not None:
+        yield layer
+        layer = layer._modules.get("base_layer")
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The last of :func:`chain`."""
+    *_, last = chain(module)
+    return last
+
+
+def is_matrix(weight: Any) -> bool:
+    """Whether a parameter is a plain floating-point matrix in memory, no tensor of another kind."""
+    kind = type(weight)
+    if kind is not nn.Parameter and kind is not Tensor:
+        traced = kind.__module__.startswith("torch._subclasses")  # torch's own tracers
+        if not traced or not isinstance(weight, Tensor):
+            return False
+    return weight.dtype in FLOATING and weight.dim() == 2 and not weight.is_meta
+
+
+def without_bias(module: nn.Module) -> nn.Module | None:
+    """A stand-in for ``module`` with the same parameters but the bias of its innermost layer; its
+    class's ``forward`` is to be called.
+
+    ``None`` where a layer that it wraps has a forward of another party, which would not see it.
+    """
+    twin: nn.Module = object.__new__(type(module))
+    inner = {name: value for name, value in module.__dict__.items() if name != "forward"}
+    for name in ("_parameters", "_modules"):
+        inner[name] = inner[name].copy()
+    twin.__dict__.update(inner)
+    wrapped = module._modules.get("base_layer")
+    if wrapped is None:
+        bias = twin._parameters["bias"]
+        none = isinstance(module, nn.Linear) or bias is None
+        twin._parameters["bias"] = None if none else torch.zeros_like(bias)  # type: ignore[assignment,arg-type]
+        return twin
+    forward = wrapped.__dict__.get("forward")
+    if forward is not None and getattr(forward, "__self__", None) is not handle_of(wrapped):
+        return None
+    within = without_bias(wrapped)
+    if within is not None:
+        twin._modules["base_layer"] = within
+    return None if within is None else twin
+
+
+def fsdp_module() -> Any:
+    """The class of modules that FSDP2 shards, or ``None`` where nothing uses it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
+def handle_of(module: nn.Module) -> Any:
+    """The :class:`vps.opaque_layer.OpaqueLayer` that sharpens a module, or ``None``."""
+    return module.__dict__.get("_sharpened")
+
+
+class Layer(Protocol):
+    """A sharpened layer, as :class:`OwnForward` sees it.
+
+    Args:
+        module: the layer in the model.
+        widths: d_out and d_in.
+        bias: of the layer, ``[d_out]`` or ``None``.
+        offset: whether its product without bias may still add a constant.
+        norms: norms of all rows, found once, or ``None`` to ask the backward pass.
+    """
+
+    offset: bool
+    norms: RowNorms | None
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def widths(self) -> tuple[int, int]: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    def matrix(self) -> Tensor | None: ...
+
+    def leaves_out_bias(self) -> bool: ...
+
+    def apply_plain(self, x: Tensor, biased: bool) -> Tensor: ...
+
+
+class OwnForward:
+    """:class:`vps.riding.Base` of a sharpened layer, for one call.
+
+    Args:
+        layer: which.
+        like: a token, for dtype and device.
+        inside: whether this is asked while the module's forward runs, which then is not started
+            again: what brings weights into memory has been done.
+    """
+
+    def __init__(self, layer: Layer, like: Tensor, inside: bool) -> None:
+        self.layer, self.like, self.inside = layer, like, inside
+        self.module = layer.module
+        self.d_out, self.d_in = layer.widths
+        self.biased = not layer.leaves_out_bias()
+        self.offset = layer.offset or self.biased
+        self.entry: Plain | None = None
+        self.gathered = False
+
+    def product(self, rows: Tensor) -> Tensor:
+        if self.inside:
+            return self.layer.apply_plain(rows, self.biased)
+        self._gather()
+        with plain(self.module, self.biased) as entry:
+            output: Tensor = self.module.forward(rows)
+        self.entry = entry
+        return output
+
+    def _gather(self) -> None:
+        """Bring the shards of a layer together that FSDP2 manages by itself, as its call would."""
+        sharded = fsdp_module()
+        if self.gathered or sharded is None or not isinstance(self.module, sharded):
+            return
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            raise RuntimeError(
+                "vps: query and key cannot be coupled with gradients for parameters where FSDP2 "
+                "shards each of them by itself; expected fully_shard of their block, "
+                "qk_coupling=False, or no gradient"
+            )
+        self.module.unshard()
+        self.gathered = True
+
+    def release(self) -> None:
+        """Let go of what this call brought into memory."""
+        self.entry = None
+        if self.gathered:
+            self.gathered = False
+            self.module.reshard()  # type: ignore[operator]
+
+    def bias(self) -> Tensor | None:
+        if self.biased:
+            return None
+        return self.layer.bias if self.entry is None else self.entry.bias
+
+    def matrix(self) -> Tensor | None:
+        """W, if it is a plain matrix in memory now or was in the last call."""
+        return self.layer.matrix() if self.entry is None else self.entry.matrix
+
+    def steady_product(self, rows: Tensor) -> Tensor:
+        with torch.no_grad(), steady(self.module):
+            return self.product(rows)
+
+    def gradient_product(self, rows: Tensor) -> Tensor:
+        """The product with a graph, without dropout."""
+        with steady(self.module):
+            return self.product(rows)
+
+    def is_noisy(self) -> bool:
+        return next(dropouts(self.module), None) is not None
+
+    def row_norms(self, index: Tensor, dtype: torch.dtype, known: Columns) -> Tensor:
+        W = self.matrix()
+        if W is None and self.layer.norms is not None:
+            return self.layer.norms.find(self, dtype)[index]
+        if len(index) > 1 and is_read_freely(index):
+            chosen, place = torch.unique(index, return_inverse=True)
+        else:
+            chosen = index.reshape(-1)
+            place = torch.arange(len(chosen), device=index.device).view(index.shape)
+        rows = self.rows(chosen, known)
+        return torch.linalg.vector_norm(rows, 2, dim=1, dtype=dtype)[place]
+
+    def rows(self, index: Tensor, known: Columns) -> Tensor:
+        W = self.matrix()
+        return weight_rows.find(self, index, known) if W is None else W.index_select(0, index)
+
+    def describe(self) -> str | None:
+        """Why the forward is no linear map of each row by itself, or ``None``: tried on one-hot
+        rows, their sum, and rows alone and together."""
+        some = torch.arange(min(4, self.d_in), device=self.like.device)
+        rows = one_hot(some, self.d_in, self.like.dtype)
+        total = rows.sum(0, keepdim=True)
+        try:
+            constant = self.steady_product(torch.zeros_like(total))
+            self.offset = self.layer.offset = self.offset or bool((constant != 0).any())
+            W = columns(self, some, rows.dtype, constant[0] if self.offset else None)
+            together = self.steady_product(torch.cat([total, rows, -2 * total]))
+        except Exception as error:  # whatever a layer of another library raises
+            return f"its forward fails on one-hot rows: {type(error).__name__}: {error}"
+        if together.shape != (len(rows) + 2, self.d_out) or not together.is_floating_point():
+            came = f"{together.dtype} {tuple(together.shape)}"
+            return f"its forward gives {came} for {len(rows) + 2} rows"
+        size = W.abs().sum(0).double() + constant.abs().double()
+        expected = torch.cat([W.sum(0, True), W, -2 * W.sum(0, True)]).double() + constant.double()
+        eps = torch.finfo(together.dtype).eps
+        if bool(((together.double() - expected).abs() > 16 * eps * size + 0.02 * size).any()):
+            return "its forward is not a linear map of every row by itself"
+        return None
+
+    def why_no_backward(self) -> str | None:
+        """Why no rows come from the backward pass of the layer, or ``None``."""
+        some = torch.arange(min(4, self.d_in, self.d_out), device=self.like.device)
+        try:
+            offset = None
+            if self.offset:
+                offset = self.steady_product(self.like.new_zeros(1, self.d_in))[0]
+            known = Columns(some, columns(self, some, self.like.dtype, offset))
+            rows = weight_rows.by_gradient(self, some)
+        except weight_rows.NoBackward as error:
+            return str(error)
+        return None if weight_rows.agree(rows, some, known) else "it leaves out part of the weight"
+
+
+def dropouts(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules that drop elements now."""
+    for inner in module.modules():
+        if isinstance(inner, nn.modules.dropout._DropoutNd) and inner.training and inner.p > 0:
+            yield inner
+
+
+@contextmanager
+def steady(module: nn.Module) -> Iterator[None]:
+    """Without dropout."""
+    active = list(dropouts(module))
+    try:
+        for dropout in active:
+            dropout.training = False
+        yield
+    finally:
+        for dropout in active:
+            dropout.training = True
