@@ -155,11 +155,12 @@ def mean_nll(model: Any, form: Form, examples: Sequence[Encoded]) -> float:
 
 def gradients(model: Any, form: Form, examples: Sequence[Encoded]) -> Iterator[list[Tensor]]:
     """``∂ nll per token / ∂ parameters`` of each example by itself."""
-    for example in examples:
-        for parameter in form.parameters:
-            parameter.grad = None
-        _backward(model, form, example, example.scored)
-        yield [_grad(parameter) for parameter in form.parameters]
+    with form.applied():
+        for example in examples:
+            for parameter in form.parameters:
+                parameter.grad = None
+            _backward(model, example, example.scored)
+            yield [_grad(parameter) for parameter in form.parameters]
     for parameter in form.parameters:
         parameter.grad = None
 
@@ -168,16 +169,17 @@ def _grad(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
 
-def _backward(model: Any, form: Form, example: Encoded, tokens: int) -> None:
-    with torch.enable_grad(), form.applied(), checkpointed(model):
+def _backward(model: Any, example: Encoded, tokens: int) -> None:
+    with torch.enable_grad(), checkpointed(model):
         (nll(model, example) / tokens).backward()
 
 
 def _step(model: Any, form: Form, optimizer: Any, batch: Sequence[Encoded]) -> None:
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(each.scored for each in batch)
-    for example in batch:
-        _backward(model, form, example, tokens)
+    with form.applied():
+        for example in batch:
+            _backward(model, example, tokens)
     optimizer.step()
 
 
