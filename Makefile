@@ -71,7 +71,7 @@ clean:  ## Remove what the other targets made
 
 # An environment of its own: vLLM pins torch, to a CPU build that PyPI lacks. What it brings for
 # images and sound is not used here.
-$(VLLM)/.ok: setup.py
+$(VLLM)/.ok: setup.py constraints.txt $(wildcard csrc/*.[chi]*)
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "installing vLLM into $(VLLM) (once, a few minutes)"
 	@$(VLLM)/bin/python -m pip install -qq --no-deps --retries 0 -c constraints.txt torch \

@@ -3,7 +3,8 @@
 import random
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vps
 from vps import PolicyState, VPSConfig, reference
@@ -172,3 +173,13 @@ def tiny_llama():
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     vps.patch(model)
     return model
+
+
+def number_tokenizer():
+    """A tokenizer of 96 words that are numbers."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(str(i) for i in range(92))]
+    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )

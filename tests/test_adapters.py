@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from cases import number_tokenizer
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_patching import settings, tiny
 
@@ -237,3 +238,58 @@ def test_controls_of_an_adapted_model():
     for name in CONTROLS:
         with control(model, name, seed=3), control(other, name, seed=3):
             assert same(model, other(IDS).logits, bound=1e-6), name
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_no_linear_map_is_refused():
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    class Gated(torch.nn.Module, BaseTunerLayer):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, x):
+            return self.base_layer(x) * x.mean(-1, keepdim=True).sigmoid()
+
+    config = VPSConfig(target_modules=["0"])
+    model = torch.nn.Sequential(torch.nn.Linear(9, 8))
+    vps.patch(model, config)
+    model[0] = Gated(model[0])
+    with pytest.raises(RuntimeError, match="a Gated cannot be sharpened: .* not a linear map"):
+        model(torch.randn(3, 9))
+    model = torch.nn.Sequential(Gated(torch.nn.Linear(9, 8)))
+    with pytest.raises(ValueError, match="not a linear map"):
+        vps.patch(model, config)
+    assert "_sharpened" not in vars(model[0]) and type(model[0].base_layer) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("kind", ["adapter", "nf4"])
+def test_refinement(kind):
+    """Gradients, L-BFGS and statistics of a refinement, and everything back after it."""
+    from matrix_cases import llama, quantized, replaced
+
+    if kind == "adapter":
+        model = adapted("after", VPSConfig())
+    else:
+        vps.patch(model := replaced(llama(), quantized(kind)))
+    with torch.no_grad():
+        before = model(IDS).logits
+    options = dict(iterations=3, max_new_tokens=3, weights={"numeric": 1.0})
+    result = vps.refine(model, number_tokenizer(), "1 2 3", "3 14 15 9", **options)
+    assert [entry.builder for entry in result.iterations] == ["base", "sc", "sc"]
+    assert all(entry.gamma > 0 for entry in result.iterations[1:])
+    assert result.iterations[2].surrogate_loss > 0
+    with torch.no_grad():
+        assert same(model, before, bound=0)
+
+
+@torch.no_grad()
+def test_autocast():
+    model, other = (m.float() for m in (adapted("after", VPSConfig()), merged(VPSConfig())))
+    with torch.autocast("cpu", torch.bfloat16), vps.backend("torch"):
+        logits, expected = model(IDS).logits, other(IDS).logits
+    with vps.disabled(model):
+        change = (model(IDS).logits - model(IDS).logits.bfloat16()).norm()
+    assert logits.dtype == expected.dtype
+    assert (logits - expected).norm() <= 0.1 * expected.norm() + change

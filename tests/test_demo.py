@@ -1,5 +1,6 @@
 """The demo's comparison, statistics, heat maps and report, on a tiny random Llama."""
 
+import json
 import math
 import re
 import sys
@@ -9,9 +10,20 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from vps import Iteration, RefineResult, VPSConfig, disabled, patch, set_config
-from vps.demo import CONFIG, Answer, DemoRun, Refined, compare, heatmap, run_demo
+from vps import (
+    Calibration,
+    Iteration,
+    RefineResult,
+    VPSConfig,
+    clear_calibration,
+    disabled,
+    patch,
+    set_config,
+)
+from vps.calibration import fingerprint
+from vps.demo import CONFIG, Answer, DemoRun, Refined, calibrated, compare, heatmap, run_demo
 from vps.demo.report import write_report
+from vps.fitting import Example, check_apart
 from vps.generation import Generation, changed_choices, encode, first_difference
 from vps.patching import sharpened_layers
 from vps.statistics import measure
@@ -164,3 +176,39 @@ def test_demo_without_a_model_or_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"vps-kernels\[plots\]"):
         heatmap.draw([], tmp_path / "map.png")
+
+
+def test_problems_are_answered_by_the_calibrated_model(model, tokenizer, tmp_path):
+    layers = sharpened_layers(model)
+    made = {
+        "config": CONFIG, "model": "tiny", "architecture": "LlamaForCausalLM", "data": "0",
+        "gamma": dict.fromkeys(layers, -0.5), "weights": fingerprint(model),
+    }  # fmt: skip
+    messages = []
+    run = compare(model, tokenizer, tmp_path, 4, messages.append, Calibration(**made))
+    assert messages[-1] == "held-out problems, calibrated"
+    problems = run.calibrated.problems
+    assert len(problems) == 10 and all(layer.gamma is None for layer in layers.values())
+    first = problems[0]
+    inputs = encode(tokenizer, first.question)
+    Calibration(**made).apply(model)
+    assert first.calibrated == calibrated.generate(model, tokenizer, inputs, 24).text
+    with disabled(model):
+        assert first.plain == calibrated.generate(model, tokenizer, inputs, 24).text
+    page = run.report.read_text()
+    assert str(run.calibrated) in page and "Calibrated" in page
+    clear_calibration(model)
+    other = Calibration(**(made | {"weights": "1"}))
+    assert "refused: weights" in str(calibrated.solve(model, tokenizer, other))
+    used = [Example(p["prompt"], p["answer"]) for p in json.loads(calibrated.PROBLEMS.read_text())]
+    with pytest.raises(ValueError, match="1 of 10 held-out examples were used"):
+        seen = Calibration(**made, examples=(used[4].identity,))
+        calibrated.solve(model, tokenizer, seen)
+
+
+def test_the_shipped_calibration_fits_the_demo():
+    shipped = Calibration.load(calibrated.CALIBRATION)
+    assert shipped.config == CONFIG and shipped.found and len(shipped.gamma) == 210
+    given = json.loads(calibrated.PROBLEMS.read_text())
+    assert len(given) == 10
+    check_apart([Example(p["prompt"], p["answer"]) for p in given], shipped.examples)

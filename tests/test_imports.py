@@ -40,10 +40,13 @@ LAYERS = [
     {"adapters", "linear", "conv1d", "opaque_layer", "attention_mask", "tensor_parallel"},
     {"attention", "forms"},
     {"patching"},
+    {"calibration"},
     {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture", "engines"},
     {"ephemeral"},
     {"refine", "batch", "serving"},
-    {"demo", "evaluation"},
+    {"evaluation"},
+    {"fitting"},
+    {"demo"},
     {"cli"},
 ]
 KNOW_TRANSFORMERS = {"patching", "conv1d", "loading", "evaluation", "demo", "cli"}

@@ -34,7 +34,7 @@ def backend(request):
 
 
 def columns_of(config, gradient, W):
-    plan = plan_for(config, gradient, 1.0, *W.shape, W.device, True)
+    plan = plan_for(config, gradient, 1.0, *W.shape, W.device, W.dtype, True)
     return plan.settings.r
 
 
@@ -233,10 +233,10 @@ def test_layers_of_a_model_do_not_compile_anew():
 def test_a_layer_keeps_what_it_passes_on():
     """One tensor for one policy, so that a call costs no more than with the config's γ."""
     config = VPSConfig()
-    plan = plan_for(config, False, 1.0, 30, 24, torch.device("cpu"), True)
+    plan = plan_for(config, False, 1.0, 30, 24, torch.device("cpu"), torch.float32, True)
     gamma = LayerGamma([0.1, 0.2, 0.3, 0.4])
     assert plan.numbers(gamma) is plan.numbers(gamma)
-    other = plan_for(config, False, 1.3, 30, 24, torch.device("cpu"), True)
+    other = plan_for(config, False, 1.3, 30, 24, torch.device("cpu"), torch.float32, True)
     assert other.numbers(gamma)[0] == 1.3 and plan.numbers(gamma)[0] == 1.0
 
 

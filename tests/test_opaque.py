@@ -1,65 +1,16 @@
 """Layers sharpened through their own forward, against the reference on their dense weight."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import HEADS, coupled_case, coupled_reference_of, random_case, reference_of
+from opaque_cases import Block, Hidden, opaque
 from torch import nn
 
 import vps
 from vps import VPSConfig, token_mask, vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.opaque_layer import sharpened_by
-from vps.weight_rows import RowNorms
-
-
-class Hidden(nn.Linear):
-    """A linear layer that shows its map in its forward alone, as other libraries' do."""
-
-    def __init__(self, W, b=None):
-        super().__init__(W.shape[1], W.shape[0], b is not None, dtype=W.dtype)
-        self.hidden = nn.Parameter(W.clone(), requires_grad=False)
-        self.weight = None
-        self.calls = []
-        if b is not None:
-            self.bias = nn.Parameter(b.clone(), requires_grad=False)
-
-    @property
-    def weight(self):
-        return nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
-
-    @weight.setter
-    def weight(self, value):
-        pass
-
-    def register_parameter(self, name, parameter):
-        if name != "weight":
-            super().register_parameter(name, parameter)
-
-    def reset_parameters(self):
-        pass
-
-    def forward(self, x):
-        self.calls.append(len(x) if x.dim() > 1 else 1)
-        return F.linear(x, self.hidden, self.bias)
-
-
-def opaque(W, b, config, *, state=None, gradient=False, memory=None):
-    """A sharpened layer of that W, as a patched model holds it."""
-    model = nn.Sequential(Hidden(W, b))
-    report = vps.patch(model, config.replace(target_modules=["0"]))
-    assert report.forms == {"0": "opaque (Hidden)"}
-    layer = sharpened_by(model[0])
-    assert layer.matrix() is None
-    layer.gradient, layer.memory = gradient, memory
-    if state is not None:
-        layer.state = state
-    model[0].calls.clear()
-    return model
 
 
 def apply(model, x, mask):
@@ -105,33 +56,6 @@ def test_coupled_layers_equal_the_reference(kinds, first):
         ys = apply(block, case["x"], case["mask"])
         for y, expected in zip(ys, coupled_reference_of(case), strict=True):
             check(y, expected.y, seed)
-
-
-class Block(nn.Module):
-    """An attention block that calls its query and key layer."""
-
-    def __init__(self, case, hidden, first):
-        super().__init__()
-        for name, W, b, is_hidden in zip(
-            ("q_proj", "k_proj"), case["weights"], case["bias"], hidden, strict=True
-        ):
-            if is_hidden:
-                layer = Hidden(W, b)
-            else:
-                layer = nn.Linear(W.shape[1], W.shape[0], b is not None, dtype=W.dtype)
-                with torch.no_grad():
-                    layer.weight.copy_(W)
-                    if b is not None:
-                        layer.bias.copy_(b)
-            setattr(self, name, layer)
-        self.head_dim = case["weights"][0].shape[0] // case["heads"][0]
-        self.first = first
-
-    def forward(self, x):
-        if self.first == "q_proj":
-            return self.q_proj(x), self.k_proj(x)
-        key = self.k_proj(x)
-        return self.q_proj(x), key
 
 
 def memory(W, pairs):
@@ -282,83 +206,6 @@ def test_dropout_of_an_adapter_touches_neither_B_nor_the_norms():
     assert model[0].dropout.training
 
 
-@torch.no_grad()
-def test_copies_pickles_and_saved_settings(tmp_path):
-    torch.manual_seed(0)
-    W, b, x = torch.randn(40, 33), torch.randn(40), torch.randn(3, 5, 33)
-    model = opaque(W, b, VPSConfig())
-    expected = model(x)
-    keys = list(model.state_dict())
-    assert keys == list(nn.Sequential(Hidden(W, b)).state_dict())
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for twin in (
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(buffer, weights_only=False),
-    ):
-        assert torch.equal(twin(x), expected)
-        layer = sharpened_by(twin[0])
-        assert layer.module is twin[0] and layer.state is not vps.policy_state(model)
-        with torch.no_grad():
-            twin[0].hidden.mul_(0)
-        assert not torch.equal(twin(x), expected) and torch.equal(model(x), expected)
-    vps.save(model, tmp_path / "settings.json")
-    fresh = nn.Sequential(Hidden(W, b))
-    vps.load(fresh, tmp_path / "settings.json")
-    assert torch.equal(fresh(x), expected)
-
-
-@torch.no_grad()
-def test_changed_weights_count_at_once():
-    """Also by ``.data``, which no version tells of."""
-    torch.manual_seed(0)
-    W, x = torch.randn(40, 33, dtype=torch.float64), torch.randn(5, 33, dtype=torch.float64)
-    model = opaque(W, None, VPSConfig())
-    model(x)
-    model[0].hidden.data.mul_(torch.randn(40, 1, dtype=torch.float64))
-    expected = vps.reference.vps_linear(x, model[0].hidden, config=VPSConfig()).y
-    torch.testing.assert_close(model(x), expected)
-
-
-@torch.no_grad()
-def test_kept_norms_are_found_again_for_other_parameters():
-    layer = nn.Linear(6, 5)
-    model = nn.Sequential(layer)
-
-    class Quantized(nn.Linear):
-        def forward(self, x):
-            return F.linear(x, self.weight.view(5, 6).float(), self.bias)
-
-    layer.__class__ = Quantized
-    layer.weight = nn.Parameter(torch.randint(-9, 9, (30,), dtype=torch.int8), requires_grad=False)
-    report = vps.patch(model, VPSConfig(target_modules=["0"], builder="sk"))
-    assert report.forms == {"0": "opaque (Quantized)"}
-    handle = sharpened_by(layer)
-    assert isinstance(handle.norms, RowNorms)
-    x = torch.randn(3, 6)
-    for _ in range(3):
-        W = layer.weight.view(5, 6).float()
-        expected = vps.reference.vps_linear(x, W, layer.bias, config=VPSConfig(builder="sk")).y
-        torch.testing.assert_close(model(x), expected)
-        torch.testing.assert_close(handle.norms._norms, W.norm(dim=1))
-        layer.weight = nn.Parameter(
-            torch.randint(-9, 9, (30,), dtype=torch.int8), requires_grad=False
-        )
-
-
-def test_what_cannot_be_is_refused_with_the_reason():
-    W, x = torch.randn(7, 9), torch.randn(3, 9)
-    model = opaque(W, None, VPSConfig())
-    with vps.backend("reference"), pytest.raises(RuntimeError, match="'torch' alone"):
-        model(x)
-    with pytest.raises(TypeError, match="adapter_names"):
-        model[0](x, adapter_names=["a"] * 3)
-    with pytest.raises(ValueError, match=r"x must be \[..., 9\]"):
-        model(torch.randn(3, 8))
-
-
 @pytest.mark.parametrize("part", ["none", "half"])
 @torch.no_grad()
 def test_rows_of_a_layer_without_backward_come_from_the_identity(part):
@@ -379,26 +226,6 @@ def test_rows_of_a_layer_without_backward_come_from_the_identity(part):
             with pytest.warns(UserWarning, match="no backward pass .* 9 one-hot rows"):
                 vps.patch(model, config.replace(target_modules=["0"]))
         check(model(x), vps.reference.vps_linear(x, W, config=config).y, config)
-
-
-@torch.no_grad()
-def test_parametrized_layers_and_subclasses_are_read_by_their_weight():
-    torch.manual_seed(0)
-
-    class Named(nn.Linear):
-        pass
-
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(9, 8)), Named(8, 7))
-    report = vps.patch(model, VPSConfig(target_modules=["0", "1"]))
-    assert report.forms == {"0": "opaque (ParametrizedLinear)", "1": "opaque (Named)"}
-    assert "2 layers sharpened\nforms: 1 opaque (ParametrizedLinear), 1 opaque (Named)" in str(
-        report
-    )
-    x = torch.randn(4, 9)
-    for _ in range(2):
-        h = vps_linear(x, model[0].weight, model[0].bias, VPSConfig())
-        assert torch.equal(model(x), vps_linear(h, model[1].weight, model[1].bias, VPSConfig()))
-        model[0].parametrizations.weight.original0.mul_(2)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from cases import number_tokenizer
 
 import vps
 from vps import EntropyProcessor, VPSConfig, disabled, policy_state, refine, token_entropy
@@ -25,12 +25,7 @@ GOLD = "3 14 15 9 2 6 5 35 8 97"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(str(i) for i in range(92))]
-    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    return number_tokenizer()
 
 
 def tiny(**settings):

@@ -4,7 +4,11 @@
 weight and the activations passing through.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from vps import reference
+from vps.calibration import Calibration, clear_calibration
 from vps.capture import capture
 from vps.config import VPSConfig
 from vps.dispatch import backend, backends
@@ -17,9 +21,13 @@ from vps.policy import PolicyState
 from vps.refine import Iteration, RefineResult, refine
 from vps.settings import load, save
 
+if TYPE_CHECKING:
+    from vps.fitting import calibrate, sensitivity
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "EntropyProcessor",
     "Iteration",
     "PatchReport",
@@ -30,7 +38,9 @@ __all__ = [
     "__version__",
     "backend",
     "backends",
+    "calibrate",
     "capture",
+    "clear_calibration",
     "disabled",
     "load",
     "patch",
@@ -38,9 +48,19 @@ __all__ = [
     "reference",
     "refine",
     "save",
+    "sensitivity",
     "set_config",
     "token_entropy",
     "token_mask",
     "unpatch",
     "vps_linear",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Fitting, with what it needs for evaluation, when it is asked for: importing vps is light."""
+    if name == "fitting":
+        return import_module("vps.fitting")
+    if name in ("calibrate", "sensitivity"):
+        return getattr(import_module("vps.fitting"), name)
+    raise AttributeError(f"module 'vps' has no attribute {name!r}")

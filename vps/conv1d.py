@@ -35,7 +35,8 @@ class VPSConv1D(SharpenedLayer, Conv1D):
         return self.nf, self.nx
 
     def matrix(self) -> Tensor | None:
-        return self.weight.t() if is_matrix(self.weight) else None
+        weight = self.weight
+        return weight.t() if is_matrix(weight) else None
 
     def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
         return super().forward(x) if biased else x @ self.weight

@@ -97,7 +97,7 @@ def coupled_vps_linear(
     d_k, d_in = key.weight.shape
     calibrated = any(p.gamma is not None for p in both)
     plans = [
-        plan_for(config, p.gradient, factor, d_k, d_in, x.device, calibrated, x.dtype) for p in both
+        plan_for(config, p.gradient, factor, d_k, d_in, x.device, x.dtype, calibrated) for p in both
     ]
     plain = [p.gamma is not None and p.gamma.is_zero for p in both]
     if plans[0] is None or plans[1] is None or all(plain):

@@ -16,7 +16,7 @@ from vps.capture import capture
 from vps.lbfgs import CurvatureMemory
 from vps.patching import policy_state, sharpened_layers
 
-LENT = ("config", "gradient", "memory")
+LENT = ("config", "gradient", "memory", "gamma")
 
 
 @contextmanager

@@ -126,6 +126,7 @@ def check(module: nn.Module) -> str | None:
         return None
     base, config = layer.own_forward(_token_like(module)), layer.config
     reason: str | None = base.describe()
+    layer.tried = True
     if reason is not None or config.tau is None or base.matrix() is not None:
         return reason
     if layer.norms is not None:

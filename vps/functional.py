@@ -87,7 +87,7 @@ def vps_linear(
     factor = 1.0 if state is None else state.factor()
     gamma = own_gamma(gamma)
     d_out, d_in = weight.shape
-    plan = plan_for(config, gradient, factor, d_out, d_in, x.device, gamma is not None, x.dtype)
+    plan = plan_for(config, gradient, factor, d_out, d_in, x.device, x.dtype, gamma is not None)
     off = gamma is not None and gamma.is_zero
     if plan is None or off or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
@@ -151,8 +151,8 @@ def plan_for(
     d_out: int,
     d_in: int,
     device: torch.device,
+    dtype: torch.dtype,
     calibrated: bool = False,
-    dtype: torch.dtype = torch.float32,
 ) -> _Plan | None:
     """``None`` when γ is 0 whatever the input."""
     settings = policy.settings(config, gradient, d_in, d_out, calibrated)

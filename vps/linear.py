@@ -145,8 +145,9 @@ class SharpenedLayer:
         entry = running_plain(self.module) if STATE.plain else None
         if entry is None:
             y = self.sharpen(x)
-            return self.apply_plain(x, True) if y is None else y
-        if entry.module is not self.module:
+            if y is not None:
+                return y
+        if entry is None or entry.module is not self.module:
             return self.apply_plain(x, True)
         entry.matrix, entry.bias = self.matrix(), self.bias
         return self.apply_plain(x, entry.biased)
@@ -218,7 +219,9 @@ class VPSLinear(SharpenedLayer, nn.Linear):
         return self.out_features, self.in_features
 
     def matrix(self) -> Tensor | None:
-        return self.weight if is_matrix(self.weight) else None
+        weight = self._parameters.get("weight")
+        weight = self.weight if weight is None else weight  # a parametrization made later
+        return weight if is_matrix(weight) else None
 
     def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
         return super().forward(x) if biased else F.linear(x, self.weight)

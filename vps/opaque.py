@@ -89,7 +89,7 @@ def opaque_vps_linear(
     factor = 1.0 if state is None else state.factor()
     d_out, calibrated = layers[-1].base.d_out, any(layer.gamma is not None for layer in layers)
     plans = [
-        plan_for(config, layer.gradient, factor, d_out, d_in, x.device, calibrated)
+        plan_for(config, layer.gradient, factor, d_out, d_in, x.device, x.dtype, calibrated)
         for layer in layers
     ]
     first = plans[0]

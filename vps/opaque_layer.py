@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from vps import adapters
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer
+from vps.masking import STATE
 from vps.own_forward import handle_of, innermost, is_matrix, plain, without_bias
 from vps.policy import PolicyState
 from vps.weight_rows import RowNorms, are_fixed
@@ -29,6 +30,9 @@ class OpaqueLayer(SharpenedLayer):
         state: policy state of the model.
         widths: d_out and d_in.
         wraps: whether it is an adapter, which may yet have to be given the layer that it wraps.
+
+    ``tried`` says whether the module was found to be a linear map; one that was not yet is at its
+    next call.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class OpaqueLayer(SharpenedLayer):
         self.config = config
         self.state = state
         self.wraps = wraps
+        self.tried = False
         self.offset = wraps  # an adapter may bring a bias of its own
         self.norms = RowNorms() if not wraps and are_fixed(module) else None
 
@@ -91,15 +96,28 @@ class OpaqueLayer(SharpenedLayer):
 
         Raises:
             TypeError: arguments beside the input, such as one adapter for each sequence.
+        RuntimeError: an adapter has made it no linear map.
         """
         given = [*args, *kwargs.values()]
         if given and isinstance(given[0], Tensor) and all(rest is None for rest in given[1:]):
+            if not self.tried and not torch.compiler.is_compiling():
+                self._try(given[0])
             return self.answer(given[0])
         raise TypeError(
             f"vps: a sharpened {type(self._module).__name__} takes its input alone, got "
             f"{len(args)} positional arguments and {sorted(kwargs)}; arguments such as PEFT's "
             "adapter_names, which give every sequence other weights, are not supported"
         )
+
+    def _try(self, x: Tensor) -> None:
+        if STATE.plain or not x.is_floating_point():  # it is being tried, or will be refused
+            return
+        reason = self.own_forward(x.detach(), inside=True).describe()
+        if reason is not None:
+            raise RuntimeError(
+                f"vps: a {type(self._module).__name__} cannot be sharpened: {reason}"
+            )
+        self.tried = True
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
         """A forward hook of the module."""

@@ -76,7 +76,7 @@ def is_matrix(weight: Any) -> bool:
         traced = kind.__module__.startswith("torch._subclasses")  # torch's own tracers
         if not traced or not isinstance(weight, Tensor):
             return False
-    return weight.dtype in FLOATING and weight.dim() == 2 and weight.device.type != "meta"
+    return weight.dtype in FLOATING and weight.dim() == 2 and not weight.is_meta
 
 
 def without_bias(module: nn.Module) -> nn.Module | None:

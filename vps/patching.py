@@ -176,6 +176,12 @@ def set_config(model: nn.Module, config: VPSConfig) -> None:
                     f"({getattr(layer.config, name)!r}); call vps.patch with the new config"
                 )
     for layer in layers.values():
+        if layer.gamma is not None and config.replace(scope=layer.config.scope) != layer.config:
+            raise ValueError(
+                "vps.set_config: the layers have the γ of a calibration made for another config; "
+                "call vps.clear_calibration first"
+            )
+    for layer in layers.values():
         layer.config = config
 
 

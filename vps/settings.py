@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from vps.calibration import FORMAT as CALIBRATION
+from vps.calibration import Calibration, fingerprint
 from vps.config import VPSConfig
-from vps.patching import PatchReport, patch, policy_state, sharpened_layers
+from vps.functional import plain_gamma
+from vps.patching import PatchReport, patch, policy_state, sharpened_layers, unpatch
+from vps.policy import LayerGamma
 
 FORMAT = "vps-settings-1"
 
@@ -34,6 +41,12 @@ def save(model: nn.Module, path: str | Path) -> None:
         "entropy": None if state.entropy is None else float(state.entropy),
         "outcomes": list(state.outcomes),
     }
+    layers: dict[str, Any] = sharpened_layers(model)
+    if any(own.gamma is not None for own in layers.values()):
+        values["weights"] = fingerprint(model)
+        values["gamma"] = {
+            name: plain_gamma(own.gamma) for name, own in layers.items() if own.gamma is not None
+        }
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -46,7 +59,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(model: nn.Module, path: str | Path) -> PatchReport:
-    """Sharpen ``model`` as :func:`save` recorded.
+    """Sharpen ``model`` as :func:`save` or :meth:`vps.Calibration.save` recorded.
 
     Args:
         model: a model with the layers that the config names; weights are its own.
@@ -54,23 +67,56 @@ def load(model: nn.Module, path: str | Path) -> PatchReport:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not what :func:`save` wrote, or as for :func:`vps.patch`.
+        ValueError: not what :func:`save` wrote, γ of a calibration for other weights, or as for
+            :func:`vps.patch`. The model is then as it was, but for sharpening taken back.
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"vps.load: {path} is not valid JSON: {error}") from None
+    if isinstance(values, dict) and values.get("format") == CALIBRATION:
+        calibration = Calibration.from_json(text)
+        report = patch(model, calibration.config)
+        _or_unpatch(model, calibration.apply)
+        return report
     keys = {"format", "config", "entropy", "outcomes"}
+    if isinstance(values, dict) and "gamma" in values:
+        keys |= {"gamma", "weights"}
     if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != keys:
         raise ValueError(f"vps.load: {path} is no file of vps.save ({FORMAT})")
     config = VPSConfig.from_json(json.dumps(values["config"]))
     if not isinstance(values["outcomes"], list):
         raise ValueError(f"vps.load: outcomes in {path} must be a list of booleans")
     report = patch(model, config)
+    if "gamma" in values:
+        _or_unpatch(model, partial(_restore_gamma, values=values, path=path))
     state = policy_state(model)
     state.reset()
     state.set_entropy(values["entropy"])
     for improved in values["outcomes"]:
         state.record(improved)
     return report
+
+
+def _or_unpatch(model: nn.Module, give: Callable[[nn.Module], None]) -> None:
+    try:
+        give(model)
+    except ValueError:
+        unpatch(model)
+        raise
+
+
+def _restore_gamma(model: nn.Module, *, values: dict[str, Any], path: str | Path) -> None:
+    layers: dict[str, Any] = sharpened_layers(model)
+    given = values["gamma"]
+    if not isinstance(given, dict) or not set(given) <= set(layers):
+        raise ValueError(f"vps.load: gamma in {path} must be numbers by name of a sharpened layer")
+    if values["weights"] != fingerprint(model):
+        raise ValueError(f"vps.load: γ in {path} was fitted to other weights than the model's")
+    try:
+        made = {name: LayerGamma(own, layers[name].weight.device) for name, own in given.items()}
+    except TypeError as error:
+        raise ValueError(f"vps.load: {path}: {error}") from None
+    for name, own in made.items():
+        layers[name].gamma = own

@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from vps import __version__
-from vps.cli import ablate, demo, doctor, evaluate, generate, refine, report
+from vps.cli import ablate, calibrate, demo, doctor, evaluate, generate, refine, report
 from vps.cli.options import Parser, UsageError, read_config
 from vps.cli.terminal import Progress, quiet
 
@@ -19,6 +19,7 @@ EPILOG = """examples:
   vps generate --model HuggingFaceTB/SmolLM2-135M-Instruct --prompt "What is 17 + 25?" --compare
   vps generate --model model.gguf --prompt-file question.txt --set gamma=0.1 --set builder=sk
   vps refine --model model.gguf --prompt "What is 17 + 25?" --gold 42
+  vps calibrate --model model.gguf --data train.jsonl --out cal.json
   vps eval --model model.gguf --tasks vps_chains,vps_chains_choice --limit 40
   vps ablate grid.yaml --model model.gguf --tasks arc_easy --limit 200 --out runs/x
   vps report runs/x
@@ -62,6 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vps {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (generate, refine, evaluate, ablate, report, demo, doctor):
+    for command in (generate, refine, calibrate, evaluate, ablate, report, demo, doctor):
         command.add(commands, common)
     return parser

@@ -16,7 +16,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "demo",
         parents=[common],
-        help="three prompts on SmolLM2-135M, plain and sharpened, and one refinement",
+        help="three prompts on SmolLM2-135M, plain and sharpened, one refinement, ten problems "
+        "with a calibration",
     )
     parser.add_argument("--model-dir", type=Path, default=Path(".cache/smollm2"))
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the report")
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(difference_line(answer.first_difference))
     print(f"\n> {run.refined.prompt}\n\nrefined, gold answer {run.refined.gold}:\n")
     print(report(run.refined.result))
+    if run.calibrated is not None:
+        print(f"\n{run.calibrated}")
     print(
         f"\nplain {run.plain_rate:.1f} tokens/s, sharpened {run.sharpened_rate:.1f} tokens/s, "
         f"time ratio {run.plain_rate / run.sharpened_rate:.2f}"

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from vps import __version__
-from vps.cli.options import UsageError, add_config, add_model, positive, read_config, usable_device
+from vps.cli.options import (
+    UsageError,
+    add_calibration,
+    add_config,
+    add_model,
+    apply_calibration,
+    positive,
+    read_calibration,
+    usable_device,
+)
 from vps.cli.processes import Process, joined, own_device, take_process
 from vps.cli.terminal import Progress, muted, quiet_transformers
 
@@ -48,6 +57,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="folder of YAML tasks; may be repeated",
     )  # fmt: skip
     add_config(parser)
+    add_calibration(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="documents of each task")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="B")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
@@ -78,7 +88,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print and write."""
-    config = read_config(arguments.config, arguments.set)
+    config, calibration = read_calibration(arguments, arguments.set)
     tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not tasks:
         raise UsageError(f"--tasks {arguments.tasks!r}: expected names, separated by commas")
@@ -91,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     process = take_process(os.environ)
     quiet_transformers(arguments.debug)
     with joined(process) as group:
-        scores = _scores(arguments, config, tasks, process, group)
+        scores = _scores(arguments, config, calibration, tasks, process, group)
     if process.rank == 0:  # which got the answers of all
         _report(arguments, config, tasks, scores)
 
@@ -99,6 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _scores(
     arguments: argparse.Namespace,
     config: Any,
+    calibration: Any,
     tasks: list[str],
     process: Process,
     group: Any,
@@ -125,6 +136,7 @@ def _scores(
             except FileNotFoundError as error:
                 raise UsageError(f"--model: {error}") from error
             patch(model, config)
+            apply_calibration(arguments, model, calibration)
             progress.step("loading the tasks")
             harness = Harness(
                 model,
@@ -138,6 +150,7 @@ def _scores(
                 scoring_scope=arguments.scoring_scope,
                 group=group,
             )
+            _check_apart(harness, calibration)
             for number, name in enumerate(names, 1):
                 progress.step(f"{name.replace('_', ' ')}, {number} of {len(names)}")
                 scores[name] = harness.run(variant=name, seed=arguments.seed)
@@ -180,6 +193,8 @@ def _report(
             for task, each in filtered.items()
         },
     }
+    if arguments.calibration is not None:
+        values["calibration"] = str(arguments.calibration)
     if arguments.out is not None:
         lines = [
             json.dumps({"variant": name, **dataclasses.asdict(outcome)}, ensure_ascii=False)
@@ -235,6 +250,21 @@ def _check_keep(baseline: Any, keep: int | None) -> None:
     for task, pool in pools.items():
         if keep > len(pool):
             raise UsageError(f"--keep {keep}: {task} has only {len(pool)} documents")
+
+
+def _check_apart(harness: Any, calibration: Any) -> None:
+    """No document may be one that the calibration was fitted or stopped by."""
+    if calibration is None:
+        return
+    from vps.fitting import Example
+
+    used = set(calibration.examples)
+    for task, forms in harness.documents():
+        if any(Example(prompt, answer).identity in used for prompt, answer in forms):
+            raise UsageError(
+                f"--calibration: {task} has a document that it was fitted or stopped by: "
+                f"{forms[0][0][:60]!r}"
+            )
 
 
 def _claim(out: Path | None) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 from vps.cli.options import (
     UsageError,
     add_answer,
+    add_calibration,
     add_config,
     add_model,
     add_prompt,
-    read_config,
+    apply_calibration,
+    read_calibration,
     read_prompt,
     usable_device,
 )
@@ -28,6 +30,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_prompt(parser)
     add_config(parser)
+    add_calibration(parser)
     add_answer(parser)
     parser.add_argument(
         "--seed", type=int, metavar="N", help="the same as --set seed=N; decoding is greedy"
@@ -40,7 +43,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Generate and print."""
     seed = [] if arguments.seed is None else [f"seed={arguments.seed}"]
-    config = read_config(arguments.config, seed + arguments.set)
+    config, calibration = read_calibration(arguments, seed + arguments.set)
     prompt = read_prompt(arguments)
     quiet_transformers(arguments.debug)
     import torch
@@ -57,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         with muted(arguments.debug):
             model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype), device)
         report = patch(model, config)
+        apply_calibration(arguments, model, calibration)
         inputs = encode(tokenizer, prompt, chat=not arguments.no_chat)
         progress.step("generating, sharpened", tokens)
         sharpened = generate(model, tokenizer, inputs, tokens, progress.advance)
@@ -78,6 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
         "not_patched": report.not_patched,
         "sharpened": dataclasses.asdict(sharpened),
     }
+    if calibration is not None:
+        result["calibration"] = str(arguments.calibration)
     if plain is not None:
         result["plain"] = dataclasses.asdict(plain)
         result["first_difference"] = first_difference(plain.tokens, sharpened.tokens)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vps import VPSConfig
+from vps import Calibration, VPSConfig
 from vps.config import nearest_field, with_switches
 
 
@@ -64,14 +64,26 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """``--calibration``."""
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="γ of every layer, of vps calibrate; brings its config",
+    )
+
+
 def add_answer(parser: argparse.ArgumentParser) -> None:
     """``--max-new-tokens`` and ``--no-chat``."""
     parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N")
     parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
 
 
-def read_config(path: Path | None, settings: list[str]) -> VPSConfig:
-    """The config of a file, changed by ``FIELD=VALUE`` settings.
+def read_config(
+    path: Path | None, settings: list[str], default: VPSConfig | None = None
+) -> VPSConfig:
+    """The config of a file, or ``default``, changed by ``FIELD=VALUE`` settings.
 
     Raises:
         UsageError: a missing or broken file, an unknown field or a bad value.
@@ -85,11 +97,62 @@ def read_config(path: Path | None, settings: list[str]) -> VPSConfig:
             raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
         changes[name] = _value(name, text)
     try:
-        config = VPSConfig() if path is None else VPSConfig.from_json(path.read_text("utf-8"))
+        config = VPSConfig() if default is None else default
+        if path is not None:
+            config = VPSConfig.from_json(path.read_text("utf-8"))
         return config.replace(**with_switches(changes))
     except (OSError, ValueError, TypeError) as error:
         where = f"{path}: " if path is not None and not isinstance(error, OSError) else ""
         raise UsageError(f"{where}{error}") from error
+
+
+def read_calibration(
+    arguments: argparse.Namespace, settings: list[str]
+) -> tuple[VPSConfig, Calibration | None]:
+    """The config, and the calibration of ``--calibration`` with which it has to agree.
+
+    Raises:
+        UsageError: as for :func:`read_config`, or a file that is no calibration or of another
+            config.
+    """
+    if arguments.calibration is None:
+        return read_config(arguments.config, settings), None
+    where = f"--calibration {arguments.calibration}"
+    try:
+        calibration = Calibration.load(arguments.calibration)
+    except OSError as error:
+        raise UsageError(f"{where}: {error.strerror}") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--calibration: {error}") from error
+    config = read_config(arguments.config, settings, calibration.config)
+    own = dataclasses.asdict(calibration.config)
+    other = [
+        f"{name} is {value!r}, expected {own[name]!r}"
+        for name, value in dataclasses.asdict(config).items()
+        if value != own[name]
+    ]
+    if other:
+        raise UsageError(f"{where}: refused, it was made for another config: {'; '.join(other)}")
+    return config, calibration
+
+
+def apply_calibration(arguments: argparse.Namespace, model: Any, calibration: Any) -> None:
+    """Give the patched model the γ of a calibration, if there is one.
+
+    Raises:
+        UsageError: it is of another model or version of the weights.
+    """
+    if calibration is None:
+        return
+    try:
+        calibration.apply(model)
+    except ValueError as error:
+        raise UsageError(f"--calibration {arguments.calibration}: {error}") from error
+    if calibration.found is False:
+        print(
+            f"vps: warning: {arguments.calibration}: held-out examples showed no improvement by it",
+            file=sys.stderr,
+        )
 
 
 def _value(name: str, text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,13 @@ from vps import __version__
 from vps.cli.options import (
     UsageError,
     add_answer,
+    add_calibration,
     add_config,
     add_model,
     add_prompt,
+    apply_calibration,
     positive,
-    read_config,
+    read_calibration,
     read_prompt,
     usable_device,
 )
@@ -61,6 +64,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples")
     add_config(parser)
+    add_calibration(parser)
     add_answer(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -68,7 +72,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Refine and print, or write the rows."""
-    config = read_config(arguments.config, arguments.set)
+    config, calibration = read_calibration(arguments, arguments.set)
     options: dict[str, Any] = {
         "iterations": arguments.iterations,
         "keep": arguments.keep,
@@ -82,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.samples == 1 or arguments.samples < 0:
         raise UsageError(f"--samples {arguments.samples}: expected 0 or at least 2")
     if arguments.data is not None:
-        work = _rows(arguments, options, json.loads(config.to_json()))
+        work = _rows(arguments, options, json.loads(config.to_json()), calibration)
     else:
         work = _prompt(arguments, options)
     quiet_transformers(arguments.debug)
@@ -102,6 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
             except FileNotFoundError as error:
                 raise UsageError(f"--model: {error}") from error
         patch(model, config)
+        apply_calibration(arguments, model, calibration)
         finish = work(model, tokenizer, progress)
     finally:
         progress.close()
@@ -133,7 +138,9 @@ def _prompt(arguments: argparse.Namespace, options: dict[str, Any]) -> Work:
     return work
 
 
-def _rows(arguments: argparse.Namespace, options: dict[str, Any], config: Any) -> Work:
+def _rows(
+    arguments: argparse.Namespace, options: dict[str, Any], config: Any, calibration: Any
+) -> Work:
     """The same for a file of rows."""
     from vps.batch import ContinuationError, finished_rows, read_rows, refine_rows
 
@@ -147,7 +154,11 @@ def _rows(arguments: argparse.Namespace, options: dict[str, Any], config: Any) -
         "dtype": arguments.dtype,
         **options,
         "config": config,
+        "calibration": None,
     }
+    if calibration is not None:
+        text = calibration.to_json().encode()
+        settings["calibration"] = hashlib.sha256(text).hexdigest()
     try:
         rows = read_rows(arguments.data)
     except OSError as error:

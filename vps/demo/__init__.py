@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vps.calibration import Calibration
 from vps.config import VPSConfig
+from vps.demo.calibrated import CALIBRATION, Calibrated, solve
 from vps.demo.heatmap import draw
 from vps.demo.report import write_report
 from vps.generation import Generation, changed_choices, encode, first_difference, generate
@@ -52,8 +54,8 @@ class Refined:
 @dataclass(frozen=True)
 class DemoRun:
     """Answers, tokens per second of both, share of changed choices, the layers' statistics for
-    the first prompt of ``prompt_tokens`` tokens, one refinement, the settings, and the report's
-    path."""
+    the first prompt of ``prompt_tokens`` tokens, one refinement, the settings, the report's path,
+    and problems answered by the calibrated model."""
 
     answers: list[Answer]
     plain_rate: float
@@ -64,6 +66,7 @@ class DemoRun:
     refined: Refined
     config: VPSConfig
     report: Path
+    calibrated: Calibrated | None = None
 
 
 def run_demo(
@@ -81,11 +84,17 @@ def run_demo(
     progress("loading the model")
     model, tokenizer = load_model(str(files[0] if files else model_dir))
     patch(model, CONFIG)
-    return compare(model, tokenizer, out, new_tokens, progress)
+    calibration = Calibration.load(CALIBRATION)
+    return compare(model, tokenizer, out, new_tokens, progress, calibration)
 
 
 def compare(
-    model: Any, tokenizer: Any, out: Path, new_tokens: int, progress: Callable[[str], None]
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    new_tokens: int,
+    progress: Callable[[str], None],
+    calibration: Calibration | None = None,
 ) -> DemoRun:
     """Everything after loading, on a patched model, which is left with :data:`CONFIG`."""
     encoded = [encode(tokenizer, prompt) for prompt in PROMPTS]
@@ -119,6 +128,11 @@ def compare(
     progress("refining the first answer")
     result = refine(model, tokenizer, PROMPTS[0], GOLD, max_new_tokens=new_tokens)
 
+    calibrated = None
+    if calibration is not None:
+        progress("held-out problems, calibrated")
+        calibrated = solve(model, tokenizer, calibration)
+
     out.mkdir(parents=True, exist_ok=True)
     prompt_tokens = encoded[0]["input_ids"].shape[1]
     draw(statistics, out / "heatmap.png", f"the {prompt_tokens} tokens of the first prompt")
@@ -132,6 +146,7 @@ def compare(
         Refined(PROMPTS[0], GOLD, result),
         CONFIG,
         out / "report.html",
+        calibrated,
     )
     write_report(run, out / "heatmap.png")
     return run

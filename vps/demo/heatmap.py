@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from vps.matching import layer_index
@@ -27,8 +28,41 @@ def column_names(names: list[str]) -> list[str]:
         depth += 1
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One heat map: title, unit, a value of every layer; ``centred`` colours go both ways from 0.
+
+    ``scale`` is ``"linear"``, ``"logarithmic"`` or ``"steps"``, integers from 1.
+    """
+
+    title: str
+    unit: str
+    values: list[float]
+    scale: str = "linear"
+    centred: bool = False
+
+
 def draw(statistics: list[LayerStatistics], path: Path, subject: str = "one prompt") -> None:
     """Four heat maps, blocks downwards and projections across, as PNG; ``subject`` is its title's.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    panels = []
+    for field, title, unit in PANELS:
+        values = [float(getattr(entry, field)) for entry in statistics]
+        scale = {"energy": "logarithmic", "rank": "steps"}.get(field, "linear")
+        if field == "energy":
+            values = [max(value, 1e-30) for value in values]
+        elif field == "relative_size":
+            values = [100 * value for value in values]
+        panels.append(Panel(title, unit, values, scale))
+    title = f"What sharpening decides and does in every layer, over {subject}"
+    draw_panels([entry.name for entry in statistics], panels, path, title)
+
+
+def draw_panels(names: list[str], panels: list[Panel], path: Path, title: str) -> None:
+    """Heat maps of values of the layers ``names``, blocks downwards and projections across, as PNG.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -41,38 +75,36 @@ def draw(statistics: list[LayerStatistics], path: Path, subject: str = "one prom
         raise ModuleNotFoundError(
             "drawing needs matplotlib: pip install 'vps-kernels[plots]'"
         ) from None
-    columns = column_names([entry.name for entry in statistics])
+    columns = column_names(names)
     projections = list(dict.fromkeys(columns))
-    blocks = sorted({layer_index(entry.name) or 0 for entry in statistics})
+    blocks = sorted({layer_index(name) or 0 for name in names})
     figure = Figure(figsize=(15, 7.5), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
-    figure.suptitle(f"What sharpening decides and does in every layer, over {subject}")
-    panels = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, (field, title, unit) in zip(panels, PANELS, strict=True):
+    figure.suptitle(title)
+    all_axes = figure.subplots(1, len(panels), sharey=True)
+    for axes, panel in zip(all_axes, panels, strict=True):
         grid = [[math.nan] * len(projections) for _ in blocks]
-        for entry, column in zip(statistics, columns, strict=True):
-            value = float(getattr(entry, field))
-            if field == "energy":
-                value = max(value, 1e-30)
-            elif field == "relative_size":
-                value *= 100
-            row = blocks.index(layer_index(entry.name) or 0)
-            grid[row][projections.index(column)] = value
+        for name, column, value in zip(names, columns, panel.values, strict=True):
+            grid[blocks.index(layer_index(name) or 0)][projections.index(column)] = value
         norm: Normalize | None = None
         ticks = None
-        if field == "energy":
+        if panel.scale == "logarithmic":
             norm = LogNorm()
-        elif field == "rank":
-            ticks = list(range(1, max(1, math.ceil(max(entry.rank for entry in statistics))) + 1))
+        elif panel.scale == "steps":
+            ticks = list(range(1, max(1, math.ceil(max(panel.values))) + 1))
             norm = BoundaryNorm([0.5, *(rank + 0.5 for rank in ticks)], 256)
-        image = axes.imshow(grid, aspect="auto", cmap="viridis", norm=norm)
-        axes.set_title(title)
+        elif panel.centred:
+            largest = max((abs(value) for value in panel.values if math.isfinite(value)), default=0)
+            norm = Normalize(-largest or -1e-30, largest or 1e-30)
+        colours = "RdBu_r" if panel.centred else "viridis"
+        image = axes.imshow(grid, aspect="auto", cmap=colours, norm=norm)
+        axes.set_title(panel.title)
         axes.set_xticks(
             range(len(projections)), projections, rotation=45, ha="right", rotation_mode="anchor"
         )
         axes.set_yticks(range(len(blocks)), [str(block) for block in blocks])
         if len(blocks) > 12:
             axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
-        figure.colorbar(image, ax=axes, label=unit, ticks=ticks)
-    panels[0].set_ylabel("block of the model")
+        figure.colorbar(image, ax=axes, label=panel.unit, ticks=ticks)
+    all_axes[0].set_ylabel("block of the model")
     figure.savefig(path, dpi=110)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vps.demo import Answer, DemoRun, Refined
+    from vps.demo import Answer, Calibrated, DemoRun, Refined
 
 STYLE = """
 body { font-family: sans-serif; max-width: 70rem; margin: 2rem auto; line-height: 1.4 }
@@ -44,6 +44,7 @@ wrote the answers, reading a finished text would look ahead. A difference is a d
 it is better, it does not say.</p>
 {body}
 {_refinement(run.refined)}
+{_problems(run.calibrated)}
 <h2>What sharpening decided and did</h2>
 <p>One forward pass over the {run.prompt_tokens} tokens of the first prompt. Every layer sets its
 scale γ and its rank by the energy of its own output H = xWᵀ; the last map is what the update
@@ -76,6 +77,32 @@ def _refinement(refined: Refined) -> str:
 model's; γ, rank and pairs are means over the layers. The answer kept is that of iteration
 {result.chosen}, of lowest loss. The gold answer steered it, so being right here is no accuracy.</p>
 <table class="refined"><tr><th>iteration</th><th>loss</th><th>text</th></tr>
+{rows}</table>
+"""
+
+
+def _problems(calibrated: Calibrated | None) -> str:
+    if calibrated is None:
+        return ""
+    if calibrated.refused is not None:
+        return f"<h2>Calibrated</h2><p>Refused: {html.escape(calibrated.refused)}</p>"
+    rows = "".join(
+        f"<tr><td>{html.escape(each.question)}\n{html.escape(each.answer)}</td>"
+        + "".join(
+            f"<td>{'right' if good else 'wrong'}: {html.escape(text)}</td>"
+            for text, good in (
+                (each.plain, each.plain_right),
+                (each.calibrated, each.calibrated_right),
+            )
+        )
+        + "</tr>\n"
+        for each in calibrated.problems
+    )
+    return f"""<h2>Calibrated</h2>
+<p>{html.escape(str(calibrated))}. γ of every layer was fitted on other problems of this kind.
+That fitting changes answers does not say that it has to be sharpening which is fitted: controls
+with as many numbers are in docs/calibration.md.</p>
+<table><tr><th>problem and answer</th><th>plain</th><th>calibrated</th></tr>
 {rows}</table>
 """
 

@@ -173,6 +173,28 @@ def analyse(run: Run, *, without_controls: bool = False, resamples: int = 9999) 
     )
 
 
+def compare(
+    outcomes: Mapping[str, Sequence[Outcome]],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    resamples: int = 9999,
+) -> tuple[Comparison, ...]:
+    """Compare ways to run a model on the same documents; Holm's correction takes all for a family.
+
+    Args:
+        outcomes: of each, by its name.
+        pairs: names to compare, each against the other.
+        resamples: of the bootstrap.
+
+    Raises:
+        RunError: unequal documents.
+        ModuleNotFoundError: scipy is missing.
+    """
+    columns = {name: _columns(each) for name, each in outcomes.items()}
+    found = [each for one, other in pairs for each in _compare(one, other, columns, resamples)]
+    return _corrected(found)
+
+
 @dataclass(frozen=True)
 class _Column:
     """Values of one task and metric by document."""

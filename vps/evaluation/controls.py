@@ -147,8 +147,9 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         factor = layer.state.factor()
         own_gamma = layer.gamma
         plan = plan_for(
-            layer.config, layer.gradient, factor, d_out, d_in, x.device, own_gamma is not None
-        )
+            layer.config, layer.gradient, factor, d_out, d_in, x.device, x.dtype,
+            own_gamma is not None,
+        )  # fmt: skip
         if plan is None or x.numel() == 0 or plan.settings.r == 0:
             return None
         if own_gamma is not None and own_gamma.is_zero:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,20 @@ class Harness:
         with _as_it_was(model):
             self._lm = language_model(model, tokenizer, batch_size, scoring_scope, group)
         self._tasks = _load(tasks, [Path(path) for path in include_path], num_fewshot, seed)
+
+    def documents(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Every document that a run sees: its task, and question and answer as the task puts them,
+        then as the document holds them."""
+        for name, task in self._tasks["tasks"].items():
+            for document in islice(task.eval_docs, self.limit):
+                target = task.doc_to_target(document)
+                if task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int):
+                    target = task.doc_to_choice(document)[target]
+                forms = [(str(task.doc_to_text(document)), str(target))]
+                held = [document.get(key) for key in ("question", "answer")]
+                if all(isinstance(part, str) for part in held):
+                    forms.append((held[0], held[1]))
+                yield name, forms
 
     def run(
         self, config: VPSConfig | None = None, variant: str = SHARPENED, seed: int = 0

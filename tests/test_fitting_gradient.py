@@ -1,0 +1,193 @@
+"""∂L/∂γ against finite differences, what it keeps, and what it is the gradient of."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fitting_cases import every, pairs, tiny, word_tokenizer
+
+import vps
+from vps import Calibration, VPSConfig, patch
+from vps.fitting import update
+from vps.fitting.calibrate import prepared
+from vps.fitting.descent import gradients, mean_nll
+from vps.fitting.examples import encoded, parse
+from vps.fitting.forms import Sharpening
+from vps.fitting.loss import checkpointed, nll
+from vps.patching import sharpened_layers
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+FORMS = [
+    {},
+    {"builder": "sc"},
+    {"order": 2},
+    {"order": 2, "builder": "sc", "clip": "spectral"},
+    {"clamp": 0.02},
+    {"clamp": 0.02, "order": 2},
+    {"tau": None, "adaptive_rank": False, "rank": 3},
+    {"builder": "random"},
+    {"qk_coupling": False},
+]
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+@pytest.mark.parametrize("settings", FORMS)
+def test_gradient_is_the_finite_difference(tokenizer, settings, scope, by_column):
+    """In float64, selections held: ∂L/∂γ of every layer and column to 1e-6."""
+    model = tiny(torch.float64)
+    patch(model, VPSConfig(**settings))
+    examples = [encoded(tokenizer, parse(p), chat=False, longest=64) for p in pairs(2)]
+    with prepared(model, None, scope):
+        form = Sharpening(model, list(sharpened_layers(model)), by_column)
+        generator = torch.Generator().manual_seed(1)
+        start = torch.rand(form.count, generator=generator, dtype=torch.float64) - 0.5
+        form.set_state([start.tolist()])
+        exact = torch.stack([g[0] for g in gradients(model, form, examples)]).sum(0)
+        held = Held(form)
+        held.record(model, examples)
+        epsilon = 1e-5
+        for index in range(0, form.count, 1 + form.count // 12):
+            losses = []
+            for sign in (1, -1):
+                moved = start.clone()
+                moved[index] += sign * epsilon
+                form.set_state([moved.tolist()])
+                losses.append(held.loss(model, examples))
+            numeric = (losses[0] - losses[1]) / (2 * epsilon)
+            assert abs(numeric - float(exact[index])) <= 1e-6 * max(1, abs(numeric)), index
+
+
+class Held:
+    """Selections, energies and mixings of the first pass, used in every later one."""
+
+    def __init__(self, form):
+        self.form = form
+        self.seen = {}
+        self.replay = False
+
+    def record(self, model, examples):
+        original = self.form._selected
+        build = update.torch_backend.selection.coupling
+
+        def selected(layer, x, W, mask, settings):
+            key = (id(layer), tuple(self.example))
+            if not self.replay:
+                found = original(layer, x, W, mask, settings)
+                self.seen[key] = found._replace(energy=found.energy.clone())
+                return found
+            held = self.seen[key]
+            return held._replace(H=F.linear(x, W), energy=held.energy.clone())
+
+        calls = iter(())
+
+        def mixing(*arguments):
+            nonlocal calls
+            if not self.replay:
+                found = build(*arguments)
+                self.mixings.append(found)
+                return found
+            return self.mixings[self.place.pop(0)]
+
+        self.mixings = []
+        self.form._selected = selected
+        self.patched = update.torch_backend.selection
+        self.original = build
+        self.mixing = mixing
+        self.loss(model, examples)
+        self.replay = True
+
+    @torch.no_grad()
+    def loss(self, model, examples):
+        self.place = list(range(len(self.mixings)))
+        total = 0.0
+        self.patched.coupling = self.mixing
+        try:
+            with self.form.applied():
+                for example in examples:
+                    self.example = example.ids.flatten().tolist()
+                    total += float(nll(model, example)) / example.scored
+        finally:
+            self.patched.coupling = self.original
+        return total
+
+
+def calibration_of(model, gamma, **changes):
+    layer = next(iter(sharpened_layers(model).values()))
+    values = {
+        "config": layer.config, "model": "tiny", "architecture": type(model).__name__,
+        "weights": vps.calibration.fingerprint(model), "data": "0", "gamma": gamma,
+    }  # fmt: skip
+    return Calibration(**(values | changes))
+
+
+@pytest.mark.parametrize("settings", [{}, {"builder": "sc", "order": 2}, {"clamp": 0.05}])
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "cpp", "reference"])
+def test_the_form_is_the_calibrated_model(tokenizer, settings, by_column, backend):
+    if vps.backends()[backend] is not None:
+        pytest.skip(f"no {backend}")
+    model = tiny()
+    patch(model, VPSConfig(scope="token", **settings))
+    examples = every(tokenizer, pairs(3))
+    form = Sharpening(model, list(sharpened_layers(model)), by_column)
+    generator = torch.Generator().manual_seed(3)
+    form.set_state([(torch.rand(form.count, generator=generator) - 0.5).tolist()])
+    with prepared(model, None, "token"):
+        fitted = mean_nll(model, form, examples)
+    calibration_of(model, form.gammas()).apply(model)
+    with torch.no_grad(), vps.backend(backend):
+        total = sum(float(nll(model, each)) for each in examples)
+    assert abs(fitted - total / sum(e.scored for e in examples)) < 1e-4
+
+
+def test_nothing_wide_is_kept_for_the_backward_pass():
+    """Of a sharpened layer ``[N, r]`` and smaller, beside its weight."""
+    torch.manual_seed(0)
+    G, r, d_in, d_out = 32, 4, 50, 300
+    W = torch.randn(d_out, d_in)
+    x = torch.randn(G, 1, d_in, requires_grad=True)
+    gamma = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    settings = vps.policy.settings(VPSConfig(), False, d_in, d_out, True)
+    numbers = torch.tensor(vps.policy.bounds(VPSConfig(), 1.0), dtype=torch.float64)
+    inputs = vps.torch_backend.Inputs(x, W, None, None, None, None, numbers, None)
+    index = torch.randint(0, 50, (G, r))
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        chosen = update.Selection(F.linear(x, W).detach(), torch.ones(G), index, index)
+        update.sharpened(inputs, chosen, gamma, settings, update.norms(W))
+    assert kept and all(t.data_ptr() == W.data_ptr() or t.numel() <= G * r for t in kept)
+
+
+def test_checkpoints_change_nothing_and_leave_nothing(tokenizer):
+    model = tiny()
+    patch(model)
+    examples = every(tokenizer, pairs(2))
+    with prepared(model, None, "token"):
+        form = Sharpening(model, list(sharpened_layers(model)), False)
+        found = [g[0] for g in gradients(model, form, examples)]
+        before = {name: dict(vars(m)) for name, m in model.named_modules()}
+        runs = []
+        block = model.model.layers[0].mlp
+        handle = block.register_forward_pre_hook(lambda *_: runs.append(block.training))
+        for context in (checkpointed(model), contextlib.nullcontext()):
+            form.values.grad = None
+            with torch.enable_grad(), form.applied(), context:
+                (nll(model, examples[0]) / examples[0].scored).backward()
+            torch.testing.assert_close(form.values.grad, found[0])
+        handle.remove()
+        assert runs == [False] * 3  # once more in the backward pass, nothing dropping out
+        for name, module in model.named_modules():
+            assert set(vars(module)) == set(before[name]), name
+            assert module.training is before[name]["training"]

@@ -1,0 +1,228 @@
+"""``vps calibrate``: fit a γ to every layer, beside controls, or only say where γ would matter."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vps.cli.options import UsageError, add_config, add_model, positive, read_config, usable_device
+from vps.cli.terminal import Progress, muted, quiet_transformers
+
+if TYPE_CHECKING:
+    from vps.fitting import Sensitivity
+
+SHOWN = 15  # layers of --gradient-only on the terminal
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "calibrate",
+        parents=[common],
+        help="fit a γ to every layer on examples, with controls",
+        description='Rows of --data are {"prompt", "answer"}, whose answers are scored, or '
+        '{"text"}. A quarter of them is kept to stop by and, without --held-out, a quarter to '
+        "report on. An interrupted run goes on where it was when it is started again.",
+    )
+    add_model(parser)
+    parser.add_argument("--data", type=Path, required=True, help="JSONL of examples")
+    parser.add_argument("--out", type=Path, required=True, help="the calibration, as JSON")
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="JSONL to report on")
+    parser.add_argument(
+        "--other-text", type=Path, metavar="FILE",
+        help="JSONL of texts that the examples do not cover, for side effects (twelve short ones "
+        "by default)",
+    )  # fmt: skip
+    add_config(parser)
+    parser.add_argument(
+        "--per", choices=("layer", "column"), default="layer", help="what gets a γ of its own"
+    )
+    subset = parser.add_mutually_exclusive_group()
+    subset.add_argument(
+        "--layers", metavar="A,B", help="fit these alone, by name or its end; the others stay plain"
+    )
+    subset.add_argument(
+        "--top-layers", type=positive, metavar="N", help="fit the N layers of largest |∂L/∂γ|"
+    )
+    parser.add_argument("--steps", type=positive, metavar="N", help="at most")
+    parser.add_argument("--batch-size", type=positive, metavar="B", help="examples a step")
+    parser.add_argument(
+        "--learning-rate", metavar="R,R", help="of Adam; of several the one that stops lowest"
+    )
+    parser.add_argument("--patience", type=positive, metavar="N", help="looks without a lower loss")
+    parser.add_argument(
+        "--scope", choices=("token", "sequence", "batch"), default="token",
+        help="for scoring the examples (default: token, the only one without leaks)",
+    )  # fmt: skip
+    parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--no-controls", action="store_true",
+        help="do not fit plain scale, random and static features and LoRA beside it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gradient-only", action="store_true",
+        help="fit nothing: rank the layers by ∂L/∂γ and its noise into --out, with a heat map "
+        "beside it",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the file's JSON instead")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fit or take gradients, write, print."""
+    config = read_config(arguments.config, arguments.set)
+    examples = _read("--data", arguments.data)
+    held_out = None if arguments.held_out is None else _read("--held-out", arguments.held_out)
+    others = None
+    if arguments.other_text is not None:
+        others = [each.answer for each in _read("--other-text", arguments.other_text)]
+    options = _options(arguments)
+    folder = arguments.out.absolute().parent
+    if not folder.is_dir() or arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out}: expected a file in a folder that exists")
+    quiet_transformers(arguments.debug)
+    import torch
+
+    from vps import patch
+    from vps.fitting import calibrate, sensitivity, text
+    from vps.loading import load_model
+
+    device = usable_device(arguments.device)
+    progress = Progress()
+    try:
+        progress.step("loading the model")
+        with muted(arguments.debug):
+            try:
+                dtype = getattr(torch, arguments.dtype)
+                model, tokenizer = load_model(arguments.model, dtype, device)
+            except FileNotFoundError as error:
+                raise UsageError(f"--model: {error}") from error
+        patch(model, config)
+        shared: dict[str, Any] = {
+            "scope": arguments.scope,
+            "chat": not arguments.no_chat,
+            "progress": progress.step,
+            "advance": progress.advance,
+        }
+        if arguments.gradient_only:
+            found = sensitivity(model, tokenizer, examples, **shared)
+            progress.close()
+            _gradients(arguments, found, len(examples))
+            return
+        layers: Any = arguments.top_layers
+        if arguments.layers is not None:
+            layers = [name.strip() for name in arguments.layers.split(",") if name.strip()]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            calibration = calibrate(
+                model,
+                tokenizer,
+                examples,
+                held_out=held_out,
+                other_texts=others,
+                per=arguments.per,
+                layers=layers,
+                controls=not arguments.no_controls,
+                options=options,
+                seed=arguments.seed,
+                resume=arguments.out.with_name(f"{arguments.out.name}.partial"),
+                **shared,
+            )
+    finally:
+        progress.close()
+    calibration.save(arguments.out)
+    print(calibration.to_json() if arguments.json else text(calibration))
+    for each in said:
+        if str(each.message).startswith("vps.calibrate: "):
+            message = str(each.message).removeprefix("vps.calibrate: ")
+            print(f"vps: warning: {message}", file=sys.stderr)
+
+
+def _read(option: str, path: Path) -> list[Any]:
+    from vps.fitting import read_examples
+
+    try:
+        found = read_examples(path)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{option}: {error}") from error
+    if not found:
+        raise UsageError(f"{option} {path}: holds no example")
+    return found
+
+
+def _options(arguments: argparse.Namespace) -> Any:
+    from vps.fitting import Options
+
+    given: dict[str, Any] = {"seed": arguments.seed}
+    for name in ("steps", "batch_size", "patience"):
+        if getattr(arguments, name) is not None:
+            given[name] = getattr(arguments, name)
+    try:
+        if arguments.learning_rate is not None:
+            rates = tuple(float(rate) for rate in arguments.learning_rate.split(","))
+            given["learning_rates"] = rates
+        return Options(**given)
+    except ValueError as error:
+        raise UsageError(f"--learning-rate {arguments.learning_rate}: {error}") from error
+
+
+def _gradients(arguments: argparse.Namespace, found: list[Sensitivity], examples: int) -> None:
+    """Write and draw the ranking, print its head."""
+    from vps import jsonl
+    from vps.demo.heatmap import Panel, draw_panels
+    from vps.fitting import agreement
+
+    together = agreement(found)
+    rows = [
+        dataclasses.asdict(each) | {"ratio": _finite(each.ratio), "agrees": each.agrees}
+        for each in found
+    ]
+    values = {
+        "model": arguments.model,
+        "examples": examples,
+        "scope": arguments.scope,
+        "agreement": _finite(together),
+        "layers": [{key: _finite(value) for key, value in row.items()} for row in rows],
+    }
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    jsonl.replace(arguments.out, text)
+    picture, unit = arguments.out.with_suffix(".png"), "nats per token"
+    names = [each.name for each in found]
+    draw_panels(
+        names,
+        [
+            Panel("∂L/∂γ", unit, [each.gradient for each in found], centred=True),
+            Panel("first half", unit, [each.halves[0] for each in found], centred=True),
+            Panel("second half", unit, [each.halves[1] for each in found], centred=True),
+            Panel("|∂L/∂γ| over its error", "no unit", [min(each.ratio, 99.0) for each in found]),
+        ],
+        picture,
+        f"How the loss of {examples} examples answers to γ of every layer, at γ = 0",
+    )
+    if arguments.json:
+        print(text, end="")
+        return
+    width = max(len(name) for name in names)
+    print(f"{'layer':<{width}}  {'∂L/∂γ':>9}  {'error':>8}  {'halves':>19}")
+    for each in found[:SHOWN]:
+        halves = f"{each.halves[0]:+9.4f} {each.halves[1]:+9.4f}"
+        print(f"{each.name:<{width}}  {each.gradient:+9.4f}  {each.error:8.4f}  {halves}")
+    agreeing = sum(each.agrees for each in found)
+    print(
+        f"{len(found)} layers, {examples} examples; {agreeing} layers have one sign in both halves "
+        f"(half would by chance); correlation of the halves {together:.2f}"
+    )
+    print(f"all layers: {arguments.out}; heat map: {picture}")
+
+
+def _finite(value: Any) -> Any:
+    """``None`` for a number that JSON has no name for."""
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

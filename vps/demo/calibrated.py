@@ -1,0 +1,84 @@
+"""Ten held-out problems, answered by the plain and by the calibrated model.
+
+The calibration that comes with the package was fitted to SmolLM2-135M on other problems of their
+kind, by ``benchmarks/calibration.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vps.calibration import Calibration, clear_calibration
+from vps.evaluation.tasks import right
+from vps.generation import encode, generate
+from vps.patching import disabled
+
+FOLDER = Path(__file__).parent
+CALIBRATION = FOLDER / "calibration.json"
+PROBLEMS = FOLDER / "problems.json"
+NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: its answer, the text of both models, and which of them is right."""
+
+    question: str
+    answer: str
+    plain: str
+    calibrated: str
+    plain_right: bool
+    calibrated_right: bool
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """All problems; or none, and why the calibration was refused."""
+
+    problems: list[Problem] = field(default_factory=list)
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return f"calibrated: nothing, {self.refused}"
+        plain = sum(each.plain_right for each in self.problems)
+        calibrated = sum(each.calibrated_right for each in self.problems)
+        return (
+            f"{len(self.problems)} held-out problems: {plain} right plain, {calibrated} right "
+            "calibrated; so few show no difference in accuracy"
+        )
+
+
+def solve(model: Any, tokenizer: Any, calibration: Calibration) -> Calibrated:
+    """Answer the problems with a patched model, which is left without a calibration.
+
+    Raises:
+        ValueError: a problem that the calibration was fitted or stopped by.
+    """
+    from vps.fitting import Example, check_apart
+
+    given = json.loads(PROBLEMS.read_text(encoding="utf-8"))
+    check_apart([Example(p["prompt"], p["answer"]) for p in given], calibration.examples)
+    try:
+        calibration.apply(model)
+    except ValueError as error:
+        return Calibrated(refused=str(error))
+    try:
+        problems = []
+        for problem in given:
+            inputs = encode(tokenizer, problem["prompt"])
+            with disabled(model):
+                plain = generate(model, tokenizer, inputs, NEW_TOKENS).text
+            own = generate(model, tokenizer, inputs, NEW_TOKENS).text
+            answer = problem["answer"]
+            problems.append(
+                Problem(
+                    problem["prompt"], answer, plain, own, right(plain, answer), right(own, answer)
+                )
+            )
+        return Calibrated(problems)
+    finally:
+        clear_calibration(model)

@@ -1,0 +1,230 @@
+"""Few steps of Adam on the numbers of a form, stopped early by examples of their own."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vps.fitting.examples import Encoded
+from vps.fitting.forms import Form
+from vps.fitting.loss import checkpointed, nll
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to fit, the same for every form.
+
+    Args:
+        steps: at most.
+        batch_size: examples a step.
+        learning_rates: of Adam; each is tried, and the one that stops lowest is kept.
+        every: steps from one look at the stopping examples to the next.
+        patience: looks without a new lowest loss after which to stop.
+        seed: of the order of the examples.
+    """
+
+    steps: int = 16
+    batch_size: int = 6
+    learning_rates: tuple[float, ...] = (0.1,)
+    every: int = 4
+    patience: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "every", "patience"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"calibrate: {name} must be an integer ≥ 1, got {value!r}")
+        rates = self.learning_rates
+        for rate in rates:
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+                raise TypeError(f"calibrate: learning_rate must be a number, got {rate!r}")
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"calibrate: learning_rate must be positive, got {rate!r}")
+        if not rates:
+            raise ValueError("calibrate: learning_rate must be at least one number, got none")
+
+    @property
+    def looks(self) -> int:
+        """At the stopping examples, at most, for one form."""
+        return len(self.learning_rates) * (1 + -(-self.steps // self.every))
+
+
+@dataclass
+class Fit:
+    """What came of fitting one form.
+
+    Args:
+        values: of its parameters, those of the lowest loss.
+        learning_rate: that of the values.
+        step: at which they were; 0 where no step made the loss lower.
+        loss: nll per token of the stopping examples with the values.
+        plain: that of the plain model.
+        steps: taken, over all learning rates.
+        curves: by learning rate, ``(step, loss)`` of every look.
+        seconds: wall-clock time.
+    """
+
+    values: list[list[float]] = field(default_factory=list)
+    learning_rate: float = 0.0
+    step: int = 0
+    loss: float = math.inf
+    plain: float = math.nan
+    steps: int = 0
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+Save = Callable[[dict[str, Any]], None]
+
+
+def fit(
+    model: Any,
+    form: Form,
+    examples: Sequence[Encoded],
+    stop: Sequence[Encoded],
+    options: Options,
+    *,
+    advance: Callable[[], None] = lambda: None,
+    state: dict[str, Any] | None = None,
+    save: Save = lambda state: None,
+) -> Fit:
+    """Fit ``form``, which then holds its best numbers.
+
+    Args:
+        model: patched, frozen, in evaluation mode.
+        form: what is fitted; all else is frozen.
+        examples: to take gradients of.
+        stop: to stop by.
+        options: the rest.
+        advance: called after every look at the stopping examples.
+        state: of ``save``, to go on from: the same numbers come out as without the break.
+        save: called after every look with what is needed to go on, plain values for JSON.
+    """
+    start = time.perf_counter()
+    before = 0.0
+    initial = form.state()
+    found = Fit(values=initial)
+    rates = list(options.learning_rates)
+    place, resumed = 0, None
+    if state is not None:
+        found, place, resumed = Fit(**state["fit"]), state["place"], state["running"]
+        found.curves = {k: [(s, v) for s, v in curve] for k, curve in found.curves.items()}
+        before = found.seconds
+    for at in range(place, len(rates)):
+        rate = rates[at]
+        optimizer = torch.optim.Adam(form.parameters, lr=rate)
+        step, since = 0, 0
+        if resumed is not None:
+            step, since = _restore(form, optimizer, resumed)
+            resumed = None
+        else:
+            form.set_state(initial)
+            loss = mean_nll(model, form, stop)
+            found.plain = loss
+            since = _look(found, form, rate, step, loss, since)
+        while step < options.steps and since < options.patience:
+            for _ in range(min(options.every, options.steps - step)):
+                batch = _batch(examples, step, options)
+                _step(model, form, optimizer, batch)
+                step += 1
+                found.steps += 1
+            since = _look(found, form, rate, step, mean_nll(model, form, stop), since)
+            found.seconds = before + time.perf_counter() - start
+            advance()
+            save(_state(found, form, optimizer, at, step, since))
+    form.set_state(found.values)
+    found.seconds = before + time.perf_counter() - start
+    return found
+
+
+@torch.no_grad()
+def mean_nll(model: Any, form: Form, examples: Sequence[Encoded]) -> float:
+    """nll per scored token of all examples together."""
+    with form.applied():
+        total = sum(float(nll(model, each)) for each in examples)
+    return total / sum(each.scored for each in examples)
+
+
+def gradients(model: Any, form: Form, examples: Sequence[Encoded]) -> Iterator[list[Tensor]]:
+    """``∂ nll per token / ∂ parameters`` of each example by itself."""
+    for example in examples:
+        for parameter in form.parameters:
+            parameter.grad = None
+        _backward(model, form, example, example.scored)
+        yield [_grad(parameter) for parameter in form.parameters]
+    for parameter in form.parameters:
+        parameter.grad = None
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
+def _backward(model: Any, form: Form, example: Encoded, tokens: int) -> None:
+    with torch.enable_grad(), form.applied(), checkpointed(model):
+        (nll(model, example) / tokens).backward()
+
+
+def _step(model: Any, form: Form, optimizer: Any, batch: Sequence[Encoded]) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(each.scored for each in batch)
+    for example in batch:
+        _backward(model, form, example, tokens)
+    optimizer.step()
+
+
+def _batch(examples: Sequence[Encoded], step: int, options: Options) -> list[Encoded]:
+    """The examples of a step: through all of them in an order drawn anew each time."""
+    size = min(options.batch_size, len(examples))
+    steps = -(-len(examples) // size)
+    order = list(range(len(examples)))
+    random.Random(f"{options.seed}:{step // steps}").shuffle(order)
+    first = step % steps * size
+    chosen = order[first : first + size]
+    return [examples[index] for index in chosen]
+
+
+def _look(found: Fit, form: Form, rate: float, step: int, loss: float, since: int) -> int:
+    """Note a loss; how many looks there were since the lowest of this learning rate."""
+    curve = found.curves.setdefault(repr(rate), [])
+    lowest = min((each for _, each in curve), default=math.inf)
+    curve.append((step, loss))
+    if loss < found.loss:
+        found.values, found.learning_rate, found.step, found.loss = form.state(), rate, step, loss
+    return 0 if loss < lowest else since + 1
+
+
+def _state(
+    found: Fit, form: Form, optimizer: Any, place: int, step: int, since: int
+) -> dict[str, Any]:
+    moments = [
+        {
+            name: value.flatten().tolist() if name != "step" else float(value)
+            for name, value in optimizer.state[parameter].items()
+        }
+        for parameter in form.parameters
+    ]
+    running = {"values": form.state(), "moments": moments, "step": step, "since": since}
+    return {"fit": dict(vars(found)), "place": place, "running": running}
+
+
+def _restore(form: Form, optimizer: Any, running: dict[str, Any]) -> tuple[int, int]:
+    form.set_state(running["values"])
+    for parameter, moments in zip(form.parameters, running["moments"], strict=True):
+        optimizer.state[parameter] = {
+            name: torch.tensor(value)
+            if name == "step"
+            else torch.tensor(value, dtype=parameter.dtype, device=parameter.device).view_as(
+                parameter
+            )
+            for name, value in moments.items()
+        }
+    return running["step"], running["since"]

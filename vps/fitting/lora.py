@@ -1,0 +1,144 @@
+"""LoRA of equal parameter count, through PEFT: a static update of rank 1 as a control.
+
+A LoRA of rank 1 on all layers has thousands of numbers for each γ. So it gets as many as there are
+γ, on the layers whose ``B`` has the largest mean square gradient on the fitting examples: of each
+all of ``B``, then all of ``A``, and of the last only so many as are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vps.fitting.descent import gradients
+from vps.fitting.examples import Encoded
+from vps.fitting.forms import Form, matrix_of
+from vps.patching import disabled
+
+ADAPTER = "default"
+
+
+class LoRA(Form):
+    """``y = H + b + B A x`` with A drawn and B 0 at first, in the layers of ``chosen``.
+
+    Args:
+        model: a patched model.
+        chosen: names of layers, best first.
+        count: how many numbers are fitted; the others keep their first values.
+        seed: of A.
+
+    Raises:
+        ModuleNotFoundError: PEFT is missing.
+    """
+
+    name = "lora"
+
+    def __init__(self, model: nn.Module, chosen: Sequence[str], count: int, seed: int) -> None:
+        super().__init__(model, list(chosen), False)
+        self.model = model
+        self.seed = seed
+        self.factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.masks: list[Tensor] = []
+        left = count
+        for number, name in enumerate(chosen):
+            weight = matrix_of(name, self.layers[name])
+            d_out, d_in = weight.shape
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            bound = d_in**-0.5  # as PEFT draws A
+            drawn = torch.rand(1, d_in, generator=generator) * 2 * bound - bound
+            A = nn.Parameter(drawn.to(weight.device, weight.dtype))
+            B = nn.Parameter(torch.zeros(d_out, 1, device=weight.device, dtype=weight.dtype))
+            self.factors[name] = A, B
+            for parameter in (B, A):
+                free = min(left, parameter.numel())
+                left -= free
+                mask = torch.zeros(parameter.numel(), device=weight.device, dtype=weight.dtype)
+                mask[:free] = 1
+                self.masks.append(mask.view_as(parameter))
+        self._count = count - left
+        for parameter, mask in zip(self.parameters, self.masks, strict=True):
+            parameter.register_hook(mask.mul)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [factor for A, B in self.factors.values() for factor in (B, A)]
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    def compute(self, layer: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+        return None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        peft = _peft()
+        config = peft.LoraConfig(
+            r=1, lora_alpha=1, lora_dropout=0.0, target_modules=list(self.factors)
+        )
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        training = {m: m.training for m in self.model.modules()}
+        with disabled(self.model):  # also where PEFT wraps a layer, which then is sharpened itself
+            tuned = peft.tuners.lora.LoraModel(self.model, {ADAPTER: config}, ADAPTER)
+            try:
+                for name, (A, B) in self.factors.items():
+                    adapted = self.model.get_submodule(name)
+                    adapted.lora_A[ADAPTER].weight = A  # type: ignore[union-attr,index]
+                    adapted.lora_B[ADAPTER].weight = B  # type: ignore[union-attr,index]
+                for module in self.model.modules():
+                    module.training = training.get(module, False)
+                yield
+            finally:
+                tuned.unload()
+                if hasattr(self.model, "peft_config"):
+                    del self.model.peft_config
+                for parameter, wanted in flags:
+                    parameter.requires_grad_(wanted)
+
+
+def lora(
+    model: nn.Module,
+    names: Sequence[str],
+    count: int,
+    examples: Sequence[Encoded],
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> LoRA:
+    """A LoRA of ``count`` numbers on the layers of ``names`` that have the most to gain.
+
+    Args:
+        model: a patched model, frozen.
+        names: layers to choose from.
+        count: how many numbers.
+        examples: to choose by, one backward pass of each.
+        seed: of A.
+        advance: called after every example.
+    """
+    everywhere = LoRA(model, names, 2**62, seed)
+    totals = {name: 0.0 for name in names}
+    for found in gradients(model, everywhere, examples):
+        for name, grad in zip(names, found[::2], strict=True):
+            totals[name] += float(grad.double().square().mean())
+        advance()
+    ranked = sorted(names, key=lambda name: -totals[name])
+    chosen, left = [], count
+    for name in ranked:
+        chosen.append(name)
+        left -= sum(factor.numel() for factor in everywhere.factors[name])
+        if left <= 0:
+            break
+    return LoRA(model, chosen, count, seed)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ModuleNotFoundError(
+            "the LoRA control needs peft: pip install peft, or calibrate without controls"
+        ) from None
+    return peft
