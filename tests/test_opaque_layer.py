@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import HEADS, coupled_case
-from opaque_cases import Block, Hidden, opaque
+from opaque_cases import Block, Hidden, Quantized, opaque
 from torch import nn
 
 import vps
@@ -60,15 +60,8 @@ def test_changed_weights_count_at_once():
 
 @torch.no_grad()
 def test_kept_norms_are_found_again_for_other_parameters():
-    layer = nn.Linear(6, 5)
+    layer = Quantized(6, 5)
     model = nn.Sequential(layer)
-
-    class Quantized(nn.Linear):
-        def forward(self, x):
-            return F.linear(x, self.weight.view(5, 6).float(), self.bias)
-
-    layer.__class__ = Quantized
-    layer.weight = nn.Parameter(torch.randint(-9, 9, (30,), dtype=torch.int8), requires_grad=False)
     report = vps.patch(model, VPSConfig(target_modules=["0"], builder="sk"))
     assert report.forms == {"0": "opaque (Quantized)"}
     handle = sharpened_by(layer)
