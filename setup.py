@@ -29,8 +29,8 @@ EXTRAS = {
     "verify": ["sympy", "pint", "math-verify"],
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
-    "vllm": ["vllm>=0.32"],
     "engines": ["bitsandbytes>=0.48", "torchao>=0.14", "peft", "accelerate"],
+    "vllm": ["vllm>=0.32"],
     "dev": ["ruff", "mypy", "pre-commit"],
 }
 EXTRAS["test"] = [

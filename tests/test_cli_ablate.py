@@ -1,6 +1,5 @@
 """vps ablate and vps report, with a stand-in for lm-eval: what they ask, print and return."""
 
-import importlib
 import json
 import os
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from vps import cli
-from vps.cli.options import UsageError
 from vps.evaluation.ablation import harness_evaluator
 from vps.evaluation.grid import make_grid
 from vps.evaluation.outcome import Outcome
@@ -183,30 +181,6 @@ def test_failed_cells_end_with_1(capsys, tmp_path, folder, stub, monkeypatch):
     monkeypatch.setattr(StubHarness, "run", interrupted)
     code, out, err = run(capsys, *ablation(tmp_path, folder))
     assert code == 130 and "table.md holds what is finished; the same command goes on" in err
-
-
-@pytest.mark.parametrize(
-    ("environment", "process"),
-    [
-        ({}, (0, 1, 0)),
-        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (1, 4, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4, 3)),
-    ],
-)
-def test_take_process(environment, process):
-    module = importlib.import_module("vps.cli.ablate")
-    given = environment | {"HOME": "/"}
-    assert module.take_process(given) == process and given == {"HOME": "/"}
-
-
-def test_take_process_refuses():
-    module = importlib.import_module("vps.cli.ablate")
-    for rank, world in (("2", "2"), ("x", "2"), ("-1", "2")):
-        with pytest.raises(UsageError, match=f"got RANK '{rank}', WORLD_SIZE '2', LOCAL_RANK None"):
-            module.take_process({"RANK": rank, "WORLD_SIZE": world})
-    assert module._device("cuda", module.Process(3, 4, 1)) == "cuda:1"
-    assert module._device("cuda", module.Process()) == "cuda"
-    assert module._device("cpu", module.Process(3, 4, 1)) == "cpu"
 
 
 LAUNCHED = """

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from evaluation_cases import plain_model, tokenizer, write_tasks
@@ -13,6 +17,7 @@ from vps.evaluation.harness import VARIANTS, Scores, evaluate
 from vps.evaluation.outcome import Outcome
 from vps.loading import load_model
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = ["--set", "gamma=0.5", "--set", "scope=sequence"]
 CONFIG = VPSConfig(gamma=0.5, adaptive_gamma=False)
 
@@ -150,3 +155,34 @@ def test_out_that_is_a_file(capsys, folder, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = run(capsys, folder, "--out", tmp_path / "file")
     assert code == 2 and f"--out {tmp_path / 'file'}: File exists" in err
+
+
+def test_accelerate_gives_what_one_process_gives(capsys, folder, tmp_path):
+    """Two processes, started as accelerate does by torchrun, share the documents."""
+    arguments = ["eval", "--model", folder, "--include-path", folder, "--batch-size", 2,
+                 "--tasks", "local_choice,local_answer", "--limit", 5, "--no-controls", *SETTINGS,
+                 "--json", "--out"]  # fmt: skip
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--main_process_port", "0", "-m", "vps.cli"]
+    done = subprocess.run(
+        [sys.executable, *launch, *map(str, arguments), str(tmp_path / "two")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)  # of one process alone
+    assert cli.main([*map(str, arguments), str(tmp_path / "one")]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert set(one["variants"]) == set(two["variants"]) == {"baseline", "sharpened"}
+    for name, variant in one["variants"].items():
+        assert variant["scopes"] == two["variants"][name]["scopes"]
+        for task, metrics in variant["results"].items():
+            assert two["variants"][name]["results"][task] == pytest.approx(metrics)
+    lines = [
+        [json.loads(line) for line in (tmp_path / f"{which}/outcomes.jsonl").open()]
+        for which in ("one", "two")
+    ]
+    assert len(lines[0]) == len(lines[1]) > 0
+    for a, b in zip(*lines, strict=True):
+        margins = a.pop("margin"), b.pop("margin")
+        assert a == b and margins[0] == pytest.approx(margins[1], abs=1e-4)

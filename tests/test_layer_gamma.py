@@ -18,6 +18,7 @@ import vps
 from vps import VPSConfig, reference, vps_linear
 from vps.coupled import Projection, coupled_vps_linear
 from vps.functional import plan_for
+from vps.lbfgs import CurvatureMemory
 from vps.patching import sharpened_layers
 from vps.policy import LayerGamma
 
@@ -256,3 +257,27 @@ def test_a_layer_keeps_what_it_passes_on():
 def test_bad_gamma(gamma, error):
     with pytest.raises(error, match="gamma"):
         vps_linear(torch.randn(2, 24), torch.randn(30, 24), gamma=gamma)
+
+
+@pytest.mark.parametrize("settings", [{}, {"builder": "sc"}, {"order": 2}, {"clamp": 0.2}])
+@pytest.mark.parametrize("gamma", [-0.6, [0.5, -1.25, 0.0, 0.25]])
+def test_with_a_memory(settings, gamma):
+    """L-BFGS pairs act on the columns as they are scaled (SPEC §8)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    x, W = tensor(2, 5, 24), tensor(30, 24) / 5
+    memory = CurvatureMemory()
+    w, g = tensor(30), tensor(30)
+    for _ in range(3):
+        step = tensor(30)
+        w, g = w + step, g + step + 0.1 * tensor(30)
+        memory.record(w, g)
+    assert len(memory.pairs) == 2
+    config = VPSConfig(**settings)
+    pairs = [(pair.s, pair.y) for pair in memory.pairs]
+    expected = reference.vps_linear(x, W, config=config, gamma=gamma, memory=pairs).y
+    y = vps_linear(x, W, None, config, gamma=gamma, memory=memory)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)

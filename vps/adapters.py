@@ -50,8 +50,18 @@ def _placed(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 
 def cover(adapter: nn.Module, layer: Any) -> Any:
     """Sharpen an adapter in place of the layer that it wraps: settings and coupling pass to it,
-    and go back when it is taken away."""
+    and go back when it is taken away.
+
+    Raises:
+        TypeError: a layer of which this process holds a part only.
+    """
     from vps import opaque_layer
+
+    if not layer.is_whole:
+        raise TypeError(
+            f"vps: an adapter around a sharpened {type(layer).__name__} is not supported: its "
+            "weight is split over ranks; expected vps.unpatch before adding adapters"
+        )
 
     outer = opaque_layer.attach(adapter, layer.config, layer.state, layer.widths, wraps=True)
     _hand_over(layer, outer)

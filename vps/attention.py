@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from vps import pairing
+from vps import pairing, tensor_parallel
 from vps.coupled import why_not
 from vps.linear import SharpenedLayer
 from vps.opaque_layer import sharpened_by
+from vps.tensor_parallel import TensorParallelLinear
 
 QUERY, KEY = "q_proj", "k_proj"
 CROSS = re.compile(r"cross|encoder_attn|enc_attn", re.IGNORECASE)
@@ -79,7 +80,13 @@ def _pair(
         if not isinstance(heads, int) or not isinstance(kv_heads, int):
             return "neither the block nor the model's config says how many heads there are"
     reason = why_not(d_q, d_k, heads, kv_heads)
-    return pairing.Coupling(query, key, heads, kv_heads) if reason is None else reason  # type: ignore[arg-type]
+    if reason is not None:
+        return reason
+    if isinstance(query, TensorParallelLinear) and isinstance(key, TensorParallelLinear):
+        return tensor_parallel.pair(query, key, heads, kv_heads)
+    if isinstance(query, TensorParallelLinear) or isinstance(key, TensorParallelLinear):
+        return "only one of them is split over ranks"
+    return pairing.Coupling(query, key, heads, kv_heads)  # type: ignore[arg-type]
 
 
 def _text_config(config: Any) -> Any:

@@ -88,6 +88,13 @@ def decide(
 
 def select(s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """``I_out`` of the query and of the key, ``[G, r]``, from scores ``[G, d_q]``, ``[G, d_k]``."""
+    return contributions(s_q, s_k, r, heads, kv_heads)[1:]
+
+
+def contributions(
+    s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All contributions ``c``, float64 ``[G, d_k]``, and what :func:`select` makes of them."""
     groups, size = len(s_k), s_k.shape[1] // kv_heads
     per_group = heads // kv_heads
     query = s_q.double().view(groups, kv_heads, per_group, size)
@@ -95,7 +102,7 @@ def select(s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int) -> tuple
     I_k = selection.top_k(contribution, r)
     best_head = query.max(2).indices.flatten(1).gather(1, I_k)
     I_q = ((I_k // size) * per_group + best_head) * size + I_k % size
-    return I_q, I_k
+    return contribution, I_q, I_k
 
 
 def _statistics(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor | None]:

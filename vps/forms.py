@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps import adapters, opaque_layer
+from vps import adapters, opaque_layer, tensor_parallel
 from vps.config import VPSConfig
 from vps.linear import FLOATING, SharpenedLayer, VPSLinear, is_replaced, why_not_sharpenable
 from vps.own_forward import fsdp_module, innermost, is_matrix
 from vps.policy import PolicyState
+from vps.tensor_parallel import TensorParallelLinear
 
 WEIGHT = "weight"
 
@@ -41,13 +42,19 @@ def form_of(module: nn.Module) -> Form:
 
 
 def _form(module: nn.Module) -> Form:
+    if isinstance(module, TensorParallelLinear):
+        return Form(module.form)
     if isinstance(module, SharpenedLayer):
         return Form(WEIGHT)
+    if tensor_parallel.is_tensor_parallel(module):
+        return Form(tensor_parallel.form_of(module), tensor_parallel.why_not_sharpenable(module))
     if adapters.is_adapter(module):
         base = innermost(module)
         within = form_of(base)
         if within.reason is not None:
             return Form(reason=f"the layer in it: {within.reason}")
+        if isinstance(base, TensorParallelLinear) or tensor_parallel.is_tensor_parallel(base):
+            return Form(reason=f"the layer in it is split over ranks: {within.name}")
         return Form(f"opaque ({_package(module)}.{type(module).__name__})")
     expected = _kind(module)
     if expected is None:
@@ -97,6 +104,9 @@ def sharpen(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.Modu
         layer = opaque_layer.sharpened_by(within)
         adapters.cover(module, layer)
         return module
+    if tensor_parallel.is_tensor_parallel(module):
+        assert isinstance(module, nn.Linear)
+        return TensorParallelLinear.sharpened(module, config, state)
     if form_of(module).name == WEIGHT:
         if isinstance(module, nn.Linear):
             return VPSLinear.from_linear(module, config, state)
@@ -126,6 +136,8 @@ def plain(module: nn.Module) -> nn.Module:
         assert wrapped is not None
         module._modules["base_layer"] = plain(wrapped)
         return module
+    if isinstance(module, TensorParallelLinear):
+        return module.plain()
     if not isinstance(module, SharpenedLayer):
         opaque_layer.detach(module)
         return module

@@ -29,7 +29,8 @@ class SharpenedLayer:
     where an adapter wraps the layer and is sharpened in its place. During a refinement also
     ``gradient``, whether the last verification pass brought one here (Hybrid turns to SC), and the
     L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``offset`` and
-    ``norms`` are of :mod:`vps.own_forward`.
+    ``norms`` are of :mod:`vps.own_forward`; ``is_whole`` says whether this process holds all of the
+    layer.
     """
 
     config: VPSConfig
@@ -41,6 +42,7 @@ class SharpenedLayer:
     outer: Any = None
     offset: bool = False
     norms: RowNorms | None = None
+    is_whole = True
 
     @property
     def module(self) -> nn.Module:
@@ -112,6 +114,10 @@ class SharpenedLayer:
         finally:
             base.release()
         return H.view(*x.shape[:-1], -1)
+
+    def whole(self, y: Tensor) -> Tensor:
+        """All of an output of which this process may hold a part."""
+        return y
 
     def sharpen(self, x: Tensor) -> Tensor | None:
         """The output for x, or ``None`` where it is that of the base layer."""

@@ -89,28 +89,31 @@ class Coupling:
             _WAITING.clear()
             if y is not None:
                 return y
-        W_q, W_k = self.query.matrix(), self.key.matrix()
-        ys: tuple[Tensor, Tensor] | list[Tensor | None]
-        if W_q is not None and W_k is not None:
-            query = Projection(
-                W_q, self.query.bias, self.query.gradient, self.query.memory, self.query.gamma
-            )
-            key = Projection(W_k, self.key.bias, self.key.gradient, self.key.memory, self.key.gamma)
-            ys = coupled_vps_linear(
-                x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
-            )
-        else:
-            both = (
-                self.query.projection(x, inside=layer is self.query),
-                self.key.projection(x, inside=layer is self.key),
-            )
-            heads = self.heads, self.kv_heads
-            ys = opaque_vps_linear(x, both, layer.config, heads=heads, state=layer.state)
+        ys = self.outputs(layer, x)
         own, other = ys if layer is self.query else ys[::-1]
         if waits:
             _WAITING.layer = self.key if layer is self.query else self.query
             _WAITING.x, _WAITING.version, _WAITING.y = x, x._version, other
         return own
+
+    def outputs(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor] | list[Tensor | None]:
+        """Both outputs, the query's first, while the forward of ``layer`` runs; ``None`` where one
+        is that of the base layer."""
+        W_q, W_k = self.query.matrix(), self.key.matrix()
+        if W_q is not None and W_k is not None:
+            query = Projection(
+                W_q, self.query.bias, self.query.gradient, self.query.memory, self.query.gamma
+            )
+            key = Projection(W_k, self.key.bias, self.key.gradient, self.key.memory, self.key.gamma)
+            return coupled_vps_linear(
+                x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
+            )
+        both = (
+            self.query.projection(x, inside=layer is self.query),
+            self.key.projection(x, inside=layer is self.key),
+        )
+        heads = self.heads, self.kv_heads
+        return opaque_vps_linear(x, both, layer.config, heads=heads, state=layer.state)
 
     def _may_wait(self, x: Tensor) -> bool:
         """Whether this runs in its block, eagerly, with an x whose changes show."""

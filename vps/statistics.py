@@ -125,7 +125,7 @@ def _observed(
     if counted is not None:
         energy = energy[counted.any(1)]
     if layer.matrix() is None:
-        update = y - layer.plain_output(x)
+        update = layer.whole(y) - layer.whole(layer.plain_output(x))
     else:
         update = y - H if layer.bias is None else y - H - layer.bias
     sizes = (torch.linalg.vector_norm(z, dtype=energy.dtype) for z in (H, update))

@@ -146,9 +146,9 @@ def forward(inputs: Inputs, settings: Settings, pairs: tuple[Pair, ...] = ()) ->
     keep_H = mask is not None or inputs.H is not None
     if pairs:
         delta = precondition(pairs, gradient.expand(gradient.mix(t, core), W, I_in))
-        y = _add(H, delta, gamma, settings.clamp)
+        y = add(H, delta, gamma, settings.clamp)
     else:
-        y = _apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H)
+        y = apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H)
     if bias is not None:
         y = y.add_(bias)
     if mask is not None:  # a group without a counted token keeps the bits of the base layer
@@ -202,7 +202,7 @@ def build(
     return core, gamma, t, inactive
 
 
-def _apply(
+def apply(
     H: Tensor,
     t: Tensor,
     core: Tensor,
@@ -215,7 +215,7 @@ def _apply(
 ) -> Tensor:
     """``H + γ · clamp(t C Bᵀ)``, in place of H if it may be."""
     if clamp is not None:
-        return _add(H, gradient.expand(gradient.mix(t, core), W, I_in), gamma, clamp)
+        return add(H, gradient.expand(gradient.mix(t, core), W, I_in), gamma, clamp)
     u = gradient.mix(t, core * gamma.view(-1, 1, 1))
     if B is None:
         return gradient.expand(u, W, I_in).add_(H)
@@ -225,7 +225,7 @@ def _apply(
     return torch.baddbmm(H, u, B.permute(1, 2, 0))
 
 
-def _add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor:
+def add(H: Tensor, delta: Tensor, gamma: Tensor, clamp: float | None) -> Tensor:
     """``H + γ · clamp(δ)``, in place of δ ``[G, T, d_out]``."""
     if clamp is not None:
         delta = delta.clamp_(-clamp, clamp)

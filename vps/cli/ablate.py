@@ -6,12 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vps import __version__
 from vps.cli.options import UsageError, add_model, positive, usable_device
+from vps.cli.processes import Process, own_device, take_process
 from vps.cli.terminal import Progress, muted, quiet_transformers
 
 if TYPE_CHECKING:
@@ -35,19 +35,12 @@ The unpatched model is always among the cells, and the controls of every cell un
 otherwise. Given continuations are scored under the cell's scope, which is token unless the file
 sets it.
 
-Killed or interrupted, the same command goes on where it was. Several processes share the cells:
+Killed or interrupted, the same command goes on where it was. Several processes share the cells
+(without --multi_gpu accelerate starts only one where there is no GPU):
 
-  accelerate launch --num_processes 2 -m vps.cli ablate grid.yaml ...
+  accelerate launch --multi_gpu --num_processes 2 -m vps.cli ablate grid.yaml ...
   torchrun --nproc-per-node 2 -m vps.cli ablate grid.yaml ...
 """
-
-
-class Process(NamedTuple):
-    """Which of several processes this is, and which on its machine."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -123,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
                 settings,
                 rank=process.rank,
                 world=process.world,
-                facts=ablation.machine_facts(_device(arguments.device, process)),
+                facts=ablation.machine_facts(own_device(arguments.device, process)),
                 advance=progress.advance,
             )
     except runs.RunError as error:
@@ -144,30 +137,6 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def take_process(environment: MutableMapping[str, str]) -> Process:
-    """What torchrun or accelerate say of this process, taken out of the environment.
-
-    Each process evaluates cells of its own, so the libraries below must not look for the others.
-
-    Raises:
-        UsageError: numbers that do not fit.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    texts = [environment.pop(name, None) for name in names]
-    environment.pop("LOCAL_WORLD_SIZE", None)
-    if texts[0] is None and texts[1] is None:
-        return Process()
-    try:
-        rank, world = int(texts[0] or 0), int(texts[1] or 1)
-        local = rank if texts[2] is None else int(texts[2])
-    except ValueError:
-        world = rank = local = -1
-    if not 0 <= rank < world or local < 0:
-        came = ", ".join(f"{name} {text!r}" for name, text in zip(names, texts, strict=True))
-        raise UsageError(f"expected 0 ≤ RANK < WORLD_SIZE and LOCAL_RANK ≥ 0, got {came}")
-    return Process(rank, world, local)
-
-
 def _evaluator(
     arguments: argparse.Namespace, grid: Grid, process: Process, progress: Progress
 ) -> Evaluator:
@@ -176,7 +145,7 @@ def _evaluator(
     from vps.evaluation.ablation import harness_evaluator
     from vps.loading import load_model
 
-    device = usable_device(_device(arguments.device, process))
+    device = usable_device(own_device(arguments.device, process))
     progress.step("loading the model")
     with muted(arguments.debug):
         try:
@@ -232,11 +201,6 @@ def _say(
     print(f"{cells} cells{of}: {', '.join(f'{number} {name}' for name, number in counts.items())}")
     if process.rank == 0:
         print(f"report: vps report {arguments.out}")
-
-
-def _device(name: str, process: Process) -> str:
-    """A GPU of its own for each process of one machine, where ``cuda`` names none."""
-    return f"cuda:{process.local}" if name == "cuda" and process.world > 1 else name
 
 
 def _names(text: str) -> list[str]:

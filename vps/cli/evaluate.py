@@ -21,9 +21,22 @@ from vps.cli.options import (
     read_calibration,
     usable_device,
 )
+from vps.cli.processes import Process, joined, own_device, take_process
 from vps.cli.terminal import Progress, muted, quiet_transformers
 
 OUTCOMES, SCORES = "outcomes.jsonl", "scores.json"
+DESCRIPTION = """Runs the plain model, the sharpened one and three controls on the same documents.
+
+Tasks that need no download: vps_arithmetic, vps_chains, vps_word_problems, vps_units, each also
+with _choice at its end.
+
+Several processes share the documents, each with the whole model on a device of its own (--device
+cuda is one GPU for each process; without --multi_gpu accelerate starts only one where there is no
+GPU):
+
+  accelerate launch --multi_gpu --num_processes 2 -m vps.cli eval ...
+  torchrun --nproc-per-node 2 -m vps.cli eval ...
+"""
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -32,9 +45,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "eval",
         parents=[common],
         help="run tasks of lm-evaluation-harness, sharpened and plain",
-        description="Runs the plain model, the sharpened one and three controls on the same "
-        "documents. Tasks that need no download: vps_arithmetic, vps_chains, vps_word_problems, "
-        "vps_units, each also with _choice at its end.",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser)
     parser.add_argument(
@@ -86,20 +98,35 @@ def run(arguments: argparse.Namespace) -> None:
         if not path.is_dir():
             raise UsageError(f"--include-path {path}: no such folder")
     _claim(arguments.out)
+    process = take_process(os.environ)
     quiet_transformers(arguments.debug)
+    with joined(process) as group:
+        scores = _scores(arguments, config, calibration, tasks, process, group)
+    if process.rank == 0:  # which got the answers of all
+        _report(arguments, config, tasks, scores)
+
+
+def _scores(
+    arguments: argparse.Namespace,
+    config: Any,
+    calibration: Any,
+    tasks: list[str],
+    process: Process,
+    group: Any,
+) -> dict[str, Any]:
+    """What came of every variant, by its name."""
     import torch
 
     from vps import patch
-    from vps.evaluation import table
     from vps.evaluation.harness import VARIANTS, Harness
     from vps.loading import load_model
 
-    device = usable_device(arguments.device)
+    device = usable_device(own_device(arguments.device, process))
     names = ["baseline", *(name for name in VARIANTS if name != "baseline")]
     if arguments.no_controls:
         names = names[:2]
-    progress = Progress()
-    scores = {}
+    progress = Progress(process.rank == 0)
+    scores: dict[str, Any] = {}
     try:
         with muted(arguments.debug):
             progress.step("loading the model")
@@ -121,6 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
                 include_path=arguments.include_path,
                 chat=arguments.chat,
                 scoring_scope=arguments.scoring_scope,
+                group=group,
             )
             _check_apart(harness, calibration)
             for number, name in enumerate(names, 1):
@@ -130,6 +158,15 @@ def run(arguments: argparse.Namespace) -> None:
                     _check_keep(scores[name], arguments.keep)
     finally:
         progress.close()
+    return scores
+
+
+def _report(
+    arguments: argparse.Namespace, config: Any, tasks: list[str], scores: dict[str, Any]
+) -> None:
+    """Print and write."""
+    from vps.evaluation import table
+
     filtered = {} if arguments.keep is None else _filtered(scores, arguments)
     values = {
         "vps": __version__,
@@ -156,7 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
             for task, each in filtered.items()
         },
     }
-    if calibration is not None:
+    if arguments.calibration is not None:
         values["calibration"] = str(arguments.calibration)
     if arguments.out is not None:
         lines = [

@@ -38,11 +38,15 @@ def muted(debug: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 class Progress:
-    """A tqdm line on a terminal, for every step that takes over two seconds; silent elsewhere."""
+    """A tqdm line on a terminal, for every step that takes over two seconds; silent elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+        wanted: False for silence on a terminal too.
+    """
+
+    def __init__(self, wanted: bool = True) -> None:
         self._stream = sys.stderr
-        self._shown = self._stream.isatty() and util.find_spec("tqdm") is not None
+        self._shown = wanted and self._stream.isatty() and util.find_spec("tqdm") is not None
         self._bar: Any = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None

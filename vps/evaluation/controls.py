@@ -228,6 +228,11 @@ def _hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
     ) -> Tensor | None:
         if any(state is layer.state for state in STATE.disabled):
             return None
+        if not layer.is_whole:
+            raise TypeError(
+                f"control: {name} is split over ranks, of which each holds a part; expected a "
+                "model in one process"
+            )
         return hook(name, layer, args, y)
 
     handles = [

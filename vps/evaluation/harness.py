@@ -72,6 +72,9 @@ class Harness:
         scoring_scope: scope for given continuations; ``"config"`` for the config's, which leaks
             from late tokens to early ones unless it is ``"token"``.
         seed: of few-shot examples and sampled generation.
+        group: a process group of torch whose ranks each have the whole model and run the same
+            tasks: they share the requests, and all get every answer. Sampled generation then
+            draws other numbers than one process.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
@@ -91,6 +94,7 @@ class Harness:
         chat: bool = False,
         scoring_scope: str = "token",
         seed: int = 1234,
+        group: Any = None,
     ) -> None:
         for name, value, low in (
             ("limit", limit, 1),
@@ -118,7 +122,7 @@ class Harness:
         self.chat = chat
         self.seed = seed
         with _as_it_was(model):
-            self._lm = language_model(model, tokenizer, batch_size, scoring_scope)
+            self._lm = language_model(model, tokenizer, batch_size, scoring_scope, group)
         self._tasks = _load(tasks, [Path(path) for path in include_path], num_fewshot, seed)
 
     def documents(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -205,6 +209,7 @@ def evaluate(
     chat: bool = False,
     scoring_scope: str = "token",
     seed: int = 0,
+    group: Any = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Scores]:
     """Baseline, sharpened model and controls on the same documents.
@@ -244,6 +249,7 @@ def evaluate(
             include_path=include_path,
             chat=chat,
             scoring_scope=scoring_scope,
+            group=group,
         )
         scores = {}
         for name in variants:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vps.masking import token_mask
@@ -23,7 +24,9 @@ from vps.patching import sharpened_layers
 SCORING = ("loglikelihood", "loglikelihood_rolling")
 
 
-def language_model(model: Any, tokenizer: Any, batch_size: int, scoring_scope: str) -> Any:
+def language_model(
+    model: Any, tokenizer: Any, batch_size: int, scoring_scope: str, group: Any = None
+) -> Any:
     """An lm-eval ``LM`` of a patched model.
 
     Args:
@@ -32,6 +35,7 @@ def language_model(model: Any, tokenizer: Any, batch_size: int, scoring_scope: s
         batch_size: rows a call.
         scoring_scope: scope for requests that score given continuations; ``"config"`` leaves the
             config's.
+        group: a process group whose ranks share the requests; ``None`` for one process.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
@@ -45,6 +49,7 @@ def language_model(model: Any, tokenizer: Any, batch_size: int, scoring_scope: s
         )
     lm.scoring_scope = scoring_scope
     lm.ran = {}
+    lm.group = group
     return lm
 
 
@@ -63,6 +68,26 @@ def scoped(model: nn.Module, scope: str) -> Iterator[None]:
             layer.config = config
 
 
+def shared(
+    compute: Callable[[list[Any]], list[Any]], requests: Sequence[Any], group: Any
+) -> list[Any]:
+    """What ``compute`` gives for each request, of which every rank of a group computes some.
+
+    Requests of one context, which lm-eval runs as one row where it can, stay together. Every rank
+    calls this with the same requests and gets all answers.
+    """
+    if group is None:
+        return compute(list(requests))
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    contexts: dict[str, int] = {}
+    owners = [contexts.setdefault(each.args[0], len(contexts)) % world for each in requests]
+    own = [each for each, owner in zip(requests, owners, strict=True) if owner == rank]
+    parts: list[list[Any]] = [[]] * world
+    dist.all_gather_object(parts, compute(own) if own else [], group=group)
+    answers = [iter(part) for part in parts]
+    return [next(answers[owner]) for owner in owners]
+
+
 @cache
 def _class() -> type[Any]:
     try:
@@ -74,21 +99,25 @@ def _class() -> type[Any]:
 
     class SharpenedLM(HFLM):  # type: ignore[misc]
         scoring_scope: str
+        group: Any
         ran: dict[str, tuple[str, int]]  # scope and batch size by type of request
         batch_size_per_gpu: int
         _rows: Counter[tuple[int, ...]] | None = None
 
         def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            compute = super().loglikelihood
             with self._scoring("loglikelihood"):
-                return super().loglikelihood(requests, *args, **kwargs)
+                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
 
         def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            compute = super().loglikelihood_rolling
             with self._scoring("loglikelihood_rolling"):
-                return super().loglikelihood_rolling(requests, *args, **kwargs)
+                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
 
         def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            compute = super().generate_until
             with self._own_batch("generate_until"):
-                return super().generate_until(requests, *args, **kwargs)
+                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
 
         @contextmanager
         def _scoring(self, kind: str) -> Iterator[None]:

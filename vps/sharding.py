@@ -1,0 +1,199 @@
+"""Which features of a layer each rank of a tensor-parallel group holds, and what ranks exchange.
+
+Every rank computes what it decides from the numbers that come back, which are the same everywhere,
+so no two ranks ever select different features.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vps.policy import Settings
+
+
+class Shard(NamedTuple):
+    """One dim of a weight, split over the ranks of a group in their order.
+
+    Args:
+        group: the process group.
+        rank: of this process in it.
+        bounds: rank p holds features ``bounds[p]`` to ``bounds[p + 1]``.
+    """
+
+    group: Any
+    rank: int
+    bounds: tuple[int, ...]
+
+    @property
+    def offset(self) -> int:
+        """The first feature that this rank holds."""
+        return self.bounds[self.rank]
+
+    @property
+    def size(self) -> int:
+        """How many features this rank holds; may be 0."""
+        return self.bounds[self.rank + 1] - self.offset
+
+    @property
+    def world(self) -> int:
+        """Ranks in the group."""
+        return len(self.bounds) - 1
+
+    def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's own number of each feature, of any feature where another rank holds it, and
+        whether this one does; both of the shape of ``index``.
+        """
+        local = index - self.offset
+        held = (local >= 0) & (local < self.size)
+        return local.clamp(0, max(0, self.size - 1)), held
+
+
+class Projection(NamedTuple):
+    """What this rank holds of a layer, and how the whole layer is sharpened.
+
+    Args:
+        weight: its rows ``[held, d_in]`` where outputs are split, else its columns
+            ``[d_out, held]``.
+        bias: ``[held]`` where outputs are split, else ``[d_out]``; or ``None``.
+        shard: of the dim that is split.
+        settings: of the whole layer.
+        numbers: of :func:`vps.policy.bounds`, ``[9]``, or with a factor of each column.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    shard: Shard
+    settings: Settings
+    numbers: Tensor
+
+
+def split_evenly(features: int, ranks: int) -> tuple[int, ...]:
+    """Bounds of ``ranks`` parts as torch.chunk and DTensor make them: the last may be shorter."""
+    part = -(-features // ranks)
+    return tuple(min(rank * part, features) for rank in range(ranks + 1))
+
+
+def padded(values: Tensor, dim: int) -> Tensor:
+    """``values``, with one feature of zeros where this rank holds none."""
+    if values.shape[dim]:
+        return values
+    shape = list(values.shape)
+    shape[dim] = 1
+    return values.new_zeros(shape)
+
+
+def best_of_all(
+    scores: Tensor, features: Sequence[Tensor], r: int, shard: Shard
+) -> tuple[Tensor, ...]:
+    """The best r candidates of all ranks, from the best of each: one all-gather.
+
+    Sent: ``(1 + n) · r`` numbers a group.
+
+    Args:
+        scores: of this rank's best candidates, at least 0, best first, ``[G, min(r, held)]``.
+        features: n numbers that describe each candidate, of the shape of ``scores``; the first is
+            the feature's index in the whole layer.
+        r: how many to find.
+        shard: the ranks.
+
+    Returns:
+        ``features`` of the best, each ``[G, r]``, ties to the lower index.
+    """
+    rows = torch.stack([scores.double(), *(feature.double() for feature in features)], 1)
+    message = rows.new_full((*rows.shape[:2], r), -1.0)
+    message[..., : rows.shape[-1]] = rows
+    everyone = _from_all(message, shard)
+    # Ranks hold features in ascending order, so a stable sort leaves ties to the lower index.
+    merged = everyone.permute(1, 2, 0, 3).flatten(2)
+    order = merged[:, 0].sort(dim=-1, descending=True, stable=True).indices[:, :r]
+    return tuple(column.gather(1, order).long() for column in merged.unbind(1)[1:])
+
+
+def _from_all(message: Tensor, shard: Shard) -> Tensor:
+    """The messages of all ranks, of one shape, along a new first dim."""
+    everyone = [torch.empty_like(message) for _ in range(shard.world)]
+    dist.all_gather(everyone, message, group=shard.group)
+    return torch.stack(everyone)
+
+
+def gather(values: Tensor, shard: Shard) -> Tensor:
+    """All features of ``values`` ``[..., held]``, in their order."""
+    rows = values.reshape(-1, values.shape[-1])
+    widest = shard.bounds[1]
+    own = rows.new_zeros(len(rows), widest)
+    own[:, : rows.shape[1]] = rows
+    joined = _from_all(own, shard).transpose(0, 1).flatten(1)
+    # The last part may be shorter than the others, and is padded.
+    return joined[:, : shard.bounds[-1]].reshape(*values.shape[:-1], -1)
+
+
+def add_up(parts: Sequence[Tensor | None], shard: Shard) -> list[Tensor | None]:
+    """Every part summed over the ranks, in one all-reduce of all; ``None`` stays.
+
+    Summed in the accumulation dtype of the parts, which a narrower part returns to.
+    """
+    given = [part for part in parts if part is not None]
+    if not given:
+        return list(parts)
+    dtype = given[0].dtype
+    for part in given[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    flat = torch.cat([part.reshape(-1).to(dtype) for part in given])
+    dist.all_reduce(flat, group=shard.group)
+    sums = iter(flat.split([part.numel() for part in given]))
+    return [None if part is None else next(sums).view(part.shape).to(part.dtype) for part in parts]
+
+
+def products_of_rows(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], shards: Sequence[Shard]
+) -> list[Tensor]:
+    """This rank's summands of the inner products of selected rows of weights split by rows.
+
+    Rows that different ranks hold have to meet. Each rank takes one part of the inputs of every
+    distinct selected row, by one all-to-all, which moves each element of these rows once over all
+    ranks: at most ``G · r · d_in`` for a weight, and ``1/P`` of that to each of P ranks. No
+    exchange of fewer numbers gives the inner product of two vectors that two ranks hold.
+
+    Args:
+        weights: this rank's rows of each, ``[held, d_in]``.
+        indices: of rows of each whole weight, ``[G, r]``.
+        shards: of the rows, over one group.
+
+    Returns:
+        ``[G, r, r]`` each, in the dtype of the weight or float32, to be added up over the ranks.
+    """
+    ranks, rank = shards[0].world, shards[0].rank
+    parts = split_evenly(weights[0].shape[1], ranks)
+    widths = [end - start for start, end in zip(parts, parts[1:], strict=False)]
+    places, counts, owns = [], [], []
+    for weight, index, shard in zip(weights, indices, shards, strict=True):
+        rows, place = torch.unique(index, return_inverse=True)  # ascending, so by rank
+        listed = rows.tolist()
+        firsts = [bisect_left(listed, bound) for bound in shard.bounds]
+        places.append(place)
+        counts.append([end - start for start, end in zip(firsts, firsts[1:], strict=False)])
+        own = weight[rows[firsts[rank] : firsts[rank + 1]] - shard.offset]
+        owns.append(own.split(widths, dim=1))
+    width = widths[rank]
+    received = weights[0].new_empty(sum(map(sum, counts)) * width)
+    dist.all_to_all_single(
+        received,
+        torch.cat([own[other].reshape(-1) for other in range(ranks) for own in owns]),
+        [sum(count[other] for count in counts) * width for other in range(ranks)],
+        [sum(own[other].numel() for own in owns) for other in range(ranks)],
+        group=shards[0].group,
+    )
+    sizes = [count[other] * width for other in range(ranks) for count in counts]
+    pieces = received.split(sizes)
+    products = []
+    for number, place in enumerate(places):
+        joined = torch.cat(pieces[number :: len(places)]).view(-1, width)
+        picked = joined.to(torch.promote_types(joined.dtype, torch.float32))[place]
+        products.append(picked @ picked.mT)
+    return products

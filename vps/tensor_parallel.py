@@ -1,0 +1,390 @@
+"""Layers that transformers' tensor parallelism splits over ranks, sharpened as one process would.
+
+``AutoModelForCausalLM.from_pretrained(…, tp_plan="auto")`` makes weights DTensors and replaces the
+``forward`` of each layer; activations stay plain tensors. :mod:`vps.column_wise` and
+:mod:`vps.row_wise` compute, and say what ranks exchange.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vps import column_wise, dispatch, masking, pairing, row_wise, sharding, sharing
+from vps.config import VPSConfig
+from vps.functional import FLOATING, arrange, cast, plan_for
+from vps.linear import SharpenedLayer
+from vps.own_forward import OwnForward
+from vps.policy import PolicyState
+from vps.sharding import Projection, Shard, split_evenly
+
+STYLES = {"ColwiseParallel": 0, "RowwiseParallel": 1}  # and the dim of the weight that they split
+
+
+class TensorParallelLinear(SharpenedLayer, nn.Linear):
+    """A linear layer of which this rank holds a part, as :meth:`sharpened` makes it in place.
+
+    Parameters, ``state_dict`` keys and hooks stay those of the layer; ``base_forward`` is the
+    forward that transformers gave it.
+    """
+
+    base_forward: Callable[[Tensor], Tensor]
+    style: Any
+    shard: Shard
+    is_whole = False
+
+    @classmethod
+    def sharpened(cls, linear: nn.Linear, config: VPSConfig, state: PolicyState) -> Self:
+        """``linear`` itself, turned into this class.
+
+        Raises:
+            TypeError: a layer that :func:`why_not_sharpenable` refuses.
+        """
+        reason = why_not_sharpenable(linear)
+        if reason is not None:
+            raise TypeError(f"TensorParallelLinear.sharpened: cannot sharpen this layer: {reason}")
+        style, shard = _style(linear), _shard(linear)
+        forward = linear.__dict__.pop("forward")
+        linear.__class__ = cls
+        vars(linear).update(
+            config=config, state=state, base_forward=forward, style=style, shard=shard
+        )
+        assert isinstance(linear, cls)
+        return linear
+
+    def plain(self) -> nn.Linear:
+        """The layer itself, as it was before :meth:`sharpened`."""
+        forward = self.base_forward
+        for name in ("base_forward", "style", "shard", *SharpenedLayer.__annotations__):
+            self.__dict__.pop(name, None)
+        self.__dict__["forward"] = forward
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def form(self) -> str:
+        """Its form in a :class:`vps.PatchReport`."""
+        return f"tensor parallel ({'row' if self.splits_inputs else 'column'}-wise)"
+
+    def matrix(self) -> None:
+        """No rank holds the whole W."""
+
+    def plain_output(self, x: Tensor) -> Tensor:
+        return self.base_forward(x)
+
+    def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
+        raise self._not_whole()
+
+    def own_forward(self, x: Tensor, inside: bool = False) -> OwnForward:
+        raise self._not_whole()
+
+    @torch.no_grad()
+    def base_product(self, x: Tensor) -> Tensor:
+        """``H`` of all ranks, which moves as much: for statistics alone."""
+        x = _own_input(self, x)
+        H = F.linear(x, _local(self.weight).to(x.dtype))
+        if self.splits_inputs:
+            dist.all_reduce(H, group=self.shard.group)
+            return H
+        return sharding.gather(H, self.shard)
+
+    def whole(self, y: Tensor) -> Tensor:
+        if y.shape[-1] == self.out_features:
+            return y
+        return sharding.gather(y.detach(), self.shard)
+
+    def _not_whole(self) -> TypeError:
+        return TypeError(
+            f"vps: each rank holds a part of a {self.form} layer, so it is not known by its own "
+            "forward; expected a model in one process"
+        )
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether this rank holds some of the inputs, rather than of the outputs."""
+        return STYLES[type(self.style).__name__] == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sharpened output for x, both as the base layer has them on this rank."""
+        if any(state is self.state for state in masking.STATE.disabled):
+            return self.base_forward(x)
+        if self.coupling is not None and self.coupling.applies():
+            y: Tensor = self.coupling.sharpen(self, x)
+            return y
+        return sharpen((self,), x)[0]
+
+    def extra_repr(self) -> str:
+        """Sizes, the part that this rank holds, and the main settings."""
+        end = self.shard.offset + self.shard.size
+        return (
+            f"{super().extra_repr()}, {'inputs' if self.splits_inputs else 'outputs'} "
+            f"{self.shard.offset} to {end}, builder={self.config.builder}, "
+            f"scope={self.config.scope}"
+        )
+
+
+class TensorParallelCoupling(pairing.Coupling):
+    """A query and a key layer of whose heads each rank holds whole key-value groups."""
+
+    def __init__(
+        self, query: TensorParallelLinear, key: TensorParallelLinear, heads: int, kv_heads: int
+    ) -> None:
+        super().__init__(query, key, heads, kv_heads)
+        self.layers = (query, key)
+
+    def outputs(self, layer: pairing.Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+        y_q, y_k = sharpen(self.layers, x, self.layers[1].out_features // self.kv_heads)
+        return y_q, y_k
+
+
+def sharpen(
+    layers: tuple[TensorParallelLinear, ...], x: Tensor, kv_head_size: int | None = None
+) -> list[Tensor]:
+    """Outputs of one layer, or of a query and a key layer that are coupled, for the same x.
+
+    Args:
+        layers: one, or two that split their outputs.
+        x: as the base layers take it.
+        kv_head_size: channels of a head of coupled layers.
+
+    Raises:
+        TypeError: x is no plain floating-point tensor.
+        ValueError: x has another number of features than this rank takes.
+        RuntimeError: a layer that holds L-BFGS pairs, or another backend asked for than torch.
+    """
+    first = layers[0]
+    config, state = first.config, first.state
+    dispatch.choose_opaque()
+    for layer in layers:
+        if layer.memory and config.lbfgs:
+            raise RuntimeError(
+                "a tensor-parallel layer holds L-BFGS pairs, which it cannot compute with; set "
+                "lbfgs=False in the config"
+            )
+    d_in, d_out = first.in_features, min(layer.out_features for layer in layers)
+    factor = state.factor()
+    calibrated = any(layer.gamma is not None for layer in layers)
+    plans = [
+        plan_for(config, one.gradient, factor, d_out, d_in, x.device, calibrated) for one in layers
+    ]
+    settled = [plan for plan in plans if plan is not None and plan.settings.r > 0]
+    plain = [layer.gamma is not None and layer.gamma.is_zero for layer in layers]
+    if len(settled) < len(layers) or all(plain) or math.prod(x.shape[:-1]) == 0:
+        return [layer.base_forward(x) for layer in layers]
+    part = _own_input(first, x)
+    weights = [_local(layer.weight) for layer in layers]
+    biases = [None if layer.bias is None else _local(layer.bias) for layer in layers]
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        part, weights = cast(part, dtype), [cast(W, dtype) for W in weights]
+        biases = [None if b is None else cast(b, dtype) for b in biases]
+    projections = tuple(
+        Projection(W, bias, layer.shard, plan.settings, plan.numbers(layer.gamma))
+        for W, bias, layer, plan in zip(weights, biases, layers, settled, strict=True)
+    )
+    compute = _by_inputs if first.splits_inputs else _by_outputs
+    with torch.autocast(kind, enabled=False):
+        ys = compute(part, projections, settled[0].drawn, config.scope, state, kv_head_size)
+    # One of two with γ = 0 takes part in the selection alone, and keeps the bits of its base.
+    return [
+        layer.base_forward(x) if off else _own_output(layer, y.view(*x.shape[:-1], y.shape[-1]))
+        for y, off, layer in zip(ys, plain, layers, strict=True)
+    ]
+
+
+def _by_outputs(
+    x: Tensor,
+    projections: tuple[Projection, ...],
+    drawn: tuple[Tensor, Tensor] | None,
+    scope: str,
+    state: PolicyState,
+    kv_head_size: int | None,
+) -> list[Tensor]:
+    """What this rank holds of the outputs, ``[G, T, held]`` each."""
+    grouped, mask, counted = arrange(x, None, scope)
+    settings = projections[0].settings
+    I_in, I_out = _expanded(drawn, len(grouped))
+    found = sharing.find(x, mask, grouped.shape, settings.r) if I_in is None else I_in
+    outs = column_wise.forward(
+        grouped, counted, projections, found, I_out, state.entropy_on(x.device), kv_head_size
+    )
+    if found is None:
+        sharing.remember(x, mask, grouped.shape, outs[0].I_in)
+    return [
+        column_wise.Backward.apply(grouped, p.weight, p.bias, out, settings.clamp, p.shard)
+        if _needs_gradient(grouped, p.weight, p.bias)
+        else out.y
+        for out, p in zip(outs, projections, strict=True)
+    ]
+
+
+def _by_inputs(
+    x: Tensor,
+    projections: tuple[Projection, ...],
+    drawn: tuple[Tensor, Tensor] | None,
+    scope: str,
+    state: PolicyState,
+    kv_head_size: int | None,
+) -> list[Tensor]:
+    """The output of one layer, ``[G, T, d_out]``, from what this rank holds of its inputs."""
+    (own,) = projections
+    grouped, _, counted = arrange(x, None, scope)
+    result = row_wise.forward(
+        grouped, own, counted, *_expanded(drawn, len(grouped)), state.entropy_on(x.device)
+    )
+    if not _needs_gradient(grouped, own.weight, own.bias):
+        return [result.y]
+    clamp = own.settings.clamp
+    return [row_wise.Backward.apply(grouped, own.weight, own.bias, result, clamp)]
+
+
+def _expanded(
+    drawn: tuple[Tensor, Tensor] | None, groups: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """``I_in`` and ``I_out`` ``[G, r]`` of the random builder."""
+    if drawn is None:
+        return None, None
+    return drawn[0].expand(groups, -1), drawn[1].expand(groups, -1)
+
+
+def pair(
+    query: TensorParallelLinear, key: TensorParallelLinear, heads: int, kv_heads: int
+) -> TensorParallelCoupling | str:
+    """The coupling of two layers, or why there is none."""
+    if query.splits_inputs or key.splits_inputs:
+        return "they split their inputs over ranks"
+    if query.shard.group is not key.shard.group and query.shard.group != key.shard.group:
+        return "they are split over different ranks"
+    size = key.out_features // kv_heads
+    whole = [bound * (heads // kv_heads) for bound in key.shard.bounds]
+    if any(bound % size for bound in key.shard.bounds) or whole != list(query.shard.bounds):
+        return "the ranks do not hold whole key-value heads"
+    return TensorParallelCoupling(query, key, heads, kv_heads)
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Whether transformers' tensor parallelism replaced the forward of ``module``."""
+    forward = module.__dict__.get("forward")
+    return "install_forward.<locals>" in getattr(forward, "__qualname__", "")
+
+
+def form_of(module: nn.Module) -> str:
+    """The form of a tensor-parallel ``module``, as in a :class:`vps.PatchReport`."""
+    rows = type(_style(module)).__name__ == "RowwiseParallel"
+    return f"tensor parallel ({'row' if rows else 'column'}-wise)"
+
+
+def why_not_sharpenable(module: nn.Module) -> str | None:
+    """Why a tensor-parallel ``module`` cannot be sharpened, or ``None``."""
+    if type(module) is not nn.Linear:
+        return f"its type is {type(module).__name__}, expected exactly Linear"
+    style = _style(module)
+    name = type(style).__name__ if style is not None else _style_name(module)
+    if style is None or name not in STYLES:
+        return f"its tensor-parallel style is {name}, expected {' or '.join(STYLES)}"
+    layouts = [str(getattr(style, f"{side}_layouts", None)) for side in ("input", "output")]
+    if name == "RowwiseParallel" and layouts[1] != str(_replicated()):
+        return f"its tensor-parallel style {name} gives {layouts[1]}, expected a whole output"
+    if name == "ColwiseParallel" and layouts[0] != str(_replicated()):
+        return f"its tensor-parallel style {name} takes {layouts[0]}, expected a whole input"
+    if not getattr(style, "use_local_output", False):
+        return f"its tensor-parallel style {name} gives DTensors, expected plain tensors"
+    weight = module._parameters.get("weight")
+    data = None if weight is None else weight.data
+    if data is None or type(data).__name__ != "DTensor":
+        return f"its weight is a {type(data).__name__}, expected a DTensor"
+    mesh, placements = data.device_mesh, data.placements  # type: ignore[union-attr]
+    if mesh.ndim != 1:
+        return f"its weight is sharded over {mesh.ndim} mesh dimensions, expected 1"
+    if not placements[0].is_shard(STYLES[name]) or type(placements[0]).__name__ != "Shard":
+        return f"its weight is {placements[0]}, expected Shard(dim={STYLES[name]})"
+    local = data.to_local()  # type: ignore[union-attr]
+    if type(local) is not Tensor or local.dtype not in FLOATING or data.dim() != 2:
+        return f"this rank's weight is {type(local).__name__} of {local.dtype}, not a plain matrix"
+    if local.device.type == "meta":
+        return "its weight is on the meta device (offloaded or not yet loaded)"
+    shard = _shard(module)
+    if mesh.get_local_rank() != shard.rank or local.shape[STYLES[name]] != shard.size:
+        return "its weight is not split over the ranks in their order"
+    return None
+
+
+def _style_name(module: nn.Module) -> str:
+    """The class that installed the forward of ``module``."""
+    return str(getattr(module.__dict__["forward"], "__qualname__", "unknown")).split(".")[0]
+
+
+def _style(module: nn.Module) -> Any:
+    """The parallel style of transformers in the forward of ``module``, or ``None``."""
+    forward = module.__dict__["forward"]
+    if not inspect.isfunction(forward):  # another party's around it, of the same name
+        return None
+    return inspect.getclosurevars(forward).nonlocals.get("self")
+
+
+def _shard(module: nn.Module) -> Shard:
+    """How the weight of ``module`` is split."""
+    weight: Any = module._parameters["weight"]
+    process_group = weight.device_mesh.get_group()
+    ranks = dist.get_world_size(process_group)
+    features = weight.shape[STYLES[type(_style(module)).__name__]]
+    return Shard(process_group, dist.get_rank(process_group), split_evenly(features, ranks))
+
+
+def _replicated() -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()
+
+
+def _local(parameter: Any) -> Tensor:
+    """This rank's part of a parameter, through which its gradient flows."""
+    from torch.distributed.tensor import DTensor
+
+    local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local
+
+
+def _own_input(layer: TensorParallelLinear, x: Tensor) -> Tensor:
+    """What this rank takes of the input of the base layer."""
+    if type(x) is not Tensor and not isinstance(x, nn.Parameter):
+        raise TypeError(f"a tensor-parallel layer takes a plain tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"a tensor-parallel layer takes floating-point x, got {x.dtype}")
+    features = layer.in_features
+    if layer.splits_inputs and layer.style.input_layouts != _replicated():
+        features = layer.shard.size
+    if x.shape[-1] != features:
+        raise ValueError(
+            f"a tensor-parallel layer takes x [..., {features}] on this rank, got {tuple(x.shape)}"
+        )
+    if features == layer.shard.size or not layer.splits_inputs:
+        return x
+    mesh: Any = layer.weight.device_mesh  # type: ignore[attr-defined]
+    (part,), _ = layer.style.transform_inputs_pre_forward(layer, (x,), {}, mesh)
+    return _local(part)
+
+
+def _own_output(layer: TensorParallelLinear, y: Tensor) -> Tensor:
+    """The output as the base layer gives it, gathered where that is its style."""
+    if layer.splits_inputs or layer.style.output_layouts != _replicated():
+        return y
+    mesh: Any = layer.weight.device_mesh  # type: ignore[attr-defined]
+    gathered: Tensor = layer.style.transform_output_post_forward(layer, y, mesh)
+    return gathered
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
