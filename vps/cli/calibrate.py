@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     from vps import patch
     from vps.fitting import calibrate, sensitivity, text
     from vps.loading import load_model
+    from vps.patching import sharpened_layers
 
     device = usable_device(arguments.device)
     progress = Progress()
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.gradient_only:
             found = sensitivity(model, tokenizer, examples, **shared)
             progress.close()
-            _gradients(arguments, found, len(examples))
+            _gradients(arguments, found, len(examples), list(sharpened_layers(model)))
             return
         layers: Any = arguments.top_layers
         if arguments.layers is not None:
@@ -174,8 +175,10 @@ def _options(arguments: argparse.Namespace) -> Any:
         raise UsageError(f"--learning-rate {arguments.learning_rate}: {error}") from error
 
 
-def _gradients(arguments: argparse.Namespace, found: list[Sensitivity], examples: int) -> None:
-    """Write and draw the ranking, print its head."""
+def _gradients(
+    arguments: argparse.Namespace, found: list[Sensitivity], examples: int, order: list[str]
+) -> None:
+    """Write and draw the ranking, print its head; the picture is in the order of the model."""
     from vps import jsonl
     from vps.demo.heatmap import Panel, draw_panels
     from vps.fitting import agreement
@@ -196,13 +199,14 @@ def _gradients(arguments: argparse.Namespace, found: list[Sensitivity], examples
     jsonl.replace(arguments.out, text)
     picture, unit = arguments.out.with_suffix(".png"), "nats per token"
     names = [each.name for each in found]
+    drawn = sorted(found, key=lambda each: order.index(each.name))
     draw_panels(
-        names,
+        [each.name for each in drawn],
         [
-            Panel("∂L/∂γ", unit, [each.gradient for each in found], centred=True),
-            Panel("first half", unit, [each.halves[0] for each in found], centred=True),
-            Panel("second half", unit, [each.halves[1] for each in found], centred=True),
-            Panel("|∂L/∂γ| over its error", "no unit", [min(each.ratio, 99.0) for each in found]),
+            Panel("∂L/∂γ", unit, [each.gradient for each in drawn], centred=True),
+            Panel("first half", unit, [each.halves[0] for each in drawn], centred=True),
+            Panel("second half", unit, [each.halves[1] for each in drawn], centred=True),
+            Panel("|∂L/∂γ| over its error", "no unit", [min(each.ratio, 99.0) for each in drawn]),
         ],
         picture,
         f"How the loss of {examples} examples answers to γ of every layer, at γ = 0",

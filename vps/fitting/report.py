@@ -78,14 +78,13 @@ def _verdict(calibration: Calibration, families: Mapping[str, Any]) -> str:
     if not calibration.found:
         return "Nothing was found: held-out examples show no improvement."
     against = [r for r in families.get("against controls", []) if r["task"] == "held-out examples"]
-    better = [row for row in against if row["verdict"] == "better"]
     said = "Held-out examples improve."
     if against:
-        said += f" Sharpening is better than {len(better)} of {len(against)} controls"
+        better, worse = (sum(r["verdict"] == how for r in against) for how in ("better", "worse"))
         said += (
-            "." if len(better) == len(against) else
-            ": fitting helps, and that it is sharpening which is fitted was not shown to."
-        )  # fmt: skip
+            f" Of {len(against)} controls sharpening is better than {better}, worse than {worse}"
+        )
+        said += "." if better == len(against) else ": that it has to be sharpening was not shown."
     side = [r for r in families["sharpening"] if r["task"] == "other text"]
     if side and side[0]["verdict"] != "no difference":
         said += f" Other text gets {side[0]['verdict']}, by {abs(side[0]['difference']):.4f}."
