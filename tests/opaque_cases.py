@@ -39,6 +39,20 @@ class Hidden(nn.Linear):
         return F.linear(x, self.hidden, self.bias)
 
 
+class Quantized(nn.Linear):
+    """Of 8-bit integers, as they are."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.weight = nn.Parameter(
+            torch.randint(-9, 9, (d_in * d_out,), dtype=torch.int8), requires_grad=False
+        )
+
+    def forward(self, x):
+        W = self.weight.view(self.out_features, self.in_features).float()
+        return F.linear(x, W, self.bias)
+
+
 def opaque(W, b, config, *, state=None, gradient=False, memory=None):
     """A sharpened layer of that W, as a patched model holds it."""
     model = nn.Sequential(Hidden(W, b))

@@ -8,6 +8,7 @@ import peft
 import torch
 import torch.distributed as dist
 from accelerate.hooks import ModelHook, add_hook_to_module
+from evaluation_cases import plain_model, tokenizer
 from tensor_parallel_group import RANKS, case, compared, embedded, error, sharpened, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -188,6 +189,22 @@ def statistics(group):
             worst = max(abs(getattr(plain, name) - getattr(split, name)) for name in names)
             results[f"{builder} {plain.name}"] = {"error": worst}
     return results
+
+
+@case(2)
+def refinement(group):
+    """Answers, losses, decisions and gradients of a refinement, each rank for itself."""
+    plain, path = plain_model(layers=1), group.folder / "refined"
+    if group.rank == 0:
+        plain.save_pretrained(path)
+    dist.barrier()
+    split = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", dtype=torch.float32).eval()
+    found = []
+    for model in (plain, split):
+        vps.patch(model, VPSConfig(lbfgs=False))
+        result = vps.refine(model, tokenizer(), "2 + 3 =", "5", iterations=3, max_new_tokens=3)
+        found.append(result.as_dict())
+    return {"plain": found[0], "split": found[1]}
 
 
 @case(2)

@@ -55,7 +55,7 @@ class Group:
         if (name, dtype) not in self.models:
             torch.manual_seed(0)
             if name == "qwen2":
-                plain = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+                plain = Qwen2ForCausalLM(Qwen2Config(**SIZES | {"num_hidden_layers": 1}))
             else:
                 # narrow: fewer features than ranks times r, and none at all on the last of four
                 width = {"intermediate_size": 6} if name == "narrow" else {}

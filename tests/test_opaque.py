@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import HEADS, coupled_case, coupled_reference_of, random_case, reference_of
-from opaque_cases import Block, Hidden, opaque
+from opaque_cases import Block, Hidden, Quantized, opaque
 from torch import nn
 
 import vps
@@ -233,7 +233,19 @@ def test_fullgraph_compiles():
     torch._dynamo.reset()
     torch.manual_seed(0)
     W, b, x = torch.randn(40, 33), torch.randn(40), torch.randn(3, 5, 33)
-    for config in (VPSConfig(tau=None), VPSConfig(tau=None, builder="sc", scope="token")):
-        model = opaque(W, b, config)
+    packed = nn.Sequential(Quantized(33, 40))
+    vps.patch(packed, VPSConfig(target_modules=["0"]))
+    for model in (
+        packed,
+        opaque(W, b, VPSConfig(tau=None)),
+        opaque(W, b, VPSConfig(tau=None, builder="sc", scope="token")),
+    ):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    # Rows of W take a backward pass, which breaks the graph.
+    model = opaque(W, b, VPSConfig())
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"autograd\.grad"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import HEADS, coupled_case
-from opaque_cases import Block, Hidden, opaque
+from opaque_cases import Block, Hidden, Quantized, opaque
 from torch import nn
 
 import vps
@@ -60,15 +60,8 @@ def test_changed_weights_count_at_once():
 
 @torch.no_grad()
 def test_kept_norms_are_found_again_for_other_parameters():
-    layer = nn.Linear(6, 5)
+    layer = Quantized(6, 5)
     model = nn.Sequential(layer)
-
-    class Quantized(nn.Linear):
-        def forward(self, x):
-            return F.linear(x, self.weight.view(5, 6).float(), self.bias)
-
-    layer.__class__ = Quantized
-    layer.weight = nn.Parameter(torch.randint(-9, 9, (30,), dtype=torch.int8), requires_grad=False)
     report = vps.patch(model, VPSConfig(target_modules=["0"], builder="sk"))
     assert report.forms == {"0": "opaque (Quantized)"}
     handle = sharpened_by(layer)
@@ -146,3 +139,31 @@ def test_own_gamma_of_one_of_a_pair():
         torch.testing.assert_close(one, other)
     base = F.linear(x, case["weights"][0], case["bias"][0])
     assert torch.equal(outputs[0][0], base)
+
+
+@torch.no_grad()
+def test_a_shared_layer_stays_shared():
+    shared = Hidden(torch.randn(4, 4))
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    report = vps.patch(model, VPSConfig(target_modules=["a"]))
+    assert report.patched == ("a",) and len(vps.patching.sharpened_layers(model)) == 1
+    x = torch.randn(3, 4)
+    assert model["a"] is model["b"][0] and torch.equal(model["a"](x), model["b"](x))
+    assert not torch.equal(model["a"](x), F.linear(x, shared.hidden))
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_weights_that_a_hook_computes():
+    """torch.nn.utils.weight_norm of old: known when the layer itself is called, hence uncoupled."""
+    case = coupled_case(HEADS.index((4, 2, 5)))
+    x = torch.randn(1, 3, case["x"].shape[-1], dtype=torch.float64)
+    block = Block(case, (False, False), "q_proj")
+    nn.utils.weight_norm(block.k_proj)
+    report = vps.patch(block, VPSConfig(target_modules=["q_proj", "k_proj"]))
+    assert report.forms["k_proj"] == "opaque (Linear with a computed weight)"
+    assert "a hook computes the weight" in report.not_patched[""]
+    block.k_proj.weight_g.mul_(3)
+    key = block(x)[1]
+    expected = vps_linear(x, 3 * case["weights"][1], case["bias"][1])
+    torch.testing.assert_close(key, expected)

@@ -121,6 +121,25 @@ def test_leaves_no_trace(launched):
         ]
 
 
+def numbers_in(values):
+    """All numbers of nested results, in order, and all else."""
+    if isinstance(values, dict):
+        values = [item for pair in values.items() for item in pair]
+    if not isinstance(values, list):
+        number = isinstance(values, int | float) and not isinstance(values, bool)
+        return ([values], []) if number else ([], [values])
+    found = [numbers_in(item) for item in values]
+    return sum((n for n, _ in found), []), sum((o for _, o in found), [])
+
+
+def test_refinement(launched):
+    """Without L-BFGS, as one process refines; the second answer by SC."""
+    for result in launched[2]:
+        plain, split = (numbers_in(result["refinement"][name]) for name in ("plain", "split"))
+        assert plain[1] == split[1] and "sc" in plain[1]
+        assert split[0] == pytest.approx(plain[0], rel=1e-4, abs=1e-5) and len(plain[0]) > 5
+
+
 def test_refusals_name_the_reason(launched):
     for result in launched[2]:
         found = result["refusals"]

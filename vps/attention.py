@@ -64,6 +64,8 @@ def _pair(
         return "a cross-attention reads its keys from another input"
     if query.coupling is not None or key.coupling is not None:
         return "a layer is shared with another block"
+    if any("weight" in layer.module.__dict__ for layer in (query, key)):
+        return "a hook computes the weight of a layer when that layer is called"
     (d_q, in_q), (d_k, in_k) = query.widths, key.widths
     if in_q != in_k:
         return f"they read {in_q} and {in_k} features"

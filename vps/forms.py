@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +84,8 @@ def _opaque_form(module: nn.Module, expected: type[nn.Module], reason: str) -> F
     if weight.device.type == "meta":
         offloaded = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
         return Form(f"opaque (offloaded {kind})") if offloaded else Form(reason=reason)
+    if "weight" in module.__dict__:  # torch.nn.utils.weight_norm, of old
+        return Form(f"opaque ({kind} with a computed weight)")
     if type(module) is expected:
         if type(weight) is not nn.Parameter:
             return Form(f"opaque ({type(weight).__name__})")
@@ -124,24 +125,7 @@ def check(module: nn.Module) -> str | None:
     layer = opaque_layer.handle_of(module)
     if layer is None or _is_sharded(module):
         return None
-    base, config = layer.own_forward(_token_like(module)), layer.config
-    reason: str | None = base.describe()
-    layer.tried = True
-    if reason is not None or config.tau is None or base.matrix() is not None:
-        return reason
-    if layer.norms is not None:
-        layer.norms.find(base, base.like.dtype)
-    if layer.norms is None or config.builder == "sc" or config.clip == "spectral":
-        missing = base.why_no_backward()
-        if missing is not None:
-            warnings.warn(
-                f"vps.patch: a {type(module).__name__} has no backward pass ({missing}), so the "
-                f"rows of its weight that the clip asks for take {base.d_in} one-hot rows at every "
-                "call; tau=None, or without an adapter builder='sk' with clip='component', does "
-                "without them",
-                stacklevel=4,
-            )
-    return None
+    return layer.try_on(layer.own_forward(_token_like(module)))
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -127,9 +127,9 @@ def _sharpened(
     """The outputs, once the inputs are selected."""
     kind, d_in, first = x.device.type, x.shape[-1], plans[0]
     riders = riding.riders(I_in, d_in)
-    products = [
-        riding.ride(layer.base, grouped.reshape(-1, d_in), riders.index) for layer in layers
-    ]
+    products = []
+    for layer in layers:  # no comprehension, in which a compiler could not break its graph
+        products.append(riding.ride(layer.base, grouped.reshape(-1, d_in), riders.index))
     with torch.autocast(kind, enabled=False):
         H = [p.H.view(*grouped.shape[:2], -1) for p in products]
         energy, chosen = None, [drawn]

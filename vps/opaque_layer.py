@@ -6,6 +6,7 @@ on the instance, inside what accelerate put there to bring offloaded weights int
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vps import adapters
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer
 from vps.masking import STATE
-from vps.own_forward import handle_of, innermost, is_matrix, plain, without_bias
+from vps.own_forward import OwnForward, handle_of, innermost, is_matrix, plain, without_bias
 from vps.policy import PolicyState
 from vps.weight_rows import RowNorms, are_fixed
 
@@ -109,15 +110,40 @@ class OpaqueLayer(SharpenedLayer):
             "adapter_names, which give every sequence other weights, are not supported"
         )
 
+    def try_on(self, base: OwnForward) -> str | None:
+        """Why the module is no linear map, or ``None``; where it is one, the norms of its rows
+        that may be kept are found, if the config asks for them.
+
+        Warns:
+            UserWarning: it has no backward pass for the rows that the config asks for.
+        """
+        reason = base.describe()
+        self.tried = reason is None
+        if reason is not None or self.config.tau is None or base.matrix() is not None:
+            return reason
+        if self.norms is not None:
+            self.norms.find(base, base.like.dtype)
+            if self.config.builder != "sc" and self.config.clip != "spectral":
+                return None
+        missing = base.why_no_backward()
+        if missing is not None:
+            warnings.warn(
+                f"vps: a {type(self._module).__name__} has no backward pass ({missing}), so the "
+                f"rows of its weight that the clip asks for take {base.d_in} one-hot rows at every "
+                "call; tau=None, or without an adapter builder='sk' with clip='component', does "
+                "without them",
+                stacklevel=2,
+            )
+        return None
+
     def _try(self, x: Tensor) -> None:
         if STATE.plain or not x.is_floating_point():  # it is being tried, or will be refused
             return
-        reason = self.own_forward(x.detach(), inside=True).describe()
+        reason = self.try_on(self.own_forward(x.detach(), inside=True))
         if reason is not None:
             raise RuntimeError(
                 f"vps: a {type(self._module).__name__} cannot be sharpened: {reason}"
             )
-        self.tried = True
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
         """A forward hook of the module."""
