@@ -43,19 +43,23 @@ def bytes_of(tensor):
     return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor is not None else b""
 
 
-def run(program, x, W, b, config, blocks, entropy=None, I_in=None, I_out=None):
+def run(program, x, W, b, config, blocks, entropy=None, I_in=None, I_out=None, columns=None):
     d_out, d_in = W.shape
     settings = policy.settings(config, False, d_in, d_out)
     rows = -(-d_out // blocks)
     header = struct.pack(
-        "12i2f",
+        "13i2f",
         x.element_size(), x.dtype == torch.bfloat16, blocks, rows, d_in, d_out, settings.r,
         settings.adaptive, b is not None, I_in is not None, I_out is not None, entropy is not None,
+        columns is not None,
         -1.0 if config.tau is None else config.tau, -1.0 if config.clamp is None else config.clamp,
     )  # fmt: skip
     numbers = torch.tensor(policy.bounds(config, 1.0), dtype=torch.float64)
+    if columns is not None:  # γ itself is 1 then
+        numbers = policy.LayerGamma(columns).in_policy(numbers, settings.r)
+        numbers, columns = numbers[: policy.NUMBERS], numbers[policy.NUMBERS :]
     ticks = None if entropy is None else torch.tensor([entropy], dtype=torch.float64)
-    parts = [x.reshape(-1), W, b, I_in, I_out, numbers, ticks]
+    parts = [x.reshape(-1), W, b, I_in, I_out, numbers, ticks, columns]
     done = subprocess.run(
         [program], input=header + b"".join(map(bytes_of, parts)), capture_output=True, timeout=120
     )
@@ -102,6 +106,22 @@ def test_equals_the_reference(program, settings, d_in, d_out, blocks, dtype):
         assert torch.allclose(core.double(), diagonal.diag(), rtol=1e-5)
         error = (y.double() - expected.y.flatten()).norm() / expected.y.norm()
         assert error <= max(1e-6, 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.05])
+def test_gamma_a_column(program, clamp):
+    """Of either sign, and 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 24, generator=generator)
+    W = torch.randn(30, 24, generator=generator)
+    config, gamma = VPSConfig(clamp=clamp), [0.5, -1.25, 0.0, 0.25]
+    expected = reference.vps_linear(x.double(), W.double(), config=config, gamma=gamma)
+    y, _, core, scale = run(program, x, W, None, config, 3, columns=gamma)
+    error = (y.double() - expected.y.flatten()).norm() / expected.y.norm()
+    assert error <= 1e-6 and scale.item() == 1
+    rank = expected.groups[0].rank
+    factors = torch.tensor(gamma[:rank], dtype=torch.float64) / expected.groups[0].scale
+    assert torch.allclose(core.double().diagonal()[:rank], factors, rtol=1e-5)
 
 
 def test_given_features_are_used(program):
