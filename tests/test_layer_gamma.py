@@ -237,6 +237,10 @@ def test_a_layer_keeps_what_it_passes_on():
     plan = plan_for(config, False, 1.0, 30, 24, torch.device("cpu"), torch.float32, True)
     gamma = LayerGamma([0.1, 0.2, 0.3, 0.4])
     assert plan.numbers(gamma) is plan.numbers(gamma)
+    with torch.inference_mode():
+        fresh = LayerGamma(0.3)
+        assert plan.numbers(fresh) is plan.numbers(fresh)
+    assert not plan.numbers(fresh).is_inference()
     other = plan_for(config, False, 1.3, 30, 24, torch.device("cpu"), torch.float32, True)
     assert other.numbers(gamma)[0] == 1.3 and plan.numbers(gamma)[0] == 1.0
 

@@ -164,15 +164,17 @@ class LayerGamma:
             raise ValueError(
                 f"gamma must be one number or hold r = {r} of them, got {len(self.numbers)}"
             )
+        if traced or policy.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._combined(policy)  # of a graph, which computes it anew at each replay
+        with torch.inference_mode(False):  # else it would be of no use outside that mode
+            self._of, self._result = policy, self._combined(policy)
+        return self._result
+
+    def _combined(self, policy: Tensor) -> Tensor:
         numbers = self.numbers.to(policy.device)
-        if not self.by_column:
-            result = torch.cat([policy[:1], numbers, numbers, policy[3:]])
-        else:
-            one = constant((1.0, 1.0), policy)
-            result = torch.cat([policy[:1], one, policy[3:], numbers])
-        if not traced and not result.is_inference():
-            self._of, self._result = policy, result
-        return result
+        if self.by_column:
+            return torch.cat([policy[:1], constant((1.0, 1.0), policy), policy[3:], numbers])
+        return torch.cat([policy[:1], numbers, numbers, policy[3:]])
 
 
 class Settings(NamedTuple):
