@@ -139,6 +139,8 @@ class OpaqueLayer(SharpenedLayer):
     def _try(self, x: Tensor) -> None:
         if STATE.plain or not x.is_floating_point():  # it is being tried, or will be refused
             return
+        if any(state is self.state for state in STATE.disabled):  # nothing is asked of it
+            return
         reason = self.try_on(self.own_forward(x.detach(), inside=True))
         if reason is not None:
             raise RuntimeError(
