@@ -293,3 +293,21 @@ def test_autocast():
         change = (model(IDS).logits - model(IDS).logits.bfloat16()).norm()
     assert logits.dtype == expected.dtype
     assert (logits - expected).norm() <= 0.1 * expected.norm() + change
+
+
+@pytest.mark.parametrize("builder", ["sk", "sc"])
+def test_gradient_checkpointing_changes_no_gradient(builder):
+    model = tiny("llama")
+    vps.patch(model, VPSConfig(builder=builder))
+    config = LoraConfig(target_modules=[*TARGETS, "down_proj"], r=2, init_lora_weights=False)
+    model = get_peft_model(model, config).train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)

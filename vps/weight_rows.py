@@ -56,7 +56,9 @@ def by_gradient(base: Base, index: Tensor) -> Tensor:
         NoBackward: there is none.
     """
     blocks = []
-    with torch.inference_mode(False), torch.enable_grad():
+    # A checkpoint around the layer must not count what this graph of its own saves.
+    apart = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with torch.inference_mode(False), torch.enable_grad(), apart:
         for block in index.clone().split(RIDERS):
             start = torch.zeros(
                 len(block), base.d_in, dtype=base.like.dtype, device=base.like.device
@@ -68,6 +70,10 @@ def by_gradient(base: Base, index: Tensor) -> Tensor:
             except (RuntimeError, NotImplementedError) as error:
                 raise NoBackward(str(error).split("\n")[0]) from error
     return torch.cat(blocks)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def by_identity(base: Base, index: Tensor) -> Tensor:

@@ -74,5 +74,6 @@ def joined(process: Process) -> Iterator[Any]:
         ) from error
     try:
         yield dist.group.WORLD
+        dist.barrier()  # none leaves while another still listens to it
     finally:
         dist.destroy_process_group()
