@@ -8,6 +8,7 @@ where there is none, from applying the layer to the identity, which costs d_in r
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -56,9 +57,7 @@ def by_gradient(base: Base, index: Tensor) -> Tensor:
         NoBackward: there is none.
     """
     blocks = []
-    # A checkpoint around the layer must not count what this graph of its own saves.
-    apart = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-    with torch.inference_mode(False), torch.enable_grad(), apart:
+    with torch.inference_mode(False), torch.enable_grad(), _apart():
         for block in index.clone().split(RIDERS):
             start = torch.zeros(
                 len(block), base.d_in, dtype=base.like.dtype, device=base.like.device
@@ -70,6 +69,13 @@ def by_gradient(base: Base, index: Tensor) -> Tensor:
             except (RuntimeError, NotImplementedError) as error:
                 raise NoBackward(str(error).split("\n")[0]) from error
     return torch.cat(blocks)
+
+
+def _apart() -> AbstractContextManager[Any]:
+    """A checkpoint around the layer must not count what a graph of our own saves."""
+    if torch.compiler.is_compiling():  # where the graph breaks at this backward pass
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
 
 
 def _same(tensor: Tensor) -> Tensor:
