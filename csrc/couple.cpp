@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_pair(
                               numbers, entropy, none, energy, r,            adaptive,
                               coupled, second_order, alpha, tau, spectral, clamp};
     const Product product{H, columns};
-    return sharpen_only(arguments, &product);
+    return sharpen_only(arguments, &product, nullptr);
   };
   return {layer(W_q, b_q, 1, coupled_q, policy, joint.H_q, joint.columns_q),
           layer(W_k, b_k, 2, coupled_k, policy_k ? *policy_k : policy, joint.H_k, joint.columns_k),

@@ -1,8 +1,5 @@
-// vps::linear on a CPU: y = H + b + γ · clamp(H[:, I_out] C Bᵀ), registered for the schema of
-// vps/operator.py. The base product is torch's, or for few tokens our own (gemv.inc); the rest is
+// One sharpened layer on a CPU: y = H + b + γ · clamp(H[:, I_out] C Bᵀ). The base product is torch's, or for few tokens our own (gemv.inc); the rest is
 // one pass for scores and one to apply.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -83,9 +80,12 @@ class Call {
     return y;
   }
 
-  void copy_inputs(int64_t* I_in) const {
+  /// I_in [G, r].
+  Tensor inputs() const {
+    const Tensor I_in = empty({s_.groups, a_.r}, aoti_torch_dtype_int64());
     for (int64_t g = 0; g < s_.groups; ++g)
-      std::copy_n(features(g, 0), a_.r, I_in + g * a_.r);
+      std::copy_n(features(g, 0), a_.r, data<int64_t>(I_in) + g * a_.r);
+    return I_in;
   }
 
  private:
@@ -375,44 +375,16 @@ class Call {
   Decision* decisions_;     // [G]
 };
 
-Results linear(
-    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& mask,
-    const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
-    const Optional& H, const Optional& energy, int64_t r, bool adaptive, bool coupled, bool second_order, double alpha,
-    std::optional<double> tau, bool spectral, std::optional<double> clamp) {
-  const Arguments arguments{x,      weight,  bias, mask,     I_in,    I_out,
-                            policy, entropy, H,    energy,   r,       adaptive,
-                            coupled, second_order, alpha, tau, spectral, clamp};
-  return sharpen(arguments, nullptr);
-}
-
-std::tuple<Tensor, Tensor> linear_only(
-    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& mask,
-    const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
-    const Optional& H, const Optional& energy, int64_t r, bool adaptive, bool coupled,
-    bool second_order, double alpha, std::optional<double> tau, bool spectral,
-    std::optional<double> clamp) {
-  const Arguments arguments{x,      weight,  bias, mask,     I_in,    I_out,
-                            policy, entropy, H,    energy,   r,       adaptive,
-                            coupled, second_order, alpha, tau, spectral, clamp};
-  Call call(arguments, nullptr, false);
-  const Tensor y = call.run(nullptr), selected = empty({x.size(0), r}, aoti_torch_dtype_int64());
-  call.copy_inputs(data<int64_t>(selected));
-  return {y, selected};
-}
-
 }  // namespace
 
 Results sharpen(const Arguments& arguments, const Product* product) {
   return Call(arguments, product, true).keep();
 }
 
-Tensor sharpen_only(const Arguments& arguments, const Product* product) {
-  return Call(arguments, product, false).run(nullptr);
+Tensor sharpen_only(const Arguments& arguments, const Product* product, Optional* I_in) {
+  Call call(arguments, product, false);
+  const Tensor y = call.run(nullptr);
+  if (I_in) *I_in = call.inputs();
+  return y;
 }
 }  // namespace vps
-
-STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) {
-  m.impl("linear", TORCH_BOX(&vps::linear));
-  m.impl("linear_only", TORCH_BOX(&vps::linear_only));
-}

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "tensors.h"
 
 namespace vps {
 
@@ -18,7 +19,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 /// y, features [G, 2, r], core [G, r, r], gamma [G] and t: see vps/operator.py. `product` may be null.
 Results sharpen(const Arguments& arguments, const Product* product);
 
-/// y alone, for who needs no gradient.
-Tensor sharpen_only(const Arguments& arguments, const Product* product);
+/// y alone, for who needs no gradient; I_in [G, r] goes to `I_in` unless that is null.
+Tensor sharpen_only(const Arguments& arguments, const Product* product, Optional* I_in);
 
 }  // namespace vps

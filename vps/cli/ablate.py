@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vps import __version__
-from vps.cli.options import UsageError, add_model, positive, usable_device
+from vps.cli.options import (
+    UsageError,
+    add_model,
+    load_named_model,
+    positive,
+    usable_device,
+)
 from vps.cli.processes import Process, own_device, take_process
 from vps.cli.terminal import Progress, muted, quiet_transformers
 
@@ -140,19 +146,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _evaluator(
     arguments: argparse.Namespace, grid: Grid, process: Process, progress: Progress
 ) -> Evaluator:
-    import torch
 
     from vps.evaluation.ablation import harness_evaluator
-    from vps.loading import load_model
 
     device = usable_device(own_device(arguments.device, process))
     progress.step("loading the model")
     with muted(arguments.debug):
-        try:
-            dtype = getattr(torch, arguments.dtype)
-            model, tokenizer = load_model(arguments.model, dtype, device)
-        except FileNotFoundError as error:
-            raise UsageError(f"--model: {error}") from error
+        model, tokenizer = load_named_model(arguments, device)
         _patch(model, grid)
         progress.step("loading the tasks")
         try:

@@ -10,7 +10,15 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vps.cli.options import UsageError, add_config, add_model, positive, read_config, usable_device
+from vps.cli.options import (
+    UsageError,
+    add_config,
+    add_model,
+    load_named_model,
+    positive,
+    read_config,
+    usable_device,
+)
 from vps.cli.terminal import Progress, muted, quiet_transformers
 
 if TYPE_CHECKING:
@@ -87,11 +95,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not folder.is_dir() or arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out}: expected a file in a folder that exists")
     quiet_transformers(arguments.debug)
-    import torch
 
     from vps import patch
     from vps.fitting import calibrate, sensitivity, text
-    from vps.loading import load_model
     from vps.patching import sharpened_layers
 
     device = usable_device(arguments.device)
@@ -99,11 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         progress.step("loading the model")
         with muted(arguments.debug):
-            try:
-                dtype = getattr(torch, arguments.dtype)
-                model, tokenizer = load_model(arguments.model, dtype, device)
-            except FileNotFoundError as error:
-                raise UsageError(f"--model: {error}") from error
+            model, tokenizer = load_named_model(arguments, device)
         patch(model, config)
         shared: dict[str, Any] = {
             "scope": arguments.scope,

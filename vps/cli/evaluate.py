@@ -17,6 +17,7 @@ from vps.cli.options import (
     add_config,
     add_model,
     apply_calibration,
+    load_named_model,
     positive,
     read_calibration,
     usable_device,
@@ -115,11 +116,9 @@ def _scores(
     group: Any,
 ) -> dict[str, Any]:
     """What came of every variant, by its name."""
-    import torch
 
     from vps import patch
     from vps.evaluation.harness import VARIANTS, Harness
-    from vps.loading import load_model
 
     device = usable_device(own_device(arguments.device, process))
     names = ["baseline", *(name for name in VARIANTS if name != "baseline")]
@@ -130,11 +129,7 @@ def _scores(
     try:
         with muted(arguments.debug):
             progress.step("loading the model")
-            try:
-                dtype = getattr(torch, arguments.dtype)
-                model, tokenizer = load_model(arguments.model, dtype, device)
-            except FileNotFoundError as error:
-                raise UsageError(f"--model: {error}") from error
+            model, tokenizer = load_named_model(arguments, device)
             patch(model, config)
             apply_calibration(arguments, model, calibration)
             progress.step("loading the tasks")

@@ -15,6 +15,7 @@ from vps.cli.options import (
     add_model,
     add_prompt,
     apply_calibration,
+    load_named_model,
     read_calibration,
     read_prompt,
     usable_device,
@@ -46,11 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     config, calibration = read_calibration(arguments, seed + arguments.set)
     prompt = read_prompt(arguments)
     quiet_transformers(arguments.debug)
-    import torch
 
     from vps import disabled, patch
     from vps.generation import encode, first_difference, generate
-    from vps.loading import load_model
 
     device = usable_device(arguments.device)
     progress = Progress()
@@ -58,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         progress.step("loading the model")
         with muted(arguments.debug):
-            model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype), device)
+            model, tokenizer = load_named_model(arguments, device)
         report = patch(model, config)
         apply_calibration(arguments, model, calibration)
         inputs = encode(tokenizer, prompt, chat=not arguments.no_chat)

@@ -206,3 +206,20 @@ def usable_device(name: str) -> str:
     if kind == "meta":
         raise UsageError(f"--device {name}: holds no data")
     return name
+
+
+def load_named_model(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
+    """The model of ``--model`` on ``device`` and its tokenizer.
+
+    Raises:
+        UsageError: a path without a model.
+        ModuleNotFoundError, OSError, ValueError: as for :func:`vps.loading.load_model`.
+    """
+    import torch
+
+    from vps.loading import load_model
+
+    try:
+        return load_model(arguments.model, getattr(torch, arguments.dtype), device)
+    except FileNotFoundError as error:
+        raise UsageError(f"--model: {error}") from error

@@ -18,6 +18,7 @@ from vps.cli.options import (
     add_model,
     add_prompt,
     apply_calibration,
+    load_named_model,
     positive,
     read_calibration,
     read_prompt,
@@ -90,21 +91,15 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         work = _prompt(arguments, options)
     quiet_transformers(arguments.debug)
-    import torch
 
     from vps import patch
-    from vps.loading import load_model
 
     device = usable_device(arguments.device)
     progress = Progress()
     try:
         progress.step("loading the model")
         with muted(arguments.debug):
-            try:
-                dtype = getattr(torch, arguments.dtype)
-                model, tokenizer = load_model(arguments.model, dtype, device)
-            except FileNotFoundError as error:
-                raise UsageError(f"--model: {error}") from error
+            model, tokenizer = load_named_model(arguments, device)
         patch(model, config)
         apply_calibration(arguments, model, calibration)
         finish = work(model, tokenizer, progress)
