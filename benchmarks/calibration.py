@@ -2,31 +2,35 @@
 
 Every cell is a task, a number of examples, a γ a layer or a column, a scope, a builder and a seed.
 It fits sharpening and its controls alike, to convergence with early stopping, each with the
-learning rate of lowest stopping loss, and compares all of them on held-out problems. A finished
-cell is a file in the folder of results; the same command goes on where it was.
+learning rate of lowest stopping loss, and compares all of them on held-out examples. The cells are
+one that stands for all, those that differ from it in one thing, and two more seeds of each. A
+finished cell is a file in the folder of results; the same command goes on where it was.
 
-    python -m benchmarks.calibration --model .cache/smollm2 --sizes 48 --seeds 0
+    python -m benchmarks.calibration --model .cache/smollm2 --minutes 60
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import random
 import time
 import warnings
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import vps
 from vps import Calibration, VPSConfig, jsonl
-from vps.evaluation.tasks import KINDS, documents
+from vps.evaluation.tasks import documents
 from vps.fitting import CONTROLS, Options
 from vps.loading import load_model
 
 OUT = Path("benchmarks/results/calibration")
 LARGEST = 256
 HELD_OUT = 60
+SHORTEST_TEXT = 150  # characters
+LONGEST_TEXT = 32  # tokens
 TITLES = {
     "sharpening": "sharpening",
     "scale": "output scale",
@@ -40,22 +44,52 @@ TITLES = {
 class Cell(NamedTuple):
     """One calibration with its controls."""
 
-    task: str
-    size: int
-    per: str
-    scope: str
-    builder: str
-    seed: int
+    task: str = "arithmetic"
+    size: int = 48
+    per: str = "layer"
+    scope: str = "token"
+    builder: str = "sk"
+    seed: int = 0
 
     @property
     def name(self) -> str:
         return "-".join(map(str, self))
 
 
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"task": "text"},
+    {"size": 8},
+    {"size": 256},
+    {"per": "column"},
+    {"scope": "sequence"},
+    {"builder": "sc"},
+    {"task": "word_problems"},
+    {"size": 24},
+    {"size": 96},
+)
+CELLS = tuple(Cell(**change, seed=seed) for seed in range(3) for change in CHANGES)
+
+
 def examples(task: str, size: int, held_out: int) -> tuple[list[Any], list[Any]]:
-    """The first ``size`` problems of a task to fit and stop by, and others that no size uses."""
-    drawn = [(d["question"], d["answer"]) for d in documents(task, LARGEST + held_out)]
-    return drawn[:size], drawn[LARGEST:]
+    """The first ``size`` examples of a task to fit and stop by, and others that no size uses.
+
+    Problems are put as ``vps eval`` puts them. Texts are paragraphs of the Python reference that
+    CPython carries, in an order of their own.
+    """
+    count = LARGEST + held_out
+    drawn: list[Any]
+    if task == "text":
+        pieces = (piece for name in sorted(topics) for piece in topics[name].split("\n\n"))
+        whole = [" ".join(piece.split()) for piece in pieces if piece.lstrip()[:1].isupper()]
+        drawn = [each for each in dict.fromkeys(whole) if len(each) >= SHORTEST_TEXT]
+        random.Random(0).shuffle(drawn)
+    else:
+        drawn = [
+            (f"Question: {each['question']}\nAnswer:", each["answer"])
+            for each in documents(task, count)
+        ]
+    return drawn[:size], drawn[LARGEST:count]
 
 
 def run(cell: Cell, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Calibration:
@@ -71,11 +105,15 @@ def run(cell: Cell, model: Any, tokenizer: Any, arguments: argparse.Namespace) -
             config=VPSConfig(builder=cell.builder),
             per=cell.per,
             scope=cell.scope,
+            chat=False,
+            longest=LONGEST_TEXT if cell.task == "text" else 512,
             controls=arguments.controls,
             options=Options(
                 steps=arguments.steps,
+                every=arguments.every,
                 learning_rates=tuple(arguments.learning_rates),
                 patience=arguments.patience,
+                gradient_checkpointing=False,
                 seed=cell.seed,
             ),
             seed=cell.seed,
@@ -87,8 +125,8 @@ def run(cell: Cell, model: Any, tokenizer: Any, arguments: argparse.Namespace) -
 def summary(folder: Path) -> str:
     """A table of the held-out and side effects of all finished cells, in Markdown."""
     lines = [
-        "| cell | form | numbers | steps | held-out nll | difference | other text |",
-        "|---|---|---|---|---|---|---|",
+        "| cell | form | numbers | rate | steps | held-out nll | difference | other text |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(folder.glob("*-*.json")):
         report = Calibration.load(path).report
@@ -96,18 +134,18 @@ def summary(folder: Path) -> str:
         rows = families["sharpening"] + families.get("controls", [])
         side = {row["cell"]: row for row in rows if row["task"] == "other text"}
         held = [row for row in rows if row["task"] != "other text"]
-        lines.append(f"| {path.stem} | plain | 0 | | {held[0]['base']:.3f} | | |")
+        lines.append(f"| {path.stem} | plain | 0 | | | {held[0]['base']:.3f} | | |")
         for row in held:
             form = report["forms"][row["cell"]]
             lines.append(
-                f"| | {TITLES[row['cell']]} | {form['numbers']} | {form['step']} | "
-                f"{row['value']:.3f} | {interval(row)} {row['verdict']} | "
+                f"| | {TITLES[row['cell']]} | {form['numbers']} | {form['learning_rate']:g} | "
+                f"{form['step']} | {row['value']:.3f} | {interval(row)} {row['verdict']} | "
                 f"{interval(side[row['cell']])} |"
             )
         for row in families.get("against controls", []):
             if row["task"] != "other text":
                 lines.append(
-                    f"| | sharpening less {TITLES[row['against']]} | | | | "
+                    f"| | sharpening less {TITLES[row['against']]} | | | | | "
                     f"{interval(row)} {row['verdict']} | |"
                 )
     return "\n".join(lines) + "\n"
@@ -124,9 +162,13 @@ def draw(folder: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     cells = sorted(folder.glob("*-*.json"))
-    figure = Figure(figsize=(1.5 + 4.5 * len(cells), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(cells), squeeze=False)[0]
-    for axes, cell in zip(panels, cells, strict=True):
+    across = min(3, len(cells))
+    down = -(-len(cells) // across)
+    figure = Figure(figsize=(1.5 + 4.5 * across, 2.6 * down + 0.8), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in panels[len(cells) :]:
+        axes.set_visible(False)
+    for axes, cell in zip(panels, cells, strict=False):
         families = Calibration.load(cell).report["comparisons"]
         rows = families["sharpening"] + families.get("controls", [])
         held = [row for row in rows if row["task"] != "other text"]
@@ -148,39 +190,38 @@ def main() -> None:
     parser.add_argument("--model", default=".cache/smollm2")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
-        "--tasks", nargs="+", default=["arithmetic", "word_problems"], choices=KINDS
-    )
-    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 24, 48, 96, 256])
-    parser.add_argument("--per", nargs="+", default=["layer", "column"])
-    parser.add_argument("--scopes", nargs="+", default=["token", "sequence"])
-    parser.add_argument("--builders", nargs="+", default=["sk", "sc"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--patience", type=int, default=3)
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[0.02, 0.05, 0.1])
+        "--cells", nargs="+", choices=[cell.name for cell in CELLS], metavar="CELL",
+        help="those alone, such as " + CELLS[0].name,
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--patience", type=int, default=2)
+    parser.add_argument("--every", type=int, default=6)
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[0.02, 0.1])
     parser.add_argument("--controls", nargs="*", default=list(CONTROLS))
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after these")
     parser.add_argument("--only-report", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    axes = (arguments.tasks, arguments.sizes, arguments.per, arguments.scopes, arguments.builders)
-    cells = [] if arguments.only_report else list(itertools.product(*axes, arguments.seeds))
+    wanted = [cell for cell in CELLS if arguments.cells is None or cell.name in arguments.cells]
+    cells = [] if arguments.only_report else wanted
     start = time.monotonic()
     loaded: Any = None
-    for cell in map(Cell._make, cells):
+    for cell in cells:
         path = arguments.out / f"{cell.name}.json"
         if path.exists() or time.monotonic() - start > 60 * arguments.minutes:
             continue
         if loaded is None:
             loaded = load_model(arguments.model)
         print(cell.name, flush=True)
+        began = time.monotonic()
         run(cell, *loaded, arguments).save(path)
+        print(f"  {time.monotonic() - began:.0f} s", flush=True)
     text = summary(arguments.out)
     jsonl.replace(arguments.out / "report.md", text)
     draw(arguments.out, arguments.out / "held-out.png")
     print(text)
-    planned = sum((arguments.out / f"{Cell(*cell).name}.json").exists() for cell in cells)
+    planned = sum((arguments.out / f"{cell.name}.json").exists() for cell in cells)
     print(json.dumps({"cells asked for": len(cells), "finished": planned}))
 
 

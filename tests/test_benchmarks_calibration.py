@@ -3,7 +3,7 @@
 import pytest
 from cases import tiny_llama
 
-from benchmarks.calibration import Cell, draw, examples, summary
+from benchmarks.calibration import CELLS, Cell, draw, examples, summary
 from vps import Calibration, VPSConfig
 from vps.calibration import fingerprint
 from vps.patching import sharpened_layers
@@ -27,7 +27,10 @@ def folder(tmp_path):
         for name in ("sharpening", "scale")
     ]
     report = {
-        "forms": {"sharpening": {"numbers": 7, "step": 12}, "scale": {"numbers": 7, "step": 8}},
+        "forms": {
+            "sharpening": {"numbers": 7, "step": 12, "learning_rate": 0.1},
+            "scale": {"numbers": 7, "step": 8, "learning_rate": 0.02},
+        },
         "comparisons": {
             "sharpening": rows[::2],
             "controls": rows[1::2],
@@ -46,16 +49,25 @@ def folder(tmp_path):
 
 def test_table_and_picture(folder):
     text = summary(folder)
-    assert "| arithmetic-48-layer-token-sk-0 | plain | 0 | | 2.000 |" in text
-    assert "| sharpening | 7 | 12 | 1.500 | -0.500 [-0.600, -0.400] better | +0.250" in text
+    assert "| arithmetic-48-layer-token-sk-0 | plain | 0 | | | 2.000 |" in text
+    assert "| sharpening | 7 | 0.1 | 12 | 1.500 | -0.500 [-0.600, -0.400] better | +0.250" in text
     assert "sharpening less output scale" in text and "+0.125 [+0.025, +0.225] no diff" in text
     draw(folder, folder / "x.png")
     assert (folder / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_held_out_problems_are_those_of_no_size():
-    pytest.importorskip("reasoning_gym")
-    small, held = examples("arithmetic", 8, 10)
-    large, same = examples("arithmetic", 256, 10)
-    assert held == same and len(held) == 10 and large[:8] == small
-    assert not {question for question, _ in large} & {question for question, _ in held}
+@pytest.mark.parametrize("task", ["arithmetic", "text"])
+def test_held_out_examples_are_those_of_no_size(task):
+    if task != "text":
+        pytest.importorskip("reasoning_gym")
+    small, held = examples(task, 8, 10)
+    large, same = examples(task, 256, 10)
+    assert held == same and len(held) == 10 and len(large) == 256 and large[:8] == small
+    assert not set(large) & set(held)
+
+
+def test_cells_differ_from_the_first_in_one_thing():
+    assert len({cell.name for cell in CELLS}) == len(CELLS) == 30
+    for cell in CELLS:
+        changed = sum(a != b for a, b in zip(cell[:-1], CELLS[0][:-1], strict=True))
+        assert changed <= 1

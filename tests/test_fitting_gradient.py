@@ -1,20 +1,20 @@
 """∂L/∂γ against finite differences, what it keeps, and what it is the gradient of."""
 
-import contextlib
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fitting_cases import every, pairs, tiny, word_tokenizer
+from fitting_cases import every, pairs, texts, tiny, word_tokenizer
 
 import vps
 from vps import Calibration, VPSConfig, patch
-from vps.fitting import update
+from vps.fitting import descent, update
 from vps.fitting.calibrate import prepared
-from vps.fitting.descent import gradients, mean_nll
+from vps.fitting.descent import each_nll, gradients, mean_nll
 from vps.fitting.examples import encoded, parse
 from vps.fitting.forms import Sharpening
-from vps.fitting.loss import checkpointed, nll
+from vps.fitting.loss import BUNDLE_TOKENS, bundles, nll
 from vps.patching import sharpened_layers
 
 
@@ -147,6 +147,45 @@ def test_the_form_is_the_calibrated_model(tokenizer, settings, by_column, backen
     assert abs(fitted - total / sum(e.scored for e in examples)) < 1e-4
 
 
+@pytest.mark.parametrize("scope", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("settings", [{}, {"order": 2, "clamp": 0.05}, {"qk_coupling": False}])
+def test_examples_of_one_pass_are_as_they_are_alone(tokenizer, scope, settings):
+    """Of different lengths, in float64: the losses, and the gradient of a step."""
+    torch.manual_seed(0)
+    model = tiny(torch.float64, heads=2)
+    patch(model, VPSConfig(**settings))
+    given = [(text, "w7 w8"[: 2 + 3 * (i % 2)]) for i, text in enumerate(texts(5))]
+    given = [
+        (" ".join(prompt.split()[: 3 + i]), answer) for i, (prompt, answer) in enumerate(given)
+    ]
+    examples = every(tokenizer, [*given, *texts(2, seed=4)])
+    assert len({each.ids.shape[1] for each in examples}) > 3
+    with prepared(model, None, scope):
+        form = Sharpening(model, list(sharpened_layers(model)), False)
+        form.set_state([[0.2 - 0.03 * i for i in range(form.count)]])
+        places = bundles(examples, scope)
+        assert sorted(sum(places, [])) == list(range(7))
+        assert len(places) == (7 if scope == "batch" else 1)
+        together = each_nll(model, form, examples)
+        with torch.no_grad(), form.applied():
+            alone = [float(nll(model, each)) for each in examples]
+        assert together == pytest.approx(alone, rel=1e-12)
+        optimizer = torch.optim.SGD(form.parameters, lr=0.0)
+        share = [each.scored / sum(e.scored for e in examples) for each in examples]
+        own = [g[0] * s for g, s in zip(gradients(model, form, examples), share, strict=True)]
+        descent._step(model, form, optimizer, examples)
+        torch.testing.assert_close(form.values.grad, sum(own), rtol=1e-9, atol=1e-12)
+
+
+def test_a_pass_has_no_more_tokens_than_its_limit(tokenizer):
+    examples = every(tokenizer, texts(130, length=9))
+    places = bundles(examples, "token")
+    assert sum(map(len, places)) == 130
+    assert max(len(each) for each in places) == BUNDLE_TOKENS // examples[0].ids.shape[1]
+    long = [dataclasses.replace(examples[0], ids=torch.ones(1, BUNDLE_TOKENS + 1).long())] * 2
+    assert bundles(long, "token") == [[0], [1]]
+
+
 def test_nothing_wide_is_kept_for_the_backward_pass():
     """Of a sharpened layer ``[N, r]`` and smaller, beside its weight."""
     torch.manual_seed(0)
@@ -181,10 +220,9 @@ def test_checkpoints_change_nothing_and_leave_nothing(tokenizer):
         runs = []
         block = model.model.layers[0].mlp
         handle = block.register_forward_pre_hook(lambda *_: runs.append(block.training))
-        for context in (checkpointed(model), contextlib.nullcontext()):
-            form.values.grad = None
-            with torch.enable_grad(), form.applied(), context:
-                (nll(model, examples[0]) / examples[0].scored).backward()
+        optimizer = torch.optim.SGD(form.parameters, lr=0.0)
+        for again in (True, False):
+            descent._step(model, form, optimizer, examples[:1], again)
             torch.testing.assert_close(form.values.grad, found[0])
         handle.remove()
         assert runs == [False] * 3  # once more in the backward pass, nothing dropping out

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vps import VPSConfig, one_group, policy, torch_backend
+from vps import VPSConfig, coupling, one_group, policy, torch_backend
 from vps.torch_backend import Inputs
 
 CONFIG = VPSConfig()
@@ -37,6 +37,48 @@ def test_agrees_with_the_general_way(dtype, tokens, shape):
             assert torch.equal(short[1], general[1])
             error = (short[0] - general[0]).double().norm() / general[0].double().norm()
             assert error <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)])
+def test_couples_as_the_general_way(dtype, tokens, heads):
+    torch.manual_seed(heads[0])
+    x = torch.randn(1, tokens, 24).to(dtype)
+    W_q, W_k = (torch.randn(8 * count, 24).to(dtype) for count in heads)
+    for I_in in (None, torch.tensor([[3, 1, 20, 7]])):
+        short = one_group.couple(x, W_q, W_k, None, I_in, 4, *heads)
+        assert short is not None
+        general = coupling.couple(x, W_q, W_k, None, I_in, 4, *heads)
+        assert torch.equal(short.features, general.features)
+        torch.testing.assert_close(short[:2], general[:2], rtol=0, atol=0)
+        torch.testing.assert_close(short.energy, general.energy)
+
+
+def test_query_heads_that_tie_go_to_the_first():
+    x, W_k = torch.randn(1, 1, 12), torch.randn(8, 12)
+    W_q = torch.cat([0.5 * W_k, W_k, -W_k])  # three heads for one key head
+    short = one_group.couple(x, W_q, W_k, None, None, 3, 3, 1)
+    assert torch.equal(short.features[0, 1], short.features[0, 2] + 8)
+    assert torch.equal(short.features, coupling.couple(x, W_q, W_k, None, None, 3, 3, 1).features)
+
+
+def test_what_does_not_couple_the_short_way():
+    x, W = torch.randn(1, 2, 8), torch.randn(8, 8)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    assert one_group.couple(x.expand(3, -1, -1), W, W, None, None, 2, 2, 2) is None
+    assert one_group.couple(x, W, W, mask, None, 2, 2, 2) is None
+    assert one_group.couple(x * 1e30, W, W, None, None, 2, 2, 2) is None
+
+
+def test_a_known_base_product_stays_as_it_is():
+    for tokens in (1, 4):
+        x, W = torch.randn(1, tokens, 8), torch.randn(6, 8)
+        H = x @ W.T
+        before = H.clone()
+        short, general = both(*call(x, W, H=H, energy=torch.tensor([0.4])))
+        assert torch.equal(H, before)
+        torch.testing.assert_close(short[0], general[0])
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import coupling, dispatch, operator, policy, reference, sharing
+from vps import coupling, dispatch, one_group, operator, policy, reference, sharing
 from vps.config import VPSConfig
 from vps.functional import arrange, cast, check, plain_gamma, plan_for, run, vps_linear
 from vps.lbfgs import CurvatureMemory, Pair
@@ -181,7 +181,8 @@ def _couple(
     """The joint decision by the backend of that name."""
     if name == "torch":
         with torch.no_grad():
-            return coupling.couple(x, W_q, W_k, mask, *rest)
+            joint = one_group.couple(x, W_q, W_k, mask, *rest)
+            return coupling.couple(x, W_q, W_k, mask, *rest) if joint is None else joint
     if name == "triton" and not x.is_cuda:
         from vps import triton_backend
 

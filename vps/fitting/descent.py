@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vps.fitting.examples import Encoded
 from vps.fitting.forms import Form
-from vps.fitting.loss import checkpointed, nll
+from vps.fitting.loss import bundles, checkpointed, nlls
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Options:
         learning_rates: of Adam; each is tried, and the one that stops lowest is kept.
         every: steps from one look at the stopping examples to the next.
         patience: looks without a new lowest loss after which to stop.
+        gradient_checkpointing: blocks run again in the backward pass instead of keeping what it
+            needs, which saves memory and takes a third more time.
         seed: of the order of the examples.
     """
 
@@ -35,6 +38,7 @@ class Options:
     learning_rates: tuple[float, ...] = (0.1,)
     every: int = 4
     patience: int = 2
+    gradient_checkpointing: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -42,6 +46,11 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"calibrate: {name} must be an integer ≥ 1, got {value!r}")
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise TypeError(
+                "calibrate: gradient_checkpointing must be a bool, got "
+                f"{self.gradient_checkpointing!r}"
+            )
         rates = self.learning_rates
         for rate in rates:
             if isinstance(rate, bool) or not isinstance(rate, (int, float)):
@@ -133,7 +142,7 @@ def fit(
         while step < options.steps and since < options.patience:
             for _ in range(min(options.every, options.steps - step)):
                 batch = _batch(examples, step, options)
-                _step(model, form, optimizer, batch)
+                _step(model, form, optimizer, batch, options.gradient_checkpointing)
                 step += 1
                 found.steps += 1
             since = _look(found, form, rate, step, mean_nll(model, form, stop), since)
@@ -148,9 +157,25 @@ def fit(
 @torch.no_grad()
 def mean_nll(model: Any, form: Form, examples: Sequence[Encoded]) -> float:
     """nll per scored token of all examples together."""
+    return sum(each_nll(model, form, examples)) / sum(each.scored for each in examples)
+
+
+@torch.no_grad()
+def each_nll(
+    model: Any,
+    form: Form,
+    examples: Sequence[Encoded],
+    advance: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """nll of every example, summed over its scored tokens; ``advance`` is called for each."""
+    found = [0.0] * len(examples)
     with form.applied():
-        total = sum(float(nll(model, each)) for each in examples)
-    return total / sum(each.scored for each in examples)
+        for places in bundles(examples, form.scope):
+            values = nlls(model, [examples[place] for place in places]).tolist()
+            for place, value in zip(places, values, strict=True):
+                found[place] = value
+                advance()
+    return found
 
 
 def gradients(model: Any, form: Form, examples: Sequence[Encoded]) -> Iterator[list[Tensor]]:
@@ -159,7 +184,7 @@ def gradients(model: Any, form: Form, examples: Sequence[Encoded]) -> Iterator[l
         for example in examples:
             for parameter in form.parameters:
                 parameter.grad = None
-            _backward(model, example, example.scored)
+            _backward(model, [example], example.scored, True)
             yield [_grad(parameter) for parameter in form.parameters]
     for parameter in form.parameters:
         parameter.grad = None
@@ -169,17 +194,19 @@ def _grad(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
 
-def _backward(model: Any, example: Encoded, tokens: int) -> None:
-    with torch.enable_grad(), checkpointed(model):
-        (nll(model, example) / tokens).backward()
+def _backward(model: Any, examples: Sequence[Encoded], tokens: int, again: bool) -> None:
+    with torch.enable_grad(), checkpointed(model) if again else nullcontext():
+        (nlls(model, examples).sum() / tokens).backward()
 
 
-def _step(model: Any, form: Form, optimizer: Any, batch: Sequence[Encoded]) -> None:
+def _step(
+    model: Any, form: Form, optimizer: Any, batch: Sequence[Encoded], again: bool = True
+) -> None:
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(each.scored for each in batch)
     with form.applied():
-        for example in batch:
-            _backward(model, example, tokens)
+        for places in bundles(batch, form.scope):
+            _backward(model, [batch[place] for place in places], tokens, again)
     optimizer.step()
 
 

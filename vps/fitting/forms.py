@@ -56,6 +56,12 @@ class Form:
         return [self.values]
 
     @property
+    def scope(self) -> str:
+        """Under which the layers count their tokens."""
+        scope: str = next(iter(self.layers.values())).config.scope
+        return scope
+
+    @property
     def count(self) -> int:
         """How many numbers are fitted."""
         return len(self.values)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
 
 from vps.evaluation.comparison import Comparison, compare
 from vps.evaluation.outcome import Outcome
+from vps.fitting.descent import each_nll
 from vps.fitting.examples import Encoded
 from vps.fitting.forms import Form
-from vps.fitting.loss import nll
 
 HELD_OUT = "held-out examples"
 SIDE = "other text"
@@ -20,21 +18,19 @@ PLAIN = "plain"
 SHARPENING = "sharpening"
 
 
-@torch.no_grad()
 def outcomes(
     model: Any,
     form: Form,
-    parts: dict[str, Sequence[Encoded]],
+    parts: Mapping[str, Sequence[Encoded]],
     advance: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """nll per scored token of every example under ``form``, weighted by tokens."""
     found = []
-    with form.applied():
-        for task, examples in parts.items():
-            for each in examples:
-                value = float(nll(model, each)) / each.scored
-                found.append(Outcome(task, each.identity, "nll", value, weight=float(each.scored)))
-                advance()
+    for task, examples in parts.items():
+        values = each_nll(model, form, examples, advance)
+        for each, value in zip(examples, values, strict=True):
+            own = value / each.scored
+            found.append(Outcome(task, each.identity, "nll", own, weight=float(each.scored)))
     return found
 
 

@@ -3,25 +3,64 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vps.fitting.examples import Encoded
 
+UNSCORED = -100
+BUNDLE_TOKENS = 512  # padding included: no more memory than one long example takes
+
 
 def nll(model: Any, example: Encoded) -> Tensor:
-    """Sum over the scored tokens, without dims; the head runs for them alone where it can."""
+    """Sum over the scored tokens, without dims."""
+    return nlls(model, [example])[0]
+
+
+def nlls(model: Any, examples: Sequence[Encoded]) -> Tensor:
+    """Sum over the scored tokens of each example ``[B]``, by one forward pass.
+
+    They are padded on the left, as for generation, so that their ends stand together; the head runs
+    for the scored tokens alone where it can.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    last = max(each.scored for each in examples)
     options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = example.scored + 1
-    logits = model(input_ids=example.ids, **options).logits[0, -example.scored - 1 : -1]
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = last + 1
+    rows = [each.ids[0] for each in examples]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    if len({len(row) for row in rows}) > 1:
+        ones = [torch.ones_like(row) for row in rows]
+        mask = pad_sequence(ones, batch_first=True, padding_side="left")
+        options["attention_mask"] = mask
+        if "position_ids" in accepted:
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp_(min=0)
+    logits = model(input_ids=ids, **options).logits[:, -last - 1 : -1]
+    labels = ids[:, -last:].clone()
+    for row, example in zip(labels, examples, strict=True):
+        row[: last - example.scored] = UNSCORED
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, example.ids[0, -example.scored :], reduction="sum")
+    each = F.cross_entropy(wide.mT, labels, ignore_index=UNSCORED, reduction="none")
+    return each.sum(1)
+
+
+def bundles(examples: Sequence[Encoded], scope: str) -> list[list[int]]:
+    """Places of the examples that share a pass, like lengths together; in scope "batch" none do."""
+    found: list[list[int]] = []
+    for place in sorted(range(len(examples)), key=lambda at: examples[at].ids.shape[1]):
+        length = examples[place].ids.shape[1]  # the longest so far
+        if scope != "batch" and found and (len(found[-1]) + 1) * length <= BUNDLE_TOKENS:
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return found
 
 
 @contextmanager
