@@ -28,6 +28,7 @@ from tensor_parallel_group import (
 
 import vps
 from vps import VPSConfig
+from vps.patching import sharpened_layers
 from vps.policy import LayerGamma
 
 
@@ -135,6 +136,15 @@ def calibrated(group):
                 with torch.no_grad():
                     expected, got = (model(tokens()).logits for model in models)
                 results[f"{flagged} {builder}"] = {"error": error(expected, got)}
+    off = VPSConfig(gamma=0.0, adaptive_gamma=False)
+    with sharpened(models, off), torch.no_grad():
+        plain = models[0](tokens()).logits
+        for model in models:
+            for layer in sharpened_layers(model).values():
+                layer.gamma = LayerGamma(-0.4)
+        expected, got = (model(tokens()).logits for model in models)
+        assert not torch.equal(expected, plain)
+        results["config without γ"] = {"error": error(expected, got)}
     return results
 
 

@@ -176,7 +176,8 @@ def sharpen(
     factor = state.factor()
     calibrated = any(layer.gamma is not None for layer in layers)
     plans = [
-        plan_for(config, one.gradient, factor, d_out, d_in, x.device, calibrated) for one in layers
+        plan_for(config, one.gradient, factor, d_out, d_in, x.device, x.dtype, calibrated)
+        for one in layers
     ]
     settled = [plan for plan in plans if plan is not None and plan.settings.r > 0]
     plain = [layer.gamma is not None and layer.gamma.is_zero for layer in layers]
