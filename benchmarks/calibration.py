@@ -113,7 +113,6 @@ def run(cell: Cell, model: Any, tokenizer: Any, arguments: argparse.Namespace) -
                 every=arguments.every,
                 learning_rates=tuple(arguments.learning_rates),
                 patience=arguments.patience,
-                gradient_checkpointing=False,
                 seed=cell.seed,
             ),
             seed=cell.seed,

@@ -93,6 +93,16 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
     torch.topk promises no order among ties, so they are broken for it.
     """
+    if scores.dim() == 2 and is_read_freely(scores):
+        best, index = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
+        settled = (best[:, :-1] > best[:, 1:]).all(1)  # neither tied nor NaN
+        if not settled.all():
+            index[~settled, :k] = _stable_top_k(scores[~settled], k)
+        return index[:, :k].contiguous()
+    return _stable_top_k(scores, k)
+
+
+def _stable_top_k(scores: Tensor, k: int) -> Tensor:
     if scores.dtype != torch.float32:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     offsets, factors = tie_breakers(scores.shape[-1], scores.device)

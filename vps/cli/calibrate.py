@@ -64,10 +64,6 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--patience", type=positive, metavar="N", help="looks without a lower loss")
     parser.add_argument(
-        "--no-gradient-checkpointing", action="store_true",
-        help="keep what the backward pass needs instead of computing it again: faster, more memory",
-    )  # fmt: skip
-    parser.add_argument(
         "--scope", choices=("token", "sequence", "batch"), default="token",
         help="for scoring the examples (default: token, the only one without leaks)",
     )  # fmt: skip
@@ -168,10 +164,7 @@ def _read(option: str, path: Path) -> list[Any]:
 def _options(arguments: argparse.Namespace) -> Any:
     from vps.fitting import Options
 
-    given: dict[str, Any] = {
-        "seed": arguments.seed,
-        "gradient_checkpointing": not arguments.no_gradient_checkpointing,
-    }
+    given: dict[str, Any] = {"seed": arguments.seed}
     for name in ("steps", "batch_size", "patience"):
         if getattr(arguments, name) is not None:
             given[name] = getattr(arguments, name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vps.fitting.examples import Encoded
 from vps.fitting.forms import Form
-from vps.fitting.loss import bundles, checkpointed, nlls
+from vps.fitting.loss import KEPT_TOKENS, bundles, checkpointed, nlls, padded
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,6 @@ class Options:
         learning_rates: of Adam; each is tried, and the one that stops lowest is kept.
         every: steps from one look at the stopping examples to the next.
         patience: looks without a new lowest loss after which to stop.
-        gradient_checkpointing: blocks run again in the backward pass instead of keeping what it
-            needs, which saves memory and takes a third more time.
         seed: of the order of the examples.
     """
 
@@ -38,7 +36,6 @@ class Options:
     learning_rates: tuple[float, ...] = (0.1,)
     every: int = 4
     patience: int = 2
-    gradient_checkpointing: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,11 +43,6 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"calibrate: {name} must be an integer ≥ 1, got {value!r}")
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise TypeError(
-                "calibrate: gradient_checkpointing must be a bool, got "
-                f"{self.gradient_checkpointing!r}"
-            )
         rates = self.learning_rates
         for rate in rates:
             if isinstance(rate, bool) or not isinstance(rate, (int, float)):
@@ -142,7 +134,7 @@ def fit(
         while step < options.steps and since < options.patience:
             for _ in range(min(options.every, options.steps - step)):
                 batch = _batch(examples, step, options)
-                _step(model, form, optimizer, batch, options.gradient_checkpointing)
+                _step(model, form, optimizer, batch)
                 step += 1
                 found.steps += 1
             since = _look(found, form, rate, step, mean_nll(model, form, stop), since)
@@ -184,7 +176,7 @@ def gradients(model: Any, form: Form, examples: Sequence[Encoded]) -> Iterator[l
         for example in examples:
             for parameter in form.parameters:
                 parameter.grad = None
-            _backward(model, [example], example.scored, True)
+            _backward(model, [example], example.scored)
             yield [_grad(parameter) for parameter in form.parameters]
     for parameter in form.parameters:
         parameter.grad = None
@@ -194,19 +186,18 @@ def _grad(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
 
-def _backward(model: Any, examples: Sequence[Encoded], tokens: int, again: bool) -> None:
-    with torch.enable_grad(), checkpointed(model) if again else nullcontext():
+def _backward(model: Any, examples: Sequence[Encoded], tokens: int) -> None:
+    few = padded(examples) <= KEPT_TOKENS
+    with torch.enable_grad(), nullcontext() if few else checkpointed(model):
         (nlls(model, examples).sum() / tokens).backward()
 
 
-def _step(
-    model: Any, form: Form, optimizer: Any, batch: Sequence[Encoded], again: bool = True
-) -> None:
+def _step(model: Any, form: Form, optimizer: Any, batch: Sequence[Encoded]) -> None:
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(each.scored for each in batch)
     with form.applied():
-        for places in bundles(batch, form.scope):
-            _backward(model, [batch[place] for place in places], tokens, again)
+        for places in bundles(batch, form.scope, KEPT_TOKENS):
+            _backward(model, [batch[place] for place in places], tokens)
     optimizer.step()
 
 

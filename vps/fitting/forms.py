@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import coupling, selection
+from vps import coupling, selection, sharing
 from vps.calibration import columns_of
 from vps.fitting.update import Norms, Selection, norms, sharpened
 from vps.functional import arrange, plan_for
@@ -179,13 +179,16 @@ class Sharpening(Form):
         factor = layer.state.factor()
         plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, x.dtype, True)
         assert plan is not None
-        grouped, _, counted = arrange(x, None, layer.config.scope)
+        grouped, mask, counted = arrange(x, None, layer.config.scope)
         with torch.no_grad():
-            chosen = self._selected(layer, grouped.detach(), W, counted, plan.settings)
             features = plan.drawn if self.features is None else self.features[name]
-            if features is not None:
-                I_in, I_out = (index.expand(len(grouped), -1) for index in features)
-                chosen = chosen._replace(I_in=I_in, I_out=I_out)
+            if features is None:
+                known = sharing.find(x, mask, grouped.shape, plan.settings.r), None
+            else:
+                known = tuple(index.expand(len(grouped), -1) for index in features)
+            chosen = self._selected(layer, grouped.detach(), W, counted, plan.settings, *known)
+            if features is None and known[0] is None:
+                sharing.remember(x, mask, grouped.shape, chosen.I_in)
             if self.counts is not None:
                 for count, index in zip(self.counts[name], chosen[2:], strict=True):
                     flat = index.reshape(-1)
@@ -198,9 +201,16 @@ class Sharpening(Form):
         return y.view(*x.shape[:-1], len(W))
 
     def _selected(
-        self, layer: Any, x: Tensor, W: Tensor, mask: Tensor | None, settings: Settings
+        self,
+        layer: Any,
+        x: Tensor,
+        W: Tensor,
+        mask: Tensor | None,
+        settings: Settings,
+        I_in: Tensor | None,
+        I_out: Tensor | None,
     ) -> Selection:
-        """What the layer chooses for x ``[G, T, d_in]``."""
+        """What the layer chooses for x ``[G, T, d_in]`` where it is not known."""
         deciding, r, adaptive = layer.deciding(), settings.r, settings.adaptive
         if len(deciding) == 2:
             query, key = deciding
@@ -210,19 +220,23 @@ class Sharpening(Form):
                 joint, self._joint = held[2], None
             else:
                 joint = coupling.couple(
-                    x, query.matrix(), key.matrix(), mask, None, r, pair.heads, pair.kv_heads
+                    x, query.matrix(), key.matrix(), mask, I_in, r, pair.heads, pair.kv_heads
                 )
                 self._joint = x, x._version, joint
             place = 0 if layer is query else 1
             energy = joint.energy.clone() if adaptive else None
-            return Selection(
-                joint[place], energy, joint.features[:, 0], joint.features[:, place + 1]
-            )
+            if I_out is None:
+                I_in, I_out = joint.features[:, 0], joint.features[:, place + 1]
+            assert I_in is not None
+            return Selection(joint[place], energy, I_in, I_out)
         count = None if mask is None else mask.sum(1).clamp_(min=1)
         H = F.linear(x, W)
-        s_in, _ = selection.statistics(x, mask, count, False)
         s_out, own_energy = selection.statistics(H, mask, count, adaptive)
-        return Selection(H, own_energy, selection.top_k(s_in, r), selection.top_k(s_out, r))
+        if I_in is None:
+            I_in = selection.top_k(selection.statistics(x, mask, count, False)[0], r)
+        if I_out is None:
+            I_out = selection.top_k(s_out, r)
+        return Selection(H, own_energy, I_in, I_out)
 
     @contextmanager
     def counting(self) -> Iterator[dict[str, Features]]:

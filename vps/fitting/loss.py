@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from vps.fitting.examples import Encoded
 
 UNSCORED = -100
-BUNDLE_TOKENS = 512  # padding included: no more memory than one long example takes
+BUNDLE_TOKENS = 512  # of a pass, padding included: no more memory than one long example takes
+KEPT_TOKENS = 160  # of a pass that keeps what its backward pass needs, as few take little memory
 
 
 def nll(model: Any, example: Encoded) -> Tensor:
@@ -51,12 +52,22 @@ def nlls(model: Any, examples: Sequence[Encoded]) -> Tensor:
     return each.sum(1)
 
 
-def bundles(examples: Sequence[Encoded], scope: str) -> list[list[int]]:
-    """Places of the examples that share a pass, like lengths together; in scope "batch" none do."""
+def padded(examples: Sequence[Encoded]) -> int:
+    """Tokens of a pass of these examples."""
+    return len(examples) * max(each.ids.shape[1] for each in examples)
+
+
+def bundles(
+    examples: Sequence[Encoded], scope: str, tokens: int = BUNDLE_TOKENS
+) -> list[list[int]]:
+    """Places of the examples that share a pass, like lengths together; in scope "batch" none do.
+
+    One example may have more than ``tokens``; several, padded, have at most as many.
+    """
     found: list[list[int]] = []
     for place in sorted(range(len(examples)), key=lambda at: examples[at].ids.shape[1]):
         length = examples[place].ids.shape[1]  # the longest so far
-        if scope != "batch" and found and (len(found[-1]) + 1) * length <= BUNDLE_TOKENS:
+        if scope != "batch" and found and (len(found[-1]) + 1) * length <= tokens:
             found[-1].append(place)
         else:
             found.append([place])
