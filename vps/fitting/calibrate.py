@@ -11,19 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from vps.calibration import Calibration, fingerprint, model_id
 from vps.config import VPSConfig
 from vps.ephemeral import restored
 from vps.fitting import held_out as reported
-from vps.fitting.descent import Fit, Options, fit
+from vps.fitting.descent import Fit, Options, each_nll, fit
 from vps.fitting.examples import Encoded, Example, Split, encoded, parse, split
 from vps.fitting.forms import Form, Plain, Scale, Sharpening, frequent_features, random_features
 from vps.fitting.kept import Kept
 from vps.fitting.lora import lora
-from vps.fitting.loss import device_of, nll
+from vps.fitting.loss import device_of
 from vps.fitting.sensitivity import Sensitivity, sensitivities
 from vps.fitting.texts import OTHER_TEXTS
 from vps.matching import matches
@@ -33,6 +32,7 @@ SHARPENING = reported.SHARPENING
 PLAIN = reported.PLAIN
 CONTROLS = ("scale", "random-1", "random-2", "static", "lora")
 PER = ("layer", "column")
+LORA_EXAMPLES = 12  # by which the layers of the control are chosen
 NOTHING_FOUND = (
     "nothing was found: held-out examples show no improvement by the calibration (its file says so)"
 )
@@ -295,14 +295,13 @@ def _form(
         features = random_features(sharpening, 2 * seed + int(name[-1]) - 1)
     elif name == "static":
         step("counting selected features", len(examples))
-        with torch.no_grad(), sharpening.counting() as counts, sharpening.applied():
-            for example in examples:
-                nll(model, example)
-                say()
+        with sharpening.counting() as counts:
+            each_nll(model, sharpening, examples, say)
             features = frequent_features(sharpening, counts)
     else:
-        step("choosing the layers of LoRA", len(examples))
-        return lora(model, chosen, sharpening.count, examples, seed, say)
+        few = examples[:LORA_EXAMPLES]
+        step("choosing the layers of LoRA", len(few))
+        return lora(model, chosen, sharpening.count, few, seed, say)
     return Sharpening(model, chosen, by_column, features, name)
 
 

@@ -191,7 +191,7 @@ class Sharpening(Form):
                 sharing.remember(x, mask, grouped.shape, chosen.I_in)
             if self.counts is not None:
                 for count, index in zip(self.counts[name], chosen[2:], strict=True):
-                    flat = index.reshape(-1)
+                    flat = (index if counted is None else index[counted.any(1)]).reshape(-1)
                     count.index_add_(0, flat, count.new_ones(len(flat)))
             if name not in self._norms:
                 self._norms[name] = norms(W)
