@@ -34,7 +34,7 @@ def detach(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _BoundCheckpoint):
-            module._gradient_checkpointing_func = checkpoint.checkpoint
+            vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint
 
 
 class _Enter:
@@ -137,4 +137,4 @@ def _bind_checkpoints(model: nn.Module) -> None:
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if checkpoint is not None and not isinstance(checkpoint, _BoundCheckpoint):
-            module._gradient_checkpointing_func = _BoundCheckpoint(checkpoint)
+            vars(module)["_gradient_checkpointing_func"] = _BoundCheckpoint(checkpoint)

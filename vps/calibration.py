@@ -250,7 +250,7 @@ def fingerprint(model: nn.Module) -> str:
         flat = parameter.detach().reshape(-1)
         for start in range(0, len(flat), CHUNK):
             part = flat[start : start + CHUNK].cpu().contiguous().view(torch.uint8)
-            digest.update(memoryview(part.numpy()))
+            digest.update(part.numpy().data)
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from vps.own_forward import is_matrix
 from vps.policy import PolicyState
 
 
-class VPSConv1D(SharpenedLayer, Conv1D):
+class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
     """A ``Conv1D`` with weight ``[d_in, d_out]``, sharpened with ``W`` its transpose."""
 
     @classmethod

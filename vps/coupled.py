@@ -109,11 +109,11 @@ def coupled_vps_linear(
     name = dispatch.choose_with_memory() if any(pairs) else dispatch.asked(x) or plans[0].fastest
     if name == "reference":
         ys = _reference(grouped, both, heads, kv_heads, config, counted, state, pairs)
-        ys = tuple(
+        query_y, key_y = (
             F.linear(x, *p[:2]) if off else y.view(*x.shape[:-1], -1)
             for p, y, off in zip(both, ys, plain, strict=True)
         )
-        return ys[0], ys[1]
+        return query_y, key_y
 
     r = plans[0].settings.r
     I_in = sharing.find(x, mask, grouped.shape, r)

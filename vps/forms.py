@@ -112,7 +112,7 @@ def sharpen(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.Modu
             return VPSLinear.from_linear(module, config, state)
         from vps.conv1d import VPSConv1D  # needs transformers, which this module came from
 
-        return VPSConv1D.from_conv1d(module, config, state)
+        return VPSConv1D.from_conv1d(module, config, state)  # type: ignore[arg-type]
     opaque_layer.attach(module, config, state, widths_of(module))
     return module
 
@@ -142,7 +142,7 @@ def plain(module: nn.Module) -> nn.Module:
         opaque_layer.detach(module)
         return module
     if not isinstance(module, VPSLinear):
-        return module.to_conv1d()  # type: ignore[attr-defined,no-any-return]
+        return module.to_conv1d()  # type: ignore[operator]
     if type(module._parameters.get("weight")) is nn.Parameter and "forward" not in module.__dict__:
         return module.to_linear()
     return _in_place(module)

@@ -134,13 +134,13 @@ class _Plan(NamedTuple):
     """What is settled before the input comes."""
 
     settings: policy.Settings
-    policy: Tensor  # float64 [9]
+    bounds: Tensor  # of the policy, float64 [9]
     drawn: tuple[Tensor, Tensor] | None  # I_in and I_out [r] of the random builder
     fastest: str  # backend, unless another is asked for
 
     def numbers(self, gamma: policy.LayerGamma | None) -> Tensor:
         """The policy ``[9]``, or with the γ of a layer ``[9]`` or ``[9 + r]``."""
-        return self.policy if gamma is None else gamma.in_policy(self.policy, self.settings.r)
+        return self.bounds if gamma is None else gamma.in_policy(self.bounds, self.settings.r)
 
 
 @constants.kept
@@ -161,7 +161,8 @@ def plan_for(
     drawn = None
     if config.builder == "random":
         features = selection.random_features(config.seed, d_in, d_out, settings.r)
-        drawn = tuple(constants.vector(index, torch.int64, device) for index in features)
+        I_in, I_out = (constants.vector(index, torch.int64, device) for index in features)
+        drawn = I_in, I_out
     numbers = constants.vector(policy.bounds(config, factor), torch.float64, device)
     return _Plan(settings, numbers, drawn, dispatch.fastest(device.type, dtype))
 

@@ -153,7 +153,7 @@ class SharpenedLayer:
         return self.apply_plain(x, entry.biased)
 
 
-class VPSLinear(SharpenedLayer, nn.Linear):
+class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
     """An ``nn.Linear`` with a low-rank update made from its weight and its input.
 
     Made by :meth:`from_linear`; created directly it is a freshly initialised ``nn.Linear``.
@@ -219,7 +219,7 @@ class VPSLinear(SharpenedLayer, nn.Linear):
         return self.out_features, self.in_features
 
     def matrix(self) -> Tensor | None:
-        weight = self._parameters.get("weight")
+        weight: Tensor | None = self._parameters.get("weight")
         weight = self.weight if weight is None else weight  # a parametrization made later
         return weight if is_matrix(weight) else None
 

@@ -71,7 +71,7 @@ def load_model(
             f"{name!r} is no local folder or file, and Hugging Face has no such model or cannot "
             f"be reached: {str(error).splitlines()[0]}"
         ) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def _dequantized(path: Path) -> Path:
@@ -105,7 +105,7 @@ def _dequantized(path: Path) -> Path:
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # The weights are plain by now, but still called quantized, which cannot be saved.
-        model.hf_quantizer = None
+        vars(model)["hf_quantizer"] = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(temporary)

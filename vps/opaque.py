@@ -129,7 +129,7 @@ def _sharpened(
     riders = riding.riders(I_in, d_in)
     products = []
     for layer in layers:  # no comprehension, in which a compiler could not break its graph
-        products.append(riding.ride(layer.base, grouped.reshape(-1, d_in), riders.index))
+        products.append(riding.ride(layer.base, grouped.reshape(-1, d_in), riders.features))
     with torch.autocast(kind, enabled=False):
         H = [p.H.view(*grouped.shape[:2], -1) for p in products]
         energy, chosen = None, [drawn]

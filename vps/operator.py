@@ -222,13 +222,12 @@ def _packed(forward: Callable[[Inputs, Settings], Outputs], arguments: tuple[Any
     count = len(Inputs._fields)
     settings = Settings(*arguments[count:])
     out = forward(Inputs(*arguments[:count]), settings)
-    return (
-        out.y,
-        torch.stack([out.I_in, out.I_out], 1),
-        torch_backend.square(out.core),
-        out.gamma.clone(),
-        out.y.new_empty(0) if settings.clamp is None else out.t,
-    )
+    features = torch.stack([out.I_in, out.I_out], 1)
+    core, gamma = torch_backend.square(out.core), out.gamma.clone()
+    if settings.clamp is None:
+        return out.y, features, core, gamma, out.y.new_empty(0)
+    assert out.t is not None
+    return out.y, features, core, gamma, out.t
 
 
 def _triton_joint(*arguments: Any) -> coupling.Joint:

@@ -21,11 +21,11 @@ class Columns(NamedTuple):
     """Some columns of W.
 
     Args:
-        index: of which features, ``[D]``.
+        features: which they are, ``[D]``.
         table: ``[D, d_out]``.
     """
 
-    index: Tensor
+    features: Tensor
     table: Tensor
 
 
@@ -67,11 +67,11 @@ class Riders(NamedTuple):
     """Features whose columns of W are wanted, each once.
 
     Args:
-        index: the features, ``[D]``.
+        features: which they are, ``[D]``.
         place: where those of each group are among them, ``[G, r]``.
     """
 
-    index: Tensor
+    features: Tensor
     place: Tensor
 
 

@@ -132,4 +132,4 @@ def _observed(
     seen.append(Observation(name, layer, energy, *sizes))
 
 
-_observed._torchdynamo_disable = True  # as in capture
+_observed._torchdynamo_disable = True  # type: ignore[attr-defined]  # as in capture

@@ -28,7 +28,7 @@ from vps.sharding import Projection, Shard, split_evenly
 STYLES = {"ColwiseParallel": 0, "RowwiseParallel": 1}  # and the dim of the weight that they split
 
 
-class TensorParallelLinear(SharpenedLayer, nn.Linear):
+class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
     """A linear layer of which this rank holds a part, as :meth:`sharpened` makes it in place.
 
     Parameters, ``state_dict`` keys and hooks stay those of the layer; ``base_forward`` is the
@@ -120,7 +120,8 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):
         if any(state is self.state for state in masking.STATE.disabled):
             return self.base_forward(x)
         if self.coupling is not None and self.coupling.applies():
-            y: Tensor = self.coupling.sharpen(self, x)
+            y = self.coupling.sharpen(self, x)
+            assert y is not None
             return y
         return sharpen((self,), x)[0]
 
@@ -303,15 +304,15 @@ def why_not_sharpenable(module: nn.Module) -> str | None:
     if not getattr(style, "use_local_output", False):
         return f"its tensor-parallel style {name} gives DTensors, expected plain tensors"
     weight = module._parameters.get("weight")
-    data = None if weight is None else weight.data
+    data: Any = None if weight is None else weight.data
     if data is None or type(data).__name__ != "DTensor":
         return f"its weight is a {type(data).__name__}, expected a DTensor"
-    mesh, placements = data.device_mesh, data.placements  # type: ignore[union-attr]
+    mesh, placements = data.device_mesh, data.placements
     if mesh.ndim != 1:
         return f"its weight is sharded over {mesh.ndim} mesh dimensions, expected 1"
     if not placements[0].is_shard(STYLES[name]) or type(placements[0]).__name__ != "Shard":
         return f"its weight is {placements[0]}, expected Shard(dim={STYLES[name]})"
-    local = data.to_local()  # type: ignore[union-attr]
+    local = data.to_local()
     if type(local) is not Tensor or local.dtype not in FLOATING or data.dim() != 2:
         return f"this rank's weight is {type(local).__name__} of {local.dtype}, not a plain matrix"
     if local.device.type == "meta":

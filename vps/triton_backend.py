@@ -22,10 +22,10 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
     plain = not (settings.coupled or settings.spectral or settings.second_order)
     # The bits of our GEMV are not those of the base layer, which masked-out tokens are promised.
     if plain and mask is None and H is None and decode.refusal(x, W, settings.r) is None:
-        y, features, core, gamma, t = decode.launch(
+        y, features, core, gamma, selected = decode.launch(
             *inputs[:8], settings.r, settings.adaptive, settings.tau, settings.clamp
         )
-        return Outputs(y, features[:, 0], features[:, 1], core, gamma, t)
+        return Outputs(y, features[:, 0], features[:, 1], core, gamma, selected)
     H = F.linear(x, W) if H is None else H
     s_out = None
     if settings.adaptive:

@@ -91,7 +91,7 @@ def by_identity(base: Base, index: Tensor) -> Tensor:
 def agree(rows: Tensor, index: Tensor, known: Columns) -> bool:
     """Whether rows ``[K, d_in]`` of these outputs have the entries of known columns."""
     expected = known.table.index_select(1, index).mT.to(rows.dtype)
-    error = rows.index_select(1, known.index) - expected
+    error = rows.index_select(1, known.features) - expected
     return bool(error.norm() <= AGREEMENT * expected.norm())
 
 

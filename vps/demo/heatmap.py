@@ -79,7 +79,7 @@ def draw_panels(names: list[str], panels: list[Panel], path: Path, title: str) -
     projections = list(dict.fromkeys(columns))
     blocks = sorted({layer_index(name) or 0 for name in names})
     figure = Figure(figsize=(15, 7.5), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr,call-arg]
     figure.suptitle(title)
     all_axes = figure.subplots(1, len(panels), sharey=True)
     for axes, panel in zip(all_axes, panels, strict=True):

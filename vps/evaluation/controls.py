@@ -159,7 +159,7 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         H: Tensor | None = None
         energy: Tensor | None = None
         if plan.drawn is not None:
-            own = tuple(index.expand(len(grouped), -1) for index in plan.drawn)
+            own = plan.drawn[0].expand(len(grouped), -1), plan.drawn[1].expand(len(grouped), -1)
         else:
             with torch.no_grad():
                 own, H, energy = _own_selection(layer, grouped, counted, r)
@@ -167,14 +167,15 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         donated = chosen.get(donors.get(name, ""))
         if donated is None or donated[0].shape != own[0].shape:
             drawn = selection.random_features(seed, d_in, d_out, r)
-            donated = tuple(torch.tensor(i, device=x.device).expand_as(own[0]) for i in drawn)  # type: ignore[assignment]
+            I_in, I_out = (torch.tensor(i, device=x.device).expand_as(own[0]) for i in drawn)
+            donated = I_in, I_out
         pooled = energy if plan.settings.adaptive else None
         if W is None:
             given = Given(*donated, pooled)
             own_layer = (layer.projection(x),)
             return opaque_vps_linear(x, own_layer, layer.config, state=layer.state, given=given)[0]
         inputs = Inputs(
-            grouped, W, layer.bias, counted, *donated,  # type: ignore[misc]
+            grouped, W, layer.bias, counted, *donated,
             plan.numbers(own_gamma), layer.state.entropy_on(x.device),
             None if torch.is_grad_enabled() else H,
             pooled,

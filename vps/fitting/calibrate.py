@@ -112,7 +112,7 @@ def calibrate(
     step, say = progress or (lambda message, total: None), advance or (lambda: None)
     with prepared(model, config, scope) as own:
         device = device_of(model)
-        settings = {"chat": chat, "longest": longest, "device": device}
+        settings: dict[str, Any] = {"chat": chat, "longest": longest, "device": device}
         use = {
             name: [encoded(tokenizer, each, **settings) for each in group]
             for name, group in (*vars(parts).items(), ("other", others))
@@ -192,7 +192,7 @@ def sensitivity(
     if not parsed:
         raise ValueError("calibrate: expected at least one example, got none")
     with prepared(model, config, scope):
-        settings = {"chat": chat, "longest": longest, "device": device_of(model)}
+        settings: dict[str, Any] = {"chat": chat, "longest": longest, "device": device_of(model)}
         use = [encoded(tokenizer, each, **settings) for each in parsed]
         if progress is not None:
             progress("taking gradients", len(use))

@@ -182,12 +182,13 @@ class Sharpening(Form):
         grouped, mask, counted = arrange(x, None, layer.config.scope)
         with torch.no_grad():
             features = plan.drawn if self.features is None else self.features[name]
+            I_in, I_out = None, None
             if features is None:
-                known = sharing.find(x, mask, grouped.shape, plan.settings.r), None
+                I_in = sharing.find(x, mask, grouped.shape, plan.settings.r)
             else:
-                known = tuple(index.expand(len(grouped), -1) for index in features)
-            chosen = self._selected(layer, grouped.detach(), W, counted, plan.settings, *known)
-            if features is None and known[0] is None:
+                I_in, I_out = (index.expand(len(grouped), -1) for index in features)
+            chosen = self._selected(layer, grouped.detach(), W, counted, plan.settings, I_in, I_out)
+            if I_in is None:
                 sharing.remember(x, mask, grouped.shape, chosen.I_in)
             if self.counts is not None:
                 for count, index in zip(self.counts[name], chosen[2:], strict=True):
@@ -196,7 +197,7 @@ class Sharpening(Form):
             if name not in self._norms:
                 self._norms[name] = norms(W)
         entropy = layer.state.entropy_on(x.device)
-        inputs = Inputs(grouped, W, bias, counted, None, None, plan.policy, entropy)
+        inputs = Inputs(grouped, W, bias, counted, None, None, plan.bounds, entropy)
         y = sharpened(inputs, chosen, own, plan.settings, self._norms[name])
         return y.view(*x.shape[:-1], len(W))
 

@@ -60,8 +60,8 @@ class LoRA(Form):
                 mask[:free] = 1
                 self.masks.append(mask.view_as(parameter))
         self._count = count - left
-        for parameter, mask in zip(self.parameters, self.masks, strict=True):
-            parameter.register_hook(mask.mul)
+        for fitted, mask in zip(self.parameters, self.masks, strict=True):
+            fitted.register_hook(mask.mul)
 
     @property
     def parameters(self) -> list[Tensor]:
