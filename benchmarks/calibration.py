@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import vps
 from vps import Calibration, VPSConfig, jsonl
-from vps.evaluation.tasks import documents
+from vps.evaluation.tasks import PROMPT, documents
 from vps.fitting import CONTROLS, Options
 from vps.loading import load_model
 
@@ -86,7 +86,7 @@ def examples(task: str, size: int, held_out: int) -> tuple[list[Any], list[Any]]
         random.Random(0).shuffle(drawn)
     else:
         drawn = [
-            (f"Question: {each['question']}\nAnswer:", each["answer"])
+            (PROMPT.replace("{{question}}", each["question"]), each["answer"])
             for each in documents(task, count)
         ]
     return drawn[:size], drawn[LARGEST:count]
@@ -218,7 +218,8 @@ def main() -> None:
         print(f"  {time.monotonic() - began:.0f} s", flush=True)
     text = summary(arguments.out)
     jsonl.replace(arguments.out / "report.md", text)
-    draw(arguments.out, arguments.out / "held-out.png")
+    if any(arguments.out.glob("*-*.json")):
+        draw(arguments.out, arguments.out / "held-out.png")
     print(text)
     planned = sum((arguments.out / f"{cell.name}.json").exists() for cell in cells)
     print(json.dumps({"cells asked for": len(cells), "finished": planned}))

@@ -51,6 +51,18 @@ def test_ties_go_to_the_lower_index(dtype):
     assert top_k(scores, 4).tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_with_ties_stand_beside_rows_without(dtype):
+    from vps.selection import top_k
+
+    scores = torch.tensor(
+        [[3, 1, 2, 0, 5], [2, 2, 2, 2, 2], [0, 4, 1, 4, 3], [9, 7, 7, 8, 6]], dtype=dtype
+    )
+    assert top_k(scores, 2).tolist() == [[4, 0], [0, 1], [1, 3], [0, 3]]
+    assert top_k(scores, 3).tolist() == [[4, 0, 2], [0, 1, 2], [1, 3, 4], [0, 3, 1]]
+    assert top_k(scores, 5).tolist()[3] == [0, 3, 1, 2, 4]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scope", ["sequence", "token"])
 @pytest.mark.parametrize("builder", ["sk", "sc"])

@@ -16,7 +16,7 @@ from vps.fitting.examples import Encoded
 
 UNSCORED = -100
 BUNDLE_TOKENS = 512  # of a pass, padding included: no more memory than one long example takes
-KEPT_TOKENS = 160  # of a pass that keeps what its backward pass needs, as few take little memory
+KEPT_TOKENS = 160  # of a pass that keeps what its backward pass needs: faster, for some memory
 
 
 def nll(model: Any, example: Encoded) -> Tensor:
