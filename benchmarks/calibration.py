@@ -3,7 +3,8 @@
 Every cell is a task, a number of examples, a γ a layer or a column, a scope, a builder and a seed.
 It fits sharpening and its controls alike, to convergence with early stopping, each with the
 learning rate of lowest stopping loss, and compares all of them on held-out examples. The cells are
-one that stands for all, those that differ from it in one thing, and two more seeds of each. A
+one that stands for all, those that differ from it in one thing, two more seeds of each, and two
+sizes between. What neither scope nor builder changes is left to the cell that stands for all. A
 finished cell is a file in the folder of results; the same command goes on where it was.
 
     python -m benchmarks.calibration --model .cache/smollm2 --minutes 60
@@ -55,20 +56,28 @@ class Cell(NamedTuple):
     def name(self) -> str:
         return "-".join(map(str, self))
 
+    @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """Controls that are those of the cell which differs in scope or builder alone."""
+        return () if (self.scope, self.builder) == ("token", "sk") else ("scale", "lora")
+
 
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
+    {"builder": "sc"},
+    {"size": 256},
     {"task": "text"},
     {"size": 8},
-    {"size": 256},
     {"per": "column"},
     {"scope": "sequence"},
-    {"builder": "sc"},
-    {"task": "word_problems"},
-    {"size": 24},
-    {"size": 96},
+    {"task": "units"},
 )
-CELLS = tuple(Cell(**change, seed=seed) for seed in range(3) for change in CHANGES)
+BETWEEN = (Cell(size=24), Cell(size=96))
+CELLS = (
+    *(Cell(**change) for change in CHANGES),
+    *BETWEEN,
+    *(Cell(**change, seed=seed) for change in CHANGES for seed in (1, 2)),
+)
 
 
 def examples(task: str, size: int, held_out: int) -> tuple[list[Any], list[Any]]:
@@ -95,6 +104,7 @@ def examples(task: str, size: int, held_out: int) -> tuple[list[Any], list[Any]]
 def run(cell: Cell, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Calibration:
     """Calibrate one cell."""
     given, held_out = examples(cell.task, cell.size, arguments.held_out)
+    controls = [name for name in arguments.controls if name not in cell.elsewhere]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return vps.calibrate(
@@ -107,7 +117,7 @@ def run(cell: Cell, model: Any, tokenizer: Any, arguments: argparse.Namespace) -
             scope=cell.scope,
             chat=False,
             longest=LONGEST_TEXT if cell.task == "text" else 512,
-            controls=arguments.controls,
+            controls=controls,
             options=Options(
                 steps=arguments.steps,
                 every=arguments.every,
