@@ -59,7 +59,7 @@ def test_nothing_stale(counted_calls, change):
         x[0, 0].fill_(50.0)
     elif change == "freed":
         del x
-        assert sharing._LAST.I_in is None
+        assert sharing._LAST.selection is None
         x = torch.randn(2, 5, 9)
     elif change == "scope":
         second.config = second.config.replace(scope="token")
@@ -107,7 +107,7 @@ def test_nothing_is_held_after_forward():
     reference = weakref.ref(x)
     y = layer(x)
     del x
-    assert reference() is None and y is not None and sharing._LAST.I_in is None
+    assert reference() is None and y is not None and sharing._LAST.selection is None
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def test_threads_do_not_share():
     x = torch.randn(2, 5, 9)
     first(x)
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(sharing._LAST.I_in))
+    thread = threading.Thread(target=lambda: seen.append(sharing._LAST.selection))
     thread.start()
     thread.join()
     assert seen == [None] and torch.equal(second(x), alone(second, x))

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vps import adapters
 from vps.config import VPSConfig
-from vps.linear import SharpenedLayer, as_class
+from vps.linear import SharpenedLayer, as_class, parameter
 from vps.own_forward import is_matrix
 from vps.policy import PolicyState
 
@@ -35,8 +35,11 @@ class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
         return self.nf, self.nx
 
     def matrix(self) -> Tensor | None:
-        weight = self.weight
+        weight = parameter(self, "weight")
         return weight.t() if is_matrix(weight) else None
+
+    def vector(self) -> Tensor | None:
+        return parameter(self, "bias")
 
     def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
         return super().forward(x) if biased else x @ self.weight

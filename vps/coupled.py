@@ -14,7 +14,16 @@ from torch import Tensor
 
 from vps import coupling, dispatch, one_group, operator, policy, reference, sharing
 from vps.config import VPSConfig
-from vps.functional import arrange, cast, check, plain_gamma, plan_for, run, vps_linear
+from vps.functional import (
+    arrange,
+    autocast_dtype,
+    cast,
+    check,
+    plain_gamma,
+    plan_for,
+    run,
+    vps_linear,
+)
 from vps.lbfgs import CurvatureMemory, Pair
 from vps.torch_backend import Inputs
 
@@ -78,11 +87,10 @@ def coupled_vps_linear(
     reason = why_not(query.weight.shape[0], key.weight.shape[0], heads, kv_heads)
     if reason is not None:
         raise ValueError(f"coupled_vps_linear: {reason}")
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, both = cast(x, dtype), (_cast(query, dtype), _cast(key, dtype))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return coupled_vps_linear(x, *both, heads, kv_heads, config, mask=mask, state=state)
     if not config.qk_coupling or config.builder == "random":
         query_y, key_y = (
@@ -123,7 +131,7 @@ def coupled_vps_linear(
         settings.insert(2, plans[1].settings.coupled)
         numbers_k = None if key.gamma is query.gamma else plans[1].numbers(key.gamma)
         with torch._C._AutoDispatchBelowAutograd():
-            y_q, y_k, selected = torch.ops.vps.linear_pair.default(
+            y_q, y_k, selected = operator.LINEAR_PAIR(
                 grouped, *query[:2], *key[:2], counted, I_in, numbers, entropy,
                 r, heads, kv_heads, *settings, numbers_k,
             )  # fmt: skip

@@ -74,12 +74,11 @@ def vps_linear(
     """
     config = VPSConfig() if config is None else config
     check(x, weight, mask)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight = cast(x, dtype), cast(weight, dtype)
         bias = None if bias is None else cast(bias, dtype)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return vps_linear(
                 x, weight, bias, config,
                 mask=mask, state=state, gradient=gradient, memory=memory, gamma=gamma,
@@ -243,6 +242,14 @@ def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
                 f"vps_linear: mask must be {tuple(x.shape[:-1])}, x without its last dim, "
                 f"got {tuple(mask.shape)}"
             )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts to on the device of x, where it is on."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None  # without the name of the device, which takes longer
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,6 +47,8 @@ LIBRARY.define(
     "-> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
+LINEAR_ONLY = torch.ops.vps.linear_only.default
+LINEAR_PAIR = torch.ops.vps.linear_pair.default
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -57,7 +59,7 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
         return y, features[:, 0]
     with torch._C._AutoDispatchBelowAutograd():  # past the gradient, which is written in Python
         if inputs.x.is_cpu:  # what a gradient would need is not even allocated
-            y, I_in = torch.ops.vps.linear_only.default(*inputs, *settings)
+            y, I_in = LINEAR_ONLY(*inputs, *settings)
             return y, I_in
         y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
     return y, features[:, 0]

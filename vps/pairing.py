@@ -37,6 +37,8 @@ class Layer(Protocol):
 
     def matrix(self) -> Tensor | None: ...
 
+    def vector(self) -> Tensor | None: ...
+
     def projection(self, x: Tensor, inside: bool = False) -> OpaqueProjection: ...
 
 
@@ -101,10 +103,10 @@ class Coupling:
         is that of the base layer."""
         W_q, W_k = self.query.matrix(), self.key.matrix()
         if W_q is not None and W_k is not None:
-            query = Projection(
-                W_q, self.query.bias, self.query.gradient, self.query.memory, self.query.gamma
+            query, key = (
+                Projection(W, each.vector(), each.gradient, each.memory, each.gamma)
+                for W, each in ((W_q, self.query), (W_k, self.key))
             )
-            key = Projection(W_k, self.key.bias, self.key.gradient, self.key.memory, self.key.gamma)
             return coupled_vps_linear(
                 x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
             )

@@ -12,15 +12,17 @@ import weakref
 import torch
 from torch import Tensor
 
+# Of x and of its mask, the state of both then, the grouping, and the indices I_in [G, r]. A plain
+# tuple, since layers make and read one at each call.
+_Selection = tuple[
+    weakref.ref[Tensor], weakref.ref[Tensor] | None, tuple[int, ...], tuple[int, ...], Tensor
+]
+
 
 class _Last(threading.local):
-    """The last selection ``I_in``; whose x and mask it is of, their state then, the grouping."""
+    """The last selection of the thread."""
 
-    x: weakref.ref[Tensor] | None = None
-    mask: weakref.ref[Tensor] | None = None
-    state: tuple[int, ...] | None = None
-    shape: tuple[int, ...] = ()
-    I_in: Tensor | None = None
+    selection: _Selection | None = None
 
 
 _LAST = _Last()
@@ -30,10 +32,13 @@ def find(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], r: int) -> Tens
     """Indices ``[G, r]`` remembered for this x and mask, grouped as ``shape``; or ``None``."""
     if torch.compiler.is_compiling():
         return None
-    I_in, of_x, of_mask = _LAST.I_in, _LAST.x, _LAST.mask
-    if I_in is None or of_x is None or of_x() is not x or _LAST.shape != shape:
+    last = _LAST.selection
+    if last is None:
         return None
-    if (of_mask if of_mask is None else of_mask()) is not mask or _state(x, mask) != _LAST.state:
+    of_x, of_mask, state, of_shape, I_in = last
+    if of_x() is not x or of_shape != shape:
+        return None
+    if (None if of_mask is None else of_mask()) is not mask or _state(x, mask) != state:
         return None
     width = I_in.shape[1]
     return None if width < r else I_in if width == r else I_in[:, :r]
@@ -43,14 +48,13 @@ def remember(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], I_in: Tenso
     """Keep the indices ``[G, r]`` selected for x and mask until another x comes or x is freed."""
     state = _state(x, mask)
     if state is not None:
-        _LAST.x = weakref.ref(x, _forget)
-        _LAST.mask = None if mask is None else weakref.ref(mask, _forget)
-        _LAST.state, _LAST.shape, _LAST.I_in = state, shape, I_in
+        of_mask = None if mask is None else weakref.ref(mask, _forget)
+        _LAST.selection = weakref.ref(x, _forget), of_mask, state, shape, I_in
 
 
 def forget() -> None:
     """Drop what this thread remembers."""
-    _LAST.I_in = None
+    _LAST.selection = None
 
 
 def _state(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
@@ -73,5 +77,6 @@ def _state(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
 
 def _forget(reference: weakref.ref[Tensor]) -> None:
     """Drop the selection with its x or mask, on the thread that frees it."""
-    if reference is _LAST.x or reference is _LAST.mask:
+    last = _LAST.selection
+    if last is not None and any(reference is own for own in last[:2]):
         forget()
