@@ -67,7 +67,12 @@ def test_held_out_examples_are_those_of_no_size(task):
 
 
 def test_cells_differ_from_the_first_in_one_thing():
-    assert len({cell.name for cell in CELLS}) == len(CELLS) == 30
+    assert len({cell.name for cell in CELLS}) == len(CELLS) == 26
     for cell in CELLS:
         changed = sum(a != b for a, b in zip(cell[:-1], CELLS[0][:-1], strict=True))
         assert changed <= 1
+
+
+def test_controls_are_fitted_once_where_scope_and_builder_do_not_touch_them():
+    assert Cell().elsewhere == Cell(task="text", per="column", size=8).elsewhere == ()
+    assert Cell(scope="sequence").elsewhere == Cell(builder="sc").elsewhere == ("scale", "lora")
