@@ -22,7 +22,8 @@ from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import vps
-from vps import Calibration, VPSConfig, jsonl
+from benchmarks.calibration_report import write_report
+from vps import Calibration, VPSConfig
 from vps.evaluation.tasks import PROMPT, documents
 from vps.fitting import CONTROLS, Options
 from vps.loading import load_model
@@ -32,14 +33,6 @@ LARGEST = 256
 HELD_OUT = 60
 SHORTEST_TEXT = 150  # characters
 LONGEST_TEXT = 32  # tokens
-TITLES = {
-    "sharpening": "sharpening",
-    "scale": "output scale",
-    "random-1": "random features 1",
-    "random-2": "random features 2",
-    "static": "static features",
-    "lora": "LoRA",
-}
 
 
 class Cell(NamedTuple):
@@ -131,68 +124,6 @@ def run(cell: Cell, model: Any, tokenizer: Any, arguments: argparse.Namespace) -
         )
 
 
-def summary(folder: Path) -> str:
-    """A table of the held-out and side effects of all finished cells, in Markdown."""
-    lines = [
-        "| cell | form | numbers | rate | steps | held-out nll | difference | other text |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for path in sorted(folder.glob("*-*.json")):
-        report = Calibration.load(path).report
-        families = report["comparisons"]
-        rows = families["sharpening"] + families.get("controls", [])
-        side = {row["cell"]: row for row in rows if row["task"] == "other text"}
-        held = [row for row in rows if row["task"] != "other text"]
-        lines.append(f"| {path.stem} | plain | 0 | | | {held[0]['base']:.3f} | | |")
-        for row in held:
-            form = report["forms"][row["cell"]]
-            lines.append(
-                f"| | {TITLES[row['cell']]} | {form['numbers']} | {form['learning_rate']:g} | "
-                f"{form['step']} | {row['value']:.3f} | {interval(row)} {row['verdict']} | "
-                f"{interval(side[row['cell']])} |"
-            )
-        for row in families.get("against controls", []):
-            if row["task"] != "other text":
-                lines.append(
-                    f"| | sharpening less {TITLES[row['against']]} | | | | | "
-                    f"{interval(row)} {row['verdict']} | |"
-                )
-    return "\n".join(lines) + "\n"
-
-
-def interval(row: dict[str, Any]) -> str:
-    """A difference with its 95 % interval."""
-    low, high = (row[end] for end in ("low", "high"))
-    return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def draw(folder: Path, path: Path) -> None:
-    """Held-out difference of every form from the plain model, a panel a cell, as PNG."""
-    from matplotlib.figure import Figure
-
-    cells = sorted(folder.glob("*-*.json"))
-    across = min(3, len(cells))
-    down = -(-len(cells) // across)
-    figure = Figure(figsize=(1.5 + 4.5 * across, 2.6 * down + 0.8), layout="constrained")
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for axes in panels[len(cells) :]:
-        axes.set_visible(False)
-    for axes, cell in zip(panels, cells, strict=False):
-        families = Calibration.load(cell).report["comparisons"]
-        rows = families["sharpening"] + families.get("controls", [])
-        held = [row for row in rows if row["task"] != "other text"]
-        for place, row in enumerate(held):
-            axes.plot([row["low"], row["high"]], [place, place], color="#57606a", linewidth=1.4)
-            axes.plot(row["difference"], place, "o", color="#0b57d0" if place == 0 else "#57606a")
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(held)), [TITLES[row["cell"]] for row in held])
-        axes.invert_yaxis()
-        axes.set_xlabel(f"held-out nll per token less plain, nats, n = {held[0]['n']}")
-        axes.set_title(cell.stem, fontsize=9, loc="left")
-        axes.grid(True, axis="x", linewidth=0.3)
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     """Run the cells that are not finished, then write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -226,11 +157,7 @@ def main() -> None:
         began = time.monotonic()
         run(cell, *loaded, arguments).save(path)
         print(f"  {time.monotonic() - began:.0f} s", flush=True)
-    text = summary(arguments.out)
-    jsonl.replace(arguments.out / "report.md", text)
-    if any(arguments.out.glob("*-*.json")):
-        draw(arguments.out, arguments.out / "held-out.png")
-    print(text)
+    print(write_report(arguments.out, CELLS))
     planned = sum((arguments.out / f"{cell.name}.json").exists() for cell in cells)
     print(json.dumps({"cells asked for": len(cells), "finished": planned}))
 
