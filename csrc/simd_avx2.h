@@ -48,11 +48,13 @@ inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
-/// |v| with non-finite lanes 0.
-inline Vec magnitude(Vec v) {
-  const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v.v);
-  const __m256 finite = _mm256_cmp_ps(size, _mm256_set1_ps(0x1.fffffep127f), _CMP_LE_OQ);
-  return {_mm256_and_ps(size, finite)};
+/// Adds |v| and v² where v is finite.
+inline void add_magnitude(Vec v, Vec& total, Vec& squares) {
+  const __m256 all = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v.v);
+  const __m256 finite = _mm256_cmp_ps(all, _mm256_set1_ps(0x1.fffffep127f), _CMP_LE_OQ);
+  const __m256 size = _mm256_and_ps(all, finite);
+  total.v = _mm256_add_ps(total.v, size);
+  squares.v = _mm256_fmadd_ps(size, size, squares.v);
 }
 
 /// v within [-limit, limit]; NaN stays NaN: min and max return their second operand then.

@@ -27,14 +27,18 @@ inline Vec load(const Half* p) {
 
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v.v); }
 
+/// Rounds to nearest even. A NaN that comes from arithmetic is quiet, so its upper half is one too.
 inline void store(BFloat16* p, Vec v) {
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15,
+                                                      17, 19, 21, 23, 25, 27, 29, 31};
   const __m512i bits = _mm512_castps_si512(v.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(v.v, v.v, _CMP_UNORD_Q);
-  const __m512i out = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 number = _mm512_cmp_ps_mask(v.v, v.v, _CMP_ORD_Q);
+  const __m512i half =
+      _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), odd, _mm512_set1_epi32(0x8000));
+  const __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, half);
+  const __m512i upper = _mm512_permutexvar_epi16(_mm512_load_si512(kUpper), rounded);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(upper));
 }
 
 inline void store(Half* p, Vec v) {
@@ -46,11 +50,12 @@ inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
-/// |v| with non-finite lanes 0.
-inline Vec magnitude(Vec v) {
+/// Adds |v| and v² where v is finite.
+inline void add_magnitude(Vec v, Vec& total, Vec& squares) {
   const __m512 size = _mm512_abs_ps(v.v);
   const __mmask16 finite = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1.fffffep127f), _CMP_LE_OQ);
-  return {_mm512_maskz_mov_ps(finite, size)};
+  total.v = _mm512_mask_add_ps(total.v, finite, total.v, size);
+  squares.v = _mm512_mask3_fmadd_ps(size, size, squares.v, finite);
 }
 
 /// v within [-limit, limit]; NaN stays NaN: min and max return their second operand then.

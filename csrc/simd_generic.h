@@ -39,12 +39,14 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return map([&](int64_t i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
 }
 
-/// |v| with non-finite lanes 0.
-inline Vec magnitude(Vec v) {
-  return map([&](int64_t i) {
-    const float size = v.lane[i] < 0 ? -v.lane[i] : v.lane[i];
-    return size <= 0x1.fffffep127f ? size : 0.0f;
-  });
+/// Adds |v| and v² where v is finite.
+inline void add_magnitude(Vec v, Vec& total, Vec& squares) {
+  for (int64_t i = 0; i < Vec::width; ++i) {
+    const float all = v.lane[i] < 0 ? -v.lane[i] : v.lane[i];
+    const float size = all <= 0x1.fffffep127f ? all : 0.0f;
+    total.lane[i] += size;
+    squares.lane[i] += size * size;
+  }
 }
 
 /// v within [-limit, limit]; NaN stays NaN.

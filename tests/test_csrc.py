@@ -126,6 +126,22 @@ BRANCHES = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=NAMES[1:])
+def test_output_is_rounded_once_to_nearest_even(dtype):
+    """Small integers keep every sum exact in float32, so that the last rounding alone is seen."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = (
+        torch.randint(-3, 4, size, generator=generator).to(dtype) for size in ((1, 8, 40), (90, 40))
+    )
+    config = VPSConfig(rank=4, adaptive_rank=False, gamma=2**-9, adaptive_gamma=False, tau=None)
+    got = call(SimpleNamespace(x=x, W=W, b=None), config)
+    want = reference.vps_linear(x.double(), W.double(), None, config=config).y
+    assert (want.to(dtype).double() != want).float().mean() > 0.2
+    ties = want.float().view(torch.int32) & 0xFFFF == 0x8000
+    assert dtype != torch.bfloat16 or ties.any()
+    assert torch.equal(got.y, want.to(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("tokens", [(1, 1), (1, 3), (4, 1), (1, 7), (3, 5)], ids=str)
 @pytest.mark.parametrize("branch", BRANCHES)
