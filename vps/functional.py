@@ -276,9 +276,7 @@ def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
     """x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
     if scope == "sequence" and x.dim() == 3:
         return x
-    tokens = 1
-    for dim in dims:
-        tokens *= dim
+    tokens = masking.count(dims)
     if scope == "token":
         length = 1
     else:

@@ -90,6 +90,14 @@ def bind_to_thread_state(function: Callable[..., Any]) -> Callable[..., Any]:
     return bound
 
 
+def count(dims: tuple[int, ...]) -> int:
+    """Tokens of these dims; a loop, which torch.compile traces with symbolic sizes too."""
+    tokens = 1
+    for dim in dims:
+        tokens *= dim
+    return tokens
+
+
 def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
     """Token dims and mask to use for a layer input ``x`` [..., d_in].
 
@@ -99,19 +107,15 @@ def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
     Raises:
         ValueError: a mask of :func:`token_mask` that does not fit ``x``.
     """
-    own = tuple(x.shape[:-1])
+    own = x.shape[:-1]
     layout = current_layout()
     if layout is None:
         return own, None
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    size = 1
-    for dim in layout.shape:
-        size *= dim
-    if own == layout.shape or (x.dim() <= 2 and tokens == size):
+    if own == layout.shape or (x.dim() <= 2 and count(own) == count(layout.shape)):
         return layout.shape, layout.mask
     if layout.owner is None:
         raise ValueError(
-            f"vps.token_mask: mask must have the shape of x without its last dim, {own}, "
-            f"got {layout.shape}"
+            "vps.token_mask: mask must have the shape of x without its last dim, "
+            f"{tuple(own)}, got {layout.shape}"
         )
     return own, None
