@@ -218,7 +218,7 @@ def test_controls_are_what_they_say(tokenizer):
         adapter = lora(model, names, 14, examples, 0)
         assert adapter.count == 14 == sum(int(mask.sum()) for mask in adapter.masks)
         before = mean_nll(model, adapter, examples)
-        done = fit(model, adapter, examples, examples, QUICK)
+        done = fit(model, adapter, examples, examples, QUICK, before)
         assert done.loss < before == done.plain
         moved = sum(int((B != 0).sum()) for _, B in adapter.factors.values())
         assert 0 < moved <= 14

@@ -76,14 +76,14 @@ class Held:
         original = self.form._selected
         build = update.torch_backend.selection.coupling
 
-        def selected(layer, x, W, mask, settings, *known):
+        def selected(layer, inputs, settings):
             key = (id(layer), tuple(self.example))
             if not self.replay:
-                found = original(layer, x, W, mask, settings, *known)
+                found = original(layer, inputs, settings)
                 self.seen[key] = found._replace(energy=found.energy.clone())
                 return found
             held = self.seen[key]
-            return held._replace(H=F.linear(x, W), energy=held.energy.clone())
+            return held._replace(H=F.linear(inputs.x, inputs.weight), energy=held.energy.clone())
 
         calls = iter(())
 
@@ -109,7 +109,7 @@ class Held:
         total = 0.0
         self.patched.coupling = self.mixing
         try:
-            with self.form.applied():
+            with self.form.applied(), vps.backend("reference"):  # as with a gradient
                 for example in examples:
                     self.example = example.ids.flatten().tolist()
                     total += float(nll(model, example)) / example.scored

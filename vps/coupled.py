@@ -136,7 +136,9 @@ def coupled_vps_linear(
                 r, heads, kv_heads, *settings, numbers_k,
             )  # fmt: skip
     else:
-        joint = _couple(name, grouped, query.weight, key.weight, counted, I_in, r, heads, kv_heads)
+        joint = couple_by(
+            name, grouped, query.weight, key.weight, counted, I_in, r, heads, kv_heads
+        )
         energy = joint.energy if plans[0].settings.adaptive else None
         selected = joint.features[:, 0]
         y_q, y_k = (
@@ -183,7 +185,7 @@ def why_not(d_q: int, d_k: int, heads: int, kv_heads: int) -> str | None:
     return None
 
 
-def _couple(
+def couple_by(
     name: str, x: Tensor, W_q: Tensor, W_k: Tensor, mask: Tensor | None, *rest: Any
 ) -> coupling.Joint:
     """The joint decision by the backend of that name."""

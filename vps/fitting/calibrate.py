@@ -17,7 +17,7 @@ from vps.calibration import Calibration, fingerprint, model_id
 from vps.config import VPSConfig
 from vps.ephemeral import restored
 from vps.fitting import held_out as reported
-from vps.fitting.descent import Fit, Options, each_nll, fit
+from vps.fitting.descent import Fit, Options, each_nll, fit, mean_nll
 from vps.fitting.examples import Encoded, Example, Split, encoded, parse, split
 from vps.fitting.forms import Form, Plain, Scale, Sharpening, frequent_features, random_features
 from vps.fitting.kept import Kept
@@ -261,12 +261,14 @@ def _run(
         found[form.name] = {"outcomes": outcomes, "summary": summary}
 
     by_column = per == "column"
-    measure(Plain(model, chosen, False), None)
+    base = Plain(model, chosen, False)
+    measure(base, None)
+    plain = mean_nll(model, base, use["stop"])
     for name in (SHARPENING, *controls):
         form = _form(name, model, chosen, by_column, use["fit"], seed, step, say)
         step(f"fitting: {name}", options.looks - len(options.learning_rates))
         done = fit(
-            model, form, use["fit"], use["stop"], options,
+            model, form, use["fit"], use["stop"], options, plain,
             advance=say, state=kept.state(name), save=partial(kept.keep, name),
         )  # fmt: skip
         if isinstance(form, Sharpening) and name == SHARPENING:

@@ -92,6 +92,7 @@ def fit(
     examples: Sequence[Encoded],
     stop: Sequence[Encoded],
     options: Options,
+    plain: float,
     *,
     advance: Callable[[], None] = lambda: None,
     state: dict[str, Any] | None = None,
@@ -105,6 +106,7 @@ def fit(
         examples: to take gradients of.
         stop: to stop by.
         options: the rest.
+        plain: nll per token of ``stop`` by the plain model, which is that of the first numbers.
         advance: called after every look at the stopping examples.
         state: of ``save``, to go on from: the same numbers come out as without the break.
         save: called after every look with what is needed to go on, plain values for JSON.
@@ -112,7 +114,7 @@ def fit(
     start = time.perf_counter()
     before = 0.0
     initial = form.state()
-    found = Fit(values=initial)
+    found = Fit(values=initial, plain=plain)
     rates = list(options.learning_rates)
     place, resumed = 0, None
     if state is not None:
@@ -128,9 +130,7 @@ def fit(
             resumed = None
         else:
             form.set_state(initial)
-            loss = mean_nll(model, form, stop)
-            found.plain = loss
-            since = _look(found, form, rate, step, loss, since)
+            since = _look(found, form, rate, step, plain, since)
         while step < options.steps and since < options.patience:
             for _ in range(min(options.every, options.steps - step)):
                 batch = _batch(examples, step, options)

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import coupling, selection, sharing
+from vps import coupling, dispatch, selection, sharing
 from vps.calibration import columns_of
+from vps.coupled import couple_by
 from vps.fitting.update import Norms, Selection, norms, sharpened
-from vps.functional import arrange, plan_for
+from vps.functional import arrange, plan_for, run
 from vps.patching import sharpened_layers
-from vps.policy import Settings
+from vps.policy import LayerGamma, Settings
 from vps.torch_backend import Inputs
 
 Features = tuple[Tensor, Tensor]  # I_in and I_out, [r]
@@ -174,70 +175,84 @@ class Sharpening(Form):
         own = self.own(layer)
         if own is None:
             return None
-        name = self.parts[id(layer)][0]
         d_out, d_in = min(one.widths for one in layer.deciding())
         factor = layer.state.factor()
         plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, x.dtype, True)
         assert plan is not None
+        name = self.parts[id(layer)][0]
+        backend = dispatch.asked(x) or plan.fastest
         grouped, mask, counted = arrange(x, None, layer.config.scope)
-        with torch.no_grad():
-            features = plan.drawn if self.features is None else self.features[name]
-            I_in, I_out = None, None
-            if features is None:
-                I_in = sharing.find(x, mask, grouped.shape, plan.settings.r)
-            else:
-                I_in, I_out = (index.expand(len(grouped), -1) for index in features)
-            chosen = self._selected(layer, grouped.detach(), W, counted, plan.settings, I_in, I_out)
-            if I_in is None:
-                sharing.remember(x, mask, grouped.shape, chosen.I_in)
-            if self.counts is not None:
-                for count, index in zip(self.counts[name], chosen[2:], strict=True):
-                    flat = (index if counted is None else index[counted.any(1)]).reshape(-1)
-                    count.index_add_(0, flat, count.new_ones(len(flat)))
-            if name not in self._norms:
-                self._norms[name] = norms(W)
+        features = plan.drawn if self.features is None else self.features[name]
+        I_in, I_out = None, None
+        if features is None:
+            I_in = sharing.find(x, mask, grouped.shape, plan.settings.r)
+        else:
+            I_in, I_out = (index.expand(len(grouped), -1) for index in features)
         entropy = layer.state.entropy_on(x.device)
-        inputs = Inputs(grouped, W, bias, counted, None, None, plan.bounds, entropy)
-        y = sharpened(inputs, chosen, own, plan.settings, self._norms[name])
+        inputs = Inputs(grouped, W, bias, counted, I_in, I_out, plan.bounds, entropy)
+        with torch.no_grad():
+            if len(layer.deciding()) == 2:
+                inputs = self._jointly(layer, inputs, plan.settings, backend)
+        if torch.is_grad_enabled() or self.counts is not None or backend == "reference":
+            y, I_in = self._differentiable(layer, inputs, own, plan.settings)
+        else:
+            numbers = LayerGamma(own).in_policy(plan.bounds, plan.settings.r)
+            y, I_in = run(backend, inputs._replace(policy=numbers), plan.settings, ())
+        if features is None:
+            sharing.remember(x, mask, grouped.shape, I_in)
         return y.view(*x.shape[:-1], len(W))
 
-    def _selected(
-        self,
-        layer: Any,
-        x: Tensor,
-        W: Tensor,
-        mask: Tensor | None,
-        settings: Settings,
-        I_in: Tensor | None,
-        I_out: Tensor | None,
-    ) -> Selection:
-        """What the layer chooses for x ``[G, T, d_in]`` where it is not known."""
-        deciding, r, adaptive = layer.deciding(), settings.r, settings.adaptive
-        if len(deciding) == 2:
-            query, key = deciding
-            pair = layer.coupling
-            held = self._joint
-            if held is not None and _same(held, x):
-                joint, self._joint = held[2], None
-            else:
-                joint = coupling.couple(
-                    x, query.matrix(), key.matrix(), mask, I_in, r, pair.heads, pair.kv_heads
-                )
-                self._joint = x, x._version, joint
-            place = 0 if layer is query else 1
-            energy = joint.energy.clone() if adaptive else None
-            if I_out is None:
-                I_in, I_out = joint.features[:, 0], joint.features[:, place + 1]
-            assert I_in is not None
-            return Selection(joint[place], energy, I_in, I_out)
-        count = None if mask is None else mask.sum(1).clamp_(min=1)
-        H = F.linear(x, W)
-        s_out, own_energy = selection.statistics(H, mask, count, adaptive)
-        if I_in is None:
-            I_in = selection.top_k(selection.statistics(x, mask, count, False)[0], r)
+    def _jointly(self, layer: Any, inputs: Inputs, settings: Settings, backend: str) -> Inputs:
+        """``inputs`` of a coupled query or key, with what it decides together with its peer."""
+        query, key = layer.deciding()
+        pair, x = layer.coupling, inputs.x.detach()
+        held = self._joint
+        if held is not None and _same(held, x):
+            joint, self._joint = held[2], None
+        else:
+            name = "torch" if backend == "reference" else backend
+            joint = couple_by(
+                name, x, query.matrix(), key.matrix(), inputs.mask, inputs.I_in,
+                settings.r, pair.heads, pair.kv_heads,
+            )  # fmt: skip
+            self._joint = x, x._version, joint
+        place = 0 if layer is query else 1
+        energy = joint.energy.clone() if settings.adaptive else None
+        I_in, I_out = inputs.I_in, inputs.I_out
         if I_out is None:
-            I_out = selection.top_k(s_out, r)
-        return Selection(H, own_energy, I_in, I_out)
+            I_in, I_out = joint.features[:, 0], joint.features[:, place + 1]
+        return inputs._replace(I_in=I_in, I_out=I_out, H=joint[place], energy=energy)
+
+    def _differentiable(
+        self, layer: Any, inputs: Inputs, own: Tensor, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        """Output ``[G, T, d_out]`` and ``I_in``."""
+        name = self.parts[id(layer)][0]
+        with torch.no_grad():
+            chosen = self._selected(layer, inputs, settings)
+            if self.counts is not None:
+                mask = inputs.mask
+                for count, index in zip(self.counts[name], chosen[2:], strict=True):
+                    flat = (index if mask is None else index[mask.any(1)]).reshape(-1)
+                    count.index_add_(0, flat, count.new_ones(len(flat)))
+            if name not in self._norms:
+                self._norms[name] = norms(inputs.weight)
+        return sharpened(inputs, chosen, own, settings, self._norms[name]), chosen.I_in
+
+    def _selected(self, layer: Any, inputs: Inputs, settings: Settings) -> Selection:
+        """What the layer chooses where it is not known."""
+        x, mask, I_in, I_out = inputs.x.detach(), inputs.mask, inputs.I_in, inputs.I_out
+        H, energy = inputs.H, inputs.energy
+        if H is None:
+            count = None if mask is None else mask.sum(1).clamp_(min=1)
+            H = F.linear(x, inputs.weight)
+            s_out, energy = selection.statistics(H, mask, count, settings.adaptive)
+            if I_in is None:
+                I_in = selection.top_k(selection.statistics(x, mask, count, False)[0], settings.r)
+            if I_out is None:
+                I_out = selection.top_k(s_out, settings.r)
+        assert I_in is not None and I_out is not None
+        return Selection(H, energy, I_in, I_out)
 
     @contextmanager
     def counting(self) -> Iterator[dict[str, Features]]:
