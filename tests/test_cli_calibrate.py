@@ -57,6 +57,11 @@ def test_calibrate(capsys, folder, tmp_path):  # noqa: F811
     assert len(made.gamma) == 14 and made.report["examples"] == {
         "fit": 12, "stop": 4, "held_out": 8,
     }  # fmt: skip
+    form = made.report["forms"]["sharpening"]
+    last = form["step"] == made.report["options"]["steps"]
+    assert (
+        "Lowest at the last step, so more may lower it: sharpening, calibrated." in text
+    ) == last
     assert "No controls" in text and ("nothing was found" in err) == (made.found is False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "cal.json", "test.jsonl", "train.jsonl",

@@ -39,6 +39,13 @@ def text(calibration: Calibration) -> str:
     families = report["comparisons"]
     if families:
         lines += _table(families, forms)
+    unfinished = [
+        TITLES[name]
+        for name, form in forms.items()
+        if form.get("step") == report["options"]["steps"]
+    ]
+    if unfinished:
+        lines.append(f"Lowest at the last step, so more may lower it: {', '.join(unfinished)}.")
     if not report["controls"]:
         lines.append(
             "No controls: whether as many numbers of another kind do the same was not measured."
