@@ -45,7 +45,7 @@ def text(calibration: Calibration) -> str:
         if form.get("step") == report["options"]["steps"]
     ]
     if unfinished:
-        lines.append(f"Lowest at the last step, so more may lower it: {', '.join(unfinished)}.")
+        lines.append(f"Lowest at the last step, so more may lower it: {'; '.join(unfinished)}.")
     if not report["controls"]:
         lines.append(
             "No controls: whether as many numbers of another kind do the same was not measured."
