@@ -62,9 +62,13 @@ def write_report(folder: Path, cells: Sequence[Cell]) -> str:
 
 def finished(folder: Path, cells: Sequence[Cell]) -> list[Group]:
     """Finished cells, those together that differ in the seed alone."""
-    alike = sorted(cells, key=lambda cell: (cell[2:5], cell.task, cell.size, cell.seed))
     first = cells[0]
-    alike.sort(key=lambda cell: (cell.task != first.task, cell[2:5] != first[2:5]))
+
+    def place(cell: Cell) -> tuple[Any, ...]:
+        other = cell.task != first.task, cell[2:5] != first[2:5]
+        return *other, cell[2:5], cell.task, cell.size, cell.seed
+
+    alike = sorted(cells, key=place)
     groups = (
         [(cell, Found(path)) for cell in group if (path := folder / f"{cell.name}.json").exists()]
         for _, group in itertools.groupby(alike, key=lambda cell: cell[:-1])

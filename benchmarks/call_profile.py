@@ -31,11 +31,22 @@ KINDS = {  # marks in the name of a library or function, the first kind that has
     "waiting for threads": ("libgomp", "libiomp"),
     "operating system": ("[kernel", "[vdso]"),
 }
+DTYPES = ("float32", "bfloat16", "float16")
 REST = "torch's dispatcher, tensors, memory"
 
 
+def why_missing() -> str | None:
+    """Why perf cannot record here, or ``None``."""
+    if shutil.which("perf") is None:
+        return "Linux perf is not on the PATH"
+    tried = subprocess.run(
+        ["perf", "record", "-q", "-o", "/dev/null", "true"], capture_output=True, text=True
+    )
+    return None if tried.returncode == 0 else f"perf cannot record: {tried.stderr.strip()}"
+
+
 def kind(line: str) -> str:
-    """Of a line of perf: which library, and which function."""
+    """That of a line of perf, which names library and function."""
     return next((k for k, marks in KINDS.items() if any(m in line for m in marks)), REST)
 
 
@@ -89,14 +100,15 @@ def table(found: dict[str, tuple[float, dict[str, float]]]) -> str:
 def main() -> None:
     """Profile one shape and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--shape", type=int, nargs=2, default=(576, 576), metavar=("IN", "OUT"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0)
     arguments = parser.parse_args()
-    if shutil.which("perf") is None:
-        sys.exit("call_profile: needs Linux perf, which is not on the PATH")
+    reason = why_missing()
+    if reason is not None:
+        sys.exit(f"call_profile: {reason}")
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     linear = nn.Linear(*arguments.shape, bias=False).to(dtype)

@@ -1,12 +1,10 @@
 """What the profile of a call makes of a report of perf."""
 
-import shutil
-
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.call_profile import KINDS, REST, profile, shares, table
+from benchmarks.call_profile import KINDS, REST, profile, shares, table, why_missing
 
 REPORT = """
 # Overhead  Shared Object  Symbol
@@ -32,7 +30,7 @@ def test_table_has_a_row_a_kind_and_a_column_a_layer():
     assert len(lines) == 2 + len(KINDS) + 2
 
 
-@pytest.mark.skipif(shutil.which("perf") is None, reason="Linux perf is not on the PATH")
+@pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 def test_a_profile_accounts_for_the_whole_time():
     each, kinds = profile(nn.Linear(64, 64), torch.randn(1, 4, 64), 0.5)
     assert 0 < each < 1e-2 and sum(kinds.values()) == pytest.approx(each)

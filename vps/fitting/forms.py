@@ -194,12 +194,12 @@ class Sharpening(Form):
             if len(layer.deciding()) == 2:
                 inputs = self._jointly(layer, inputs, plan.settings, backend)
         if torch.is_grad_enabled() or self.counts is not None or backend == "reference":
-            y, I_in = self._differentiable(layer, inputs, own, plan.settings)
+            y, selected = self._differentiable(name, inputs, own, plan.settings)
         else:
             numbers = LayerGamma(own).in_policy(plan.bounds, plan.settings.r)
-            y, I_in = run(backend, inputs._replace(policy=numbers), plan.settings, ())
-        if features is None:
-            sharing.remember(x, mask, grouped.shape, I_in)
+            y, selected = run(backend, inputs._replace(policy=numbers), plan.settings, ())
+        if I_in is None:
+            sharing.remember(x, mask, grouped.shape, selected)
         return y.view(*x.shape[:-1], len(W))
 
     def _jointly(self, layer: Any, inputs: Inputs, settings: Settings, backend: str) -> Inputs:
@@ -224,12 +224,11 @@ class Sharpening(Form):
         return inputs._replace(I_in=I_in, I_out=I_out, H=joint[place], energy=energy)
 
     def _differentiable(
-        self, layer: Any, inputs: Inputs, own: Tensor, settings: Settings
+        self, name: str, inputs: Inputs, own: Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        """Output ``[G, T, d_out]`` and ``I_in``."""
-        name = self.parts[id(layer)][0]
+        """Output ``[G, T, d_out]`` of the layer of that name, and ``I_in`` ``[G, r]``."""
         with torch.no_grad():
-            chosen = self._selected(layer, inputs, settings)
+            chosen = self._selected(inputs, settings)
             if self.counts is not None:
                 mask = inputs.mask
                 for count, index in zip(self.counts[name], chosen[2:], strict=True):
@@ -239,8 +238,9 @@ class Sharpening(Form):
                 self._norms[name] = norms(inputs.weight)
         return sharpened(inputs, chosen, own, settings, self._norms[name]), chosen.I_in
 
-    def _selected(self, layer: Any, inputs: Inputs, settings: Settings) -> Selection:
-        """What the layer chooses where it is not known."""
+    @staticmethod
+    def _selected(inputs: Inputs, settings: Settings) -> Selection:
+        """What a layer chooses where it is not known."""
         x, mask, I_in, I_out = inputs.x.detach(), inputs.mask, inputs.I_in, inputs.I_out
         H, energy = inputs.H, inputs.energy
         if H is None:
