@@ -13,7 +13,7 @@ from vps.fitting import descent, update
 from vps.fitting.calibrate import prepared
 from vps.fitting.descent import each_nll, gradients, mean_nll
 from vps.fitting.examples import encoded, parse
-from vps.fitting.forms import Sharpening
+from vps.fitting.forms import Sharpening, random_features
 from vps.fitting.loss import BUNDLE_TOKENS, bundles, nll
 from vps.patching import sharpened_layers
 
@@ -145,6 +145,34 @@ def test_the_form_is_the_calibrated_model(tokenizer, settings, by_column, backen
     with torch.no_grad(), vps.backend(backend):
         total = sum(float(nll(model, each)) for each in examples)
     assert abs(fitted - total / sum(e.scored for e in examples)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("settings", FORMS)
+def test_what_is_looked_at_is_what_is_fitted(tokenizer, settings, fixed, by_column, dtype):
+    """Without a gradient the operator computes, with one the differentiable form."""
+    model = tiny(dtype)
+    patch(model, VPSConfig(**settings))
+    names = list(sharpened_layers(model))
+    example = encoded(tokenizer, parse(pairs(1)[0]), chat=False, longest=64)
+    with prepared(model, None, "token"):
+        form = Sharpening(model, names, by_column)
+        if fixed:
+            form = Sharpening(model, names, by_column, random_features(form, 0), "random-1")
+        generator = torch.Generator().manual_seed(5)
+        start = torch.rand(form.count, generator=generator) - 0.5
+        form.set_state([start.tolist()])
+        with form.applied():
+            with_gradient = nll(model, example)
+        looked_at = each_nll(model, form, [example])[0]
+        form.set_state([[0.0] * form.count])
+        plain = each_nll(model, form, [example])[0]
+    assert with_gradient.requires_grad
+    bound = 1e-10 if dtype == torch.float64 else 1e-5
+    assert abs(looked_at - with_gradient.item()) <= bound * looked_at
+    assert abs(looked_at - plain) > 10 * bound * plain
 
 
 @pytest.mark.parametrize("scope", ["token", "sequence", "batch"])
