@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vps import VPSConfig, coupling, one_group, policy, torch_backend
@@ -39,36 +40,88 @@ def test_agrees_with_the_general_way(dtype, tokens, shape):
             assert error <= 4 * torch.finfo(dtype).eps
 
 
+def pair(x, W_q, W_k, **given):
+    """A query's inputs, a key's, and their settings; ``given`` are further inputs of both."""
+    query, settings = call(x, W_q, **given)
+    return query, query._replace(weight=W_k), settings
+
+
+def general_pair(query, key, settings, heads, kv_heads):
+    """What the general way makes of a query and a key, and the selections."""
+    joint = coupling.couple(
+        query.x, query.weight, key.weight, None, query.I_in, settings.r, heads, kv_heads
+    )
+    I_in = joint.features[:, 0]
+    ys = [
+        torch_backend.forward(
+            own._replace(I_in=I_in, I_out=joint.features[:, i + 1], energy=joint.energy), settings
+        ).y
+        for i, own in enumerate((query, key))
+    ]
+    return *ys, I_in
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)])
-def test_couples_as_the_general_way(dtype, tokens, heads):
+def test_a_pair_agrees_with_the_general_way(dtype, tokens, heads):
     torch.manual_seed(heads[0])
     x = torch.randn(1, tokens, 24).to(dtype)
     W_q, W_k = (torch.randn(8 * count, 24).to(dtype) for count in heads)
     for I_in in (None, torch.tensor([[3, 1, 20, 7]])):
-        short = one_group.couple(x, W_q, W_k, None, I_in, 4, *heads)
+        query, key, settings = pair(x, W_q, W_k, I_in=I_in)
+        query = query._replace(bias=torch.randn(len(W_q)).to(dtype))
+        key = key._replace(policy=key.policy * 0.9)
+        short = one_group.sharpen_pair(query, key, settings, *heads)
         assert short is not None
-        general = coupling.couple(x, W_q, W_k, None, I_in, 4, *heads)
-        assert torch.equal(short.features, general.features)
-        torch.testing.assert_close(short[:2], general[:2], rtol=0, atol=0)
-        torch.testing.assert_close(short.energy, general.energy)
+        general = general_pair(query, key, settings, *heads)
+        assert torch.equal(short[2], general[2])
+        for y, expected in zip(short[:2], general[:2], strict=True):
+            error = (y - expected).double().norm() / expected.double().norm()
+            assert error <= 4 * torch.finfo(dtype).eps
 
 
 def test_query_heads_that_tie_go_to_the_first():
     x, W_k = torch.randn(1, 1, 12), torch.randn(8, 12)
     W_q = torch.cat([0.5 * W_k, W_k, -W_k])  # three heads for one key head
-    short = one_group.couple(x, W_q, W_k, None, None, 3, 3, 1)
-    assert torch.equal(short.features[0, 1], short.features[0, 2] + 8)
-    assert torch.equal(short.features, coupling.couple(x, W_q, W_k, None, None, 3, 3, 1).features)
+    s_q, s_k = ((x @ W.T).abs().view(-1) for W in (W_q, W_k))
+    found = one_group._joint(s_q, s_k, 3, 3, 1)
+    assert found is not None
+    assert torch.equal(found[0], found[1] + 8)
+    general = coupling.select(s_q[None], s_k[None], 3, 3, 1)
+    assert torch.equal(torch.stack(found), torch.cat(general))
 
 
-def test_what_does_not_couple_the_short_way():
+def test_what_is_no_pair_for_the_short_way():
     x, W = torch.randn(1, 2, 8), torch.randn(8, 8)
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    assert one_group.couple(x.expand(3, -1, -1), W, W, None, None, 2, 2, 2) is None
-    assert one_group.couple(x, W, W, mask, None, 2, 2, 2) is None
-    assert one_group.couple(x * 1e30, W, W, None, None, 2, 2, 2) is None
+    others = [
+        pair(x.expand(3, -1, -1), W, W),
+        pair(x, W, W, mask=torch.ones(1, 2, dtype=torch.bool)),
+        pair(x * 1e30, W, W),
+        pair(x, W, W.clone().requires_grad_()),
+    ]
+    for query, key, settings in others:
+        assert one_group.sharpen_pair(query, key, settings, 2, 2) is None
+    query, key, settings = pair(x, W, W)
+    assert one_group.sharpen_pair(query, key, settings._replace(coupled=True), 2, 2) is None
+    assert one_group.sharpen_pair(query, key, settings, 2, 2) is not None
+
+
+@pytest.mark.parametrize("d_out", [1024, 1023])
+def test_the_product_of_one_token_by_blocks(d_out):
+    x, W = torch.randn(1, 1, 600), torch.randn(d_out, 600)
+    assert W.numel() >= one_group.SPLIT
+    expected = F.linear(x.double(), W.double())
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 4):  # 1023 is a multiple of 1 and 3 alone
+            torch.set_num_threads(count)
+            for weight in (W, W.t().contiguous().t()):
+                H = one_group._product(x, weight)
+                error = (H.double() - expected).norm() / expected.norm()
+                assert H.shape == (1, 1, d_out) and error < 1e-6
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_known_base_product_stays_as_it_is():

@@ -25,6 +25,7 @@ from vps.functional import (
     vps_linear,
 )
 from vps.lbfgs import CurvatureMemory, Pair
+from vps.policy import Settings
 from vps.torch_backend import Inputs
 
 
@@ -126,15 +127,17 @@ def coupled_vps_linear(
     r = plans[0].settings.r
     I_in = sharing.find(x, mask, grouped.shape, r)
     entropy = None if state is None else state.entropy_on(x.device)
+    inputs = [
+        Inputs(grouped, *p[:2], counted, I_in, None, plan.numbers(p.gamma), entropy)
+        for p, plan in zip(both, (plans[0], plans[1]), strict=True)
+    ]
+    found = None
     if name == "cpp" and _is_plain_call(x, query, key):
-        numbers, (_, *settings) = plans[0].numbers(query.gamma), plans[0].settings
-        settings.insert(2, plans[1].settings.coupled)
-        numbers_k = None if key.gamma is query.gamma else plans[1].numbers(key.gamma)
-        with torch._C._AutoDispatchBelowAutograd():
-            y_q, y_k, selected = operator.LINEAR_PAIR(
-                grouped, *query[:2], *key[:2], counted, I_in, numbers, entropy,
-                r, heads, kv_heads, *settings, numbers_k,
-            )  # fmt: skip
+        found = _in_one_call(inputs, plans[0].settings, plans[1].settings, heads, kv_heads)
+    elif name == "torch" and not any(pairs) and plans[0].settings == plans[1].settings:
+        found = one_group.sharpen_pair(inputs[0], inputs[1], plans[0].settings, heads, kv_heads)
+    if found is not None:
+        y_q, y_k, selected = found
     else:
         joint = couple_by(
             name, grouped, query.weight, key.weight, counted, I_in, r, heads, kv_heads
@@ -144,15 +147,14 @@ def coupled_vps_linear(
         y_q, y_k = (
             run(
                 name,
-                Inputs(
-                    grouped, p.weight, p.bias, counted, selected, joint.features[:, i + 1],
-                    plan.numbers(p.gamma), entropy, joint[i], energy,
+                own._replace(
+                    I_in=selected, I_out=joint.features[:, i + 1], H=joint[i], energy=energy
                 ),
                 plan.settings,
                 pairs[i],
             )[0]
-            for i, (p, plan) in enumerate(zip(both, (plans[0], plans[1]), strict=True))
-        )  # fmt: skip
+            for i, (own, plan) in enumerate(zip(inputs, (plans[0], plans[1]), strict=True))
+        )
     if I_in is None:
         sharing.remember(x, mask, grouped.shape, selected)
     if grouped is not x:
@@ -162,6 +164,22 @@ def coupled_vps_linear(
     if plain[1]:
         y_k = F.linear(x, *key[:2])
     return y_q, y_k
+
+
+def _in_one_call(
+    inputs: list[Inputs], of_query: Settings, of_key: Settings, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both outputs and ``I_in`` ``[G, r]`` by one call of the operator."""
+    query, key = inputs
+    r, *settings = of_query
+    settings.insert(2, of_key.coupled)
+    policy_k = None if key.policy is query.policy else key.policy
+    with torch._C._AutoDispatchBelowAutograd():
+        y_q, y_k, selected = operator.LINEAR_PAIR(
+            *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
+            r, heads, kv_heads, *settings, policy_k,
+        )  # fmt: skip
+    return y_q, y_k, selected
 
 
 def _is_plain_call(x: Tensor, query: Projection, key: Projection) -> bool:
@@ -191,8 +209,7 @@ def couple_by(
     """The joint decision by the backend of that name."""
     if name == "torch":
         with torch.no_grad():
-            joint = one_group.couple(x, W_q, W_k, mask, *rest)
-            return coupling.couple(x, W_q, W_k, mask, *rest) if joint is None else joint
+            return coupling.couple(x, W_q, W_k, mask, *rest)
     if name == "triton" and not x.is_cuda:
         from vps import triton_backend
 

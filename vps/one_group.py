@@ -7,17 +7,19 @@ read without waiting for a device, so what depends on r numbers alone is worked 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vps import selection
-from vps.coupling import Joint
 from vps.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.torch_backend import Inputs, needs_gradient
 
 WIDE = (torch.float32, torch.float64)  # dtypes in which sums may be taken
+# Elements of W from which it pays to wake the other threads, which may be asleep or spinning.
+SPLIT = 2**19 if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" else 2**18
 
 
 def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
@@ -27,12 +29,10 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
     selection, component clip and first order) or a statistic is not finite.
     """
     x, W, bias, mask, I_in, I_out, policy, entropy, H, pooled = inputs
-    if len(x) != 1 or mask is not None or not _is_plain(settings) or needs_gradient(inputs):
-        return None
-    if not selection.is_read_freely(x):
+    if not _is_one(x, mask) or not _is_plain(settings) or needs_gradient(inputs):
         return None
     known = H is not None  # and stays as it is
-    H = F.linear(x, W) if H is None else H
+    H = _product(x, W) if H is None else H
     h = _values(H)
     best_in = _best(_scores(_values(x)), settings.r) if I_in is None else I_in[0]
     best_out = _best(_scores(h), settings.r) if I_out is None else I_out[0]
@@ -41,55 +41,75 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
         energy = _energy(h) if pooled is None else float(pooled)
     if best_in is None or best_out is None or not math.isfinite(energy):
         return None
-    numbers = policy.tolist()
-    gamma, rank = _decide(numbers, energy, entropy, settings.r)
-    scale = [gamma] * rank
-    if len(numbers) > NUMBERS:
-        scale = [gamma * factor for factor in numbers[NUMBERS:][:rank]]
-    add = _add_to_one if h.dim() == 1 and h.dtype in WIDE else _add
+    scale = _decide(policy.tolist(), energy, entropy, settings.r)
     y = H.clone() if known else H
-    add(_values(y), W, best_in, best_out, scale, settings.tau)
+    _add(_values(y), W, best_in, best_out, scale, settings.tau)
     return (y if bias is None else y.add_(bias)), I_in if I_in is not None else best_in.view(1, -1)
 
 
-def couple(
-    x: Tensor,
-    W_q: Tensor,
-    W_k: Tensor,
-    mask: Tensor | None,
-    I_in: Tensor | None,
-    r: int,
-    heads: int,
-    kv_heads: int,
-) -> Joint | None:
-    """As :func:`vps.coupling.couple`; ``None`` as for :func:`sharpen`, and where scores tie."""
-    if len(x) != 1 or mask is not None or not selection.is_read_freely(x):
+def sharpen_pair(
+    query: Inputs, key: Inputs, settings: Settings, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Both outputs and ``I_in`` of two projections of one x that select together (SPEC §7).
+
+    ``None`` as for :func:`sharpen`.
+    """
+    x, W_q, b_q, mask, I_in, _, policy, entropy = query[:8]
+    W_k, b_k = key.weight, key.bias
+    if not _is_one(x, mask) or not _is_plain(settings):
         return None
-    H_q, H_k = F.linear(x, W_q), F.linear(x, W_k)
+    if needs_gradient(query) or needs_gradient(key):
+        return None
+    H_q, H_k = _product(x, W_q), _product(x, W_k)
     q, k = _values(H_q), _values(H_k)
-    d_q, d_k, size, share = len(W_q), len(W_k), len(W_k) // kv_heads, heads // kv_heads
+    d_q, d_k = W_q.shape[0], W_k.shape[0]
     energy = (_energy(q) * d_q + _energy(k) * d_k) / (d_q + d_k)
-    best_in = _best(_scores(_values(x)), r) if I_in is None else I_in[0]
+    best_in = _best(_scores(_values(x)), settings.r) if I_in is None else I_in[0]
     if best_in is None or not math.isfinite(energy):
         return None
-    s_q = _scores(q).double()
-    joint = s_q.view(kv_heads, share, size).sum(1).view(-1).mul_(_scores(k))
-    I_k = _best(joint, r)
-    if I_k is None:
+    numbers = policy.tolist()
+    scale_q = scale_k = _decide(numbers, energy, entropy, settings.r)
+    if key.policy is not policy:
+        scale_k = _decide(key.policy.tolist(), energy, entropy, settings.r)
+    joint = _joint(_scores(q), _scores(k), settings.r, heads, kv_heads)
+    if joint is None:
         return None
-    ways = [
-        [(j // size * share + way) * size + j % size for way in range(share)] for j in I_k.tolist()
-    ]  # the query channels that a key channel meets
-    scores = s_q[torch.tensor(ways)].tolist()
-    I_q = torch.tensor([own[s.index(max(s))] for own, s in zip(ways, scores, strict=True)])
-    pooled = torch.tensor([energy], dtype=selection.accumulation_dtype(x.dtype))
-    return Joint(H_q, H_k, pooled, torch.stack([best_in, I_q, I_k]).unsqueeze(0))
+    _add(q, W_q, best_in, joint[0], scale_q, settings.tau)
+    _add(k, W_k, best_in, joint[1], scale_k, settings.tau)
+    return (
+        H_q if b_q is None else H_q.add_(b_q),
+        H_k if b_k is None else H_k.add_(b_k),
+        best_in.view(1, -1) if I_in is None else I_in,
+    )
+
+
+def _is_one(x: Tensor, mask: Tensor | None) -> bool:
+    return x.shape[0] == 1 and mask is None and selection.is_read_freely(x)
 
 
 def _is_plain(settings: Settings) -> bool:
     return settings.clamp is None and not (
         settings.coupled or settings.second_order or settings.spectral
     )
+
+
+def _product(x: Tensor, W: Tensor) -> Tensor:
+    """``H`` ``[1, T, d_out]`` for x ``[1, T, d_in]``.
+
+    MKL multiplies one float32 row on one thread alone, but the matrices of a batch on all: here
+    they are blocks of rows of W.
+    """
+    if x.shape[1] == 1 and W.numel() >= SPLIT and _runs_on_one_thread(W):
+        d_out, d_in = W.shape
+        blocks = math.gcd(d_out, torch.get_num_threads())
+        if blocks > 1:
+            rows = W.view(blocks, -1, d_in).mT
+            return torch.bmm(x.expand(blocks, 1, d_in), rows).view(1, 1, d_out)
+    return F.linear(x, W)
+
+
+def _runs_on_one_thread(W: Tensor) -> bool:
+    return W.dtype == torch.float32 and W.is_contiguous() and torch.backends.mkl.is_available()
 
 
 def _values(group: Tensor) -> Tensor:
@@ -107,7 +127,7 @@ def _scores(values: Tensor) -> Tensor:
 
 def _best(scores: Tensor, r: int) -> Tensor | None:
     """Indices ``[r]`` of the largest ``[d]``, ties to the lower; ``None`` where not finite."""
-    best, index = scores.topk(min(r + 1, len(scores)))
+    best, index = scores.topk(min(r + 1, scores.shape[0]))
     ranked = best.tolist()
     if not math.isfinite(ranked[0]):  # NaN, too, sorts first
         return None
@@ -116,18 +136,39 @@ def _best(scores: Tensor, r: int) -> Tensor | None:
     return selection.top_k(scores.to(selection.accumulation_dtype(scores.dtype)), r)
 
 
+def _joint(
+    s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor] | None:
+    """``I_out`` of the query and of the key, ``[r]``, from scores ``[d_q]`` and ``[d_k]``, as
+    :func:`vps.coupling.select`; ``None`` where not finite.
+    """
+    size, share = s_k.shape[0] // kv_heads, heads // kv_heads
+    queries = s_q.double().view(kv_heads, share, size)
+    I_k = _best(queries.sum(1).view(-1).mul_(s_k), r)
+    if I_k is None:
+        return None
+    places = [divmod(j, size) for j in I_k.tolist()]
+    ways = [  # scores of the query channels that a key channel meets
+        s_q.as_strided((share,), (size,), g * share * size + channel).tolist()
+        for g, channel in places
+    ]
+    I_q = [
+        (g * share + own.index(max(own))) * size + channel
+        for (g, channel), own in zip(places, ways, strict=True)
+    ]
+    return torch.tensor(I_q), I_k
+
+
 def _energy(values: Tensor) -> float:
     """``E``, the mean square; infinite or NaN where an element is."""
     if values.dim() == 1 and values.dtype in WIDE:
-        return float(torch.dot(values, values)) / len(values)
+        return torch.dot(values, values).item() / values.shape[0]
     norm = torch.linalg.vector_norm(values, dtype=selection.accumulation_dtype(values.dtype))
-    return float(norm) ** 2 / values.numel()
+    return norm.item() ** 2 / values.numel()
 
 
-def _decide(
-    policy: list[float], energy: float, entropy: Tensor | None, r: int
-) -> tuple[float, int]:
-    """γ and the active rank, as :func:`vps.policy.decide` has them."""
+def _decide(policy: list[float], energy: float, entropy: Tensor | None, r: int) -> list[float]:
+    """γ of each active column, as :func:`vps.policy.decide` has it."""
     factor, g_low, g_high, r_low, r_high, k_low, k_high = policy[:7]
     sigma = -math.expm1(-energy)
     if entropy is not None:
@@ -135,30 +176,23 @@ def _decide(
     sigma = min(1.0, factor * sigma)
     rank = int(r_low + (r_high - r_low) * sigma + FLOOR_GUARD)
     topk = int(k_low + (k_high - k_low) * sigma + FLOOR_GUARD)
-    return g_low + (g_high - g_low) * sigma, min(r, rank, topk)
-
-
-def _add_to_one(
-    h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
-) -> None:
-    """As :func:`_add` for one token, h ``[d_out]``: a column of W after the other."""
-    values = h.index_select(0, I_out).tolist()
-    for i, j, value, own in zip(I_in.tolist(), I_out.tolist(), values, scale, strict=False):
-        column = W.select(1, i)
-        if tau is not None:
-            row = W.select(0, j)
-            square = float(torch.dot(row, row)) * float(torch.dot(column, column))
-            own /= max(1.0, math.sqrt(square) / tau)
-        h.add_(column, alpha=own * value)
+    gamma, active = g_low + (g_high - g_low) * sigma, min(r, rank, topk)
+    if len(policy) > NUMBERS:
+        return [gamma * own for own in policy[NUMBERS:][:active]]
+    return [gamma] * active
 
 
 def _add(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
 ) -> None:
-    """Add ``h[:, I_out] C Bᵀ`` to h ``[T, d_out]``, C being ``scale`` after the clip by ``tau``.
+    """Add ``h[:, I_out] C Bᵀ`` to h ``[T, d_out]`` or ``[d_out]``, C being ``scale`` after the clip
+    by ``tau``.
 
     ``scale`` is of the active columns, the first of both selections ``[r]``.
     """
+    if h.dim() == 1 and h.dtype in WIDE:
+        _add_columns(h, W, I_in, I_out, scale, tau)
+        return
     h = h if h.dim() == 2 else h.unsqueeze(0)
     chosen = I_out[: len(scale)]
     B = W.index_select(1, I_in[: len(scale)])
@@ -171,3 +205,17 @@ def _add(
         scale = [own / max(1.0, a * b / tau) for own, a, b in zip(scale, *norms, strict=True)]
     u = h.index_select(1, chosen) * torch.tensor(scale, dtype=dtype)
     h.addmm_(u.to(h.dtype), B.t())
+
+
+def _add_columns(
+    h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
+) -> None:
+    """As :func:`_add` for one token, h ``[d_out]``: a column of W after the other."""
+    values = h.index_select(0, I_out).tolist()
+    for i, j, value, own in zip(I_in.tolist(), I_out.tolist(), values, scale, strict=False):
+        column = W.select(1, i)
+        if tau is not None:
+            row = W.select(0, j)
+            square = torch.dot(row, row).item() * torch.dot(column, column).item()
+            own /= max(1.0, math.sqrt(square) / tau)
+        h.add_(column, alpha=own * value)
