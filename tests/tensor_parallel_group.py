@@ -121,6 +121,7 @@ def recorded():
     with (
         vps.backend("torch"),
         mock.patch.object(functional.one_group, "sharpen", lambda *_: None),
+        mock.patch.object(functional.one_group, "sharpen_pair", lambda *_: None),
         mock.patch.object(torch_backend, "forward", wrap(torch_backend.forward, plain)),
         mock.patch.object(column_wise, "forward", wrap(column_wise.forward, split)),
         mock.patch.object(row_wise, "forward", wrap(row_wise.forward, split)),

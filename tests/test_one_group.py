@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vps import VPSConfig, coupling, one_group, policy, torch_backend
+from vps import VPSConfig, coupling, one_group, policy, selection, torch_backend
 from vps.torch_backend import Inputs
 
 CONFIG = VPSConfig()
@@ -179,3 +179,12 @@ def test_groups_masks_gradients_and_tracers_take_the_general_way():
     seen = []
     torch.vmap(lambda row: seen.append(one_group.sharpen(*call(row, W))) or row)(x.unsqueeze(0))
     assert seen == [None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_energy_of_a_long_prompt_is_exact(dtype):
+    values = torch.randn(1, 1024, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = values.double().square().mean().item()
+    _, energy = selection.statistics(values, None, None, True)
+    for found in (one_group._energy(values[0]), energy.item()):
+        assert found == pytest.approx(expected, rel=2e-6)

@@ -161,10 +161,7 @@ def _joint(
 
 def _energy(values: Tensor) -> float:
     """``E``, the mean square; infinite or NaN where an element is."""
-    if values.dim() == 1 and values.dtype in WIDE:
-        return torch.dot(values, values).item() / values.shape[0]
-    norm = torch.linalg.vector_norm(values, dtype=selection.accumulation_dtype(values.dtype))
-    return norm.item() ** 2 / values.numel()
+    return selection.sum_of_squares(values) / values.numel()
 
 
 def _decide(policy: list[float], energy: float, entropy: Tensor | None, r: int) -> list[float]:
