@@ -18,6 +18,8 @@ from vps.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.torch_backend import Inputs, needs_gradient
 
 WIDE = (torch.float32, torch.float64)  # dtypes in which sums may be taken
+# Calls of torch inside keep no record of gradients, views and versions: a fifth of their time.
+untracked = torch._C._AutoDispatchBelowADInplaceOrView
 # Elements of W from which it pays to wake the other threads, which may be asleep or spinning.
 SPLIT = 2**19 if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" else 2**18
 
@@ -28,9 +30,29 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
     ``None`` where the call is not of this kind (eager, one group whose tokens all count, plain
     selection, component clip and first order) or a statistic is not finite.
     """
-    x, W, bias, mask, I_in, I_out, policy, entropy, H, pooled = inputs
-    if not _is_one(x, mask) or not _is_plain(settings) or needs_gradient(inputs):
+    if not _is_one(inputs) or not _is_plain(settings) or needs_gradient(inputs):
         return None
+    with untracked():
+        return _sharpen(inputs, settings)
+
+
+def sharpen_pair(
+    query: Inputs, key: Inputs, settings: Settings, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Both outputs and ``I_in`` of two projections of one x that select together (SPEC §7).
+
+    ``None`` as for :func:`sharpen`.
+    """
+    if not _is_one(query) or not _is_plain(settings):
+        return None
+    if needs_gradient(query) or needs_gradient(key):
+        return None
+    with untracked():
+        return _sharpen_pair(query, key, settings, heads, kv_heads)
+
+
+def _sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
+    x, W, bias, _, I_in, I_out, policy, entropy, H, pooled = inputs
     known = H is not None  # and stays as it is
     H = _product(x, W) if H is None else H
     h = _values(H)
@@ -47,19 +69,11 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
     return (y if bias is None else y.add_(bias)), I_in if I_in is not None else best_in.view(1, -1)
 
 
-def sharpen_pair(
+def _sharpen_pair(
     query: Inputs, key: Inputs, settings: Settings, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Both outputs and ``I_in`` of two projections of one x that select together (SPEC §7).
-
-    ``None`` as for :func:`sharpen`.
-    """
-    x, W_q, b_q, mask, I_in, _, policy, entropy = query[:8]
+    x, W_q, b_q, _, I_in, _, policy, entropy = query[:8]
     W_k, b_k = key.weight, key.bias
-    if not _is_one(x, mask) or not _is_plain(settings):
-        return None
-    if needs_gradient(query) or needs_gradient(key):
-        return None
     H_q, H_k = _product(x, W_q), _product(x, W_k)
     q, k = _values(H_q), _values(H_k)
     d_q, d_k = W_q.shape[0], W_k.shape[0]
@@ -83,8 +97,9 @@ def sharpen_pair(
     )
 
 
-def _is_one(x: Tensor, mask: Tensor | None) -> bool:
-    return x.shape[0] == 1 and mask is None and selection.is_read_freely(x)
+def _is_one(inputs: Inputs) -> bool:
+    x = inputs.x
+    return x.shape[0] == 1 and inputs.mask is None and selection.is_read_freely(x)
 
 
 def _is_plain(settings: Settings) -> bool:
