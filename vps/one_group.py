@@ -85,7 +85,8 @@ def _sharpen_pair(
     scale_q = scale_k = _decide(numbers, energy, entropy, settings.r)
     if key.policy is not policy:
         scale_k = _decide(key.policy.tolist(), energy, entropy, settings.r)
-    joint = _joint(_scores(q), _scores(k), settings.r, heads, kv_heads)
+    active = max(len(scale_q), len(scale_k))
+    joint = _joint(_scores(q), _scores(k), active, heads, kv_heads)
     if joint is None:
         return None
     _add(q, W_q, best_in, joint[0], scale_q, settings.tau)
@@ -154,7 +155,7 @@ def _best(scores: Tensor, r: int) -> Tensor | None:
 def _joint(
     s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor] | None:
-    """``I_out`` of the query and of the key, ``[r]``, from scores ``[d_q]`` and ``[d_k]``, as
+    """The first r of ``I_out`` of the query and of the key, from scores ``[d_q]`` and ``[d_k]``, as
     :func:`vps.coupling.select`; ``None`` where not finite.
     """
     size, share = s_k.shape[0] // kv_heads, heads // kv_heads
