@@ -203,7 +203,7 @@ def _add(
 
     ``scale`` is of the active columns, the first of both selections ``[r]``.
     """
-    if h.dim() == 1 and h.dtype in WIDE:
+    if h.dtype in WIDE:
         _add_columns(h, W, I_in, I_out, scale, tau)
         return
     h = h if h.dim() == 2 else h.unsqueeze(0)
@@ -223,12 +223,19 @@ def _add(
 def _add_columns(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
 ) -> None:
-    """As :func:`_add` for one token, h ``[d_out]``: a column of W after the other."""
-    values = h.index_select(0, I_out).tolist()
-    for i, j, value, own in zip(I_in.tolist(), I_out.tolist(), values, scale, strict=False):
+    """As :func:`_add`, a column of W after the other: faster than a product of so few."""
+    t = h.index_select(-1, I_out)
+    alone = h.dim() == 1
+    parts = t.tolist() if alone else t.split(1, 1)
+    for i, j, own_t, own in zip(I_in.tolist(), I_out.tolist(), parts, scale, strict=False):
         column = W.select(1, i)
+        if not alone:
+            column = column.contiguous()
         if tau is not None:
             row = W.select(0, j)
             square = torch.dot(row, row).item() * torch.dot(column, column).item()
             own /= max(1.0, math.sqrt(square) / tau)
-        h.add_(column, alpha=own * value)
+        if alone:
+            h.add_(column, alpha=own * own_t)
+        else:
+            h.addcmul_(own_t, column, value=own)
