@@ -15,7 +15,8 @@ import vps
 from vps.doctor import processor_name
 
 ROOT = Path(__file__).parents[1]
-COMPARED = ("cpu", "instructions", "threads", "gpu")  # what must agree for times to be compared
+# What must agree for times to be compared.
+COMPARED = ("cpu", "instructions", "threads", "wait_policy", "gpu")
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
@@ -82,10 +83,14 @@ def clocks() -> dict[str, object]:
 
 
 def name() -> str:
-    """The machine as a file name: its GPU, else processor, instruction set and threads."""
+    """The machine as a file name: its GPU, else processor, instruction set and threads, and whether
+    these spin while they wait, as torch leaves them.
+    """
     if torch.cuda.is_available():
         title = torch.cuda.get_device_name()
     else:
         isa = torch.backends.cpu.get_cpu_capability()
         title = f"{processor_name()} {isa} {torch.get_num_threads()} threads"
+        if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+            title += " spinning"
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

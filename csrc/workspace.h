@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -43,12 +44,21 @@ class Workspace {
   std::vector<std::unique_ptr<std::byte[]>> blocks_;
 };
 
-constexpr int64_t kSerialWork = 1 << 20;  // elements that take no longer than to wake a thread
+/// Elements that take no longer than to wake a thread, which between two loops spins for a while
+/// unless OMP_WAIT_POLICY sends it to sleep.
+inline int64_t serial_work() {
+  static const int64_t elements = [] {
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    const bool asleep = policy && (policy[0] == 'p' || policy[0] == 'P');
+    return int64_t{1} << (asleep ? 20 : 17);
+  }();
+  return elements;
+}
 
 /// f(begin, end) over parts of [0, count), each item of which costs `work` elements.
 template <class F>
 void parallel(int64_t count, int64_t work, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, work));
+  const int64_t grain = std::max<int64_t>(1, serial_work() / std::max<int64_t>(1, work));
   if (count <= grain)
     f(int64_t{0}, count);
   else

@@ -105,6 +105,14 @@ def test_lines_show_the_noise_beside_every_ratio():
     assert any("vps cuda" in line and "-- not here" in line for line in text)
 
 
+def test_results_of_threads_that_spin_and_that_sleep_stay_apart(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    asleep = machine.name()
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert machine.name() == f"{asleep}-spinning"
+
+
 def test_machine():
     facts = machine.facts()
     assert facts["torch"] and facts["commit"] and set(machine.COMPARED) <= set(facts)
