@@ -106,7 +106,7 @@ def test_lines_show_the_noise_beside_every_ratio():
 
 
 def test_results_of_threads_that_spin_and_that_sleep_stay_apart(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     asleep = machine.name()
     monkeypatch.delenv("OMP_WAIT_POLICY")
