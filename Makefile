@@ -7,6 +7,7 @@ TASKS ?= vps_arithmetic,vps_chains_choice
 LIMIT ?= 40
 KEEP ?= 15
 MINUTES ?= 14
+SPIN_MINUTES ?= 8
 GPU_MINUTES ?= 6
 BIN := .venv/bin
 MODEL := .cache/smollm2
@@ -42,8 +43,9 @@ lint: .venv/.ok  ## Check style and types
 eval: .venv/.ok $(MODEL)/.ok  ## Does it help? SmolLM2-135M on offline tasks: plain, sharpened, three controls
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps eval --model $(MODEL) --tasks $(TASKS) --limit $(LIMIT) --keep $(KEEP)
 
-bench: .venv/.ok $(MODEL)/.ok  ## Time everything that this machine can, in about MINUTES
+bench: .venv/.ok $(MODEL)/.ok  ## Time everything that this machine can, in about MINUTES, then layers and models as torch runs by default
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks --minutes $(MINUTES) --model-dir $(MODEL) --out $(OUT)
+	@$(BIN)/python -m benchmarks --minutes $(SPIN_MINUTES) --only layer model --model-dir $(MODEL) --out $(OUT)/spinning
 
 plots: .venv/.ok  ## Draw the results in $(OUT) into docs/
 	@$(BIN)/python -m benchmarks.plot $(OUT) --out docs

@@ -188,3 +188,16 @@ def test_the_energy_of_a_long_prompt_is_exact(dtype):
     _, energy = selection.statistics(values, None, None, True)
     for found in (one_group._energy(values[0]), energy.item()):
         assert found == pytest.approx(expected, rel=2e-6)
+
+
+def test_gamma_zero_keeps_the_bits_of_the_base_layer():
+    x, W = torch.randn(1, 1, 1433), torch.randn(1100, 1433)
+    b = torch.randn(1100)
+    query, key, settings = pair(x, W, W.flip(0), bias=b)
+    zero = query.policy.clone()
+    zero[1:3] = 0
+    query, key = query._replace(policy=zero), key._replace(policy=zero)
+    y, _ = one_group.sharpen(query, settings)
+    y_q, y_k, _ = one_group.sharpen_pair(query, key, settings, 2, 2)
+    assert torch.equal(y, F.linear(x, W, b)) and torch.equal(y_q, y)
+    assert torch.equal(y_k, F.linear(x, W.flip(0), b))

@@ -64,9 +64,12 @@ def _sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None
     if best_in is None or best_out is None or not math.isfinite(energy):
         return None
     scale = _decide(policy.tolist(), energy, entropy, settings.r)
+    chosen = best_in.view(1, -1) if I_in is None else I_in
+    if not any(scale):  # γ = 0 keeps the bits of the base layer
+        return F.linear(x, W, bias), chosen
     y = H.clone() if known else H
     _add(_values(y), W, best_in, best_out, scale, settings.tau)
-    return (y if bias is None else y.add_(bias)), I_in if I_in is not None else best_in.view(1, -1)
+    return (y if bias is None else y.add_(bias)), chosen
 
 
 def _sharpen_pair(
@@ -91,9 +94,11 @@ def _sharpen_pair(
         return None
     _add(q, W_q, best_in, joint[0], scale_q, settings.tau)
     _add(k, W_k, best_in, joint[1], scale_k, settings.tau)
+    y_q = H_q if b_q is None else H_q.add_(b_q)
+    y_k = H_k if b_k is None else H_k.add_(b_k)
     return (
-        H_q if b_q is None else H_q.add_(b_q),
-        H_k if b_k is None else H_k.add_(b_k),
+        y_q if any(scale_q) else F.linear(x, W_q, b_q),  # γ = 0 keeps the bits of the base layer
+        y_k if any(scale_k) else F.linear(x, W_k, b_k),
         best_in.view(1, -1) if I_in is None else I_in,
     )
 
