@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import selection
+from vps import scratch, selection
 from vps.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.torch_backend import Inputs, needs_gradient
 
@@ -135,15 +135,16 @@ def _runs_on_one_thread(W: Tensor) -> bool:
 
 def _values(group: Tensor) -> Tensor:
     """``[T, d]`` of ``[1, T, d]``, or ``[d]`` where T is 1."""
-    return group.view(-1) if group.shape[1] == 1 and group.is_contiguous() else group[0]
+    return group.view(-1) if group.shape[1] == 1 and group.is_contiguous() else group.select(0, 0)
 
 
 def _scores(values: Tensor) -> Tensor:
     """Sum of |values| over the tokens, ``[d]``, in the accumulation dtype where there are some."""
-    size = values.abs()
-    if size.dim() == 1:
-        return size
-    return size.sum(0, dtype=selection.accumulation_dtype(values.dtype))
+    if values.dim() == 1:
+        return values.abs()
+    dtype = selection.accumulation_dtype(values.dtype)
+    size = torch.abs(values, out=scratch.like(values))
+    return size.sum(0, dtype=dtype)
 
 
 def _best(scores: Tensor, r: int) -> Tensor | None:
@@ -209,7 +210,8 @@ def _add(
     ``scale`` is of the active columns, the first of both selections ``[r]``.
     """
     if h.dtype in WIDE:
-        _add_columns(h, W, I_in, I_out, scale, tau)
+        add = _add_to_row if h.dim() == 1 else _add_columns
+        add(h, W, I_in, I_out, scale, tau)
         return
     h = h if h.dim() == 2 else h.unsqueeze(0)
     chosen = I_out[: len(scale)]
@@ -228,19 +230,30 @@ def _add(
 def _add_columns(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
 ) -> None:
-    """As :func:`_add`, a column of W after the other: faster than a product of so few."""
-    t = h.index_select(-1, I_out)
-    alone = h.dim() == 1
-    parts = t.tolist() if alone else t.split(1, 1)
-    for i, j, own_t, own in zip(I_in.tolist(), I_out.tolist(), parts, scale, strict=False):
+    """As :func:`_add`, a column of W after the other: faster than a product of so few.
+
+    The first call of each kind is the dear one after a large product, which leaves none of torch
+    in the caches; so there are few kinds.
+    """
+    chosen = I_out.tolist()[: len(scale)]
+    parts = [h.select(1, j).clone() for j in chosen]  # before a column is added
+    for i, j, t, own in zip(I_in.tolist(), chosen, parts, scale, strict=False):
+        column = W.select(1, i).clone()
+        if tau is not None:
+            norms = [torch.linalg.vector_norm(v).tolist() for v in (W.select(0, j), column)]
+            own /= max(1.0, norms[0] * norms[1] / tau)
+        h.addcmul_(t.unsqueeze(1), column, value=own)
+
+
+def _add_to_row(
+    h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
+) -> None:
+    """As :func:`_add` for h ``[d_out]``."""
+    t = h.index_select(0, I_out).tolist()
+    for i, j, own_t, own in zip(I_in.tolist(), I_out.tolist(), t, scale, strict=False):
         column = W.select(1, i)
-        if not alone:
-            column = column.contiguous()
         if tau is not None:
             row = W.select(0, j)
             square = torch.dot(row, row).item() * torch.dot(column, column).item()
             own /= max(1.0, math.sqrt(square) / tau)
-        if alone:
-            h.add_(column, alpha=own * own_t)
-        else:
-            h.addcmul_(own_t, column, value=own)
+        h.add_(column, alpha=own * own_t)

@@ -73,8 +73,9 @@ def sum_of_squares(values: Tensor) -> float:
     dtype = accumulation_dtype(values.dtype)
     if values.dim() == 1 and values.dtype == dtype:
         return torch.dot(values, values).item()
-    rows = torch.linalg.vector_norm(values, dim=-1, dtype=dtype).double().view(-1)
-    return torch.dot(rows, rows).item()
+    rows: list[float] = torch.linalg.vector_norm(values, dim=-1, dtype=dtype).view(-1).tolist()
+    norm = math.hypot(*rows)
+    return norm * norm
 
 
 def is_read_freely(values: Tensor) -> bool:
