@@ -19,6 +19,7 @@ LAYERS = [
         "policy",
         "selection",
         "clipping",
+        "column_sums",
         "gradient",
         "matching",
         "sharing",

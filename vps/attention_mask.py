@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps import scratch
+from vps import column_sums
 from vps.masking import STATE, TokenLayout, bind_to_thread_state
 
 
@@ -56,7 +56,7 @@ class _Enter:
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook: pop what :class:`_Enter` pushed."""
     _drop(module)
-    scratch.release()
+    column_sums.release()
 
 
 def _drop(module: nn.Module) -> None:

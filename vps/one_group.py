@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import scratch, selection
+from vps import column_sums, selection
 from vps.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.torch_backend import Inputs, needs_gradient
 
@@ -64,7 +64,7 @@ def _sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None
     if best_in is None or best_out is None or not math.isfinite(energy):
         return None
     scale = _decide(policy.tolist(), energy, entropy, settings.r)
-    chosen = best_in.view(1, -1) if I_in is None else I_in
+    chosen = _as_result(best_in, settings.r) if I_in is None else I_in
     if not any(scale):  # γ = 0 keeps the bits of the base layer
         return F.linear(x, W, bias), chosen
     y = H.clone() if known else H
@@ -99,7 +99,7 @@ def _sharpen_pair(
     return (
         y_q if any(scale_q) else F.linear(x, W_q, b_q),  # γ = 0 keeps the bits of the base layer
         y_k if any(scale_k) else F.linear(x, W_k, b_k),
-        best_in.view(1, -1) if I_in is None else I_in,
+        _as_result(best_in, settings.r) if I_in is None else I_in,
     )
 
 
@@ -142,20 +142,25 @@ def _scores(values: Tensor) -> Tensor:
     """Sum of |values| over the tokens, ``[d]``, in the accumulation dtype where there are some."""
     if values.dim() == 1:
         return values.abs()
-    dtype = selection.accumulation_dtype(values.dtype)
-    size = torch.abs(values, out=scratch.like(values))
-    return size.sum(0, dtype=dtype)
+    return column_sums.of_absolute(values, selection.accumulation_dtype(values.dtype))
 
 
 def _best(scores: Tensor, r: int) -> Tensor | None:
-    """Indices ``[r]`` of the largest ``[d]``, ties to the lower; ``None`` where not finite."""
+    """Indices of the r largest of scores ``[d]`` and perhaps one more, ties to the lower; ``None``
+    where not finite.
+    """
     best, index = scores.topk(min(r + 1, scores.shape[0]))
     ranked = best.tolist()
     if not math.isfinite(ranked[0]):  # NaN, too, sorts first
         return None
     if len(set(ranked)) == len(ranked):
-        return index[:r]
+        return index
     return selection.top_k(scores.to(selection.accumulation_dtype(scores.dtype)), r)
+
+
+def _as_result(index: Tensor, r: int) -> Tensor:
+    """``I_in`` ``[1, r]`` of what :func:`_best` found."""
+    return index.as_strided((1, r), (r, 1))
 
 
 def _joint(
@@ -169,7 +174,8 @@ def _joint(
     I_k = _best(queries.sum(1).view(-1).mul_(s_k), r)
     if I_k is None:
         return None
-    places = [divmod(j, size) for j in I_k.tolist()]
+    chosen = I_k.tolist()[:r]
+    places = [divmod(j, size) for j in chosen]
     ways = [  # scores of the query channels that a key channel meets
         s_q.as_strided((share,), (size,), g * share * size + channel).tolist()
         for g, channel in places
@@ -178,7 +184,7 @@ def _joint(
         (g * share + own.index(max(own))) * size + channel
         for (g, channel), own in zip(places, ways, strict=True)
     ]
-    return torch.tensor(I_q), I_k
+    return torch.tensor(I_q), torch.tensor(chosen)
 
 
 def _energy(values: Tensor) -> float:

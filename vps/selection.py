@@ -66,15 +66,15 @@ def statistics(
 
 
 def sum_of_squares(values: Tensor) -> float:
-    """Of values ``[..., d]`` on a CPU, infinite or NaN where an element is.
+    """Of values ``[d]`` or ``[T, d]`` on a CPU, infinite or NaN where an element is.
 
     Rows are added up in float64: running sums of torch in float32 lose 1e-4 over a long prompt.
     """
     dtype = accumulation_dtype(values.dtype)
     if values.dim() == 1 and values.dtype == dtype:
         return torch.dot(values, values).item()
-    rows: list[float] = torch.linalg.vector_norm(values, dim=-1, dtype=dtype).view(-1).tolist()
-    norm = math.hypot(*rows)
+    rows = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+    norm: float = torch.linalg.vector_norm(rows, dtype=torch.float64).tolist()
     return norm * norm
 
 
@@ -83,7 +83,7 @@ def is_read_freely(values: Tensor) -> bool:
     with no compiler, mode or functional transform looking on.
     """
     return (
-        values.device.type == "cpu"
+        values.is_cpu
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
