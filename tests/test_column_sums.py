@@ -29,9 +29,9 @@ def is_right(values):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [2, 7, 300])
-@pytest.mark.parametrize("kept", [0, 2**20])
-def test_sums(dtype, tokens, kept, inside_a_model, monkeypatch):
-    monkeypatch.setattr(column_sums, "KEPT", kept)
+@pytest.mark.parametrize("block", [1, 1000, 2**19])
+def test_sums(dtype, tokens, block, inside_a_model, monkeypatch):
+    monkeypatch.setattr(column_sums, "BLOCK", block)
     threads = torch.get_num_threads()
     values = torch.randn(tokens, 190).to(dtype)
     strided = torch.randn(190, 2 * tokens).to(dtype).t()[::2]
@@ -43,12 +43,12 @@ def test_sums(dtype, tokens, kept, inside_a_model, monkeypatch):
                 assert is_right(each.float())  # memory of another dtype
     finally:
         torch.set_num_threads(threads)
-    assert (column_sums._KEPT.buffer is None) == (kept == 0)
+    assert (column_sums._KEPT.buffer is None) == (block == 1)
 
 
 def test_nothing_is_kept_outside_a_model():
     assert is_right(torch.randn(300, 190))
-    assert column_sums._KEPT.buffer is None and not column_sums._KEPT.rooms
+    assert column_sums._KEPT.buffer is None and not column_sums._KEPT.views
 
 
 def test_memory_lives_as_long_as_the_forward_of_the_model():
@@ -64,10 +64,10 @@ def test_memory_lives_as_long_as_the_forward_of_the_model():
     ids = torch.arange(12).view(1, 12)
     with vps.backend("torch"), torch.no_grad():
         model(ids)
-        assert column_sums._KEPT.buffer is None and not column_sums._KEPT.rooms
+        assert column_sums._KEPT.buffer is None and not column_sums._KEPT.views
         with pytest.raises(RuntimeError, match="stop here"):
             model(ids)
-    assert column_sums._KEPT.buffer is None and not column_sums._KEPT.rooms
+    assert column_sums._KEPT.buffer is None and not column_sums._KEPT.views
     assert len(seen) == 2 and all(buffer is not None for buffer in seen)
 
 
