@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 
 # A module may import those of its own and of lower layers.
 LAYERS = [
-    {"config", "reference", "constants", "verify", "jsonl"},
+    {"config", "reference", "constants", "threads", "verify", "jsonl"},
     {
         "masking",
         "policy",

@@ -7,13 +7,12 @@ read without waiting for a device, so what depends on r numbers alone is worked 
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import column_sums, selection
+from vps import column_sums, selection, threads
 from vps.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.torch_backend import Inputs, needs_gradient
 
@@ -21,7 +20,7 @@ WIDE = (torch.float32, torch.float64)  # dtypes in which sums may be taken
 # Calls of torch inside keep no record of gradients, views and versions: a fifth of their time.
 untracked = torch._C._AutoDispatchBelowADInplaceOrView
 # Elements of W from which it pays to wake the other threads, which may be asleep or spinning.
-SPLIT = 2**19 if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" else 2**18
+SPLIT = 2**19 if threads.ASLEEP else 2**18
 
 
 def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor] | None:
