@@ -10,6 +10,11 @@ import vps
 from vps import column_sums, masking
 
 
+@pytest.fixture(autouse=True)
+def keep_small_ones_too(monkeypatch):
+    monkeypatch.setattr(column_sums, "SMALL", 0)
+
+
 @pytest.fixture
 def inside_a_model(monkeypatch):
     layout = masking.TokenLayout((1, 1), None, torch.nn.Identity())

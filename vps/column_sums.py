@@ -16,6 +16,7 @@ from torch import Tensor
 from vps import masking, threads
 
 BLOCK = 2**20 if threads.ASLEEP else 2**19  # elements; each block wakes the threads twice
+SMALL = 2**15  # elements, for which memory is at hand anyway
 
 
 class _Kept(threading.local):
@@ -57,7 +58,7 @@ def _memory_like(block: Tensor) -> Tensor:
         return found
     (parts, n, width), dtype = key
     room = BLOCK // parts
-    if n * width > room or not _a_model_runs():
+    if block.numel() < SMALL or n * width > room or not _a_model_runs():
         return torch.empty(key[0], dtype=dtype)
     if _KEPT.buffer is None or _KEPT.buffer.dtype != dtype:
         _KEPT.views.clear()
