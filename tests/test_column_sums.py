@@ -51,6 +51,12 @@ def test_sums(dtype, tokens, block, inside_a_model, monkeypatch):
     assert (column_sums._KEPT.buffer is None) == (block == 1)
 
 
+def test_small_blocks_keep_nothing(inside_a_model, monkeypatch):
+    monkeypatch.setattr(column_sums, "SMALL", 6 * 50)
+    assert is_right(torch.randn(6, 49)) and column_sums._KEPT.buffer is None
+    assert is_right(torch.randn(6, 50)) and column_sums._KEPT.buffer is not None
+
+
 def test_nothing_is_kept_outside_a_model():
     assert is_right(torch.randn(300, 190))
     assert column_sums._KEPT.buffer is None and not column_sums._KEPT.views
