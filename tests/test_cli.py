@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import signal
+import struct
 import subprocess
 import sys
 
@@ -98,8 +99,9 @@ def test_text_output(capsys, folder):
         (["--set", "gamma"], "expected FIELD=VALUE"),
         (["--set", "gamma=-1"], "VPSConfig.gamma is -1"),
         (["--set", "builder=sl"], "VPSConfig.builder is 'sl'"),
-        (["--config", "missing.json"], "missing.json"),
-        (["--prompt-file", "missing.txt"], "missing.txt"),
+        (["--config", "missing.json"], "--config missing.json: No such file or directory"),
+        (["--config", "."], "--config .: Is a directory"),
+        (["--prompt-file", "missing.txt"], "--prompt-file missing.txt: No such file or directory"),
         (["--prompt", " "], "the prompt is empty"),
         (["--device", "abacus", "--prompt", "w1"], "abacus"),
     ],
@@ -114,6 +116,11 @@ def test_bad_files(capsys, folder, tmp_path):
     (tmp_path / "cut.json").write_text(VPSConfig().to_json()[:30])
     code, _, err = generate(capsys, folder, "--config", tmp_path / "cut.json", "--prompt", "w1")
     assert code == 2 and "cut.json" in err and "not valid JSON" in err
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    code, _, err = run(
+        capsys, "generate", "--model", folder, "--prompt-file", tmp_path / "latin.txt"
+    )
+    assert code == 2 and "latin.txt: not UTF-8 text, at byte 3" in err and err.count("\n") == 1
     for model in (tmp_path / "nowhere", tmp_path / "nowhere.gguf"):
         code, _, err = generate(capsys, model, "--prompt", "w1")
         assert code == 2 and "no such" in err and err.count("\n") == 1
@@ -261,6 +268,10 @@ def test_loading_says_what_is_wrong(capsys, folder, tmp_path, monkeypatch):
     code, _, err = generate(capsys, tmp_path / "bad.gguf", "--prompt", "w1")
     assert code == 1 and "is not a GGUF file" in err and err.count("\n") == 1
     assert not (tmp_path / "cache").exists()
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 9, 9) + b"\0" * 20)
+    code, _, err = generate(capsys, tmp_path / "cut.gguf", "--prompt", "w1")
+    assert code == 1 and "cut.gguf cannot be read, is it complete?" in err
+    assert err.count("\n") == 1 and not list((tmp_path / "cache").iterdir())
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'vps-kernels\[hf\]'"):
         load_model(str(folder))

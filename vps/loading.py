@@ -35,7 +35,7 @@ def load_model(
         FileNotFoundError: a path that does not exist, or a folder without a model.
         ModuleNotFoundError: transformers or gguf is missing.
         OSError: no such model, not to be reached, or no folder to keep dequantized weights in.
-        ValueError: a file that is no GGUF file.
+        ValueError: a file that is no GGUF file, or a broken one.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,8 +102,12 @@ def _dequantized(path: Path) -> Path:
         ) from error
     try:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        except Exception as error:  # gguf and transformers raise what their parsers stumble over
+            raise ValueError(f"{path} cannot be read, is it complete? {error}") from error
+        tokenizer.save_pretrained(temporary)
         # The weights are plain by now, but still called quantized, which cannot be saved.
         vars(model)["hf_quantizer"] = None
         if hasattr(model.config, "quantization_config"):

@@ -96,14 +96,30 @@ def read_config(
         if name not in VPSConfig.field_names():
             raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
         changes[name] = _value(name, text)
+    config = VPSConfig() if default is None else default
+    if path is not None:
+        try:
+            config = VPSConfig.from_json(read_text("--config", path))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--config {path}: {error}") from error
     try:
-        config = VPSConfig() if default is None else default
-        if path is not None:
-            config = VPSConfig.from_json(path.read_text("utf-8"))
         return config.replace(**with_switches(changes))
-    except (OSError, ValueError, TypeError) as error:
-        where = f"{path}: " if path is not None and not isinstance(error, OSError) else ""
-        raise UsageError(f"{where}{error}") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--set: {error}") from error
+
+
+def read_text(option: str, path: Path) -> str:
+    """The UTF-8 text of the file that an option names.
+
+    Raises:
+        UsageError: it cannot be read; the message names option and file.
+    """
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option} {path}: not UTF-8 text, at byte {error.start}") from error
 
 
 def read_calibration(
@@ -182,10 +198,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
         prompt = arguments.prompt
     elif arguments.prompt_file is not None:
-        try:
-            prompt = arguments.prompt_file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompt-file {arguments.prompt_file}: {error}") from error
+        prompt = read_text("--prompt-file", arguments.prompt_file)
     else:
         prompt = sys.stdin.read()
     if not prompt.strip():
