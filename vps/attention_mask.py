@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from vps import column_sums
-from vps.masking import STATE, TokenLayout, bind_to_thread_state
+from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
 
 
 def attach(model: nn.Module) -> None:
-    """Hook every module of ``model`` that takes tokens and an ``attention_mask``."""
+    """Hook every module of ``model`` that takes tokens and an ``attention_mask``, and every Hugging
+    Face model in it that takes none, such as a vision tower."""
     for module in model.modules():
         names = tuple(inspect.signature(module.forward).parameters)
-        if "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names):
+        takes_tokens = "input_ids" in names or "inputs_embeds" in names
+        if "attention_mask" in names if takes_tokens else hasattr(module, "main_input_name"):
             module.register_forward_pre_hook(_Enter(names), with_kwargs=True)
             module.register_forward_hook(_leave, always_call=True)
 
@@ -48,7 +50,9 @@ class _Enter:
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         _drop(module)  # left behind when an interrupt cut the last call short
-        STATE.layouts.append(_layout(module, given))
+        layout = _layout(module, given, "decoder_" if "decoder_input_ids" in self.names else "")
+        if layout.shape or not _is_said():
+            STATE.layouts.append(layout)
         if module.training and torch.is_grad_enabled():
             _bind_checkpoints(module)
 
@@ -68,25 +72,50 @@ def _drop(module: nn.Module) -> None:
             break
 
 
-def _layout(module: nn.Module, given: Mapping[str, Any]) -> TokenLayout:
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLayout:
+    """``prefix`` is of the arguments that describe the tokens of the module's own layers."""
+    encoded = _encoded(given)
+    ids, embeds = given.get(f"{prefix}input_ids"), given.get(f"{prefix}inputs_embeds")
     if isinstance(ids, Tensor):
         shape = tuple(ids.shape)
     elif isinstance(embeds, Tensor):
         shape = tuple(embeds.shape[:-1])
     else:
-        return TokenLayout((), None, module)
-    mask = given.get("attention_mask")
+        return TokenLayout((), None, module, encoded)
+    mask = given.get(f"{prefix}attention_mask")
     if isinstance(mask, Mapping):  # one mask per kind of layer
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if isinstance(mask, Tensor):
         counted = _counted(mask, shape, given)
     else:
         counted = None if mask is not None else _said(shape)
-    if counted is not None and not torch.compiler.is_compiling():
-        if counted.device.type == "cpu" and bool(counted.all()):
-            counted = None  # asking is free on the CPU; elsewhere it would wait for the device
-    return TokenLayout(shape, counted, module)
+    return TokenLayout(shape, _unless_all(counted), module, encoded)
+
+
+def _encoded(given: Mapping[str, Any]) -> Encoded | None:
+    """What the call attends to beside its own tokens."""
+    states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+    if not isinstance(states, Tensor) or states.dim() != 3:
+        return None
+    shape = tuple(states.shape[:2])
+    if mask is None:
+        mask = _said(shape)
+    elif not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        mask = None
+    return Encoded(states, None if mask is None else _unless_all(mask.bool()))
+
+
+def _unless_all(counted: Tensor | None) -> Tensor | None:
+    """``None`` where all tokens count, which costs nothing to ask on a CPU; elsewhere it would wait
+    for the device."""
+    if counted is None or counted.device.type != "cpu" or torch.compiler.is_compiling():
+        return counted
+    return None if bool(counted.all()) else counted
+
+
+def _is_said() -> bool:
+    """Whether the innermost layout is that of :func:`vps.token_mask`."""
+    return bool(STATE.layouts) and STATE.layouts[-1].owner is None
 
 
 def _said(shape: tuple[int, ...]) -> Tensor | None:

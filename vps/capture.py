@@ -136,7 +136,7 @@ def _record(
 ) -> None:
     """Forward hook of a sharpened layer."""
     _begin_gradient(layer, args, y)
-    mask = masking.token_dims(y)[1]
+    mask = masking.token_dims(args[0] if args else y)[1]
     # A checkpoint runs its block again inside the backward pass.
     if torch._C._current_graph_task_id() == -1:
         record.add("output", y, mask)

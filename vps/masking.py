@@ -16,16 +16,26 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What a decoder attends to: encoder states ``[B, S, d]`` and the bool mask ``[B, S]``."""
+
+    states: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
 class TokenLayout:
     """Token dims ``shape`` of the running model or context, and the bool ``mask`` of that shape.
 
     Without an ``owner``, from :func:`token_mask`, it must fit every layer. That of a patched model
-    applies to layers whose input has as many tokens; the rest (a vision tower) keep their own.
+    applies to layers whose input has as many tokens; the rest (a vision tower) keep their own, and
+    those that read ``encoded`` (cross-attention) take its mask.
     """
 
     shape: tuple[int, ...]
     mask: Tensor | None
     owner: nn.Module | None = None
+    encoded: Encoded | None = None
 
 
 class _ThreadState(threading.local):
@@ -111,6 +121,8 @@ def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
     layout = current_layout()
     if layout is None:
         return own, None
+    if layout.encoded is not None and _is_encoded(x, layout.encoded.states, layout.shape):
+        return own, layout.encoded.mask
     if own == layout.shape or (x.dim() <= 2 and count(own) == count(layout.shape)):
         return layout.shape, layout.mask
     if layout.owner is None:
@@ -119,3 +131,17 @@ def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
             f"{tuple(own)}, got {layout.shape}"
         )
     return own, None
+
+
+def _is_encoded(x: Tensor, states: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether x is the encoder's states, in a decoder whose own tokens have dims ``shape``.
+
+    Where both have as many tokens it is the tensor itself, or as a reentrant checkpoint has it.
+    """
+    if x is states or x.shape[:-1] != states.shape[:-1]:
+        return x is states
+    if tuple(states.shape[:-1]) != shape:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._is_alias_of(x, states))  # type: ignore[attr-defined]

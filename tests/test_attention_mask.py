@@ -1,0 +1,139 @@
+"""Masks of models with more than one set of tokens: encoder-decoders and vision towers."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import vps
+from vps import VPSConfig, masking
+
+SPECIAL = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+BART = dict(
+    SPECIAL, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+    decoder_start_token_id=2, forced_eos_token_id=None,
+)  # fmt: skip
+T5 = dict(
+    SPECIAL, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
+    dropout_rate=0.0,
+)  # fmt: skip
+
+
+def encoder_decoder(family):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **(T5 if family == "t5" else BART))
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).double().eval()
+    with torch.no_grad():  # larger weights than initialised, so that sharpening shows
+        for parameter in model.parameters():
+            parameter.mul_(4 if family == "bart" and parameter.dim() > 1 else 1)
+    vps.patch(model, VPSConfig(target_modules="all-linear"))
+    return model
+
+
+def draw(*shape):
+    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def padded(ids, to):
+    """ids ``[B, T]`` with padding to the right, and their mask."""
+    more = to - ids.shape[1]
+    mask = torch.ones_like(ids)
+    return nn.functional.pad(ids, (0, more)), nn.functional.pad(mask, (0, more))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("decoded", [5, 9])  # 9: as many tokens as the padded encoder has
+@torch.no_grad()
+def test_cross_attention_takes_the_mask_of_the_encoder(family, decoded):
+    model, ids, answer = encoder_decoder(family), draw(2, 6), draw(2, decoded)
+    expected = model(ids, attention_mask=torch.ones_like(ids), decoder_input_ids=answer).logits
+    more, mask = padded(ids, 9)
+    found = model(more, attention_mask=mask, decoder_input_ids=answer).logits
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert not masking.STATE.layouts
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@torch.no_grad()
+def test_padding_of_the_decoder_leaves_the_encoder_alone(family):
+    model, ids, answer = encoder_decoder(family), draw(2, 8), draw(2, 5)
+    expected = model(ids, decoder_input_ids=answer).logits
+    more, mask = padded(answer, 8)  # as many tokens as the encoder has, of which all count
+    found = model(ids, decoder_input_ids=more, decoder_attention_mask=mask).logits
+    torch.testing.assert_close(found[:, :5], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@torch.no_grad()
+def test_generation_is_that_of_unpadded_input(family):
+    model, ids = encoder_decoder(family), draw(2, 6)
+    vps.set_config(model, VPSConfig(target_modules="all-linear", scope="token"))
+    more, mask = padded(ids, 9)
+    kwargs = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+    assert torch.equal(model.generate(more, attention_mask=mask, **kwargs), expected)
+    found = model.generate(more, attention_mask=mask, use_cache=False, **kwargs)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_see_the_mask_of_the_encoder(reentrant):
+    model, ids, answer = encoder_decoder("t5").train(), draw(2, 6), draw(2, 9)
+    more, mask = padded(ids, 9)
+
+    def gradients():
+        model.zero_grad()
+        model(more, attention_mask=mask, labels=answer, use_cache=False).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(), expected, rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_cross_attention_compiles():
+    model, ids, answer = encoder_decoder("t5"), draw(2, 6), draw(2, 9)
+    more, mask = padded(ids, 9)
+    kwargs = dict(attention_mask=mask, decoder_input_ids=answer, use_cache=False)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(more, **kwargs).logits, model(more, **kwargs).logits)
+
+
+class Tower(nn.Module):
+    """As a vision model of transformers: takes no token ids."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, pixel_values):
+        return self.proj(pixel_values)
+
+
+class Multimodal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tower = Tower()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, input_ids, pixel_values, attention_mask=None):
+        return self.tower(pixel_values), self.proj(nn.functional.one_hot(input_ids, 8).float())
+
+
+@torch.no_grad()
+def test_a_tower_with_as_many_tokens_as_the_text_counts_its_own():
+    torch.manual_seed(0)
+    model = Multimodal()
+    vps.patch(model, VPSConfig(target_modules=("proj",)))
+    ids, pixels = torch.randint(0, 8, (2, 6)), torch.randn(2, 6, 8)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[:, 3:] = 0
+    image, text = model(ids, pixels, attention_mask=mask)
+    assert torch.equal(image, model.tower(pixels))
+    assert not torch.equal(text, model(ids, pixels)[1])
+    with vps.token_mask(mask.bool()):  # what is said by hand reaches a tower called alone
+        assert not torch.equal(image, model.tower(pixels))
