@@ -42,6 +42,30 @@ def padded(ids, to):
     return nn.functional.pad(ids, (0, more)), nn.functional.pad(mask, (0, more))
 
 
+class Tower(nn.Module):
+    """As a vision model of transformers: takes no token ids."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, pixel_values):
+        return self.proj(pixel_values)
+
+
+class Multimodal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tower = Tower()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, input_ids, pixel_values, attention_mask=None):
+        words = nn.functional.one_hot(input_ids, 8).to(pixel_values.dtype)
+        return self.tower(pixel_values), self.proj(words)
+
+
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("decoded", [5, 9])  # 9: as many tokens as the padded encoder has
 @torch.no_grad()
@@ -101,27 +125,16 @@ def test_cross_attention_compiles():
     torch.testing.assert_close(compiled(more, **kwargs).logits, model(more, **kwargs).logits)
 
 
-class Tower(nn.Module):
-    """As a vision model of transformers: takes no token ids."""
-
-    main_input_name = "pixel_values"
-
-    def __init__(self):
-        super().__init__()
-        self.proj = nn.Linear(8, 8)
-
-    def forward(self, pixel_values):
-        return self.proj(pixel_values)
-
-
-class Multimodal(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.tower = Tower()
-        self.proj = nn.Linear(8, 8)
-
-    def forward(self, input_ids, pixel_values, attention_mask=None):
-        return self.tower(pixel_values), self.proj(nn.functional.one_hot(input_ids, 8).float())
+@torch.no_grad()
+def test_a_traced_model_takes_other_masks():
+    torch.manual_seed(0)
+    model = Multimodal().double()
+    vps.patch(model, VPSConfig(target_modules=("proj",)))
+    ids, pixels = torch.randint(0, 8, (2, 6)), torch.randn(2, 6, 8, dtype=torch.float64)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    traced = torch.jit.trace(model, (ids, pixels, mask), check_trace=False)
+    mask[:, 3:] = 0
+    torch.testing.assert_close(traced(ids, pixels, mask), model(ids, pixels, mask))
 
 
 @torch.no_grad()

@@ -298,3 +298,23 @@ def test_bad_input_is_named():
         VPSLinear.from_linear(nn.Linear(3, 3, device="meta"))
     with pytest.raises(TypeError, match="weight norm or a parametrization|type is"):
         VPSLinear.from_linear(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize("scope", ["sequence", "token", "batch"])
+@torch.no_grad()
+def test_a_traced_layer_selects_anew(scope):
+    torch.manual_seed(0)
+    layer = VPSLinear(16, 24, config=VPSConfig(scope=scope)).double()  # computed by torch
+    x, other = torch.randn(2, 1, 5, 16, dtype=torch.float64)
+    traced = torch.jit.trace(layer, (x,), check_trace=False)
+    torch.testing.assert_close(traced(other), layer(other), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(traced(other), torch.nn.functional.linear(other, *layer.parameters()))
+
+
+def test_forward_mode_is_refused():
+    layer, x = VPSLinear(8, 6), torch.randn(3, 8)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(NotImplementedError, match="tangent of forward-mode"):
+        torch.func.jvp(layer, (x,), (x,))
+    layer(x)

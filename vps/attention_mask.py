@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vps import column_sums
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
+from vps.selection import is_read_freely
 
 
 def attach(model: nn.Module) -> None:
@@ -108,9 +109,9 @@ def _encoded(given: Mapping[str, Any]) -> Encoded | None:
 def _unless_all(counted: Tensor | None) -> Tensor | None:
     """``None`` where all tokens count, which costs nothing to ask on a CPU; elsewhere it would wait
     for the device."""
-    if counted is None or counted.device.type != "cpu" or torch.compiler.is_compiling():
+    if counted is None or not is_read_freely(counted) or not counted.all():
         return counted
-    return None if bool(counted.all()) else counted
+    return None
 
 
 def _is_said() -> bool:

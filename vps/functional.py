@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vps import (
     constants,
@@ -68,6 +69,7 @@ def vps_linear(
     Raises:
         TypeError: x or weight no floating-point tensor, or a mask that is not bool.
         ValueError: shapes that do not fit, naming both.
+        NotImplementedError: differentiated in forward mode (``torch.func.jvp``).
         RuntimeError: another backend was asked for than can run this layer.
 
     Source: SPEC §2–§6, §8.
@@ -242,6 +244,13 @@ def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
                 f"vps_linear: mask must be {tuple(x.shape[:-1])}, x without its last dim, "
                 f"got {tuple(mask.shape)}"
             )
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, weight)
+    ):
+        raise NotImplementedError(
+            "vps_linear: x or weight carries a tangent of forward-mode differentiation (jvp), "
+            "expected reverse mode (backward)"
+        )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

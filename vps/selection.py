@@ -80,11 +80,12 @@ def sum_of_squares(values: Tensor) -> float:
 
 def is_read_freely(values: Tensor) -> bool:
     """Whether a number may be read from ``values`` in Python: on a CPU, where nothing waits, and
-    with no compiler, mode or functional transform looking on.
+    with no compiler, tracer, mode or functional transform looking on.
     """
     return (
         values.is_cpu
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
