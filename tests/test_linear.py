@@ -288,6 +288,8 @@ def test_bad_input_is_named():
         layer(torch.randn(2, 7))
     with pytest.raises(TypeError, match="floating point.*int64"):
         layer(torch.ones(2, 6, dtype=torch.int64))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        layer([1.0] * 6)
     with pytest.raises(TypeError, match="bool"):
         with token_mask(torch.ones(2)):
             pass

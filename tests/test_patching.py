@@ -291,6 +291,20 @@ def test_layers_that_are_no_linear_map_are_refused():
 
 
 @torch.no_grad()
+def test_layers_that_torch_reads_past_their_forward_are_refused():
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    model = nn.Sequential(block, nn.Linear(16, 16))
+    with pytest.warns(UserWarning, match="3 layers were refused"):
+        report = vps.patch(model, VPSConfig(target_modules="all-linear"))
+    assert report.patched == ("1",)
+    assert "MultiheadAttention reads its weight" in report.refused["0.self_attn.out_proj"]
+    for name in ("0.linear1", "0.linear2"):
+        assert "TransformerEncoderLayer reads its weight" in report.refused[name]
+    x = torch.randn(2, 5, 16)
+    assert not torch.equal(model(x), nn.functional.linear(block(x), *model[1].parameters()))
+
+
+@torch.no_grad()
 def test_shared_and_tied_layers():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})

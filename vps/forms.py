@@ -17,6 +17,12 @@ from vps.policy import PolicyState
 from vps.tensor_parallel import TensorParallelLinear
 
 WEIGHT = "weight"
+# Modules of torch that read the weights of linear layers in them without calling these, the second
+# in its fast path for inference.
+READERS = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,17 @@ def loose_targets(names: Iterable[str], model: nn.Module) -> dict[str, str]:
         name: f"its type is {type(modules[name]).__name__}, which is no supported layer"
         for name in names
         if next(modules[name].parameters(), None) is not None
+    }
+
+
+def bypassed(model: nn.Module) -> dict[int, str]:
+    """Why layers that are not called whenever their weight is used are refused, by id."""
+    return {
+        id(parent._modules[name]): f"{reader.__name__} reads its weight without calling it"
+        for parent in model.modules()
+        for reader, names in READERS.items()
+        if type(parent).forward is reader.forward
+        for name in names
     }
 
 

@@ -97,6 +97,8 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
         raise ValueError(_nothing_matches(linears, config))
     found = {name: forms.form_of(linears[name]) for name in names}
     refused |= {name: form.reason for name, form in found.items() if form.reason is not None}
+    bypassed = forms.bypassed(model)
+    refused |= {name: bypassed[key] for name in names if (key := id(linears[name])) in bypassed}
     wanted = [name for name in names if name not in refused]
     if not wanted:
         raise ValueError(_all_refused(refused))
