@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import random_case, reference_of
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from vps import VPSConfig, VPSLinear, reference, token_mask, vps_linear
@@ -320,3 +321,16 @@ def test_forward_mode_is_refused():
     with pytest.raises(NotImplementedError, match="tangent of forward-mode"):
         torch.func.jvp(layer, (x,), (x,))
     layer(x)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "token", "batch"])
+@torch.no_grad()
+def test_one_graph_for_every_number_of_tokens(scope):
+    torch.compiler.reset()
+    layer = VPSLinear(8, 6, config=VPSConfig(scope=scope)).double()  # computed by torch
+    count = CompileCounter()
+    compiled = torch.compile(layer, backend=count, fullgraph=True, dynamic=True)
+    for sequences, tokens in ((2, 3), (2, 5), (3, 7), (4, 9)):
+        x = torch.randn(sequences, tokens, 8, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-12)
+    assert count.frame_count == 1

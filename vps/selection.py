@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -46,11 +48,10 @@ def statistics(
             sums = size.squeeze(1).to(dtype) if values.shape[1] == 1 else size.sum(1, dtype=dtype)
             return sums, sums.new_tensor([total / values.numel()])
     scores, squares = [], []
-    for start in range(0, len(values), groups := _block_groups(values)):
-        block = slice(start, start + groups)
-        size = values[block].abs().to(dtype).nan_to_num_(0.0, 0.0, 0.0)
-        if mask is not None:
-            size.masked_fill_(~mask[block].unsqueeze(-1), 0.0)
+    for block, counted in _blocks(values, mask):
+        size = block.abs().to(dtype).nan_to_num_(0.0, 0.0, 0.0)
+        if counted is not None:
+            size.masked_fill_(~counted.unsqueeze(-1), 0.0)
         alone = size.shape[1] == 1
         scores.append(size.squeeze(1) if alone else size.sum(1))
         if energy:
@@ -91,14 +92,16 @@ def is_read_freely(values: Tensor) -> bool:
     )
 
 
-def _block_groups(values: Tensor) -> int:
-    """Groups to take at once: on a CPU few enough for the second-level cache.
+def _blocks(values: Tensor, mask: Tensor | None) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """Groups of values and mask to take at once: on a CPU few enough for the second-level cache.
 
     Sums of a group come in the same order whatever the other groups.
     """
     if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return len(values)
-    return max(1, CACHED_ELEMENTS // (values.shape[1] * values.shape[2]))
+        return [(values, mask)]
+    groups = max(1, CACHED_ELEMENTS // (values.shape[1] * values.shape[2]))
+    blocks = values.split(groups)
+    return zip(blocks, repeat(None) if mask is None else mask.split(groups), strict=False)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
