@@ -334,3 +334,15 @@ def test_one_graph_for_every_number_of_tokens(scope):
         x = torch.randn(sequences, tokens, 8, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-12)
     assert count.frame_count == 1
+
+
+@pytest.mark.parametrize("builder", ["sk", "sc"])
+@torch.no_grad()
+def test_an_export_takes_every_number_of_tokens(builder):
+    layer = VPSLinear(8, 6, config=VPSConfig(builder=builder)).double()  # computed by torch
+    sizes = {0: torch.export.Dim("sequences", max=64), 1: torch.export.Dim("tokens", max=512)}
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    exported = torch.export.export(layer, (x,), dynamic_shapes={"x": sizes}).module()
+    for sequences, tokens in ((2, 2), (3, 7), (9, 40)):
+        x = torch.randn(sequences, tokens, 8, dtype=torch.float64)
+        torch.testing.assert_close(exported(x), layer(x), rtol=1e-9, atol=1e-12)

@@ -95,7 +95,7 @@ def contributions(
     s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All contributions ``c``, float64 ``[G, d_k]``, and what :func:`select` makes of them."""
-    groups, size = len(s_k), s_k.shape[1] // kv_heads
+    groups, size = s_k.shape[0], s_k.shape[1] // kv_heads
     per_group = heads // kv_heads
     query = s_q.double().view(groups, kv_heads, per_group, size)
     contribution = query.sum(2).flatten(1) * s_k.double()

@@ -103,7 +103,7 @@ def vps_linear(
     if plan.drawn is None:
         I_in = sharing.find(x, mask, grouped.shape, plan.settings.r)
     else:
-        I_in, I_out = (index.expand(len(grouped), -1) for index in plan.drawn)
+        I_in, I_out = (index.expand(grouped.shape[0], -1) for index in plan.drawn)
     entropy = None if state is None else state.entropy_on(x.device)
     inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.numbers(gamma), entropy)
     y, selected = run(name, inputs, plan.settings, pairs)

@@ -7,6 +7,7 @@ as of the base layer.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,13 +59,13 @@ def _by_rows(
     """The same without a clamp: ``g W`` holds ``g B`` in its columns I_in, so that g is read once,
     and the update adds ``γ g B Cᵀ`` times the rows I_out of W."""
     product = g @ weight
-    if len(product) == 1:
+    if product.shape[0] == 1:
         grad_u = product.index_select(-1, I_in[0])
     else:
         grad_u = product.gather(-1, I_in.unsqueeze(1).expand(-1, g.shape[1], -1))
     core = core * gamma.view(-1, 1, 1)
     grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
-    if len(product) == 1:
+    if product.shape[0] == 1:
         product[0].addmm_(grad_t[0], weight.index_select(0, I_out[0]))
         return product
     rows = weight.index_select(0, I_out.reshape(-1)).view(*I_out.shape, -1)
@@ -102,8 +103,8 @@ def columns(weight: Tensor, I_in: Tensor) -> Tensor:
 
 
 def reads_columns(weight: Tensor, I_in: Tensor) -> bool:
-    """Whether the groups ask for fewer columns than W has."""
-    return I_in.numel() < weight.shape[1]
+    """Whether the groups ask for fewer columns than W has. An export holds for any of them."""
+    return not torch.compiler.is_exporting() and I_in.numel() < weight.shape[1]
 
 
 def contract(g: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def build_core(
         settings: the rest.
     """
     t = products.t
-    every = torch.arange(t.shape[-1], device=t.device).expand(len(t), -1)
+    every = torch.arange(t.shape[-1], device=t.device).expand(t.shape[0], -1)
     X_A = t if products.X_A is None else products.X_A
     inputs = Inputs(X_A, t, None, mask, every, every, numbers, entropy)
     core, gamma, t, _ = torch_backend.build(

@@ -41,7 +41,7 @@ def statistics(
         ``[G]`` or ``None``, in the accumulation dtype. Non-finite elements count as 0.
     """
     dtype = accumulation_dtype(values.dtype)
-    if energy and mask is None and len(values) == 1 and is_read_freely(values):
+    if energy and mask is None and values.shape[0] == 1 and is_read_freely(values):
         total = sum_of_squares(values[0])
         if math.isfinite(total):  # then so is every element
             size = values.abs()
@@ -155,7 +155,8 @@ def coupling(X_A: Tensor, Y: Tensor, inactive: Tensor | None, alpha: float) -> T
     X, Y = X_A.double(), Y.double()
     if inactive is not None:
         X, Y = (z.masked_fill(inactive.unsqueeze(1), 0.0) for z in (X, Y))
-    few = X.shape[1] < X.shape[2]  # fewer tokens than columns: only α keeps XᵀX from singular
+    # Fewer tokens than columns: only α keeps XᵀX from singular. An export holds for any number.
+    few = not torch.compiler.is_exporting() and X.shape[1] < X.shape[2]
     gram = X @ X.mT if few else X.mT @ X
     gram.diagonal(dim1=-2, dim2=-1).add_(alpha)
     T = (

@@ -183,7 +183,7 @@ def build(
     weight = WeightMatrix(inputs.weight, I_in, B) if weight is None else weight
     # In float64, which the policy is given in: float32 would round a σ near 1 over the next rank.
     wide = None if energy is None else energy.to(inputs.policy.dtype)
-    decision = policy.decide(inputs.policy, wide, inputs.entropy, len(H), settings)
+    decision = policy.decide(inputs.policy, wide, inputs.entropy, H.shape[0], settings)
     numbers = inputs.policy.to(selection.accumulation_dtype(H.dtype))
     gamma, inactive = decision.gamma.to(numbers.dtype), decision.inactive
     decision = policy.Decision(gamma, inactive, decision.second_order)
@@ -219,7 +219,7 @@ def apply(
     u = gradient.mix(t, core * gamma.view(-1, 1, 1))
     if B is None:
         return gradient.expand(u, W, I_in).add_(H)
-    if len(H) == 1:
+    if H.shape[0] == 1:
         target = H[0].clone() if keep_H else H[0]
         return target.addmm_(u[0], B.squeeze(1).t()).unsqueeze(0)
     return torch.baddbmm(H, u, B.permute(1, 2, 0))
@@ -295,7 +295,7 @@ def _clip(
 
 def selected(values: Tensor, index: Tensor) -> Tensor:
     """``values[g, :, index[g]]``: ``[G, T, d]`` and ``[G, r]`` to a new ``[G, T, r]``."""
-    if len(values) == 1:
+    if values.shape[0] == 1:
         return values.index_select(-1, index[0])
     return values.gather(-1, index.unsqueeze(1).expand(-1, values.shape[1], -1))
 
