@@ -16,6 +16,7 @@ from torch import Tensor
 from vps.kernels import select as selection
 from vps.kernels import tuning
 from vps.kernels.delta import finish
+from vps.kernels.device import on_its_device
 from vps.kernels.policy import column_factors, decide, inverse_scale
 from vps.kernels.scores import accumulation, magnitude
 from vps.kernels.select import best
@@ -226,6 +227,7 @@ def refusal(x: Tensor, weight: Tensor, r: int) -> str | None:
     return None
 
 
+@on_its_device
 def launch(
     x: Tensor,
     weight: Tensor,

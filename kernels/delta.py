@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
+from vps.kernels.device import on_its_device
 from vps.kernels.scores import accumulation
 
 LARGEST_R = 64
@@ -96,6 +97,7 @@ def delta_kernel(
     tl.store(y_rows + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def launch(
     H: Tensor,
     bias: Tensor | None,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
+from vps.kernels.device import on_its_device
 from vps.kernels.scores import accumulation
 
 
@@ -63,6 +64,7 @@ def combine_kernel(
     tl.store(entropy_ptr + row, (tl.log(total) - moments / total).to(tl.float32))
 
 
+@on_its_device
 def launch(logits: Tensor) -> Tensor:
     """Entropy of the softmax of each row, in nats.
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
+from vps.kernels.device import on_its_device
 from vps.kernels.policy import column_factors, decide, inverse_scale
 from vps.kernels.scores import accumulation
 
@@ -170,6 +171,7 @@ def squares(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor
     return partial_rows, partial_columns, every_row, every_column
 
 
+@on_its_device
 def launch_norms(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
     """Norms of the selected rows and columns of W.
 
@@ -190,6 +192,7 @@ def launch_norms(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, T
     return norm_A, norm_B
 
 
+@on_its_device
 def launch(
     weight: Tensor,
     I_in: Tensor,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
+from vps.kernels.device import on_its_device
 
 
 @triton.jit
@@ -125,6 +126,7 @@ def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     raise TypeError(f"vps kernels take float16, bfloat16, float32 and float64, got {dtype}")
 
 
+@on_its_device
 def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor]:
     """Sum of |values| of each column, which orders features as the mean does, and the energy.
 

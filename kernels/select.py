@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
+from vps.kernels.device import on_its_device
 from vps.kernels.scores import accumulation, magnitude
 
 LARGEST_K = 64
@@ -79,6 +80,7 @@ def merge_kernel(
         tl.store(out_ptr + group * K + rank + tl.arange(0, 1), at)
 
 
+@on_its_device
 def launch(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
     """Indices of the k largest scores of each group, best first, ties to the lower index.
 

@@ -164,6 +164,16 @@ def test_two_streams_at_once():
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_layer_that_is_not_on_the_current_device(tokens):
+    layer, x = layer_and_input(tokens=tokens)
+    there = copy.deepcopy(layer).to("cuda:1")
+    y = there(x.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(y.cpu(), layer(x).cpu())
+
+
 @pytest.mark.parametrize("settings", CONFIGS)
 def test_gradient_equals_that_of_torch(settings):
     layer, x = layer_and_input(dtype=torch.float32, **settings)

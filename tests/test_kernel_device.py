@@ -1,0 +1,84 @@
+"""Kernels are launched where their tensors are; shown with fake tensors of a second GPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+from vps.kernels import decode, delta, entropy, factors, scores, select, tuning
+
+
+class Kernel:
+    """Notes the current device of each launch."""
+
+    def __init__(self, current, seen):
+        self.current, self.seen = current, seen
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.seen.append(self.current[-1])
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    current, seen = [0], []
+
+    def exchange(device):
+        before = current[-1]
+        if device >= 0:
+            current.append(device)
+        return before
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    for module in (decode, delta, entropy, factors, scores, select):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(current, seen))
+    yield seen
+    assert current[-1] == 0  # as it was
+
+
+def new(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="cuda:1")
+
+
+def index():
+    return new(2, 4, dtype=torch.int64)
+
+
+def policy():
+    return new(9, dtype=torch.float64)
+
+
+def token():
+    return (
+        new(2, 1, 64), new(96, 64), None, None, index(), None, policy(), None, 4, True, 0.8, None,
+    )  # fmt: skip
+
+
+def update():
+    core, gamma = new(2, 4, 4), new(2)
+    return new(2, 5, 96), None, new(96, 64), index(), index(), core, gamma, None, None
+
+
+@pytest.mark.parametrize(
+    ("launch", "arguments", "kernels"),
+    [
+        (decode.launch, token, 2),
+        (delta.launch, update, 1),
+        (entropy.launch, lambda: (new(2, 1000),), 2),
+        (
+            factors.launch,
+            lambda: (new(96, 64), index(), index(), policy(), new(2), None, 0.8, None),
+            2,
+        ),
+        (factors.launch_norms, lambda: (new(96, 64), index(), index()), 1),
+        (scores.launch, lambda: (new(2, 100, 64), None, True), 2),
+        (select.launch, lambda: (new(2, 9000), 4), 2),
+    ],
+)
+def test_kernels_run_on_the_device_of_their_tensors(seen, launch, arguments, kernels):
+    with FakeTensorMode():
+        launch(*arguments())
+    assert seen == [1] * kernels
