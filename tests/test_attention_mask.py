@@ -126,6 +126,24 @@ def test_cross_attention_compiles():
 
 
 @torch.no_grad()
+def test_a_compiled_model_is_patched():
+    torch.manual_seed(0)
+    model = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            image_size=8, patch_size=4,
+        )
+    ).eval()  # fmt: skip
+    pixels = torch.randn(1, 3, 8, 8)
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(pixels).last_hidden_state
+    vps.patch(compiled, VPSConfig(target_modules="all-linear", gamma=0.5, adaptive_gamma=False))
+    sharpened = compiled(pixels).last_hidden_state
+    assert not torch.allclose(sharpened, plain)
+    torch.testing.assert_close(sharpened, model(pixels).last_hidden_state)
+
+
+@torch.no_grad()
 def test_a_traced_model_takes_other_masks():
     torch.manual_seed(0)
     model = Multimodal().double()
