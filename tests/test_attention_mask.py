@@ -20,13 +20,18 @@ T5 = dict(
 )  # fmt: skip
 
 
-def encoder_decoder(family):
+def plain(family):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **(T5 if family == "t5" else BART))
     model = transformers.AutoModelForSeq2SeqLM.from_config(config).double().eval()
     with torch.no_grad():  # larger weights than initialised, so that sharpening shows
         for parameter in model.parameters():
             parameter.mul_(4 if family == "bart" and parameter.dim() > 1 else 1)
+    return model
+
+
+def encoder_decoder(family):
+    model = plain(family)
     vps.patch(model, VPSConfig(target_modules="all-linear"))
     return model
 
@@ -127,20 +132,14 @@ def test_cross_attention_compiles():
 
 @torch.no_grad()
 def test_a_compiled_model_is_patched():
-    torch.manual_seed(0)
-    model = transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-            image_size=8, patch_size=4,
-        )
-    ).eval()  # fmt: skip
-    pixels = torch.randn(1, 3, 8, 8)
+    model, ids = plain("t5"), draw(2, 6)
+    kwargs = dict(attention_mask=torch.ones_like(ids), decoder_input_ids=draw(2, 5))
     compiled = torch.compile(model, backend="eager")
-    plain = compiled(pixels).last_hidden_state
-    vps.patch(compiled, VPSConfig(target_modules="all-linear", gamma=0.5, adaptive_gamma=False))
-    sharpened = compiled(pixels).last_hidden_state
-    assert not torch.allclose(sharpened, plain)
-    torch.testing.assert_close(sharpened, model(pixels).last_hidden_state)
+    before = compiled(ids, **kwargs).logits
+    vps.patch(compiled, VPSConfig(target_modules="all-linear"))
+    sharpened = compiled(ids, **kwargs).logits
+    assert not torch.allclose(sharpened, before)
+    torch.testing.assert_close(sharpened, model(ids, **kwargs).logits)
 
 
 @torch.no_grad()
