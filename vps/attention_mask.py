@@ -20,7 +20,8 @@ def attach(model: nn.Module) -> None:
     for module in model.modules():
         names = tuple(inspect.signature(module.forward).parameters)
         takes_tokens = "input_ids" in names or "inputs_embeds" in names
-        if "attention_mask" in names if takes_tokens else hasattr(type(module), "main_input_name"):
+        is_tower = not takes_tokens and hasattr(type(module), "main_input_name")
+        if is_tower or (takes_tokens and "attention_mask" in names):
             module.register_forward_pre_hook(_Enter(names), with_kwargs=True)
             module.register_forward_hook(_leave, always_call=True)
 

@@ -136,11 +136,12 @@ def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
 def _is_encoded(x: Tensor, states: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether x is the encoder's states, in a decoder whose own tokens have dims ``shape``.
 
-    Where both have as many tokens it is the tensor itself, or as a reentrant checkpoint has it.
+    Where both have as many tokens, or the decoder's are not known, it is the tensor itself, or as a
+    reentrant checkpoint has it.
     """
     if x is states or x.shape[:-1] != states.shape[:-1]:
         return x is states
-    if tuple(states.shape[:-1]) != shape:
+    if shape and tuple(states.shape[:-1]) != shape:
         return True
     if torch.compiler.is_compiling():
         return False
