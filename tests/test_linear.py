@@ -346,3 +346,9 @@ def test_an_export_takes_every_number_of_tokens(builder):
     for sequences, tokens in ((2, 2), (3, 7), (9, 40)):
         x = torch.randn(sequences, tokens, 8, dtype=torch.float64)
         torch.testing.assert_close(exported(x), layer(x), rtol=1e-9, atol=1e-12)
+
+
+def test_a_meta_layer_has_a_shape():
+    layer = VPSLinear(8, 6, device="meta")
+    y = layer(torch.empty(2, 8, device="meta"))
+    assert y.shape == (2, 6) and y.is_meta

@@ -1,5 +1,6 @@
 """Input selections are shared by layers that read the same x, and never stale."""
 
+import contextlib
 import threading
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import vps
 from vps import VPSConfig, VPSLinear, selection, sharing, token_mask
 
 
@@ -140,3 +142,15 @@ def test_what_is_remembered_compiles_nothing_anew():
             x = torch.randn(1, 3, 16)
             torch.testing.assert_close(compiled(x), layer(x))
     assert counter.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_nothing_of_a_functional_transform_is_kept(backend):
+    x, models = torch.randn(5, 9), layers(3)
+    parameters, _ = torch.func.stack_module_state(models)
+    with contextlib.nullcontext() if backend is None else vps.backend(backend):
+        y = torch.func.vmap(lambda own: torch.func.functional_call(models[0], own, (x,)))(
+            parameters
+        )
+        torch.testing.assert_close(y, torch.stack([layer(x) for layer in models]))

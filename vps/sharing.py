@@ -61,9 +61,12 @@ def _state(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
     """Versions of both and the stream on which a selection is ready; ``None`` where a change would
     not show, here or wherever this call runs again.
 
-    Inference tensors count no versions. A compiled or captured call is replayed with other values.
+    Inference tensors count no versions. A compiled or captured call is replayed with other values,
+    and the tensors of a functional transform (``vmap``) die with it.
     """
     if torch.compiler.is_compiling() or x.is_inference():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     stream = 0
     if x.is_cuda:
