@@ -291,6 +291,8 @@ def test_bad_input_is_named():
         layer(torch.ones(2, 6, dtype=torch.int64))
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         layer([1.0] * 6)
+    with pytest.raises(TypeError, match="dense tensor, got layout torch.sparse_coo"):
+        layer(torch.eye(6).to_sparse())
     with pytest.raises(TypeError, match="bool"):
         with token_mask(torch.ones(2)):
             pass

@@ -226,6 +226,8 @@ def plain_gamma(gamma: policy.LayerGamma | None) -> float | list[float] | None:
 def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"vps_linear: x must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"vps_linear: x must be a dense tensor, got layout {x.layout}")
     if x.dtype not in FLOATING:
         raise TypeError(f"vps_linear: x must be floating point (16 to 64 bits), got {x.dtype}")
     if weight.dim() != 2 or weight.dtype not in FLOATING:
