@@ -106,6 +106,41 @@ def test_generation_is_that_of_unpadded_input(family):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("how", ["argument", "token_mask", "of another shape"])
+@torch.no_grad()
+def test_where_the_mask_of_the_encoder_comes_from(how):
+    decoder, ids = encoder_decoder("t5").get_decoder(), draw(2, 9)
+    key = decoder.block[0].layer[1].EncDecAttention.k
+    states, mask = torch.randn(2, 9, 32, dtype=torch.float64), padded(draw(2, 6), 9)[1].bool()
+    with vps.token_mask(mask):
+        expected = key(states)
+    seen = []
+    key.register_forward_hook(lambda module, args, y: seen.append(y))
+    if how == "token_mask":
+        with vps.token_mask(mask):
+            decoder(ids, encoder_hidden_states=states)
+    elif how == "argument":
+        decoder(ids, encoder_hidden_states=states, encoder_attention_mask=mask.long())
+    else:  # each decoder token has its own, which says nothing of the states: all count
+        by_token = mask[:, None, None].expand(2, 1, 9, 9)
+        decoder(ids, encoder_hidden_states=states, encoder_attention_mask=by_token)
+        assert not torch.equal(expected, key(states))
+        expected = seen.pop()
+    assert torch.equal(seen[0], expected)
+
+
+def test_means_over_encoder_states_count_their_tokens():
+    model, ids, answer = encoder_decoder("t5"), draw(2, 6), draw(2, 9)
+    more, mask = padded(ids, 9)
+    name = "decoder.block.0.layer.1.EncDecAttention.k"
+    with vps.capture(model, tensors=True) as captured:
+        model(more, attention_mask=mask, decoder_input_ids=answer).logits.sum().backward()
+        outputs = captured[name].outputs[0]
+        expected = outputs[mask.bool()].mean(0)
+        torch.testing.assert_close(captured[name].output_mean, expected, rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(expected, outputs.mean((0, 1)))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_see_the_mask_of_the_encoder(reentrant):
     model, ids, answer = encoder_decoder("t5").train(), draw(2, 6), draw(2, 9)

@@ -167,3 +167,14 @@ def test_weights_that_a_hook_computes():
     key = block(x)[1]
     expected = vps_linear(x, 3 * case["weights"][1], case["bias"][1])
     torch.testing.assert_close(key, expected)
+
+
+def test_bad_input_is_named():
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)))
+    model.requires_grad_(False)
+    assert "opaque" in vps.patch(model, VPSConfig(target_modules="all-linear")).forms["0"]
+    with pytest.raises(TypeError, match="floating point.*int64"):
+        model(torch.ones(2, 8, dtype=torch.int64))
+    x = torch.randn(2, 8)
+    with pytest.raises(NotImplementedError, match="tangent of forward-mode"):
+        torch.func.jvp(model, (x,), (x,))

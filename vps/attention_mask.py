@@ -47,12 +47,14 @@ class _Enter:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
+        # Of the arguments that describe the tokens of the module's own layers.
+        self.prefix = "decoder_" if "decoder_input_ids" in names else ""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         _drop(module)  # left behind when an interrupt cut the last call short
-        layout = _layout(module, given, "decoder_" if "decoder_input_ids" in self.names else "")
+        layout = _layout(module, given, self.prefix)
         if layout.shape or not _is_said():
             STATE.layouts.append(layout)
         if module.training and torch.is_grad_enabled():
@@ -75,7 +77,6 @@ def _drop(module: nn.Module) -> None:
 
 
 def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLayout:
-    """``prefix`` is of the arguments that describe the tokens of the module's own layers."""
     encoded = _encoded(given)
     ids, embeds = given.get(f"{prefix}input_ids"), given.get(f"{prefix}inputs_embeds")
     if isinstance(ids, Tensor):

@@ -224,12 +224,8 @@ def plain_gamma(gamma: policy.LayerGamma | None) -> float | list[float] | None:
 
 
 def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"vps_linear: x must be a tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"vps_linear: x must be a dense tensor, got layout {x.layout}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"vps_linear: x must be floating point (16 to 64 bits), got {x.dtype}")
+    check_input(x)
+    refuse_tangents(x, weight)
     if weight.dim() != 2 or weight.dtype not in FLOATING:
         raise TypeError(
             "vps_linear: weight must be a floating-point matrix [d_out, d_in], "
@@ -248,11 +244,33 @@ def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
                 f"vps_linear: mask must be {tuple(x.shape[:-1])}, x without its last dim, "
                 f"got {tuple(mask.shape)}"
             )
+
+
+def check_input(x: Tensor) -> None:
+    """What holds for the input of every layer, whatever its weight.
+
+    Raises:
+        TypeError: no dense floating-point tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"vps: x must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"vps: x must be a dense tensor, got layout {x.layout}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"vps: x must be floating point (16 to 64 bits), got {x.dtype}")
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Forward mode is not defined (SPEC §6) and would lose the tangents.
+
+    Raises:
+        NotImplementedError: a tensor carries one.
+    """
     if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, weight)
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     ):
         raise NotImplementedError(
-            "vps_linear: x or weight carries a tangent of forward-mode differentiation (jvp), "
+            "vps: x or weight carries a tangent of forward-mode differentiation (jvp), "
             "expected reverse mode (backward)"
         )
 

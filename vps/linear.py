@@ -141,8 +141,6 @@ class SharpenedLayer:
                 memory=self.memory,
                 gamma=self.gamma,
             )
-        if x.is_meta:
-            return None  # a shape alone
         layers = (self.projection(x, inside=True),)
         return opaque_vps_linear(x, layers, self.config, state=self.state)[0]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vps import coupling, dispatch, gradient, policy, riding, selection, sharing
 from vps import torch_backend as backend
 from vps.config import VPSConfig
-from vps.functional import FLOATING, arrange, cast, plan_for
+from vps.functional import arrange, cast, check_input, plan_for, refuse_tangents
 from vps.lbfgs import CurvatureMemory, Pair, precondition
 from vps.torch_backend import Inputs
 
@@ -75,15 +75,16 @@ def opaque_vps_linear(
         ``None`` where γ is 0 whatever the input, for the caller to use the layer as it is.
 
     Raises:
-        TypeError: x is not floating point, or a layer gives no ``[M, d_out]``.
+        TypeError: x is no dense floating-point tensor, or a layer gives no ``[M, d_out]``.
+        NotImplementedError: differentiated in forward mode (``torch.func.jvp``).
         ValueError: x does not fit the layers.
         RuntimeError: another backend than torch was asked for.
 
     Source: SPEC §2–§8.
     """
     d_in = layers[0].base.d_in
-    if x.dtype not in FLOATING:
-        raise TypeError(f"vps: x must be floating point (16 to 64 bits), got {x.dtype}")
+    check_input(x)
+    refuse_tangents(x)
     if x.dim() == 0 or x.shape[-1] != d_in:
         raise ValueError(f"vps: x must be [..., {d_in}] to fit the layer, got {tuple(x.shape)}")
     factor = 1.0 if state is None else state.factor()
@@ -93,7 +94,7 @@ def opaque_vps_linear(
         for layer in layers
     ]
     first = plans[0]
-    if first is None or x.numel() == 0 or first.settings.r == 0:
+    if first is None or x.numel() == 0 or x.is_meta or first.settings.r == 0:
         return [None] * len(layers)
     if all(layer.is_plain() for layer in layers):
         return [None] * len(layers)

@@ -64,9 +64,8 @@ def _state(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
     Inference tensors count no versions. A compiled or captured call is replayed with other values,
     and the tensors of a functional transform (``vmap``) die with it.
     """
-    if torch.compiler.is_compiling() or x.is_inference():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or torch.compiler.is_compiling() or x.is_inference():
         return None
     stream = 0
     if x.is_cuda:
