@@ -25,7 +25,7 @@ template <class... Parts>
 
 int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
@@ -55,8 +55,8 @@ std::string shape_of(const Tensor& tensor) {
 void check_plain(const char* name, const Tensor& tensor) {
   if (!tensor.defined()) fail(name, " must be a tensor, got an undefined one");
   int32_t device, layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   if (device != aoti_torch_device_type_cpu())
     fail(name, " must be on the CPU as x is, got device type number ", device);
   if (layout != aoti_torch_layout_strided())

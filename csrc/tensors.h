@@ -22,7 +22,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
     stride *= sizes.begin()[i];
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
                                aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
@@ -32,7 +32,7 @@ inline Tensor base_linear(const Tensor& x, const Tensor& weight, const Optional&
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
                                     torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
@@ -41,7 +41,7 @@ inline Tensor base_linear(const Tensor& x, const Tensor& weight, const Optional&
 inline Tensor product(const Tensor& g, const Tensor& weight) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(g),
                                     torch::stable::detail::from(weight)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::matmul", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }

@@ -32,7 +32,7 @@ void succeed(cudaError_t status, const char* call) {
 
 int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
@@ -54,7 +54,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, int32_t device
     stride *= sizes.begin()[i];
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
                                aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
   p.energy = pointer<float>(energy);
 
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   void* arguments[] = {&p};
   const cudaError_t launched =
       cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
