@@ -66,7 +66,7 @@ def tokenizer():
 def plain_model(dtype=torch.float32, layers=2):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(CHARACTERS) + 3, hidden_size=32, intermediate_size=48,
+        vocab_size=len(CHARACTERS) + 4, hidden_size=32, intermediate_size=48,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """VPSLinear against the reference, and as a drop-in for nn.Linear."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -12,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
+import vps
 from vps import VPSConfig, VPSLinear, reference, token_mask, vps_linear
 
 
@@ -246,17 +248,27 @@ def test_checkpoint_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("settings", [{}, {"builder": "sc", "order": 2}, {"builder": "random"}])
-def test_compiles_without_a_graph_break(settings):
+@pytest.mark.parametrize("backend", ["torch", "fastest"])
+def test_compiles_without_a_graph_break(settings, backend):
     torch._dynamo.reset()
     layer = VPSLinear.from_linear(nn.Linear(16, 24), VPSConfig(**settings))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, 16)
+    x = torch.randn(2, 3, 16, requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert torch.allclose(compiled(x), layer(x), atol=1e-6)
-    with token_mask(mask):
-        assert torch.allclose(compiled(x), layer(x), atol=1e-6)
-    with torch.no_grad():
-        assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
+    def agree():
+        leaves, found = (x, layer.weight, layer.bias), []
+        for run in (compiled, layer):
+            y = run(x)
+            found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+    with vps.backend("torch") if backend == "torch" else contextlib.nullcontext():
+        agree()
+        with token_mask(mask):
+            agree()
+        with torch.no_grad():
+            assert torch.allclose(compiled(x), layer(x), atol=1e-6)
 
 
 def test_threads_have_their_own_masks():

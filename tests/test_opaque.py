@@ -247,5 +247,5 @@ def test_fullgraph_compiles():
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"autograd\.grad"):
+    with pytest.raises(Exception, match=r"autograd\.grad|requires_grad_"):  # later or torch 2.11
         torch.compile(model, fullgraph=True, backend="aot_eager")(x)

@@ -109,7 +109,10 @@ class _Sharpen(torch.autograd.Function):
             None if settings.clamp is None else out.t,
         )
         ctx.mark_non_differentiable(out.I_in)
-        return out.y, out.I_in
+        # A graph of torch 2.11 hands out every tensor made in here, and one that calls in place
+        # made the same tensor as y takes y's gradient with it.
+        y = out.y.view_as(out.y) if torch.compiler.is_compiling() else out.y
+        return y, out.I_in
 
     @staticmethod
     @torch.autograd.function.once_differentiable

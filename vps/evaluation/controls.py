@@ -67,8 +67,7 @@ def random_indices(model: nn.Module, seed: int = 0) -> Iterator[None]:
     before = [(layer, layer.config) for layer in layers.values()]
     try:
         for number, layer in enumerate(layers.values()):
-            own = random.Random(f"{seed}:{number}").randrange(2**31)
-            layer.config = layer.config.replace(builder="random", seed=own)
+            layer.config = layer.config.replace(builder="random", seed=_own_seed(seed, number))
         yield
     finally:
         for layer, config in before:
@@ -128,12 +127,14 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     The donor is drawn by the seed among the layers that come earlier in the model, so it has run
     by then and, under ``scope="token"``, nothing looks ahead. A layer without one (the first of
-    its shape, or where the donor saw other groups of tokens) uses features drawn at random.
-    Everything else of the layer stays: policy, pooled energy of query and key, clip, factors. The
-    updates are computed by the torch backend.
+    its shape, or where the donor saw other groups of tokens) uses features drawn at random, and so
+    does every layer under ``builder="random"``, where all of a shape use the same. Everything else
+    of the layer stays: policy, pooled energy of query and key, clip, factors. The updates are
+    computed by the torch backend.
     """
     layers = _layers(model)
     donors = _donors(layers, seed)
+    order = {name: number for number, name in enumerate(layers)}
     chosen: dict[str, Features] = {}
 
     def begin(*_: Any) -> None:
@@ -158,16 +159,17 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         grouped, _, counted = arrange(x, None, layer.config.scope)
         H: Tensor | None = None
         energy: Tensor | None = None
+        own_seed, donated = seed, None
         if plan.drawn is not None:
-            own = plan.drawn[0].expand(len(grouped), -1), plan.drawn[1].expand(len(grouped), -1)
+            own_seed = _own_seed(seed, order[name])
         else:
             with torch.no_grad():
                 own, H, energy = _own_selection(layer, grouped, counted, r)
-        chosen[name] = own
-        donated = chosen.get(donors.get(name, ""))
-        if donated is None or donated[0].shape != own[0].shape:
-            drawn = selection.random_features(seed, d_in, d_out, r)
-            I_in, I_out = (torch.tensor(i, device=x.device).expand_as(own[0]) for i in drawn)
+            chosen[name] = own
+            donated = chosen.get(donors.get(name, ""))
+        if donated is None or donated[0].shape != (len(grouped), r):
+            drawn = selection.random_features(own_seed, d_in, d_out, r)
+            I_in, I_out = (torch.tensor(i, device=x.device).expand(len(grouped), r) for i in drawn)
             donated = I_in, I_out
         pooled = energy if plan.settings.adaptive else None
         if W is None:
@@ -205,6 +207,11 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     if not layers:
         raise ValueError("control: the model holds no sharpened layer; call vps.patch first")
     return layers
+
+
+def _own_seed(seed: int, number: int) -> int:
+    """The seed of the layer of that number."""
+    return random.Random(f"{seed}:{number}").randrange(2**31)
 
 
 def _donors(layers: dict[str, Any], seed: int) -> dict[str, str]:
