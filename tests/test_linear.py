@@ -271,6 +271,17 @@ def test_compiles_without_a_graph_break(settings, backend):
             assert torch.allclose(compiled(x), layer(x), atol=1e-6)
 
 
+@torch.no_grad()
+def test_compiled_reads_the_selected_columns_alone():
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(vps_linear, backend=lambda graph, _: graphs.append(graph) or graph)
+    with vps.backend("torch"):
+        compiled(torch.randn(2, 3, 300), torch.randn(40, 300))
+    called = [getattr(node.target, "__name__", node.target) for node in graphs[0].graph.nodes]
+    assert len(graphs) == 1 and called.count("linear") == 1  # all of W is read by the base layer
+
+
 def test_threads_have_their_own_masks():
     layer = VPSLinear.from_linear(nn.Linear(8, 8))
     x = torch.randn(2, 4, 8)

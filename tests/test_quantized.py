@@ -23,7 +23,11 @@ KINDS = ["nf4", "fp4", "int8", "torchao int8", "torchao int4", "torchao fp8"]
 def held():
     """Bytes of the storages of all tensors of this process, by address."""
     gc.collect()
-    tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter)]
+    tensors = [
+        item
+        for item in gc.get_objects()
+        if type(item) in (torch.Tensor, nn.Parameter) and not torch._is_functional_tensor(item)
+    ]  # compiled graphs of torch 2.11 keep functional tensors, which have no memory
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 

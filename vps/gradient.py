@@ -7,10 +7,10 @@ as of the base layer.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vps import tracing
 from vps.lbfgs import Pair, precondition
 
 
@@ -104,7 +104,7 @@ def columns(weight: Tensor, I_in: Tensor) -> Tensor:
 
 def reads_columns(weight: Tensor, I_in: Tensor) -> bool:
     """Whether the groups ask for fewer columns than W has. An export holds for any of them."""
-    return not torch.compiler.is_exporting() and I_in.numel() < weight.shape[1]
+    return not tracing.is_exporting() and I_in.numel() < weight.shape[1]
 
 
 def contract(g: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:

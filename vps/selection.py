@@ -9,6 +9,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from vps import tracing
 from vps.constants import constant, tie_breakers
 
 CACHED_ELEMENTS = 2**17
@@ -156,7 +157,7 @@ def coupling(X_A: Tensor, Y: Tensor, inactive: Tensor | None, alpha: float) -> T
     if inactive is not None:
         X, Y = (z.masked_fill(inactive.unsqueeze(1), 0.0) for z in (X, Y))
     # Fewer tokens than columns: only α keeps XᵀX from singular. An export holds for any number.
-    few = not torch.compiler.is_exporting() and X.shape[1] < X.shape[2]
+    few = not tracing.is_exporting() and X.shape[1] < X.shape[2]
     gram = X @ X.mT if few else X.mT @ X
     gram.diagonal(dim1=-2, dim2=-1).add_(alpha)
     T = (
