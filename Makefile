@@ -12,12 +12,13 @@ GPU_MINUTES ?= 6
 BIN := .venv/bin
 MODEL := .cache/smollm2
 VLLM := .cache/vllm
+OLDEST := .cache/oldest
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
 UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,scores select factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-triton-3.6 test-vllm sanitize lint eval bench plots gpu clean help
+.PHONY: demo test test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -30,6 +31,9 @@ test: .venv/.ok  ## Run the tests
 
 test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)
+
+test-oldest: $(OLDEST)/.ok  ## Run the tests on the oldest supported torch, triton and transformers (first installs 6 GB)
+	@OMP_WAIT_POLICY=PASSIVE $(OLDEST)/bin/python -m pytest -q
 
 test-vllm: $(VLLM)/.ok  ## Run the plugin of vLLM on tiny models (first installs vLLM's CPU build, 3.5 GB)
 	@$(VLLM)/bin/python -m pytest -q tests/vllm_plugin
@@ -69,6 +73,15 @@ clean:  ## Remove what the other targets made
 	@echo "installing into .venv (once, a minute or two)"
 	@$(INSTALL) $(VPS_TORCH) torch "setuptools>=77"
 	@$(INSTALL) $(VPS_TORCH) --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+# The index has no CPU build of this torch, so its CUDA packages come with it.
+$(OLDEST)/.ok: setup.py constraints-oldest.txt $(wildcard csrc/*.[chi]*)
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@echo "installing into $(OLDEST) (once, some minutes)"
+	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt torch "setuptools>=77"
+	@VPS_BUILD_CPP=1 $(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt \
+		--no-build-isolation -e '.[test]'
 	@touch $@
 
 # An environment of its own: vLLM pins torch, to a CPU build that PyPI lacks. What it brings for

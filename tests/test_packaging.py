@@ -1,6 +1,7 @@
 """The layout of the repository and what gets installed from it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,15 @@ def source(tmp_path):
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
     (copy / "kernels/probe.py").write_text('"""Not a kernel."""\n')
     return copy
+
+
+def test_the_oldest_releases_are_the_lower_bounds():
+    """What ``make test-oldest`` installs is what ``setup.py`` promises."""
+    promised = dict(re.findall(r'"([a-z]+)>=([\d.]+)"', (ROOT / "setup.py").read_text()))
+    pins = re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M)
+    assert dict(pins).keys() == {"torch", "triton", "transformers"}
+    for name, version in pins:
+        assert version == f"{promised[name]}.0"
 
 
 def test_kernels_folder_is_linked_and_no_package():
