@@ -56,9 +56,9 @@ plots: .venv/.ok  ## Draw the results in $(OUT) into docs/
 
 gpu:  ## On a GPU machine, without a virtual environment: tests marked cuda, then benchmarks, to $(OUT)
 	@mkdir -p $(OUT)
-	@$(PYTHON) -m vps.cuda || echo "the CUDA operator is not built; its tests are skipped"
-	@$(PYTHON) -m pytest -q -m cuda --junitxml=$(OUT)/cuda.xml || { [ $$? -eq 5 ] && echo "no test is marked cuda yet"; }
-	@$(PYTHON) -m benchmarks --minutes $(GPU_MINUTES) --out $(OUT)
+	@$(PYTHON) -m vps.cuda_build || echo "the CUDA operator is not built; its tests are skipped"
+	@failed=0; $(PYTHON) -m pytest -q -m cuda --junitxml=$(OUT)/cuda.xml || failed=$$?; \
+		$(PYTHON) -m benchmarks --minutes $(GPU_MINUTES) --out $(OUT) && exit $$failed
 
 clean:  ## Remove what the other targets made
 	rm -rf .venv .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

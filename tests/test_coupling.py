@@ -171,7 +171,7 @@ def test_errors_of_the_operator_name_the_argument(changes, message):
         x=torch.randn(2, 5, 12), W_q=torch.randn(16, 12), W_k=torch.randn(8, 12), mask=None,
         I_in=None, r=4, heads=4, kv_heads=2,
     ) | changes  # fmt: skip
-    with pytest.raises(ValueError, match=f"vps::couple: {message}"):
+    with pytest.raises((ValueError, RuntimeError), match=f"vps::couple: {message}"):  # by torch
         torch.ops.vps.couple(*given.values())
 
 

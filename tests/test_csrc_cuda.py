@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vps
-from vps import VPSConfig, VPSLinear, cuda
+from vps import VPSConfig, VPSLinear, cuda_build
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
@@ -17,7 +17,9 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_compiles_without_spills(architecture, tmp_path):
-    line = cuda.command(architecture, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "cubin"))
+    line = cuda_build.command(
+        architecture, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "cubin")
+    )
     run = subprocess.run(line, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
@@ -30,7 +32,7 @@ def test_why_it_is_missing_is_said():
         with pytest.raises(RuntimeError, match="no CUDA device"), vps.backend("cuda"):
             pass
         with pytest.raises(RuntimeError, match="name an architecture"):
-            cuda.build()
+            cuda_build.build()
 
 
 def layer_and_input(dtype, d_in, d_out, **settings):

@@ -14,9 +14,6 @@ from evaluation_cases import (
     tokenizer,
     write_tasks,
 )
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 import vps
 from vps import VPSConfig
@@ -24,6 +21,8 @@ from vps.evaluation.harness import VARIANTS, Harness, evaluate
 from vps.evaluation.outcome import Outcome
 from vps.evaluation.samples import outcomes_of
 from vps.patching import sharpened_layers
+
+pytest.importorskip("lm_eval")
 
 LOCAL = ["local_choice", "local_text", "local_answer"]
 SCOPES = ["token", "sequence"]
@@ -73,6 +72,10 @@ def values(scores):
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_baseline_is_plain_lm_eval_exactly(folder, batch_size):
     """Down to the bits of every log-likelihood, on the same batches."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     lm = HFLM(pretrained=plain_model(), tokenizer=tokenizer(), batch_size=batch_size)
     expected = simple_evaluate(lm, tasks=LOCAL, task_manager=manager, bootstrap_iters=0)

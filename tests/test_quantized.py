@@ -4,10 +4,8 @@ import copy
 import gc
 import pickle
 
-import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.functional import has_avx512bf16
 from matrix_cases import dense, llama, oracle, quantized, replaced, run, weights_of
 from torch import nn
 
@@ -15,6 +13,7 @@ import vps
 from vps import VPSConfig, VPSLinear, reference
 from vps.opaque_layer import sharpened_by
 
+bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 KINDS = ["nf4", "fp4", "int8", "torchao int8", "torchao int4", "torchao fp8"]
@@ -94,7 +93,7 @@ def test_nf4_packed_for_avx512(builder):
     model = replaced(llama(), quantized("nf4"))
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = has_avx512bf16()
+            module.support_avx512bf16_for_cpu = bitsandbytes.functional.has_avx512bf16()
     config = VPSConfig(builder=builder)
     plain = run(model, IDS)
     known = weights_of(model)
