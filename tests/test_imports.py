@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 
 # A module may import those of its own and of lower layers.
 LAYERS = [
-    {"config", "reference", "constants", "threads", "verify", "jsonl"},
+    {"config", "reference", "constants", "threads", "tracing", "verify", "jsonl"},
     {
         "masking",
         "policy",
@@ -33,7 +33,7 @@ LAYERS = [
     {"own_forward"},
     {"kernels", "cpp"},
     {"torch_backend", "one_group", "triton_backend", "cuda", "products"},
-    {"operator", "column_wise", "row_wise"},
+    {"operator", "column_wise", "row_wise", "cuda_build"},
     {"dispatch"},
     {"functional", "coupled"},
     {"opaque"},
