@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import vps
-from benchmarks import checks, common, graphs, machine, results, roofline, shapes
+from benchmarks import checks, common, machine, results, roofline, shapes, variants
 from benchmarks.common import Budget, Variant
 from benchmarks.results import Section
 from benchmarks.roofline import Cost
@@ -148,8 +148,8 @@ def measure(case: OpCase, device: str, seconds: float, peaks: dict[str, float]) 
         if (reason := why_not(case, name, device)) is not None:
             found[name] = reason
             continue
-        whole = partial(run_all, call, inputs)
-        found[name] = Variant(whole if device == "cpu" else graphs.captured(whole))
+        whole = Variant(partial(run_all, call, inputs))
+        found[name] = whole if device == "cpu" else variants.captured(whole)
     measured = common.measure(found, case.base, seconds, work=len(inputs))
     dtype = inputs[0][0].dtype
     return measured | {"roofline": roofline.shares(measured, case.cost, peaks, dtype)}

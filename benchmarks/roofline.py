@@ -29,12 +29,15 @@ class Cost(NamedTuple):
 
 
 def measure_peaks(device: str, scale: float = 1.0) -> dict[str, float]:
-    """Bytes a second of a copy, and operations a second of a GEMM in every dtype that is run."""
+    """Bytes a second of a copy, and operations a second of a GEMM in every dtype that is run.
+
+    Float32 is among them everywhere: it is the dtype of scores.
+    """
     source = torch.randn(int(COPIED[device] * scale) // 4, device=device)
     target = torch.empty_like(source)
     peaks = {"copy": 2 * source.numel() * 4 / _median(lambda: target.copy_(source))}
     size = int(GEMM[device] * scale**0.5)
-    for dtype in shapes.DTYPES[device]:
+    for dtype in dict.fromkeys((*shapes.DTYPES[device], torch.float32)):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = _median(lambda a=a, b=b: a @ b.T)
         peaks[f"gemm {shapes.title(dtype)}"] = 2 * size**3 / seconds

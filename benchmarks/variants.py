@@ -157,11 +157,12 @@ def in_graphs(variants: dict[str, Variant | str]) -> dict[str, Variant | str]:
         elif name in (AUTHOR, REFERENCE):
             found[name] = WAITS
         else:
-            found[name] = _captured(variant)
+            found[name] = captured(variant)
     return found
 
 
-def _captured(variant: Variant) -> Variant | str:
+def captured(variant: Variant) -> Variant | str:
+    """The variant as the replay of a CUDA graph, or why there is none."""
     try:
         return variant._replace(call=graphs.captured(variant.call))
     except AssertionError as error:
