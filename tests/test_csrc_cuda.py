@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +25,24 @@ def test_compiles_without_spills(architecture, tmp_path):
     assert run.returncode == 0, run.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
     assert len(spills) == 3 and set(spills) == {("0", "0")}, run.stderr
+
+
+@needs_nvcc
+def test_its_symbols_are_found_where_torch_is_loaded(tmp_path):
+    """All that is registered as it loads; a CPU build of torch lacks what asks for the stream."""
+    library = tmp_path / "library.so"
+    line = cuda_build.command("sm_90", *cuda_build.linked(library))
+    built = subprocess.run(line, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    code = (
+        "import ctypes, sys, os, torch, vps\n"
+        "ctypes.CDLL(sys.argv[1], os.RTLD_LAZY)\n"
+        "torch.ops.vps.cooperative_decode.default\n"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code, str(library)], capture_output=True, text=True
+    )
+    assert loaded.returncode == 0, loaded.stderr
 
 
 def test_why_it_is_missing_is_said():

@@ -43,6 +43,22 @@ def command(architecture: str, *options: str) -> list[str]:
     ]
 
 
+def linked(library: Path) -> list[str]:
+    """Options that make ``library``, which finds torch's symbols in a process that loaded torch."""
+    folder = Path(torch.__file__).parent / "lib"
+    # A CPU build of torch has no torch_cuda; what is linked there is good for checks alone.
+    names = [n for n in ("torch_cpu", "torch_cuda") if (folder / f"lib{n}.so").exists()]
+    return [
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        f"-L{folder}",
+        *(f"-l{name}" for name in names),
+        "-o",
+        str(library),
+    ]
+
+
 def build(architecture: str | None = None) -> Path:
     """Compile the library and return its path.
 
@@ -57,7 +73,7 @@ def build(architecture: str | None = None) -> Path:
             raise RuntimeError("vps.cuda_build: no GPU here: name an architecture such as sm_90")
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     built = LIBRARY.with_suffix(".new")
-    line = command(architecture, "-shared", "-Xcompiler", "-fPIC", "-o", str(built))
+    line = command(architecture, *linked(built))
     run = subprocess.run(line, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"vps.cuda_build: nvcc failed:\n{run.stderr}")
