@@ -45,6 +45,7 @@ def gemv_kernel(
     stride_out,
     stride_in,
     stride_counted,
+    stride_I_in,
     D_IN: tl.constexpr,
     R: tl.constexpr,
     RANKS: tl.constexpr,
@@ -101,7 +102,7 @@ def gemv_kernel(
         ranks = tl.arange(0, RANKS)
         for group in range(GROUPS):
             wanted = ranks < tl.where(group < groups, R, 0)
-            columns = tl.load(I_in_ptr + group * R + ranks, mask=wanted, other=0)
+            columns = tl.load(I_in_ptr + group * stride_I_in + ranks, mask=wanted, other=0)
             part = wanted[None, :] & in_width[:, None]
             column = tl.load(weight_rows + columns[None, :] * stride_in, mask=part, other=0.0)
             column = column.to(tl.float32)
@@ -135,6 +136,7 @@ def apply_kernel(
     stride_out,
     stride_in,
     stride_counted,
+    stride_I_in,
     TAU: tl.constexpr,
     CLAMP: tl.constexpr,
     BY_COLUMN: tl.constexpr,
@@ -147,7 +149,7 @@ def apply_kernel(
     group = tl.program_id(1).to(tl.int64)
     ranks = tl.arange(0, RANKS)
     inside = ranks < R
-    I_in = tl.load(I_in_ptr + group * R + ranks, mask=inside, other=0)
+    I_in = tl.load(I_in_ptr + group * stride_I_in + ranks, mask=inside, other=0)
     if I_out_ptr is not None:
         I_out = tl.load(I_out_ptr + group * R + ranks, mask=inside, other=0)
     else:
@@ -274,7 +276,8 @@ def launch(
     device = x.device
     if I_in is None:
         I_in = selection.launch(x[:, 0], r, True)
-    I_in = I_in.contiguous()
+    if I_in.stride(1) != 1:
+        I_in = I_in.contiguous()
     tile = tuning.gemv(width, x.element_size(), tuning.architecture(device))
     tiles = tuning.steps(width, tile["BLOCK_O"])
 
@@ -292,8 +295,8 @@ def launch(
     power = tuning.power_of_2
     gemv_kernel[tiles,](
         x, weight, mask, I_in, H, record, index, energy, row_squares, column_squares, groups, width,
-        x.stride(0), x.stride(2), *weight.stride(), stride_counted, D_IN=d_in, R=r, RANKS=power(r),
-        GROUPS=power(groups), BLOCK_N=LARGEST_N, **tile, enable_fp_fusion=True,
+        x.stride(0), x.stride(2), *weight.stride(), stride_counted, I_in.stride(0), D_IN=d_in, R=r,
+        RANKS=power(r), GROUPS=power(groups), BLOCK_N=LARGEST_N, **tile, enable_fp_fusion=True,
     )  # fmt: skip
 
     y = scratch(groups, 1, width, dtype=x.dtype)
@@ -305,7 +308,7 @@ def launch(
         H, bias, weight, mask, I_in, None if I_out is None else I_out.contiguous(), record, index,
         energy, row_squares, column_squares, policy, entropy, y, features, core, gamma,
         None if clamp is None else t, tiles, width, 0 if bias is None else bias.stride(0),
-        *weight.stride(), stride_counted, TAU=tau, CLAMP=clamp,
+        *weight.stride(), stride_counted, I_in.stride(0), TAU=tau, CLAMP=clamp,
         BY_COLUMN=policy.numel() == 9 + r, R=r, RANKS=power(r), TILES=power(tiles), **tile,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from cases import in_float32, random_case, reference_of
 
 import vps
-from vps import VPSConfig, reference, vps_linear
+from vps import VPSConfig, functional, operator, reference, vps_linear
 
 CASES = {"torch": 400, "cpp": 400, "triton": 80}
 NARROW = [torch.float16, torch.bfloat16]
@@ -87,3 +87,23 @@ def test_two_runs_are_bitwise_equal(backend):
     for tokens in (1, 5, 64):
         x = torch.randn(2, tokens, 200)
         assert torch.equal(vps_linear(x, W), vps_linear(x.clone(), W))
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_triton_decodes_under_a_mask_in_its_own_kernels(groups, monkeypatch):
+    """generate() passes a mask at every step, which a GPU cannot read without waiting."""
+    if vps.backends()["triton"] is not None:
+        pytest.skip(f"triton: {vps.backends()['triton']}")
+    from vps import triton_backend
+
+    torch.manual_seed(0)
+    x, W, b = torch.randn(groups, 1, 24), torch.randn(40, 24), torch.randn(40)
+    mask = torch.arange(groups)[:, None] != 1
+    expected = reference.vps_linear(x.double(), W.double(), b.double(), mask=mask).y
+    plan = functional.plan_for(VPSConfig(), False, 1.0, 40, 24, x.device, x.dtype)
+    inputs = functional.Inputs(x, W, b, mask, None, None, plan.numbers(None), None)
+    monkeypatch.setattr(triton_backend.F, "linear", lambda *_: pytest.fail("a product of torch"))
+    monkeypatch.setattr(torch, "stack", lambda *_: pytest.fail("features are copied"))
+    y = operator._triton(*inputs, *plan.settings)[0]
+    monkeypatch.undo()
+    assert relative_error(y, expected) <= 1e-6

@@ -63,8 +63,9 @@ def vps_linear(
             :class:`vps.policy.LayerGamma`; a tensor is data, so that no value compiles anew.
 
     Returns:
-        ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and for a
-        group without a counted token. Differentiable in x, weight and bias (SPEC §6).
+        ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and, by any
+        backend but ``triton``, which adds b after rounding and has a product of its own for a few
+        tokens, for a group without a counted token. Differentiable in x, weight and bias (SPEC §6).
 
     Raises:
         TypeError: x or weight no floating-point tensor, or a mask that is not bool.

@@ -6,7 +6,6 @@ implementation for its device: csrc for CPU, kernels for CUDA and ROCm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -210,26 +209,32 @@ def _torch_backward(
 
 def _torch(*arguments: Any) -> Result:
     """The torch backend as an implementation, where there is no other."""
-    return _packed(torch_backend.forward, arguments)
+    inputs, settings = _unpacked(arguments)
+    out = torch_backend.forward(inputs, settings)
+    core, gamma = torch_backend.square(out.core), out.gamma.clone()
+    return _packed(out._replace(core=core, gamma=gamma), settings)
 
 
 def _triton(*arguments: Any) -> Result:
     """The Triton kernels, imported at the first call."""
-    from vps.triton_backend import forward
+    from vps.triton_backend import decoded, forward
 
-    return _packed(forward, arguments)
+    inputs, settings = _unpacked(arguments)
+    found = decoded(inputs, settings)
+    return _packed(forward(inputs, settings), settings) if found is None else found
 
 
-def _packed(forward: Callable[[Inputs, Settings], Outputs], arguments: tuple[Any, ...]) -> Result:
+def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:
     count = len(Inputs._fields)
-    settings = Settings(*arguments[count:])
-    out = forward(Inputs(*arguments[:count]), settings)
+    return Inputs(*arguments[:count]), Settings(*arguments[count:])
+
+
+def _packed(out: Outputs, settings: Settings) -> Result:
     features = torch.stack([out.I_in, out.I_out], 1)
-    core, gamma = torch_backend.square(out.core), out.gamma.clone()
     if settings.clamp is None:
-        return out.y, features, core, gamma, out.y.new_empty(0)
+        return out.y, features, out.core, out.gamma, out.y.new_empty(0)
     assert out.t is not None
-    return out.y, features, core, gamma, out.t
+    return out.y, features, out.core, out.gamma, out.t
 
 
 def _triton_joint(*arguments: Any) -> coupling.Joint:

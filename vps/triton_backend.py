@@ -15,24 +15,35 @@ from vps.kernels import decode, delta, factors, scores, select
 from vps.policy import Settings
 from vps.torch_backend import Inputs, Outputs
 
+Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def decoded(inputs: Inputs, settings: Settings) -> Decoded | None:
+    """What :func:`vps.kernels.decode.launch` returns, or ``None`` where it does not take the call."""
+    if not _is_plain(settings) or inputs.H is not None:
+        return None
+    if decode.refusal(inputs.x, inputs.weight, settings.r) is not None:
+        return None
+    return decode.launch(*inputs[:8], settings.r, settings.adaptive, settings.tau, settings.clamp)
+
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """Policy first, then the selection and its core, then the update (SPEC §3–§5)."""
+    """Policy first, then the selection and its core, then the update (SPEC §3–§5).
+
+    No result is a view of an argument.
+    """
+    if (found := decoded(inputs, settings)) is not None:
+        y, features, *rest = found
+        return Outputs(y, features[:, 0], features[:, 1], *rest)
     x, W, bias, mask, I_in, I_out, numbers, entropy, H, energy = inputs
-    plain = not (settings.coupled or settings.spectral or settings.second_order)
-    # The bits of our GEMV are not those of the base layer, which masked-out tokens are promised.
-    if plain and mask is None and H is None and decode.refusal(x, W, settings.r) is None:
-        y, features, core, gamma, selected = decode.launch(
-            *inputs[:8], settings.r, settings.adaptive, settings.tau, settings.clamp
-        )
-        return Outputs(y, features[:, 0], features[:, 1], core, gamma, selected)
+    plain = _is_plain(settings)
     H = F.linear(x, W) if H is None else H
     s_out = None
     if settings.adaptive:
         if energy is None:
             s_out, energy = scores.launch(H, mask, True)
-        else:
-            energy = energy.clone()  # the policy works in place
+        elif not plain:
+            energy = energy.clone()  # the policy of torch works in place
     I_in = _top_k(x, None, mask, settings.r) if I_in is None else I_in
     I_out = _top_k(H, s_out, mask, settings.r) if I_out is None else I_out
     counted = None if mask is None else mask.any(1)
@@ -40,7 +51,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
     if not plain:
         B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
         core, gamma, t, inactive = torch_backend.build(inputs, H, energy, I_in, I_out, B, settings)
-        core = torch_backend.square(core)
+        core, gamma = torch_backend.square(core), gamma.clone()
         active = None if inactive is None else (~inactive).sum(1, dtype=torch.int32)
     else:
         core, gamma, active = factors.launch(
@@ -50,9 +61,14 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
             left_out = torch.arange(settings.r, device=H.device) >= active.unsqueeze(-1)
             t = torch_backend.selected(H, I_out).masked_fill_(left_out.unsqueeze(1), 0.0)
     y = delta.launch(H, bias, W, I_in, I_out, core, gamma, active, settings.clamp)
-    if counted is not None:  # a group without a counted token keeps the bits of the base layer
-        y = torch.where(counted[:, None, None], y, F.linear(x, W, bias) if bias is not None else H)
+    if counted is not None and not plain:  # where a core may hold NaN
+        y = torch.where(counted[:, None, None], y, H if bias is None else H + bias)
     return Outputs(y, I_in, I_out, core, gamma, t)
+
+
+def _is_plain(settings: Settings) -> bool:
+    """Whether kernels alone compute the core."""
+    return not (settings.coupled or settings.spectral or settings.second_order)
 
 
 def couple(
