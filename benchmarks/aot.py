@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vps.kernels import decode, delta, entropy, factors, scores, select, tuning
+from vps.kernels import couple, decode, delta, entropy, factors, scores, select, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -84,8 +84,15 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"scores {name}", lambda v=values, m=mask: scores.launch(v, m, True)
         yield f"scores {name}", lambda v=values[:, :1]: scores.launch(v, None, True)
         yield f"select {name}", lambda v=values[:, 0]: select.launch(v, 4, True)
+        for heads, kv_heads, size in ((28, 4, 128), (64, 8, 128), (64, 64, 128)):
+            given = new(2, heads * size, dtype=dtype), new(2, kv_heads * size, dtype=dtype)
+            I_in = new(2, 4, dtype=torch.int64)
+            arguments = (*given, [], None, I_in, heads, kv_heads)
+            yield f"couple {name}", lambda a=arguments: couple.launch(*a)
         logits = new(2, 151936, dtype=dtype)
         yield f"entropy {name}", lambda z=logits: entropy.launch(z)
+    of_scores = (new(2, 3584), new(2, 512), [new(2), new(2)], None, new(2, 4).long(), 28, 4)
+    yield "couple float32", lambda: couple.launch(*of_scores)
     for width, k in ((3584, 4), (262144, 4), (262144, 64)):
         yield "select float32", lambda w=width, k=k: select.launch(new(2, w), k)
     yield "select float64", lambda: select.launch(new(2, 8192, dtype=torch.float64), 8)

@@ -82,6 +82,12 @@ def merge(records: int) -> dict[str, int]:
     return {"RECORDS": block, "num_warps": 8 if block >= 4096 else 4 if block >= 1024 else 1}
 
 
+def couple(width: int) -> dict[str, int]:
+    """All channels of a key projection in one program, 32 a thread at most."""
+    block = max(16, power_of_2(width))
+    return {"WIDTH": block, "num_warps": max(1, min(8, block // 256))}
+
+
 def squares(entries: int) -> dict[str, int]:
     """Four rows or columns of W a program, the usual rank; 512 elements of each a step."""
     return {"ENTRIES": 4, "ALONG": 512, "STEPS": 4, "num_warps": 4}

@@ -99,7 +99,9 @@ def test_triton_decodes_under_a_mask_in_its_own_kernels(groups, monkeypatch):
     torch.manual_seed(0)
     x, W, b = torch.randn(groups, 1, 24), torch.randn(40, 24), torch.randn(40)
     mask = torch.arange(groups)[:, None] != 1
-    expected = reference.vps_linear(x.double(), W.double(), b.double(), mask=mask).y
+    expected = reference.vps_linear(
+        x.double(), W.double(), b.double(), config=VPSConfig(), mask=mask
+    ).y
     plan = functional.plan_for(VPSConfig(), False, 1.0, 40, 24, x.device, x.dtype)
     inputs = functional.Inputs(x, W, b, mask, None, None, plan.numbers(None), None)
     monkeypatch.setattr(triton_backend.F, "linear", lambda *_: pytest.fail("a product of torch"))

@@ -30,7 +30,7 @@ def seeded():
 def test_checks_pass(device, dtype):
     """Of every op and implementation that can run here, the Triton kernels among them."""
     cases = ops.cases(problem(dtype, device))
-    assert len(cases) == 7
+    assert len(cases) == 8
     checked = set()
     for case in cases:
         for name, call in case.calls.items():
@@ -123,7 +123,7 @@ def test_pytest_benchmark_finds_every_op():
     options = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
     run = subprocess.run([*options, "benchmarks"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
-    for name in ("scores", "select", "factors", "delta", "entropy", "decode", "linear"):
+    for name in ("scores", "select", "couple", "factors", "delta", "entropy", "decode", "linear"):
         assert f"test_op[{name}" in run.stdout
     run = subprocess.run([*options, "tests/test_config.py"], cwd=ROOT, capture_output=True)
     assert b"test_op[" not in run.stdout

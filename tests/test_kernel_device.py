@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from vps.kernels import decode, delta, entropy, factors, scores, select, tuning
+from vps.kernels import couple, decode, delta, entropy, factors, scores, select, tuning
 
 
 class Kernel:
@@ -32,7 +32,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for module in (decode, delta, entropy, factors, scores, select):
+    for module in (couple, decode, delta, entropy, factors, scores, select):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(current, seen))
     yield seen

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vps import coupling, gradient, torch_backend
+from vps.kernels import couple as couple_kernels
 from vps.kernels import decode, delta, factors, scores, select
 from vps.policy import Settings
 from vps.torch_backend import Inputs, Outputs
@@ -19,7 +20,7 @@ Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def decoded(inputs: Inputs, settings: Settings) -> Decoded | None:
-    """What :func:`vps.kernels.decode.launch` returns, or ``None`` where it does not take the call."""
+    """What :func:`vps.kernels.decode.launch` returns, ``None`` where it does not take the call."""
     if not _is_plain(settings) or inputs.H is not None:
         return None
     if decode.refusal(inputs.x, inputs.weight, settings.r) is not None:
@@ -83,12 +84,23 @@ def couple(
 ) -> coupling.Joint:
     """Products and selections of a query and a key projection, see :func:`vps.coupling.couple`."""
     I_in = _top_k(x, None, mask, r) if I_in is None else I_in
-    return coupling.couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads, scores.launch)
+    if couple_kernels.refusal(len(W_k), r) is not None:
+        return coupling.couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads, scores.launch)
+    H_q, H_k = F.linear(x, W_q), F.linear(x, W_k)
+    if x.shape[1] == 1:
+        counted = None if mask is None else mask[:, 0]
+        found = couple_kernels.launch(H_q[:, 0], H_k[:, 0], [], counted, I_in, heads, kv_heads)
+    else:
+        s_q, energy_q = scores.launch(H_q, mask, True)
+        s_k, energy_k = scores.launch(H_k, mask, True)
+        energies = [energy_q, energy_k]
+        found = couple_kernels.launch(s_q, s_k, energies, None, I_in, heads, kv_heads)
+    return coupling.Joint(H_q, H_k, *found)
 
 
 def _top_k(values: Tensor, sums: Tensor | None, mask: Tensor | None, r: int) -> Tensor:
     """The r features of values ``[G, T, d]`` with the largest scores; ``sums`` if known."""
-    if values.shape[1] == 1 and mask is None:
+    if values.shape[1] == 1:  # where it does not count, what it selects is not used
         return select.launch(values[:, 0], r, absolute=True)
     if sums is None:
         sums, _ = scores.launch(values, mask, False)
