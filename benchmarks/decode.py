@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import vps
@@ -39,20 +38,11 @@ def gemv(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that the kernel does not take.
     """
-    from vps.kernels import decode, tuning
+    from vps.kernels import decode
 
     if (reason := why_no_gemv(x, weight)) is not None:
         raise ValueError(f"gemv: {reason}")
-    groups, _, d_in = x.shape
-    width = weight.shape[0]
-    tile = tuning.gemv(width, x.element_size(), tuning.architecture(x.device))
-    H = torch.empty(groups, 1, width, dtype=x.dtype, device=x.device)
-    decode.gemv_kernel[tuning.steps(width, tile["BLOCK_O"]),](
-        x, weight, None, None, H, None, None, None, None, None, groups, width,
-        x.stride(0), x.stride(2), *weight.stride(), 0, D_IN=d_in, R=1, RANKS=1, GROUPS=1,
-        BLOCK_N=decode.LARGEST_N, **tile, enable_fp_fusion=True,
-    )  # fmt: skip
-    return H
+    return decode.multiply(x, weight, None, None, False, False, False).H.unsqueeze(1)
 
 
 def why_no_gemv(x: Tensor, weight: Tensor) -> str | None:

@@ -8,6 +8,9 @@ tile; the second brings the tiles together in every program and applies the upda
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -120,7 +123,7 @@ def apply_kernel(
     I_out_ptr,  # int64 [N, R], or None to take the records
     record_ptr,  # [N, tiles, R] or None
     index_ptr,  # int32 [N, tiles, R] or None
-    energy_ptr,  # [N, tiles] or None
+    energy_ptr,  # [N, tiles], [N] if POOLED, or None
     row_squares_ptr,  # [d_out] or None
     column_squares_ptr,  # [N, tiles, R] or None
     policy_ptr,  # float64 [9], or [9 + R] with a factor of each column
@@ -137,8 +140,10 @@ def apply_kernel(
     stride_in,
     stride_counted,
     stride_I_in,
+    stride_I_out,
     TAU: tl.constexpr,
     CLAMP: tl.constexpr,
+    POOLED: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     R: tl.constexpr,
     RANKS: tl.constexpr,
@@ -151,7 +156,7 @@ def apply_kernel(
     inside = ranks < R
     I_in = tl.load(I_in_ptr + group * stride_I_in + ranks, mask=inside, other=0)
     if I_out_ptr is not None:
-        I_out = tl.load(I_out_ptr + group * R + ranks, mask=inside, other=0)
+        I_out = tl.load(I_out_ptr + group * stride_I_out + ranks, mask=inside, other=0)
     else:
         entry = tl.arange(0, RECORDS)
         exists = entry < tiles * R
@@ -165,7 +170,9 @@ def apply_kernel(
             I_out = tl.where(ranks == rank, at, I_out)
 
     tile = tl.arange(0, TILES)
-    if energy_ptr is not None:
+    if POOLED:
+        gamma, active = decide(policy_ptr, tl.load(energy_ptr + group), entropy_ptr, R)
+    elif energy_ptr is not None:
         parts = tl.load(energy_ptr + group * tiles + tile, mask=tile < tiles, other=0.0)
         energy = tl.sum(parts, axis=0) / tl.cast(width, tl.float32)
         gamma, active = decide(policy_ptr, energy, entropy_ptr, R)
@@ -271,48 +278,98 @@ def launch(
     """
     if (reason := refusal(x, weight, r)) is not None:
         raise ValueError(f"decode: {reason}")
-    groups, _, d_in = x.shape
-    width = weight.shape[0]
-    device = x.device
     if I_in is None:
         I_in = selection.launch(x[:, 0], r, True)
-    if I_in.stride(1) != 1:
-        I_in = I_in.contiguous()
-    tile = tuning.gemv(width, x.element_size(), tuning.architecture(device))
+    I_in = I_in if I_in.stride(1) == 1 else I_in.contiguous()
+    I_out = None if I_out is None else I_out.contiguous()
+    product = multiply(x, weight, mask, I_in, I_out is None, adaptive, tau is not None)
+    return update(weight, product, bias, mask, I_in, I_out, None, policy, entropy, tau, clamp)
+
+
+class Product(NamedTuple):
+    """What the first kernel leaves to the second, ``None`` where it was not asked for it."""
+
+    H: Tensor  # [N, d_out]
+    record: Tensor | None
+    positions: Tensor | None
+    energy: Tensor | None
+    row_squares: Tensor | None
+    column_squares: Tensor | None
+    tiles: int
+
+
+@on_its_device
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    I_in: Tensor | None,
+    selecting: bool,
+    adaptive: bool,
+    clipped: bool,
+) -> Product:
+    """The first kernel: H, and what selection, policy and clip, which need I_in, ask of a tile."""
+    groups, _, d_in = x.shape
+    width, r = weight.shape[0], 1 if I_in is None else I_in.shape[1]
+    tile = tuning.gemv(width, x.element_size(), tuning.architecture(x.device))
     tiles = tuning.steps(width, tile["BLOCK_O"])
-
-    def scratch(*shape: int, needed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape if needed else (0,), dtype=dtype, device=device)
-
-    clipped, selecting = tau is not None, I_out is None
-    H = scratch(groups, width, dtype=x.dtype)
-    record = scratch(groups, tiles, r) if selecting else None
-    index = scratch(groups, tiles, r, dtype=torch.int32) if selecting else None
-    energy = scratch(groups, tiles) if adaptive else None
-    row_squares = scratch(width) if clipped else None
-    column_squares = scratch(groups, tiles, r) if clipped else None
-    stride_counted = 0 if mask is None else mask.stride(0)
-    power = tuning.power_of_2
+    new = partial(torch.empty, device=x.device)
+    product = Product(
+        new(groups, width, dtype=x.dtype),
+        new(groups, tiles, r, dtype=torch.float32) if selecting else None,
+        new(groups, tiles, r, dtype=torch.int32) if selecting else None,
+        new(groups, tiles, dtype=torch.float32) if adaptive else None,
+        new(width, dtype=torch.float32) if clipped else None,
+        new(groups, tiles, r, dtype=torch.float32) if clipped else None,
+        tiles,
+    )
     gemv_kernel[tiles,](
-        x, weight, mask, I_in, H, record, index, energy, row_squares, column_squares, groups, width,
-        x.stride(0), x.stride(2), *weight.stride(), stride_counted, I_in.stride(0), D_IN=d_in, R=r,
-        RANKS=power(r), GROUPS=power(groups), BLOCK_N=LARGEST_N, **tile, enable_fp_fusion=True,
-    )  # fmt: skip
-
-    y = scratch(groups, 1, width, dtype=x.dtype)
-    features = scratch(groups, 2, r, dtype=torch.int64)
-    core, gamma = scratch(groups, r, r), scratch(groups)
-    t = scratch(groups, 1, r, needed=clamp is not None, dtype=x.dtype)
-    tile = tuning.decode_apply(width, tiles * r)
-    apply_kernel[tuning.steps(width, tile["BLOCK_D"]), groups](
-        H, bias, weight, mask, I_in, None if I_out is None else I_out.contiguous(), record, index,
-        energy, row_squares, column_squares, policy, entropy, y, features, core, gamma,
-        None if clamp is None else t, tiles, width, 0 if bias is None else bias.stride(0),
-        *weight.stride(), stride_counted, I_in.stride(0), TAU=tau, CLAMP=clamp,
-        BY_COLUMN=policy.numel() == 9 + r, R=r, RANKS=power(r), TILES=power(tiles), **tile,
+        x, weight, mask, I_in, *product[:6], groups, width, x.stride(0), x.stride(2),
+        *weight.stride(), _stride(mask), _stride(I_in), D_IN=d_in, R=r,
+        RANKS=tuning.power_of_2(r), GROUPS=tuning.power_of_2(groups), BLOCK_N=LARGEST_N, **tile,
         enable_fp_fusion=True,
     )  # fmt: skip
+    return product
+
+
+@on_its_device
+def update(
+    weight: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    I_in: Tensor,
+    I_out: Tensor | None,
+    energy: Tensor | None,
+    policy: Tensor,
+    entropy: Tensor | None,
+    tau: float | None,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The second kernel: what :func:`launch` returns. Rows of I_in and I_out are contiguous; an
+    ``energy`` float32 ``[N]``, as pooled over query and key, comes before that of the product."""
+    H, *scratch, tiles = product
+    if energy is not None:
+        scratch[2] = energy
+    (groups, width), r = H.shape, I_in.shape[1]
+    new = partial(torch.empty, device=H.device)
+    y = new(groups, 1, width, dtype=H.dtype)
+    features = new(groups, 2, r, dtype=torch.int64)
+    core, gamma = new(groups, r, r, dtype=torch.float32), new(groups, dtype=torch.float32)
+    t = new((groups, 1, r) if clamp is not None else 0, dtype=H.dtype)
+    tile = tuning.decode_apply(width, tiles * r)
+    apply_kernel[tuning.steps(width, tile["BLOCK_D"]), groups](
+        H, bias, weight, mask, I_in, I_out, *scratch, policy, entropy, y, features, core, gamma,
+        None if clamp is None else t, tiles, width, _stride(bias), *weight.stride(), _stride(mask),
+        _stride(I_in), _stride(I_out), TAU=tau, CLAMP=clamp, POOLED=energy is not None,
+        BY_COLUMN=policy.numel() == 9 + r, R=r, RANKS=tuning.power_of_2(r),
+        TILES=tuning.power_of_2(tiles), **tile, enable_fp_fusion=True,
+    )  # fmt: skip
     return y, features, core, gamma, t
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
 
 
 decode = torch.library.custom_op("vps::decode", launch, mutates_args=())

@@ -6,6 +6,7 @@ what they add to the attention logits (SPEC §7).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -132,8 +133,8 @@ def coupled_vps_linear(
         for p, plan in zip(both, (plans[0], plans[1]), strict=True)
     ]
     found = None
-    if name == "cpp" and _is_plain_call(x, query, key):
-        found = _in_one_call(inputs, plans[0].settings, plans[1].settings, heads, kv_heads)
+    if name in ("cpp", "triton") and _is_plain_call(x, query, key):
+        found = _in_one_call(name, inputs, plans[0].settings, plans[1].settings, heads, kv_heads)
     elif name == "torch" and not any(pairs) and plans[0].settings == plans[1].settings:
         found = one_group.sharpen_pair(inputs[0], inputs[1], plans[0].settings, heads, kv_heads)
     if found is not None:
@@ -167,15 +168,18 @@ def coupled_vps_linear(
 
 
 def _in_one_call(
-    inputs: list[Inputs], of_query: Settings, of_key: Settings, heads: int, kv_heads: int
+    name: str, inputs: list[Inputs], of_query: Settings, of_key: Settings, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both outputs and ``I_in`` ``[G, r]`` by one call of the operator."""
     query, key = inputs
     r, *settings = of_query
     settings.insert(2, of_key.coupled)
     policy_k = None if key.policy is query.policy else key.policy
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]] = operator.LINEAR_PAIR
+    if name == "triton" and not query.x.is_cuda:  # interpreted
+        from vps.triton_backend import pair as call
     with torch._C._AutoDispatchBelowAutograd():
-        y_q, y_k, selected = operator.LINEAR_PAIR(
+        y_q, y_k, selected = call(
             *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
             r, heads, kv_heads, *settings, policy_k,
         )  # fmt: skip

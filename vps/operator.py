@@ -243,7 +243,14 @@ def _triton_joint(*arguments: Any) -> coupling.Joint:
     return couple(*arguments)
 
 
+def _triton_pair(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from vps.triton_backend import pair
+
+    return pair(*arguments)
+
+
 LIBRARY.impl("linear", _triton, "CUDA")
+LIBRARY.impl("linear_pair", _triton_pair, "CUDA")
 LIBRARY.impl("couple", _triton_joint, "CUDA")
 LIBRARY.impl("linear_backward", _torch_backward, "CUDA")
 if cpp.why_missing() is not None:

@@ -1,0 +1,118 @@
+"""What a GPU is asked to run for a block: kernels and operators between, in the interpreter."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import vps
+from vps import attention_mask, functional, operator
+from vps.patching import sharpened_layers
+
+pytestmark = pytest.mark.skipif(
+    vps.backends()["triton"] is not None or torch.cuda.is_available(),
+    reason="counts in Triton's interpreter",
+)
+# None launches anything; constants, which are made anew under a dispatch mode, are kept elsewhere.
+FREE = {"empty", "new_empty", "view", "select", "slice", "unsqueeze", "expand", "t", "detach"}
+FREE |= {
+    "transpose",
+    "as_strided",
+    "alias",
+    "_unsafe_view",
+    "permute",
+    "squeeze",
+    "reshape",
+    "lift_fresh",
+}
+
+
+class Launches(TorchDispatchMode):
+    """Names of kernels of Triton and of operators of torch, by the layer they run in."""
+
+    def __init__(self, model, monkeypatch):
+        super().__init__()
+        from triton.runtime.interpreter import GridExecutor
+
+        self.found, self.layer, self.interpreting = {}, None, False
+        for name, layer in sharpened_layers(model).items():
+            layer.register_forward_pre_hook(lambda *_, name=name: self.enter(name))
+            layer.register_forward_hook(lambda *_: self.enter(None))
+        run = GridExecutor.__call__
+
+        def count(kernel, *arguments, **options):
+            self.add(kernel.fn.__name__)
+            self.interpreting = True
+            try:
+                return run(kernel, *arguments, **options)
+            finally:
+                self.interpreting = False
+
+        monkeypatch.setattr(GridExecutor, "__call__", count)
+
+    def enter(self, name):
+        self.layer = name
+
+    def add(self, name):
+        if self.layer is not None and not self.interpreting and name not in FREE:
+            self.found.setdefault(self.layer.rsplit(".")[-1], Counter())[name] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A patched block that is computed as on a GPU: by the operator, and no mask is read."""
+
+    def by_operator(inputs, settings):
+        y, features, *_ = operator._triton(*inputs, *settings)
+        return y, features[:, 0]
+
+    monkeypatch.setattr(functional, "_interpreted", by_operator)
+    monkeypatch.setattr(attention_mask, "is_read_freely", lambda _: False)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    vps.patch(model.eval())
+    return model
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@torch.no_grad()
+def test_decoding_takes_nineteen(model, monkeypatch, sequences):
+    ids = torch.arange(5 * sequences).view(sequences, 5)
+    with vps.backend("triton"):
+        past = model(ids, attention_mask=torch.ones_like(ids)).past_key_values
+        mask = torch.ones(sequences, 6, dtype=torch.long)
+        with Launches(model, monkeypatch) as launches:
+            model(ids[:, :1], attention_mask=mask, past_key_values=past)
+    layer = Counter(gemv_kernel=1, apply_kernel=1)
+    first = layer + Counter(chunk_kernel=1)  # of those that read the same x
+    assert launches.found == {
+        "q_proj": first + layer + Counter(couple_kernel=1),  # and k_proj
+        "v_proj": layer,
+        "o_proj": first,
+        "gate_proj": first,
+        "up_proj": layer,
+        "down_proj": first,
+    }
+
+
+@torch.no_grad()
+def test_a_prefill_reads_w_once(model, monkeypatch):
+    """One product a layer under a mask, too, and few small operators around it."""
+    ids = torch.arange(24).view(1, 24)
+    with vps.backend("triton"), Launches(model, monkeypatch) as launches:
+        model(ids, attention_mask=torch.ones_like(ids))
+    for name, found in launches.found.items():
+        products = sum(found[kind] for kind in ("mm", "addmm", "linear", "bmm"))
+        assert products == (2 if name == "q_proj" else 1), (name, found)
+        assert found.total() <= (17 if name == "q_proj" else 11), (name, found)
