@@ -91,8 +91,10 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"couple {name}", lambda a=arguments: couple.launch(*a)
         logits = new(2, 151936, dtype=dtype)
         yield f"entropy {name}", lambda z=logits: entropy.launch(z)
-    of_scores = (new(2, 3584), new(2, 512), [new(2), new(2)], None, new(2, 4).long(), 28, 4)
-    yield "couple float32", lambda: couple.launch(*of_scores)
+    for heads, kv_heads in ((28, 4), (64, 8), (32, 16), (32, 32), (64, 64)):
+        given = (new(2, heads * 128), new(2, kv_heads * 128), [new(2), new(2)], None)
+        arguments = (*given, new(2, 4, dtype=torch.int64), heads, kv_heads)
+        yield "couple float32", lambda a=arguments: couple.launch(*a)
     for width, k in ((3584, 4), (262144, 4), (262144, 64)):
         yield "select float32", lambda w=width, k=k: select.launch(new(2, w), k)
     yield "select float64", lambda: select.launch(new(2, 8192, dtype=torch.float64), 8)
