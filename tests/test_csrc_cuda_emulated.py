@@ -43,15 +43,27 @@ def bytes_of(tensor):
     return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor is not None else b""
 
 
-def run(program, x, W, b, config, blocks, entropy=None, I_in=None, I_out=None, columns=None):
+def run(
+    program,
+    x,
+    W,
+    b,
+    config,
+    blocks,
+    entropy=None,
+    I_in=None,
+    I_out=None,
+    columns=None,
+    counted=None,
+):
     d_out, d_in = W.shape
     settings = policy.settings(config, False, d_in, d_out)
     rows = -(-d_out // blocks)
     header = struct.pack(
-        "13i2f",
+        "14i2f",
         x.element_size(), x.dtype == torch.bfloat16, blocks, rows, d_in, d_out, settings.r,
         settings.adaptive, b is not None, I_in is not None, I_out is not None, entropy is not None,
-        columns is not None,
+        columns is not None, counted is not None,
         -1.0 if config.tau is None else config.tau, -1.0 if config.clamp is None else config.clamp,
     )  # fmt: skip
     numbers = torch.tensor(policy.bounds(config, 1.0), dtype=torch.float64)
@@ -59,7 +71,7 @@ def run(program, x, W, b, config, blocks, entropy=None, I_in=None, I_out=None, c
         numbers = policy.LayerGamma(columns).in_policy(numbers, settings.r)
         numbers, columns = numbers[: policy.NUMBERS], numbers[policy.NUMBERS :]
     ticks = None if entropy is None else torch.tensor([entropy], dtype=torch.float64)
-    parts = [x.reshape(-1), W, b, I_in, I_out, numbers, ticks, columns]
+    parts = [x.reshape(-1), W, b, I_in, I_out, numbers, ticks, columns, counted]
     done = subprocess.run(
         [program], input=header + b"".join(map(bytes_of, parts)), capture_output=True, timeout=120
     )
@@ -106,6 +118,20 @@ def test_equals_the_reference(program, settings, d_in, d_out, blocks, dtype):
         assert torch.allclose(core.double(), diagonal.diag(), rtol=1e-5)
         error = (y.double() - expected.y.flatten()).norm() / expected.y.norm()
         assert error <= max(1e-6, 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("settings", [{}, {"clamp": 0.05}])
+def test_a_token_that_does_not_count(program, settings):
+    """H + b, whatever its update would be; one that counts is as without a mask."""
+    generator = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(size, generator=generator) for size in ((1, 1, 24), (30, 24), (30,)))
+    config = VPSConfig(**settings)
+    counting = run(program, x, W, b, config, 3, counted=torch.tensor([True]))
+    for one, other in zip(counting, run(program, x, W, b, config, 3), strict=True):
+        assert torch.equal(one, other)
+    y, _, core, gamma = run(program, x, W, b, config, 3, counted=torch.tensor([False]))
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, W, b).flatten())
+    assert gamma.item() == 0 and not core.any()
 
 
 @pytest.mark.parametrize("clamp", [None, 0.05])

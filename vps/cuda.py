@@ -36,7 +36,6 @@ def takes(inputs: Inputs, settings: Settings) -> bool:
     x, weight = inputs.x, inputs.weight
     return (
         x.shape[:2] == (1, 1)
-        and inputs.mask is None
         and inputs.H is None
         and settings.r <= 8
         and not (settings.coupled or settings.spectral or settings.second_order)
@@ -52,11 +51,12 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         from vps import triton_backend
 
         return triton_backend.forward(inputs, settings)
-    x, weight, bias, _, I_in, I_out, policy, entropy = inputs[:8]
+    x, weight, bias, mask, I_in, I_out, policy, entropy = inputs[:8]
     y, features, core, gamma, t = torch.ops.vps.cooperative_decode(
         x.contiguous(),
         weight,
         bias,
+        mask,
         _contiguous(I_in),
         _contiguous(I_out),
         policy,

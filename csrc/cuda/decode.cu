@@ -94,9 +94,9 @@ std::pair<int, size_t> plan(Kernel kernel, Decode& p, int32_t device) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
-    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& I_in,
-    const Optional& I_out, const Tensor& policy, const Optional& entropy, int64_t r, bool adaptive,
-    std::optional<double> tau, std::optional<double> clamp) {
+    const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& counted,
+    const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
+    int64_t r, bool adaptive, std::optional<double> tau, std::optional<double> clamp) {
   require(x.defined() && x.is_cuda() && weight.defined() && weight.dim() == 2,
           "x must be a CUDA tensor [1, 1, d_in] and weight a matrix [d_out, d_in]");
   const int32_t device = x.get_device(), dtype = dtype_of(x);
@@ -116,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
           "weight must be on the device of x, of its dtype, with rows of unit step");
   check(x, device, dtype, {1, 1, d_in}, "x must be contiguous [1, 1, d_in]");
   check(bias, device, dtype, {d_out}, "bias must be [d_out], like x");
+  check(counted, device, aoti_torch_dtype_bool(), {1, 1}, "counted must be bool [1, 1]");
   check(I_in, device, aoti_torch_dtype_int64(), {1, r}, "I_in must be int64 [1, r], contiguous");
   check(I_out, device, aoti_torch_dtype_int64(), {1, r}, "I_out must be int64 [1, r], contiguous");
   const bool by_column = policy.defined() && policy.dim() == 1 && policy.size(0) == 9 + r;
@@ -133,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
   p.x = x.data_ptr();
   p.weight = weight.data_ptr();
   p.bias = pointer<void>(bias);
+  p.counted = pointer<bool>(counted);
   p.I_in = pointer<int64_t>(I_in);
   p.I_out = pointer<int64_t>(I_out);
   p.policy = pointer<double>(policy);
@@ -185,8 +187,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vps, m) {
   m.def(
-      "cooperative_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? I_in, Tensor? I_out, "
-      "Tensor policy, Tensor? entropy, int r, bool adaptive, float? tau, float? clamp) "
+      "cooperative_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? counted, Tensor? I_in, "
+      "Tensor? I_out, Tensor policy, Tensor? entropy, int r, bool adaptive, float? tau, "
+      "float? clamp) "
       "-> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)");
 }
 

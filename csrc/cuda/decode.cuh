@@ -21,6 +21,7 @@ struct Decode {
   const void* x;         // [d_in]
   const void* weight;    // [d_out, d_in], rows of unit step
   const void* bias;      // [d_out] or null
+  const bool* counted;   // one element, or null where the token counts
   const int64_t* I_in;   // [r] or null to select here
   const int64_t* I_out;  // [r] or null to select here
   const double* policy;  // [9]
@@ -143,8 +144,10 @@ __device__ void row_product(const T* row, const float* x, int d_in, float* dot, 
   *squares = square;
 }
 
-/// γ and the number of columns in use (SPEC §5).
+/// γ and the number of columns in use (SPEC §5), 0 where the token does not count.
 __device__ inline void decide(const Decode& p, double energy, double* gamma, int* active) {
+  *gamma = *active = 0;
+  if (p.counted && !*p.counted) return;
   double sigma = 0;
   if (p.adaptive) {
     sigma = -expm1(-energy);

@@ -11,7 +11,7 @@
 
 struct Header {
   int32_t element_size, bfloat16, blocks, rows_per_block, d_in, d_out, r, adaptive;
-  int32_t bias, I_in, I_out, entropy, columns;
+  int32_t bias, I_in, I_out, entropy, columns, counted;
   float tau, clamp;
 };
 
@@ -64,6 +64,7 @@ int main() {
   p.policy = read<double>(true, 9);
   p.entropy = read<double>(h.entropy, 1);
   p.columns = read<double>(h.columns, r);
+  p.counted = read<bool>(h.counted, 1);
   p.y = take<std::byte>(h.d_out, size);
   p.features = take<int64_t>(2 * r);
   p.core = take<float>(r * r);
