@@ -133,7 +133,7 @@ def coupled_vps_linear(
         for p, plan in zip(both, (plans[0], plans[1]), strict=True)
     ]
     found = None
-    if name in ("cpp", "triton") and _is_plain_call(x, query, key):
+    if name in ("cpp", "triton", "cuda") and _is_plain_call(x, query, key):
         found = _in_one_call(name, inputs, plans[0].settings, plans[1].settings, heads, kv_heads)
     elif name == "torch" and not any(pairs) and plans[0].settings == plans[1].settings:
         found = one_group.sharpen_pair(inputs[0], inputs[1], plans[0].settings, heads, kv_heads)
