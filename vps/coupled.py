@@ -178,18 +178,18 @@ def _in_one_call(
     call: Callable[..., tuple[Tensor, Tensor, Tensor]] = operator.LINEAR_PAIR
     if name == "triton" and not query.x.is_cuda:  # interpreted
         from vps.triton_backend import pair as call
+    arguments = (
+        *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
+        r, heads, kv_heads, *settings, policy_k,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return call(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        y_q, y_k, selected = call(
-            *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
-            r, heads, kv_heads, *settings, policy_k,
-        )  # fmt: skip
-    return y_q, y_k, selected
+        return call(*arguments)
 
 
 def _is_plain_call(x: Tensor, query: Projection, key: Projection) -> bool:
-    """Whether neither a tracer nor a gradient asks for the operator of each layer by itself."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether no gradient asks for the operator of each layer by itself."""
     return not torch.is_grad_enabled() or not any(
         tensor is not None and tensor.requires_grad for tensor in (x, *query[:2], *key[:2])
     )
