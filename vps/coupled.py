@@ -172,15 +172,14 @@ def _in_one_call(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both outputs and ``I_in`` ``[G, r]`` by one call of the operator."""
     query, key = inputs
-    r, *settings = of_query
-    settings.insert(2, of_key.coupled)
+    settings = (*of_query[1:3], of_key.coupled, *of_query[3:])
     policy_k = None if key.policy is query.policy else key.policy
     call: Callable[..., tuple[Tensor, Tensor, Tensor]] = operator.LINEAR_PAIR
     if name == "triton" and not query.x.is_cuda:  # interpreted
         from vps.triton_backend import pair as call
     arguments = (
         *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
-        r, heads, kv_heads, *settings, policy_k,
+        of_query.r, heads, kv_heads, *settings, policy_k,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return call(*arguments)
