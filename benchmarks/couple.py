@@ -19,24 +19,23 @@ def case(problem: Problem) -> OpCase:
     d_q, d_k = KEYS * SHARING * size, KEYS * size
     heads = KEYS * SHARING
 
-    def of_torch(s_q: Tensor, s_k: Tensor) -> Tensor:
+    def of_torch(s_q: Tensor, s_k: Tensor, I_in: Tensor) -> Tensor:
         return torch.stack(coupling.select(s_q, s_k, problem.r, heads, KEYS), 1)
 
-    def triton(s_q: Tensor, s_k: Tensor) -> Tensor:
+    def triton(s_q: Tensor, s_k: Tensor, I_in: Tensor) -> Tensor:
         from vps.kernels import couple
 
-        I_in = torch.zeros(1, problem.r, dtype=torch.int64, device=s_q.device)
         energies = [s_q[:, 0], s_k[:, 0]]
         return couple.launch(s_q, s_k, energies, None, I_in, heads, KEYS)[1][:, 1:]
 
-    def inputs() -> tuple[Tensor, Tensor]:
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
         s_q, s_k = (
             torch.rand(1, width, device=problem.device).mul_(512).floor_() for width in (d_q, d_k)
         )
-        return s_q, s_k
+        return s_q, s_k, problem.features(problem.d_in)
 
-    def oracle(s_q: Tensor, s_k: Tensor) -> Tensor:
-        return of_torch(s_q.cpu(), s_k.cpu()).to(s_q.device)
+    def oracle(*scores: Tensor) -> Tensor:
+        return of_torch(*(z.cpu() for z in scores)).to(scores[0].device)
 
     return OpCase(
         name=f"couple, {heads} heads and {KEYS} of {size}",

@@ -50,16 +50,16 @@ def couple_kernel(
     group = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     inside = channel < d_k
-    key = tl.load(key_ptr + group * stride_k_g + channel * stride_k_d, mask=inside, other=0.0)
-    key = magnitude(key, ACC)
+    keys = key_ptr + group * stride_k_g + channel.to(tl.int64) * stride_k_d
+    key = magnitude(tl.load(keys, mask=inside, other=0.0), ACC)
     first = channel // size * (SHARING * size) + channel % size
     total = tl.zeros([WIDTH], dtype=tl.float64)
     squares = key.to(tl.float64) * key.to(tl.float64)
     highest = tl.full([WIDTH], -1.0, dtype=ACC)
     head = tl.zeros([WIDTH], dtype=tl.int32)
     for number in range(SHARING):
-        at = first + number * size
-        query = tl.load(query_ptr + group * stride_q_g + at * stride_q_d, mask=inside, other=0.0)
+        of_head = (first + number * size).to(tl.int64) * stride_q_d
+        query = tl.load(query_ptr + group * stride_q_g + of_head, mask=inside, other=0.0)
         query = magnitude(query, ACC)
         total += query.to(tl.float64)
         squares += query.to(tl.float64) * query.to(tl.float64)

@@ -99,6 +99,24 @@ def test_measure(capsys):
     assert "(noise " in capsys.readouterr().out
 
 
+def test_a_failed_capture_leaves_its_cell_empty(monkeypatch):
+    """On a GPU; the rest of the case is measured."""
+
+    def capture(call):
+        if call.args[0] is not case.calls["torch"]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    case = ops.cases(problem(torch.float32, "cpu"))[0]
+    case = case._replace(calls={"torch": case.calls["torch"], "other": lambda H: H.abs().sum(1)})
+    monkeypatch.setattr(ops, "why_not", lambda *_: None)
+    monkeypatch.setitem(ops.BYTES, "cuda", 2**10)
+    monkeypatch.setattr(ops.variants.graphs, "captured", capture)
+    rows = ops.measure(case, "cuda", 0.01, {"copy": 1e10, "gemm float32": 1e11})["rows"]
+    assert rows["torch"]["ratio"] == 1
+    assert rows["other"]["empty"].startswith("not captured: operation not permitted")
+
+
 def test_a_wrong_variant_is_never_timed(monkeypatch):
     case = ops.cases(problem(torch.float32, "cpu"))[0]
     calls = {"torch": case.calls["torch"], "other": lambda H: H.sum(1)}

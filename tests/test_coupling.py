@@ -346,6 +346,25 @@ def test_two_threads_keep_their_own(block):
     assert not failures
 
 
+@pytest.mark.skipif(vps.backends()["triton"] is not None, reason="triton cannot run here")
+@torch.no_grad()
+def test_triton_takes_a_key_wider_than_its_kernel(monkeypatch):
+    from vps.kernels import couple
+
+    torch.manual_seed(0)
+    W_q, W_k = torch.randn(16, 12), torch.randn(8, 12)
+    for tokens in (1, 5):
+        x = torch.randn(2, tokens, 12)
+        with vps.backend("triton"):
+            whole = coupled_vps_linear(x, Projection(W_q), Projection(W_k), 4, 2)
+            with monkeypatch.context() as patch:
+                patch.setattr(couple, "LARGEST_WIDTH", 7)
+                patch.setattr(couple, "couple_kernel", None)
+                apart = coupled_vps_linear(x, Projection(W_q), Projection(W_k), 4, 2)
+        for one, other in zip(whole, apart, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_checkpointing_and_compile_agree():
     model = tiny_llama()
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])

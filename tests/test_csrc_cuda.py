@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vps
@@ -84,6 +85,18 @@ def test_equals_the_reference(built, dtype, shape, settings):
     tolerance = {torch.float32: 1e-5}.get(dtype, 4 * torch.finfo(dtype).eps)
     assert torch.equal(y, again)
     assert (y.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("counts", [True, False])
+@torch.no_grad()
+def test_under_a_mask(built, counts):
+    layer, x = layer_and_input(torch.float32, 577, 96)
+    plain = F.linear(x, layer.weight, layer.bias)
+    with vps.backend("cuda"):
+        expected = layer(x) if counts else plain
+        with vps.token_mask(torch.full((1, 1), counts, device="cuda")):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.cuda

@@ -64,8 +64,9 @@ def vps_linear(
 
     Returns:
         ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and, by any
-        backend but ``triton``, which adds b after rounding and has a product of its own for a few
-        tokens, for a group without a counted token. Differentiable in x, weight and bias (SPEC §6).
+        backend but ``triton`` and ``cuda``, which add b after rounding and have products of their
+        own for a few tokens, for a group without a counted token. Differentiable in x, weight and
+        bias (SPEC §6).
 
     Raises:
         TypeError: x or weight no floating-point tensor, or a mask that is not bool.

@@ -154,7 +154,8 @@ def forward(inputs: Inputs, settings: Settings, pairs: tuple[Pair, ...] = ()) ->
         y = apply(H, t, core, gamma, W, I_in, B, settings.clamp, keep_H)
     if bias is not None:
         y = y.add_(bias)
-    if mask is not None:  # a group without a counted token keeps the bits of the base layer
+    # A group without a counted token keeps the bits of the base layer.
+    if mask is not None and not (selection.is_read_freely(mask) and mask.any(1).all()):
         base = H if bias is None else F.linear(x, W, bias)
         y = torch.where(mask.any(1)[:, None, None], y, base)
     return Outputs(y, I_in, I_out, core, gamma, t)
