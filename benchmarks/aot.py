@@ -23,7 +23,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vps.kernels import couple, decode, delta, entropy, factors, scores, select, tuning
+from vps.kernels import (
+    couple,
+    decode,
+    delta,
+    entropy,
+    factors,
+    features,
+    scores,
+    select,
+    tuning,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,10 +84,22 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
             I_in = I_out = new(2, r, dtype=torch.int64)
             core, gamma = new(2, r, r), new(2)
             H, active = new(2, 512, d_out, dtype=dtype), new(2, dtype=torch.int32)
-            arguments = (H, b, W, I_in, I_out, core, gamma, active, None)
-            yield f"delta {name}", lambda a=arguments: delta.launch(*a)
-            arguments = (W, I_in, I_out, policy, gamma, None, 0.8, None)
-            yield f"factors {name}", lambda a=arguments: factors.launch(*a)
+            for clamp in (None, 0.5):
+                arguments = (H, b, W, I_in, I_out, core, gamma, active, clamp)
+                yield f"delta {name}", lambda a=arguments: delta.launch(*a)
+            for mask in (None, new(2, 512, dtype=torch.bool), new(2, 8192, dtype=torch.bool)):
+                arguments = (W, I_in, I_out, policy, gamma, None, 0.8, mask)
+                yield f"factors {name}", lambda a=arguments: factors.launch(*a)
+        for tokens, width, r in (
+            (64, 3584, 4),
+            (2048, 3584, 4),
+            (512, 28672, 8),
+            (8192, 28672, 64),
+        ):
+            H = new(2, tokens, width, dtype=dtype)
+            for mask in (None, new(2, tokens, dtype=torch.bool)):
+                arguments = (H, mask, r, True)
+                yield f"features {name}", lambda a=arguments: features.launch(*a)
         values = new(2, 512, 3584, dtype=dtype)
         mask = new(2, 512, dtype=torch.bool)
         yield f"scores {name}", lambda v=values: scores.launch(v, None, True)
@@ -98,6 +120,8 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for width, k in ((3584, 4), (262144, 4), (262144, 64)):
         yield "select float32", lambda w=width, k=k: select.launch(new(2, w), k)
     yield "select float64", lambda: select.launch(new(2, 8192, dtype=torch.float64), 8)
+    values = new(2, 512, 8192, dtype=torch.float64)
+    yield "features float64", lambda v=values: features.launch(v, None, 8, True)
     yield "scores float64", lambda: scores.launch(new(2, 512, 512, dtype=torch.float64), None, True)
     yield "entropy float64", lambda: entropy.launch(new(2, 8192, dtype=torch.float64))
 

@@ -93,9 +93,19 @@ def problems(device: str) -> Iterator[Problem]:
 
 def cases(problem: Problem) -> list[OpCase]:
     """One case of every op."""
-    from benchmarks import couple, decode, delta, entropy, factors, linear, scores, select
+    from benchmarks import (
+        couple,
+        decode,
+        delta,
+        entropy,
+        factors,
+        features,
+        linear,
+        scores,
+        select,
+    )
 
-    modules = (scores, select, couple, factors, delta, entropy, decode, linear)
+    modules = (scores, select, features, couple, factors, delta, entropy, decode, linear)
     return [module.case(problem) for module in modules]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vps.kernels import tuning
 from vps.kernels.device import on_its_device
 from vps.kernels.scores import accumulation, magnitude
-from vps.kernels.select import LARGEST_K, best
+from vps.kernels.select import LARGEST_K, best, with_rows
 
 LARGEST_WIDTH = 8192
 
@@ -152,8 +152,7 @@ def launch(
     if groups == 0:
         return energy, features
     energy_q, energy_k = energies or (None, None)
-    if I_in.stride(1) != 1:
-        I_in = I_in.contiguous()
+    I_in = with_rows(I_in)
     couple_kernel[groups,](
         query, key, energy_q, energy_k, counted, I_in, energy, features, d_q, d_k, d_k // kv_heads,
         *query.stride(), *key.stride(), 0 if counted is None else counted.stride(0),

@@ -280,8 +280,8 @@ def launch(
         raise ValueError(f"decode: {reason}")
     if I_in is None:
         I_in = selection.launch(x[:, 0], r, True)
-    I_in = I_in if I_in.stride(1) == 1 else I_in.contiguous()
-    I_out = None if I_out is None else I_out.contiguous()
+    I_in = selection.with_rows(I_in)
+    I_out = None if I_out is None else selection.with_rows(I_out)
     product = multiply(x, weight, mask, I_in, I_out is None, adaptive, tau is not None)
     return update(weight, product, bias, mask, I_in, I_out, None, policy, entropy, tau, clamp)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vps.kernels import tuning
 from vps.kernels.device import on_its_device
 from vps.kernels.scores import accumulation
+from vps.kernels.select import with_rows
 
 LARGEST_R = 64
 UNROLLED_R = 8
@@ -39,6 +40,7 @@ def delta_kernel(
     gamma_ptr,  # [G]
     active_ptr,  # int32 [G] or None
     y_ptr,  # [G, T, d_out], contiguous
+    t_ptr,  # H[:, I_out], 0 where inactive, [G, T, R], or None
     tokens,
     width,
     stride_H_g,
@@ -47,6 +49,8 @@ def delta_kernel(
     stride_bias,
     stride_out,
     stride_in,
+    stride_I_in,
+    stride_I_out,
     ACC: tl.constexpr,
     CLAMP: tl.constexpr,
     R: tl.constexpr,
@@ -72,15 +76,18 @@ def delta_kernel(
 
     mixed = tl.zeros([BLOCK_T, RANKS], dtype=ACC)
     for k in tl.range(0, R, loop_unroll_factor=UNROLL):
-        feature = tl.load(I_out_ptr + group * R + k)
+        feature = tl.load(I_out_ptr + group * stride_I_out + k)
         wanted = rows < tl.where(k < active, tokens, 0)
         selected = tl.load(H_rows + feature * stride_H_d, mask=wanted, other=0.0)
+        if t_ptr is not None:
+            own = rows < tl.where(program % tiles == 0, tokens, 0)
+            tl.store(t_ptr + (group * tokens + rows) * R + k, selected, mask=own)
         core = tl.load(core_ptr + (group * R + k) * R + rank, mask=rank < R, other=0.0)
         mixed += selected.to(ACC)[:, None] * core.to(ACC)[None, :]
 
     delta = tl.zeros([BLOCK_T, BLOCK_D], dtype=ACC)
     for c in tl.range(0, R, loop_unroll_factor=UNROLL):
-        feature = tl.load(I_in_ptr + group * R + c)
+        feature = tl.load(I_in_ptr + group * stride_I_in + c)
         wanted = columns < tl.where(c < active, width, 0)
         address = weight_ptr + columns * stride_out + feature * stride_in
         column = tl.load(address, mask=wanted, other=0.0)
@@ -108,7 +115,7 @@ def launch(
     gamma: Tensor,
     active: Tensor | None,
     clamp: float | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """``H + b + γ·clamp(H[:, I_out] C W[:, I_in]ᵀ)`` for every group.
 
     Args:
@@ -123,7 +130,8 @@ def launch(
         clamp: bound of each element of the update, a constant of the kernel, or ``None``.
 
     Returns:
-        ``[G, T, d_out]``, contiguous, in the dtype of H.
+        y ``[G, T, d_out]``, contiguous, in the dtype of H; and of it, if there is a clamp,
+        ``H[:, I_out]`` as ``[G, T, r]``, 0 in columns that take no part, else ``[0]``.
 
     Raises:
         TypeError: H of a dtype that is no float of 16 to 64 bits.
@@ -143,18 +151,21 @@ def launch(
         )
     tokens, width = H.shape[1:]
     y = torch.empty(groups, tokens, width, dtype=H.dtype, device=H.device)
+    t = torch.empty((groups, tokens, r) if clamp is not None else 0, dtype=H.dtype, device=H.device)
     if y.numel() == 0:
-        return y
+        return y, t
+    I_in, I_out = with_rows(I_in), with_rows(I_out)
     tile = tuning.delta(tokens, width)
     programs = tuning.steps(tokens, tile["BLOCK_T"]) * tuning.steps(width, tile["BLOCK_D"])
     delta_kernel[groups * programs,](
-        H, bias, weight, I_in.contiguous(), I_out.contiguous(), core.contiguous(),
-        gamma.contiguous(), active, y, tokens, width, *H.stride(),
-        0 if bias is None else bias.stride(0), *weight.stride(), ACC=acc, CLAMP=clamp, R=r,
+        H, bias, weight, I_in, I_out, core.contiguous(), gamma.contiguous(), active, y,
+        None if clamp is None else t, tokens, width, *H.stride(),
+        0 if bias is None else bias.stride(0), *weight.stride(), I_in.stride(0), I_out.stride(0),
+        ACC=acc, CLAMP=clamp, R=r,
         RANKS=tuning.power_of_2(r), UNROLL=r if r <= UNROLLED_R else 1, **tile,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return y
+    return y, t
 
 
 delta = torch.library.custom_op("vps::delta", launch, mutates_args=())
@@ -171,5 +182,6 @@ def fake(
     gamma: Tensor,
     active: Tensor | None,
     clamp: float | None,
-) -> Tensor:
-    return H.new_empty(H.shape)
+) -> tuple[Tensor, Tensor]:
+    shape = (*H.shape[:2], I_in.shape[1]) if clamp is not None else (0,)
+    return H.new_empty(H.shape), H.new_empty(shape)

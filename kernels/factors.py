@@ -15,16 +15,19 @@ from torch import Tensor
 from vps.kernels import tuning
 from vps.kernels.device import on_its_device
 from vps.kernels.policy import column_factors, decide, inverse_scale
-from vps.kernels.scores import accumulation
+from vps.kernels.scores import accumulation, count_tokens, mask_strides
+from vps.kernels.select import with_rows
 
 
 @triton.jit
 def sum_squares(
     weight_ptr,  # [d_out, d_in]
-    index_ptr,  # int64 [entries], rows or columns of W
+    index_ptr,  # int64 [entries / per_group, per_group], rows or columns of W
     partial_ptr,  # [splits, entries]
     entries,
+    per_group,
     length,
+    stride_group,
     stride_index,
     stride_along,
     ACC: tl.constexpr,
@@ -36,7 +39,8 @@ def sum_squares(
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     begin = tl.program_id(1) * (ALONG * STEPS)
     if begin < length:
-        index = tl.load(index_ptr + entry, mask=entry < entries, other=0)
+        address = index_ptr + entry // per_group * stride_group + entry % per_group
+        index = tl.load(address, mask=entry < entries, other=0)
         total = tl.zeros([ENTRIES, ALONG], dtype=ACC)
         for step in range(STEPS):
             at = begin + step * ALONG + tl.arange(0, ALONG)
@@ -51,14 +55,18 @@ def sum_squares(
 @triton.jit
 def squares_kernel(
     weight_ptr,  # [d_out, d_in]
-    rows_ptr,  # int64 [rows]
-    columns_ptr,  # int64 [columns]
+    rows_ptr,  # int64 [rows / rows_group, rows_group]
+    columns_ptr,  # int64 [columns / columns_group, columns_group]
     partial_rows_ptr,  # [splits of d_in, rows]
     partial_columns_ptr,  # [splits of d_out, columns]
     rows,
     columns,
+    rows_group,
+    columns_group,
     d_out,
     d_in,
+    stride_rows,
+    stride_columns,
     stride_out,
     stride_in,
     ACC: tl.constexpr,
@@ -67,11 +75,11 @@ def squares_kernel(
     STEPS: tl.constexpr,
 ):
     if tl.program_id(2) == 0:
-        sum_squares(weight_ptr, rows_ptr, partial_rows_ptr, rows, d_in, stride_out, stride_in,
-                    ACC, ENTRIES, ALONG, STEPS)  # fmt: skip
+        sum_squares(weight_ptr, rows_ptr, partial_rows_ptr, rows, rows_group, d_in, stride_rows,
+                    stride_out, stride_in, ACC, ENTRIES, ALONG, STEPS)  # fmt: skip
     else:
-        sum_squares(weight_ptr, columns_ptr, partial_columns_ptr, columns, d_out, stride_in,
-                    stride_out, ACC, ENTRIES, ALONG, STEPS)  # fmt: skip
+        sum_squares(weight_ptr, columns_ptr, partial_columns_ptr, columns, columns_group, d_out,
+                    stride_columns, stride_in, stride_out, ACC, ENTRIES, ALONG, STEPS)  # fmt: skip
 
 
 @triton.jit
@@ -92,7 +100,8 @@ def factors_kernel(
     policy_ptr,  # float64 [9], or [9 + R] with a factor of each column
     energy_ptr,  # [G] or None
     entropy_ptr,  # scalar or None
-    counted_ptr,  # bool [G] or None
+    mask_ptr,  # bool [G, T] or None
+    features_ptr,  # int64 [G, 2, R]: I_in, I_out
     core_ptr,  # [G, R, R]
     gamma_ptr,  # [G]
     active_ptr,  # int32 [G]
@@ -100,6 +109,11 @@ def factors_kernel(
     columns,
     splits_rows,
     splits_columns,
+    tokens,
+    stride_I_in,
+    stride_I_out,
+    stride_mask_g,
+    stride_mask_t,
     ACC: tl.constexpr,
     TAU: tl.constexpr,
     EVERY_ROW: tl.constexpr,
@@ -109,6 +123,8 @@ def factors_kernel(
     RANKS: tl.constexpr,
     SPLITS_ROWS: tl.constexpr,
     SPLITS_COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, RANKS)
@@ -117,18 +133,19 @@ def factors_kernel(
     if energy_ptr is not None:
         energy = tl.load(energy_ptr + group)
     gamma, active = decide(policy_ptr, energy, entropy_ptr, R)
-    if counted_ptr is not None:
-        counted = tl.load(counted_ptr + group) != 0
+    if mask_ptr is not None:
+        mask_row = mask_ptr + group * stride_mask_g
+        counted = count_tokens(mask_row, tokens, stride_mask_t, TOKENS, BLOCK_T) > 0
         gamma = tl.where(counted, gamma, 0.0)
         active = tl.where(counted, active, 0)
+    I_in = tl.load(I_in_ptr + group * stride_I_in + rank, mask=inside, other=0)
+    I_out = tl.load(I_out_ptr + group * stride_I_out + rank, mask=inside, other=0)
+    tl.store(features_ptr + group * 2 * R + rank, I_in, mask=inside)
+    tl.store(features_ptr + (group * 2 + 1) * R + rank, I_out, mask=inside)
     inverse = tl.full([RANKS], 1.0, dtype=ACC)
     if TAU is not None:
-        row = group * R + rank
-        column = row
-        if EVERY_ROW:
-            row = tl.load(I_out_ptr + row, mask=inside, other=0)
-        if EVERY_COLUMN:
-            column = tl.load(I_in_ptr + column, mask=inside, other=0)
+        row = I_out if EVERY_ROW else group * R + rank
+        column = I_in if EVERY_COLUMN else group * R + rank
         inverse = inverse_scale(
             add_partials(partial_rows_ptr, row, inside, splits_rows, rows, SPLITS_ROWS),
             add_partials(partial_columns_ptr, column, inside, splits_columns, columns,
@@ -154,8 +171,8 @@ def squares(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor
     dtype, acc = accumulation(weight.dtype)
     d_out, d_in = weight.shape
     every_row, every_column = I_out.numel() > d_out, I_in.numel() > d_in
-    rows = torch.arange(d_out, device=weight.device) if every_row else I_out.reshape(-1)
-    columns = torch.arange(d_in, device=weight.device) if every_column else I_in.reshape(-1)
+    rows = torch.arange(d_out, device=weight.device)[None] if every_row else I_out
+    columns = torch.arange(d_in, device=weight.device)[None] if every_column else I_in
     tile = tuning.squares(max(rows.numel(), columns.numel()))
     stretch = tile["ALONG"] * tile["STEPS"]
     splits_rows, splits_columns = (tuning.steps(length, stretch) for length in (d_in, d_out))
@@ -166,7 +183,8 @@ def squares(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor
     blocks = tuning.steps(max(rows.numel(), columns.numel()), tile["ENTRIES"])
     squares_kernel[blocks, max(splits_rows, splits_columns), 2](
         weight, rows, columns, partial_rows, partial_columns, rows.numel(), columns.numel(),
-        d_out, d_in, *weight.stride(), ACC=acc, **tile, enable_fp_fusion=True,
+        rows.shape[1], columns.shape[1], d_out, d_in, rows.stride(0), columns.stride(0),
+        *weight.stride(), ACC=acc, **tile, enable_fp_fusion=True,
     )  # fmt: skip
     return partial_rows, partial_columns, every_row, every_column
 
@@ -184,7 +202,7 @@ def launch_norms(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, T
         ``‖A_c‖ = ‖W[I_out[c], :]‖`` and ``‖B_c‖ = ‖W[:, I_in[c]]‖``, each ``[G, r]`` in the
         accumulation dtype.
     """
-    _check("norms", weight, I_in, I_out)
+    I_in, I_out = _checked("norms", weight, I_in, I_out)
     rows, columns, every_row, every_column = squares(weight, I_in, I_out)
     norm_A, norm_B = rows.sum(0).sqrt_(), columns.sum(0).sqrt_()
     norm_A = norm_A[I_out] if every_row else norm_A.view(I_out.shape)
@@ -201,9 +219,9 @@ def launch(
     energy: Tensor | None,
     entropy: Tensor | None,
     tau: float | None,
-    any_counted: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Core, γ and active rank of every group, for SK of order 1 with the component clip.
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Selection, core, γ and active rank of every group, for SK of order 1 with the component clip.
 
     Args:
         weight: ``[d_out, d_in]``, any strides.
@@ -214,17 +232,18 @@ def launch(
         energy: ``[G]`` in the accumulation dtype; ``None`` when nothing is adaptive.
         entropy: ℋ in nats, one floating element, or ``None``.
         tau: bound of ``‖A_c‖‖B_c‖``, a constant of the kernel; ``None`` for no clip.
-        any_counted: bool ``[G]``, whether a group has a counted token; ``None`` when all have.
+        mask: bool ``[G, T]``, True counts; ``None`` when all do.
 
     Returns:
-        Core ``[G, r, r]`` without γ, 0 in rows and columns of inactive ranks, γ ``[G]``, both in
-        the accumulation dtype, and active columns int32 ``[G]``; all 0 where nothing is counted.
+        I_in and I_out ``[G, 2, r]``; core ``[G, r, r]`` without γ, 0 in rows and columns of
+        inactive ranks, and γ ``[G]``, both in the accumulation dtype; active columns int32
+        ``[G]``. The last three are 0 where no token counts.
 
     Raises:
         TypeError: a weight that is no float of 16 to 64 bits, or a policy that is not float64.
-        ValueError: a weight that is no matrix, or selections of another shape or dtype.
+        ValueError: a weight that is no matrix, or selections or a mask of another shape or dtype.
     """
-    _check("factors", weight, I_in, I_out)
+    I_in, I_out = _checked("factors", weight, I_in, I_out)
     by_column = policy.numel() == 9 + I_in.shape[1]
     if policy.dtype != torch.float64 or not (by_column or policy.numel() == 9):
         raise TypeError(
@@ -232,7 +251,11 @@ def launch(
         )
     dtype, acc = accumulation(weight.dtype)
     groups, r = I_in.shape
-    I_in, I_out = I_in.contiguous(), I_out.contiguous()
+    if mask is not None and (mask.shape[:-1] != (groups,) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"factors: mask must be bool [{groups}, T], got {mask.dtype} {tuple(mask.shape)}"
+        )
+    features = torch.empty(groups, 2, r, dtype=torch.int64, device=weight.device)
     core = torch.empty(groups, r, r, dtype=dtype, device=weight.device)
     gamma = torch.empty(groups, dtype=dtype, device=weight.device)
     active = torch.empty(groups, dtype=torch.int32, device=weight.device)
@@ -240,22 +263,25 @@ def launch(
     every_row = every_column = False
     sizes = (0, 0, 0, 0)
     if groups == 0:
-        return core, gamma, active
+        return features, core, gamma, active
     if tau is not None:
         rows, columns, every_row, every_column = squares(weight, I_in, I_out)
         sizes = (rows.shape[1], columns.shape[1], rows.shape[0], columns.shape[0])
     power = tuning.power_of_2
-    tile = tuning.factors(power(r) * power(max(sizes[2:])))
+    tokens = 0 if mask is None else mask.shape[1]
+    tile = tuning.factors(power(r) * power(max(sizes[2:])), tokens)
     factors_kernel[groups,](
-        rows, columns, I_in, I_out, policy, energy, entropy, any_counted, core, gamma, active,
-        *sizes, ACC=acc, TAU=tau, EVERY_ROW=every_row, EVERY_COLUMN=every_column,
-        BY_COLUMN=by_column, R=r, RANKS=power(r), SPLITS_ROWS=power(sizes[2]),
-        SPLITS_COLUMNS=power(sizes[3]), **tile, enable_fp_fusion=True,
+        rows, columns, I_in, I_out, policy, energy, entropy, mask, features, core, gamma, active,
+        *sizes, tokens, I_in.stride(0), I_out.stride(0), *mask_strides(mask), ACC=acc, TAU=tau,
+        EVERY_ROW=every_row, EVERY_COLUMN=every_column, BY_COLUMN=by_column, R=r, RANKS=power(r),
+        SPLITS_ROWS=power(sizes[2]), SPLITS_COLUMNS=power(sizes[3]), TOKENS=power(tokens), **tile,
+        enable_fp_fusion=True,
     )  # fmt: skip
-    return core, gamma, active
+    return features, core, gamma, active
 
 
-def _check(op: str, weight: Tensor, I_in: Tensor, I_out: Tensor) -> None:
+def _checked(op: str, weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
+    """The selections, with contiguous rows."""
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [d_out, d_in], got {tuple(weight.shape)}")
     for name, index in (("I_in", I_in), ("I_out", I_out)):
@@ -264,6 +290,7 @@ def _check(op: str, weight: Tensor, I_in: Tensor, I_out: Tensor) -> None:
                 f"{op}: {name} must be int64 [G, r] like I_in {tuple(I_in.shape)}, "
                 f"got {index.dtype} {tuple(index.shape)}"
             )
+    return with_rows(I_in), with_rows(I_out)
 
 
 norms = torch.library.custom_op("vps::norms", launch_norms, mutates_args=())
@@ -285,11 +312,12 @@ def fake(
     energy: Tensor | None,
     entropy: Tensor | None,
     tau: float | None,
-    any_counted: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation(weight.dtype)[0]
     groups, r = I_in.shape
     return (
+        I_in.new_empty((groups, 2, r)),
         weight.new_empty((groups, r, r), dtype=dtype),
         weight.new_empty((groups,), dtype=dtype),
         weight.new_empty((groups,), dtype=torch.int32),

@@ -7,6 +7,8 @@ element counts 0. Sums are taken in two phases of fixed order, without atomics.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -69,6 +71,69 @@ def partial_kernel(
 
 
 @triton.jit
+def add_splits(
+    partial_ptr,  # [splits, D]
+    columns,  # [BLOCK_D]
+    splits,
+    width,
+    ACC: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scores of the listed columns from their partial sums."""
+    total = tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC)
+    for start in range(0, SPLITS, BLOCK_S):
+        rows = start + tl.arange(0, BLOCK_S)
+        inside = (rows < splits)[:, None] & (columns < width)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        total += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def mean_square(
+    squares_ptr,  # [entries]
+    mask_ptr,  # bool [T] or None
+    entries,
+    tokens,
+    width,
+    stride_mask_t,
+    ACC: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Energy of a group from the partial sums of its squares."""
+    squares = tl.zeros([BLOCK], dtype=ACC)
+    for start in range(0, ENTRIES, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        squares += tl.load(squares_ptr + at, mask=at < entries, other=0.0)
+    count = tokens
+    if mask_ptr is not None:
+        count = tl.maximum(count_tokens(mask_ptr, tokens, stride_mask_t, TOKENS, BLOCK), 1)
+    elements = tl.cast(count, ACC) * tl.cast(width, ACC)
+    return tl.sum(squares, axis=0) / elements
+
+
+@triton.jit
+def count_tokens(
+    mask_ptr,  # bool [T]
+    tokens,
+    stride_t,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many tokens of a group count."""
+    counted = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, TOKENS, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        row = mask_ptr + at.to(tl.int64) * stride_t
+        counted += (tl.load(row, mask=at < tokens, other=0) != 0).to(tl.int32)
+    return tl.sum(counted, axis=0)
+
+
+@triton.jit
 def combine_kernel(
     partial_ptr,  # [G, splits, D] or None
     squares_ptr,  # [G, entries] or None
@@ -93,28 +158,17 @@ def combine_kernel(
     tile = tl.program_id(1)
     if partial_ptr is not None:
         columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC)
-        for start in range(0, SPLITS, BLOCK_S):
-            rows = start + tl.arange(0, BLOCK_S)
-            inside = (rows < splits)[:, None] & (columns < width)[None, :]
-            offsets = (group * splits + rows)[:, None] * width + columns[None, :]
-            total += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
-        tl.store(scores_ptr + group * width + columns, tl.sum(total, axis=0), mask=columns < width)
+        first = partial_ptr + group * splits * width
+        scores = add_splits(first, columns, splits, width, ACC, SPLITS, BLOCK_S, BLOCK_D)
+        tl.store(scores_ptr + group * width + columns, scores, mask=columns < width)
     if squares_ptr is not None and tile == 0:
-        squares = tl.zeros([BLOCK], dtype=ACC)
-        for start in range(0, ENTRIES, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            squares += tl.load(squares_ptr + group * entries + at, mask=at < entries, other=0.0)
-        count = tokens
         if mask_ptr is not None:
-            counted = tl.zeros([BLOCK], dtype=tl.int32)
-            for start in range(0, TOKENS, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                row = mask_ptr + group * stride_mask_g + at.to(tl.int64) * stride_mask_t
-                counted += (tl.load(row, mask=at < tokens, other=0) != 0).to(tl.int32)
-            count = tl.maximum(tl.sum(counted, axis=0), 1)
-        elements = tl.cast(count, ACC) * tl.cast(width, ACC)
-        tl.store(energy_ptr + group, tl.sum(squares, axis=0) / elements)
+            mask_ptr += group * stride_mask_g
+        energy = mean_square(
+            squares_ptr + group * entries, mask_ptr, entries, tokens, width, stride_mask_t,
+            ACC, ENTRIES, TOKENS, BLOCK,
+        )  # fmt: skip
+        tl.store(energy_ptr + group, energy)
 
 
 def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
@@ -124,6 +178,54 @@ def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     if dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.float32, tl.float32
     raise TypeError(f"vps kernels take float16, bfloat16, float32 and float64, got {dtype}")
+
+
+class Partial(NamedTuple):
+    """What the first phase leaves to the second."""
+
+    sums: Tensor  # [G, splits, d]
+    squares: Tensor | None  # [G, entries], where the energy was asked for
+
+    def constants(self, tokens: int) -> dict[str, int]:
+        """Lengths of the loops that read it."""
+        entries = 0 if self.squares is None else self.squares.shape[1]
+        lengths = {"SPLITS": self.sums.shape[1], "ENTRIES": entries, "TOKENS": tokens}
+        return {name: tuning.power_of_2(length) for name, length in lengths.items()}
+
+
+def sum_up(op: str, values: Tensor, mask: Tensor | None, energy: bool) -> Partial:
+    """The first phase of ``op``, which is named in errors.
+
+    Raises:
+        TypeError, ValueError: as of :func:`launch`.
+    """
+    dtype, acc = accumulation(values.dtype)
+    if values.dim() != 3:
+        raise ValueError(f"{op}: values must be [G, T, d], got {tuple(values.shape)}")
+    if mask is not None and (mask.shape != values.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"{op}: mask must be bool {tuple(values.shape[:2])}, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    groups, tokens, width = values.shape
+    tile = tuning.scores(tokens, width)
+    splits = max(1, tuning.steps(tokens, tile["TOKENS"]))
+    tiles = tuning.steps(width, tile["BLOCK_D"])
+    sums = torch.empty(groups, splits, width, dtype=dtype, device=values.device)
+    squares = None
+    if energy:
+        squares = torch.empty(groups, splits * tiles, dtype=dtype, device=values.device)
+    if sums.numel() > 0:
+        partial_kernel[groups, splits, tiles](
+            values, mask, sums, squares, tokens, width, *values.stride(), *mask_strides(mask),
+            ACC=acc, **tile, enable_fp_fusion=True,
+        )  # fmt: skip
+    return Partial(sums, squares)
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    """Of a mask ``[G, T]`` that may be missing."""
+    return (0, 0) if mask is None else (mask.stride(0), mask.stride(1))
 
 
 @on_its_device
@@ -143,37 +245,24 @@ def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, T
         TypeError: a dtype that is no float of 16 to 64 bits.
         ValueError: values that are not ``[G, T, d]`` or a mask that is not bool ``[G, T]``.
     """
-    dtype, acc = accumulation(values.dtype)
-    if values.dim() != 3:
-        raise ValueError(f"column_scores: values must be [G, T, d], got {tuple(values.shape)}")
-    if mask is not None and (mask.shape != values.shape[:2] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"column_scores: mask must be bool {tuple(values.shape[:2])}, "
-            f"got {mask.dtype} {tuple(mask.shape)}"
-        )
+    partial = sum_up("column_scores", values, mask, energy)
+    sums, squares = partial
     groups, tokens, width = values.shape
-    scores = torch.empty(groups, width, dtype=dtype, device=values.device)
-    mean = torch.empty(groups if energy else 0, dtype=dtype, device=values.device)
+    mean = torch.empty(groups if energy else 0, dtype=sums.dtype, device=values.device)
     if values.numel() == 0:
-        return scores.zero_(), mean.zero_()
-    tile = tuning.scores(tokens, width)
-    splits = tuning.steps(tokens, tile["TOKENS"])
-    tiles = tuning.steps(width, tile["BLOCK_D"])
-    partial = None if splits == 1 else scores.new_empty(groups, splits, width)
-    squares = scores.new_empty(groups, splits * tiles) if energy else None
-    strides = (0, 0) if mask is None else mask.stride()
-    partial_kernel[groups, splits, tiles](
-        values, mask, scores if partial is None else partial, squares, tokens, width,
-        *values.stride(), *strides, ACC=acc, **tile, enable_fp_fusion=True,
-    )  # fmt: skip
-    if partial is None and squares is None:
+        return sums.new_zeros(groups, width), mean.zero_()
+    splits, combined = sums.shape[1], None
+    if splits > 1:
+        combined = torch.empty(groups, width, dtype=sums.dtype, device=values.device)
+    scores = sums[:, 0] if combined is None else combined
+    if combined is None and squares is None:
         return scores, mean
-    tile = tuning.combine(width)
-    power = tuning.power_of_2
-    combine_kernel[groups, 1 if partial is None else tuning.steps(width, tile["BLOCK_D"])](
-        partial, squares, mask, scores, mean, splits, splits * tiles, tokens, width, *strides,
-        ACC=acc, SPLITS=power(splits), ENTRIES=power(splits * tiles), TOKENS=power(tokens),
-        BLOCK_S=min(16, power(splits)), BLOCK=256, **tile, enable_fp_fusion=True,
+    tile = tuning.combine(width, splits)
+    combine_kernel[groups, 1 if combined is None else tuning.steps(width, tile["BLOCK_D"])](
+        None if combined is None else sums, squares, mask, scores, mean, splits,
+        0 if squares is None else squares.shape[1], tokens, width, *mask_strides(mask),
+        ACC=accumulation(values.dtype)[1], **partial.constants(tokens), **tile,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return scores, mean
 

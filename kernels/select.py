@@ -28,6 +28,28 @@ def best(scores, positions, AXIS: tl.constexpr):
 
 
 @triton.jit
+def store_best(
+    scores,  # [columns] at least 0, or NaN
+    columns,  # [columns], ascending
+    width,
+    record_ptr,  # scores, or None
+    index_ptr,
+    slot,
+    K: tl.constexpr,
+):
+    """The best K of a stretch of the scores to ``slot``; beyond the width there are none."""
+    scores = tl.where(scores > 0, scores, 0.0)
+    scores = tl.where(columns < width, scores, -1.0)
+    one = tl.arange(0, 1)
+    for rank in range(K):
+        largest, at = best(scores, columns, 0)
+        scores = tl.where(columns == at, -1.0, scores)
+        if record_ptr is not None:
+            tl.store(record_ptr + slot + rank + one, largest)
+        tl.store(index_ptr + slot + rank + one, at)
+
+
+@triton.jit
 def chunk_kernel(
     scores_ptr,  # [G, D]
     record_ptr,  # [G, chunks, K] scores, or None with one chunk
@@ -42,22 +64,13 @@ def chunk_kernel(
 ):
     group = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    positions = tl.arange(0, CHUNK)
-    columns = chunk * CHUNK + positions
+    columns = chunk * CHUNK + tl.arange(0, CHUNK)
     address = scores_ptr + group * stride_g + columns.to(tl.int64) * stride_d
     scores = tl.load(address, mask=columns < width, other=0.0)
     if ABSOLUTE:
         scores = magnitude(scores, ACC)
-    scores = tl.where(scores > 0, scores, 0.0)
-    scores = tl.where(columns < width, scores, -1.0)
     slot = (group * tl.num_programs(1) + chunk) * K
-    for rank in range(K):
-        largest, at = best(scores, positions, 0)
-        scores = tl.where(positions == at, -1.0, scores)
-        one = tl.arange(0, 1)
-        if record_ptr is not None:
-            tl.store(record_ptr + slot + rank + one, largest)
-        tl.store(index_ptr + slot + rank + one, chunk * CHUNK + at)
+    store_best(scores, columns, width, record_ptr, index_ptr, slot, K)
 
 
 @triton.jit
@@ -78,6 +91,37 @@ def merge_kernel(
         at = best(scores, index, 0)[1]
         scores = tl.where(index == at, -1.0, scores)
         tl.store(out_ptr + group * K + rank + tl.arange(0, 1), at)
+
+
+def new_records(selected: Tensor, parts: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Scores and indices of the best of each part, for the result ``selected`` ``[G, k]``; with
+    one part its indices are the result."""
+    if parts == 1:
+        return None, selected
+    groups, k = selected.shape
+    scores = torch.empty(groups, parts, k, dtype=dtype, device=selected.device)
+    return scores, torch.empty(groups, parts, k, dtype=torch.int32, device=selected.device)
+
+
+def merge(scores: Tensor | None, index: Tensor, selected: Tensor) -> None:
+    """Fill ``selected`` with the best of :func:`new_records`, unless it is they."""
+    if scores is None:
+        return
+    groups, parts, k = scores.shape
+    merge_kernel[groups,](
+        scores, index, selected, parts * k, K=k, **tuning.merge(parts * k), enable_fp_fusion=True
+    )
+
+
+def with_rows(index: Tensor) -> Tensor:
+    """A selection ``[G, k]`` with contiguous rows, at any distance."""
+    return index if index.stride(1) == 1 else index.contiguous()
+
+
+def check_k(op: str, k: int, width: int) -> None:
+    """Raise unless so many of ``width`` features can be selected."""
+    if not 1 <= k <= min(LARGEST_K, width):
+        raise ValueError(f"{op}: k must be from 1 to {min(LARGEST_K, width)}, got {k}")
 
 
 @on_its_device
@@ -103,27 +147,18 @@ def launch(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
     if scores.dim() != 2:
         raise ValueError(f"select: scores must be [G, d], got {tuple(scores.shape)}")
     groups, width = scores.shape
-    if not 1 <= k <= min(LARGEST_K, width):
-        raise ValueError(f"select: k must be from 1 to {min(LARGEST_K, width)}, got {k}")
+    check_k("select", k, width)
     selected = torch.empty(groups, k, dtype=torch.int64, device=scores.device)
     if groups == 0:
         return selected
     tile = tuning.select(width)
     chunks = tuning.steps(width, tile["CHUNK"])
-    record, index = None, selected
-    if chunks > 1:
-        record = torch.empty(groups, chunks, k, dtype=accumulation(scores.dtype)[0],
-                             device=scores.device)  # fmt: skip
-        index = torch.empty(groups, chunks, k, dtype=torch.int32, device=scores.device)
+    record, index = new_records(selected, chunks, accumulation(scores.dtype)[0])
     chunk_kernel[groups, chunks](
         scores, record, index, width, *scores.stride(), ACC=acc, ABSOLUTE=absolute, K=k, **tile,
         enable_fp_fusion=True,
     )  # fmt: skip
-    if chunks > 1:
-        merge_kernel[groups,](
-            record, index, selected, chunks * k, K=k, **tuning.merge(chunks * k),
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    merge(record, index, selected)
     return selected
 
 

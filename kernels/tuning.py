@@ -65,9 +65,29 @@ def scores(tokens: int, width: int) -> dict[str, int]:
     }
 
 
-def combine(width: int) -> dict[str, int]:
+def combine(width: int, splits: int) -> dict[str, int]:
     """Partial sums lie in L2: small tiles, many programs."""
-    return {"BLOCK_D": min(256, power_of_2(width)), "num_warps": 4}
+    return {
+        "BLOCK_S": min(16, power_of_2(splits)),
+        "BLOCK": 256,
+        "BLOCK_D": min(256, power_of_2(width)),
+        "num_warps": 4,
+    }
+
+
+def rank(width: int, splits: int, k: int) -> dict[str, int]:
+    """Up to 32 KB of partial sums a program, and tiles so wide that the best k of all of them fit
+    one; a narrow layer or a short prompt is a single tile."""
+    block = min(4096, max(256, power_of_2(8192 // splits)))
+    while steps(width, block) * k > 4096:
+        block *= 2
+    block = max(16, min(block, power_of_2(width)))
+    return {
+        "BLOCK_S": max(1, min(4096 // block, power_of_2(splits))),
+        "BLOCK": 256,
+        "BLOCK_D": block,
+        "num_warps": 4,
+    }
 
 
 def select(width: int) -> dict[str, int]:
@@ -93,9 +113,14 @@ def squares(entries: int) -> dict[str, int]:
     return {"ENTRIES": 4, "ALONG": 512, "STEPS": 4, "num_warps": 4}
 
 
-def factors(elements: int) -> dict[str, int]:
-    """One program a group; ``elements`` partial sums of a factor in its registers."""
-    return {"num_warps": 1 if elements <= 1024 else 4 if elements <= 4096 else 8}
+def factors(elements: int, tokens: int) -> dict[str, int]:
+    """One program a group; ``elements`` partial sums of a factor in its registers. A mask is read
+    by 4 bytes a thread or more, all tokens of a usual prefill at once."""
+    most = max(elements, tokens // 4)
+    return {
+        "BLOCK_T": min(4096, power_of_2(tokens)),
+        "num_warps": 1 if most <= 1024 else 4 if most <= 4096 else 8,
+    }
 
 
 def delta(tokens: int, width: int) -> dict[str, int]:

@@ -30,7 +30,7 @@ def seeded():
 def test_checks_pass(device, dtype):
     """Of every op and implementation that can run here, the Triton kernels among them."""
     cases = ops.cases(problem(dtype, device))
-    assert len(cases) == 8
+    assert len(cases) == 9
     checked = set()
     for case in cases:
         for name, call in case.calls.items():

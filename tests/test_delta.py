@@ -40,9 +40,22 @@ def expected(H, bias, W, I_in, I_out, core, gamma, active, clamp):
     return y
 
 
+def check_selected(t, H, I_out, active, clamp):
+    """``H[:, I_out]``, 0 where inactive, if there is a clamp."""
+    if clamp is None:
+        assert t.shape == (0,)
+        return
+    wanted = H.gather(2, I_out[:, None].expand(-1, H.shape[1], -1))
+    if active is not None:
+        left_out = torch.arange(I_out.shape[1], device=H.device) >= active[:, None]
+        wanted = wanted.masked_fill(left_out[:, None], 0)
+    torch.testing.assert_close(t, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def check(*arguments):
-    y, wide = delta.launch(*arguments), expected(*arguments)
+    (y, t), wide = delta.launch(*arguments), expected(*arguments)
     H = arguments[0]
+    check_selected(t, H, arguments[4], *arguments[7:])
     assert y.dtype == H.dtype and y.is_contiguous()
     assert torch.equal(y.isfinite().cpu(), wide.isfinite())
     y, finite = y.double().cpu(), wide.isfinite()
@@ -65,6 +78,7 @@ def test_delta(device, dtype, groups, tokens, d_in, d_out, r):
     masked = (torch.arange(r, device=device) < active[:, None]).to(rest[3].dtype)
     rest[3] = rest[3] * masked[:, :, None] * masked[:, None, :]
     check(H, b, *rest, active, None)
+    check(H, b, *rest, active, 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -83,7 +97,7 @@ def test_what_takes_no_part_never_leaks(device, dtype):
     check(H, b, W, I_in, I_out, core, gamma, active, 0.1)
     gamma[:], W[:, 8] = 0, float("nan")
     for bias in (None, b):
-        y = delta.launch(H, bias, W, I_in, I_out, core, gamma, active, None)
+        y, _ = delta.launch(H, bias, W, I_in, I_out, core, gamma, active, None)
         assert torch.equal(y.nan_to_num(), (H if bias is None else H + bias).nan_to_num())
 
 
@@ -95,6 +109,8 @@ def test_strides(device):
     transposed, spread = W.T.contiguous().T, b.repeat_interleave(2)[::2]
     check(H, spread, transposed, I_in, I_out.T.contiguous().T, core.mT, gamma, None, None)
     shared = I_in[:1].expand(2, 3)
+    both = torch.stack([I_in, I_out], 1)
+    check(H, b, W, *both.unbind(1), core, gamma, None, 0.1)
     check(H, b, W.repeat(1, 2)[:, ::2], shared, I_out, core, gamma[:1].expand(2), None, None)
 
 
@@ -114,17 +130,18 @@ def test_beyond_2_31_elements(device, tmp_path):
 @pytest.mark.parametrize("tokens", [1, 11])
 def test_a_group_does_not_depend_on_the_others(device, tokens):
     H, b, W, *rest = layer(4, tokens, 12, 40, 3, torch.bfloat16, device)
-    together = delta.launch(H, b, W, *rest, None, 0.1)
-    assert torch.equal(together, delta.launch(H, b, W, *rest, None, 0.1))
+    together, t = delta.launch(H, b, W, *rest, None, 0.1)
+    assert torch.equal(together, delta.launch(H, b, W, *rest, None, 0.1)[0])
     for g in range(4):
         one = slice(g, g + 1)
-        alone = delta.launch(H[one], b, W, *(tensor[one] for tensor in rest), None, 0.1)
-        assert torch.equal(together[one], alone)
+        alone, t_alone = delta.launch(H[one], b, W, *(tensor[one] for tensor in rest), None, 0.1)
+        assert torch.equal(together[one], alone) and torch.equal(t[one], t_alone)
 
 
 def test_no_token(device):
     H, *rest = layer(2, 0, 3, 4, 2, torch.float32, device)
-    assert delta.launch(H, *rest, None, None).shape == (2, 0, 4)
+    y, t = delta.launch(H, *rest, None, 0.1)
+    assert y.shape == (2, 0, 4) and t.shape == (2, 0, 2)
 
 
 def test_errors():

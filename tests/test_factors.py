@@ -44,7 +44,10 @@ def test_factors(device, dtype, d_in, d_out, groups, r):
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     energy = torch.rand(groups, device=device, dtype=accumulate)
     policy, scale = numbers(device), float(W.double().norm()) / 5
-    core, gamma, active = factors.launch(W, I_in, I_out, policy, energy, None, scale, None)
+    selected, core, gamma, active = factors.launch(
+        W, I_in, I_out, policy, energy, None, scale, None
+    )
+    assert torch.equal(selected, torch.stack([I_in, I_out], 1))
     decisions = [reference.decide(VPSConfig(), float(E), None, ()) for E in energy]
     accuracy = 1e-12 if dtype == torch.float64 else 1e-6
     assert active.tolist() == [min(r, decision[1]) for decision in decisions]
@@ -70,7 +73,7 @@ def test_policy(device, entropy, outcomes):
     factor = 1.3 if outcomes == (True,) else 0.7 if outcomes else 1.0
     policy = numbers(device, [factor, 0.3, 0.8, 1, 8, 2, 6, 1, 1])
     nats = None if entropy is None else torch.tensor(entropy, device=device)
-    core, gamma, active = factors.launch(W, I_in, I_out, policy, energy, nats, None, None)
+    _, core, gamma, active = factors.launch(W, I_in, I_out, policy, energy, nats, None, None)
     for g in range(7):
         _, rank, strength, topk, _ = reference.decide(config, float(energy[g]), entropy, outcomes)
         assert active[g] == min(rank, topk)
@@ -78,12 +81,15 @@ def test_policy(device, entropy, outcomes):
         assert torch.equal(core[g].cpu(), torch.diag((torch.arange(9) < min(rank, topk)).float()))
 
 
-def test_fixed_settings_and_uncounted_groups(device):
+@pytest.mark.parametrize("tokens", [1, 7, 4100])
+def test_fixed_settings_and_uncounted_groups(device, tokens):
+    """The one token that counts is the last of its group, in a mask of any strides."""
+    mask = torch.zeros(tokens, 3, dtype=torch.bool, device=device).T
+    mask[0, -1] = mask[2, -1] = True
     W = torch.randn(12, 10, device=device)
     I_in, I_out = selections(3, 4, 10, 12, device)
     policy = numbers(device, [1.3, 0.65, 0.65, 2, 2, 32, 32, 1, 1])
-    counted = torch.tensor([True, False, True], device=device)
-    core, gamma, active = factors.launch(W, I_in, I_out, policy, None, None, 0.8, counted)
+    _, core, gamma, active = factors.launch(W, I_in, I_out, policy, None, None, 0.8, mask)
     assert active.tolist() == [2, 0, 2]
     torch.testing.assert_close(gamma.cpu(), torch.tensor([0.65, 0.0, 0.65]))
     assert not core[1].any()
@@ -96,13 +102,20 @@ def test_strides(device):
     policy, energy = numbers(device), torch.ones(2, device=device)
     plain = factors.launch(W, I_in, I_out, policy, energy, None, 0.8, None)
     shared = I_in[:1].expand(2, 5)
-    for weight, left in ((W.T.contiguous().T, I_in), (W.repeat(1, 2)[:, :24], I_in), (W, shared)):
-        core, _, active = factors.launch(
-            weight, left, I_out[:, :5], policy, energy, None, 0.8, None
+    both = torch.stack([I_in, I_out], 1)
+    for weight, left, right in (
+        (W.T.contiguous().T, I_in, I_out),
+        (W.repeat(1, 2)[:, :24], I_in, I_out.T.contiguous().T),
+        (W, shared, I_out),
+        (W, *both.unbind(1)),
+    ):
+        selected, core, _, active = factors.launch(
+            weight, left, right, policy, energy, None, 0.8, None
         )
+        assert torch.equal(selected, torch.stack([left, I_out], 1))
         expected = expected_core(weight, left, I_out, active, 0.8)
         torch.testing.assert_close(core.double().cpu(), expected, rtol=1e-6, atol=0)
-    assert torch.equal(plain[2], active)
+    assert torch.equal(plain[3], active)
 
 
 def test_a_group_does_not_depend_on_the_others(device):
@@ -142,15 +155,18 @@ def test_errors():
         factors.launch_norms(W, index, index.int())
     with pytest.raises(TypeError, match="policy must be float64"):
         factors.launch(W, index, index, torch.ones(9), None, None, None, None)
+    for mask in (torch.ones(2, 3, dtype=torch.bool), torch.ones(1, 3)):
+        with pytest.raises(ValueError, match=r"mask must be bool \[1, T\]"):
+            factors.launch(W, index, index, numbers("cpu"), None, None, None, mask)
 
 
 def test_operators(device):
     W = torch.randn(12, 10, device=device)
     I_in, I_out = selections(3, 4, 10, 12, device)
     energy, nats = torch.rand(3, device=device), torch.tensor(1.0, device=device)
-    counted = torch.tensor([True, False, True], device=device)
+    mask = torch.tensor([[True], [False], [True]], device=device)
     torch.library.opcheck(torch.ops.vps.norms.default, (W, I_in, I_out))
-    for arguments in [(None, None, None, None), (energy, nats, 0.8, counted)]:
+    for arguments in [(None, None, None, None), (energy, nats, 0.8, mask)]:
         torch.library.opcheck(
             torch.ops.vps.factors.default, (W, I_in, I_out, numbers(device), *arguments)
         )

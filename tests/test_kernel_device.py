@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from vps.kernels import couple, decode, delta, entropy, factors, scores, select, tuning
+from vps.kernels import couple, decode, delta, entropy, factors, features, scores, select, tuning
 
 
 class Kernel:
@@ -32,7 +32,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for module in (couple, decode, delta, entropy, factors, scores, select):
+    for module in (couple, decode, delta, entropy, factors, features, scores, select):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(current, seen))
     yield seen
@@ -74,6 +74,7 @@ def update():
             2,
         ),
         (factors.launch_norms, lambda: (new(96, 64), index(), index()), 1),
+        (features.launch, lambda: (new(2, 1000, 5000), None, 4, True), 3),
         (scores.launch, lambda: (new(2, 100, 64), None, True), 2),
         (select.launch, lambda: (new(2, 9000), 4), 2),
     ],

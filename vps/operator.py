@@ -217,11 +217,9 @@ def _torch(*arguments: Any) -> Result:
 
 def _triton(*arguments: Any) -> Result:
     """The Triton kernels, imported at the first call."""
-    from vps.triton_backend import decoded, forward
+    from vps.triton_backend import linear
 
-    inputs, settings = _unpacked(arguments)
-    found = decoded(inputs, settings)
-    return _packed(forward(inputs, settings), settings) if found is None else found
+    return linear(*_unpacked(arguments))
 
 
 def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:

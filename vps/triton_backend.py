@@ -12,59 +12,60 @@ from torch import Tensor
 
 from vps import coupling, gradient, torch_backend
 from vps.kernels import couple as couple_kernels
-from vps.kernels import decode, delta, factors, scores, select
+from vps.kernels import decode, delta, factors, features, scores, select
 from vps.policy import Settings
 from vps.torch_backend import Inputs, Outputs
 
-Decoded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def decoded(inputs: Inputs, settings: Settings) -> Decoded | None:
-    """What :func:`vps.kernels.decode.launch` returns, ``None`` where it does not take the call."""
-    if not _is_plain(settings) or inputs.H is not None:
-        return None
-    if decode.refusal(inputs.x, inputs.weight, settings.r) is not None:
-        return None
-    return decode.launch(*inputs[:8], settings.r, settings.adaptive, settings.tau, settings.clamp)
+def linear(inputs: Inputs, settings: Settings) -> Result:
+    """What ``vps::linear`` returns: policy first, then the selection and its core, then the update
+    (SPEC §3–§5). No result is a view of an argument."""
+    if _decodes(inputs, settings):
+        return decode.launch(
+            *inputs[:8], settings.r, settings.adaptive, settings.tau, settings.clamp
+        )
+    x, W, bias, mask, I_in, I_out, numbers, entropy, H, energy = inputs
+    H = F.linear(x, W) if H is None else H
+    I_in = _top_k(x, mask, settings.r) if I_in is None else I_in
+    measuring = settings.adaptive and energy is None
+    if I_out is not None:
+        energy = scores.launch(H, mask, True)[1] if measuring else energy
+    elif measuring:
+        I_out, energy = features.launch(H, mask, settings.r, energy=True)
+    else:
+        I_out = _top_k(H, mask, settings.r)
+    if _is_plain(settings):
+        selected, core, gamma, active = factors.launch(
+            W, I_in, I_out, numbers, energy, entropy, settings.tau, mask
+        )
+        y, t = delta.launch(H, bias, W, I_in, I_out, core, gamma, active, settings.clamp)
+        return y, selected, core, gamma, t
+    B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
+    if energy is not None and not measuring:
+        energy = energy.clone()  # the policy of torch works in place
+    core, gamma, _, inactive = torch_backend.build(inputs, H, energy, I_in, I_out, B, settings)
+    core, gamma = torch_backend.square(core), gamma.clone()
+    taking_part = None if inactive is None else (~inactive).sum(1, dtype=torch.int32)
+    y, t = delta.launch(H, bias, W, I_in, I_out, core, gamma, taking_part, settings.clamp)
+    if mask is not None:  # where a core may hold NaN
+        y = torch.where(mask.any(1)[:, None, None], y, H if bias is None else H + bias)
+    return y, torch.stack([I_in, I_out], 1), core, gamma, t
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """Policy first, then the selection and its core, then the update (SPEC §3–§5).
+    """As :func:`linear`, for callers of any backend."""
+    y, selected, core, gamma, t = linear(inputs, settings)
+    I_in, I_out = selected.unbind(1)
+    return Outputs(y, I_in, I_out, core, gamma, None if settings.clamp is None else t)
 
-    No result is a view of an argument.
-    """
-    if (found := decoded(inputs, settings)) is not None:
-        y, features, *rest = found
-        return Outputs(y, features[:, 0], features[:, 1], *rest)
-    x, W, bias, mask, I_in, I_out, numbers, entropy, H, energy = inputs
-    plain = _is_plain(settings)
-    H = F.linear(x, W) if H is None else H
-    s_out = None
-    if settings.adaptive:
-        if energy is None:
-            s_out, energy = scores.launch(H, mask, True)
-        elif not plain:
-            energy = energy.clone()  # the policy of torch works in place
-    I_in = _top_k(x, None, mask, settings.r) if I_in is None else I_in
-    I_out = _top_k(H, s_out, mask, settings.r) if I_out is None else I_out
-    counted = None if mask is None else mask.any(1)
-    t = None
-    if not plain:
-        B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
-        core, gamma, t, inactive = torch_backend.build(inputs, H, energy, I_in, I_out, B, settings)
-        core, gamma = torch_backend.square(core), gamma.clone()
-        active = None if inactive is None else (~inactive).sum(1, dtype=torch.int32)
-    else:
-        core, gamma, active = factors.launch(
-            W, I_in, I_out, numbers, energy, entropy, settings.tau, counted
-        )
-        if settings.clamp is not None:
-            left_out = torch.arange(settings.r, device=H.device) >= active.unsqueeze(-1)
-            t = torch_backend.selected(H, I_out).masked_fill_(left_out.unsqueeze(1), 0.0)
-    y = delta.launch(H, bias, W, I_in, I_out, core, gamma, active, settings.clamp)
-    if counted is not None and not plain:  # where a core may hold NaN
-        y = torch.where(counted[:, None, None], y, H if bias is None else H + bias)
-    return Outputs(y, I_in, I_out, core, gamma, t)
+
+def _decodes(inputs: Inputs, settings: Settings) -> bool:
+    """Whether the kernels of a few tokens take the call."""
+    if not _is_plain(settings) or inputs.H is not None:
+        return False
+    return decode.refusal(inputs.x, inputs.weight, settings.r) is None
 
 
 def _is_plain(settings: Settings) -> bool:
@@ -83,7 +84,7 @@ def couple(
     kv_heads: int,
 ) -> coupling.Joint:
     """Products and selections of a query and a key projection, see :func:`vps.coupling.couple`."""
-    I_in = _top_k(x, None, mask, r) if I_in is None else I_in
+    I_in = _top_k(x, mask, r) if I_in is None else I_in
     if couple_kernels.refusal(len(W_k), r) is not None:
         return coupling.couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads, scores.launch)
     H_q, H_k = F.linear(x, W_q), F.linear(x, W_k)
@@ -135,36 +136,34 @@ def pair(
         _is_plain(settings) and decode.refusal(x, W, r) is None for W, _, _, settings in both
     )
     if not few:
-        H_q, H_k, pooled, features = couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
-        I_in, energy = features[:, 0], pooled if adaptive else None
+        H_q, H_k, pooled, selected = couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
+        I_in, energy = selected[:, 0], pooled if adaptive else None
         y_q, y_k = (
-            forward(
-                Inputs(x, W, b, mask, I_in, features[:, i], numbers, entropy, H, energy), settings
-            ).y
+            linear(
+                Inputs(x, W, b, mask, I_in, selected[:, i], numbers, entropy, H, energy), settings
+            )[0]
             for i, H, (W, b, numbers, settings) in zip((1, 2), (H_q, H_k), both, strict=True)
         )
         return y_q, y_k, I_in
-    I_in = _top_k(x, None, mask, r) if I_in is None else I_in
+    I_in = _top_k(x, mask, r) if I_in is None else I_in
     products = [
         decode.multiply(x, W, mask, I_in, False, False, tau is not None) for W in (W_q, W_k)
     ]
     counted = None if mask is None else mask[:, 0]
     H_q, H_k = (product.H for product in products)
-    pooled, features = couple_kernels.launch(H_q, H_k, [], counted, I_in, heads, kv_heads)
+    pooled, selected = couple_kernels.launch(H_q, H_k, [], counted, I_in, heads, kv_heads)
     energy = pooled if adaptive else None
     y_q, y_k = (
         decode.update(
-            W, product, b, mask, I_in, features[:, i], energy, numbers, entropy, tau, clamp
+            W, product, b, mask, I_in, selected[:, i], energy, numbers, entropy, tau, clamp
         )[0]
         for i, product, (W, b, numbers, _) in zip((1, 2), products, both, strict=True)
     )
-    return y_q, y_k, features[:, 0]
+    return y_q, y_k, selected[:, 0]
 
 
-def _top_k(values: Tensor, sums: Tensor | None, mask: Tensor | None, r: int) -> Tensor:
-    """The r features of values ``[G, T, d]`` with the largest scores; ``sums`` if known."""
+def _top_k(values: Tensor, mask: Tensor | None, r: int) -> Tensor:
+    """The r features of values ``[G, T, d]`` with the largest scores."""
     if values.shape[1] == 1:  # where it does not count, what it selects is not used
         return select.launch(values[:, 0], r, absolute=True)
-    if sums is None:
-        sums, _ = scores.launch(values, mask, False)
-    return select.launch(sums, r)
+    return features.launch(values, mask, r, energy=False)[0]
