@@ -23,6 +23,7 @@ LAYERS = [
         "gradient",
         "matching",
         "sharing",
+        "traced_sharing",
         "coupling",
         "lbfgs",
         "sharding",

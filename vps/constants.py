@@ -49,8 +49,26 @@ def vector(value: Value, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.tensor(value, dtype=dtype, device=device)
     if not isinstance(value, tuple):
         return torch.full((), value, dtype=dtype, device=device)
-    # Filled where it is used: a copy from the host could not be captured into a graph.
-    return torch.stack([torch.full((), item, dtype=dtype, device=device) for item in value])
+    return torch.ops.vps.numbers.default(list(value), dtype, device)
+
+
+def fill(values: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``values`` as a tensor ``[n]``, without a copy from the host: no graph could capture it."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+
+
+# An operator, so that a traced graph makes equal vectors once (vps.traced_sharing).
+numbers = torch.library.custom_op(
+    "vps::numbers",
+    fill,
+    mutates_args=(),
+    schema="(float[] values, ScalarType dtype, Device device) -> Tensor",
+)
+
+
+@numbers.register_fake
+def _fake(values: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(len(values), dtype=dtype, device=device)
 
 
 @kept

@@ -301,7 +301,11 @@ def arrange(
     else:
         dims = tuple(mask.shape)
     grouped = group(x, dims, scope)
-    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+    if mask is None:
+        return grouped, None, None
+    counted = mask.to(x.device)
+    if counted.shape != grouped.shape[:-1]:
+        counted = counted.reshape(grouped.shape[:-1])
     return grouped, mask, counted
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import coupling, cpp, gradient, torch_backend
+from vps import coupling, cpp, gradient, torch_backend, traced_sharing
 from vps.policy import Settings
 from vps.selection import accumulation_dtype
 from vps.torch_backend import Inputs, Outputs, needs_gradient
@@ -46,6 +46,7 @@ LIBRARY.define(
     "-> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
+traced_sharing.register(LIBRARY)
 LINEAR_ONLY = torch.ops.vps.linear_only.default
 LINEAR_PAIR = torch.ops.vps.linear_pair.default
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -78,7 +79,6 @@ def couple(
     :func:`vps.coupling.couple`.
     """
     with torch.no_grad():
-        x, W_q, W_k = x.detach(), W_q.detach(), W_k.detach()
         return coupling.Joint(
             *torch.ops.vps.couple.default(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
         )
