@@ -251,15 +251,16 @@ def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, T
     mean = torch.empty(groups if energy else 0, dtype=sums.dtype, device=values.device)
     if values.numel() == 0:
         return sums.new_zeros(groups, width), mean.zero_()
-    splits, combined = sums.shape[1], None
+    splits = sums.shape[1]
     if splits > 1:
-        combined = torch.empty(groups, width, dtype=sums.dtype, device=values.device)
-    scores = sums[:, 0] if combined is None else combined
-    if combined is None and squares is None:
-        return scores, mean
+        scores = torch.empty(groups, width, dtype=sums.dtype, device=values.device)
+    else:
+        scores = sums.view(groups, width)
+        if squares is None:
+            return scores, mean
     tile = tuning.combine(width, splits)
-    combine_kernel[groups, 1 if combined is None else tuning.steps(width, tile["BLOCK_D"])](
-        None if combined is None else sums, squares, mask, scores, mean, splits,
+    combine_kernel[groups, tuning.steps(width, tile["BLOCK_D"]) if splits > 1 else 1](
+        sums if splits > 1 else None, squares, mask, scores, mean, splits,
         0 if squares is None else squares.shape[1], tokens, width, *mask_strides(mask),
         ACC=accumulation(values.dtype)[1], **partial.constants(tokens), **tile,
         enable_fp_fusion=True,
