@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vps.kernels import tuning
 from vps.kernels.device import on_its_device
-from vps.kernels.scores import accumulation, add_splits, mask_strides, mean_square, sum_up
+from vps.kernels.scores import accumulation, add_splits, mask_strides, store_energy, sum_up
 from vps.kernels.select import check_k, merge, new_records, store_best
 
 
@@ -49,13 +49,8 @@ def rank_kernel(
     slot = (group * tl.num_programs(1) + tile) * K
     store_best(scores, columns, width, record_ptr, index_ptr, slot, K)
     if squares_ptr is not None and tile == 0:
-        if mask_ptr is not None:
-            mask_ptr += group * stride_mask_g
-        energy = mean_square(
-            squares_ptr + group * entries, mask_ptr, entries, tokens, width, stride_mask_t,
-            ACC, ENTRIES, TOKENS, BLOCK,
-        )  # fmt: skip
-        tl.store(energy_ptr + group, energy)
+        store_energy(squares_ptr, mask_ptr, energy_ptr, group, entries, tokens, width,
+                     stride_mask_g, stride_mask_t, ACC, ENTRIES, TOKENS, BLOCK)  # fmt: skip
 
 
 @on_its_device

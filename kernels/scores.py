@@ -92,28 +92,32 @@ def add_splits(
 
 
 @triton.jit
-def mean_square(
-    squares_ptr,  # [entries]
-    mask_ptr,  # bool [T] or None
+def store_energy(
+    squares_ptr,  # [G, entries]
+    mask_ptr,  # bool [G, T] or None
+    energy_ptr,  # [G]
+    group,
     entries,
     tokens,
     width,
+    stride_mask_g,
     stride_mask_t,
     ACC: tl.constexpr,
     ENTRIES: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Energy of a group from the partial sums of its squares."""
+    """The mean square of a group from the partial sums of its squares."""
     squares = tl.zeros([BLOCK], dtype=ACC)
     for start in range(0, ENTRIES, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        squares += tl.load(squares_ptr + at, mask=at < entries, other=0.0)
+        squares += tl.load(squares_ptr + group * entries + at, mask=at < entries, other=0.0)
     count = tokens
     if mask_ptr is not None:
-        count = tl.maximum(count_tokens(mask_ptr, tokens, stride_mask_t, TOKENS, BLOCK), 1)
+        mask_row = mask_ptr + group * stride_mask_g
+        count = tl.maximum(count_tokens(mask_row, tokens, stride_mask_t, TOKENS, BLOCK), 1)
     elements = tl.cast(count, ACC) * tl.cast(width, ACC)
-    return tl.sum(squares, axis=0) / elements
+    tl.store(energy_ptr + group, tl.sum(squares, axis=0) / elements)
 
 
 @triton.jit
@@ -162,13 +166,8 @@ def combine_kernel(
         scores = add_splits(first, columns, splits, width, ACC, SPLITS, BLOCK_S, BLOCK_D)
         tl.store(scores_ptr + group * width + columns, scores, mask=columns < width)
     if squares_ptr is not None and tile == 0:
-        if mask_ptr is not None:
-            mask_ptr += group * stride_mask_g
-        energy = mean_square(
-            squares_ptr + group * entries, mask_ptr, entries, tokens, width, stride_mask_t,
-            ACC, ENTRIES, TOKENS, BLOCK,
-        )  # fmt: skip
-        tl.store(energy_ptr + group, energy)
+        store_energy(squares_ptr, mask_ptr, energy_ptr, group, entries, tokens, width,
+                     stride_mask_g, stride_mask_t, ACC, ENTRIES, TOKENS, BLOCK)  # fmt: skip
 
 
 def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
