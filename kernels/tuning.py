@@ -114,13 +114,11 @@ def squares(entries: int) -> dict[str, int]:
 
 
 def factors(elements: int, tokens: int) -> dict[str, int]:
-    """One program a group; ``elements`` partial sums of a factor in its registers. A mask is read
-    by 4 bytes a thread or more, all tokens of a usual prefill at once."""
-    most = max(elements, tokens // 4)
-    return {
-        "BLOCK_T": min(4096, power_of_2(tokens)),
-        "num_warps": 1 if most <= 1024 else 4 if most <= 4096 else 8,
-    }
+    """One program a group; ``elements`` partial sums of a factor in its registers, and a step of
+    the mask, which is all of it up to 4096 tokens."""
+    step = min(4096, power_of_2(tokens))
+    most = max(elements, step)
+    return {"BLOCK_T": step, "num_warps": 1 if most <= 1024 else 4 if most <= 4096 else 8}
 
 
 def delta(tokens: int, width: int) -> dict[str, int]:

@@ -181,6 +181,12 @@ def test_a_branch_is_a_graph_of_its_own(answer):
     assert selecting(check(branching, *arguments)) == [True, False]
 
 
+def test_operator():
+    arguments = [1.5, -2.0, 2.0**-30], torch.float64, torch.device("cpu")
+    torch.library.opcheck(torch.ops.vps.numbers.default, arguments)
+    assert torch.ops.vps.numbers(*arguments).tolist() == arguments[0]
+
+
 def test_exported():
     layers = nn.ModuleList(nn.Linear(24, width) for width in (16, 20))
     for layer in layers:

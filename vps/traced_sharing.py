@@ -84,11 +84,10 @@ def _call(trace: _Trace, operator: Any, given: dict[str, Any]) -> Any:
     same, r = (id(given["x"]), id(given["mask"])), given["r"]
     if given["I_in"] is not None:
         return operator(**given)
-    if same in trace.selections:
-        width, selection = trace.selections[same]
-        if width >= r:
-            I_in = selection() if width == r else selection()[:, :r]
-            return operator(**given | {"I_in": I_in})
+    width, selection = trace.selections.get(same, (0, None))
+    if selection is not None and width >= r:
+        I_in = selection() if width == r else selection()[:, :r]
+        return operator(**given | {"I_in": I_in})
     results = operator(**given)
     find = SELECTIONS[operator.name()]
     trace.selections[same] = r, lambda: find(results)
