@@ -158,9 +158,9 @@ class Calibration:
         for kind, names in (("sharpened layers without a γ", extra), ("no such layers", missing)):
             if names:
                 found.append(f"{kind}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
-        own = json.loads(self.config.to_json())
+        own = dataclasses.asdict(self.config)
         for config in dict.fromkeys(layer.config for layer in layers.values()):
-            other = json.loads(config.to_json())
+            other = dataclasses.asdict(config)
             found += [
                 f"config field {name} is {other[name]!r}, expected {own[name]!r}"
                 for name in own
