@@ -181,6 +181,11 @@ class VPSConfig:
     def __hash__(self) -> int:  # few fields: it is computed at every call of a layer
         return hash((self.rank, self.gamma, self.gamma_bounds, self.builder, self.scope))
 
+    @property
+    def is_off(self) -> bool:
+        """Whether γ is 0 whatever the input."""
+        return (self.gamma_bounds[1] if self.adaptive_gamma else self.gamma) == 0
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes`` applied and checked.
 

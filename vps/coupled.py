@@ -84,11 +84,13 @@ def coupled_vps_linear(
     """
     config = VPSConfig() if config is None else config
     both = (query, key)
-    for projection in both:
-        check(x, projection.weight, mask)
     reason = why_not(query.weight.shape[0], key.weight.shape[0], heads, kv_heads)
     if reason is not None:
         raise ValueError(f"coupled_vps_linear: {reason}")
+    if all(config.is_off if p.gamma is None else p.gamma.is_zero for p in both):
+        return F.linear(x, *query[:2]), F.linear(x, *key[:2])
+    for projection in both:
+        check(x, projection.weight, mask)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, both = cast(x, dtype), (_cast(query, dtype), _cast(key, dtype))
@@ -110,9 +112,7 @@ def coupled_vps_linear(
         plan_for(config, p.gradient, factor, d_k, d_in, x.device, x.dtype, calibrated) for p in both
     ]
     plain = [p.gamma is not None and p.gamma.is_zero for p in both]
-    if plans[0] is None or plans[1] is None or all(plain):
-        return F.linear(x, *query[:2]), F.linear(x, *key[:2])
-    if x.numel() == 0 or plans[0].settings.r == 0:
+    if plans[0] is None or plans[1] is None or x.numel() == 0 or plans[0].settings.r == 0:
         return F.linear(x, *query[:2]), F.linear(x, *key[:2])
     grouped, mask, counted = arrange(x, mask, config.scope)
     pairs = [p.memory.pairs if p.memory is not None and config.lbfgs else () for p in both]

@@ -77,6 +77,9 @@ def vps_linear(
     Source: SPEC §2–§6, §8.
     """
     config = VPSConfig() if config is None else config
+    gamma = own_gamma(gamma)
+    if config.is_off if gamma is None else gamma.is_zero:
+        return F.linear(x, weight, bias)
     check(x, weight, mask)
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -88,11 +91,9 @@ def vps_linear(
                 mask=mask, state=state, gradient=gradient, memory=memory, gamma=gamma,
             )  # fmt: skip
     factor = 1.0 if state is None else state.factor()
-    gamma = own_gamma(gamma)
     d_out, d_in = weight.shape
     plan = plan_for(config, gradient, factor, d_out, d_in, x.device, x.dtype, gamma is not None)
-    off = gamma is not None and gamma.is_zero
-    if plan is None or off or x.numel() == 0 or plan.settings.r == 0:
+    if plan is None or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
     grouped, mask, counted = arrange(x, mask, config.scope)
     pairs = memory.pairs if memory is not None and config.lbfgs else ()
