@@ -111,6 +111,8 @@ class OpaqueLayer(SharpenedLayer):
         if self.is_off() and (not STATE.plain or running_plain(self._module) is None):
             with plain(self._module, True):
                 return type(self._module).forward(self._module, *args, **kwargs)
+        if self.wraps:
+            adapters.settle(self._module)
         given = [*args, *kwargs.values()]
         if given and isinstance(given[0], Tensor) and all(rest is None for rest in given[1:]):
             if not self.tried and not torch.compiler.is_compiling():
