@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,7 @@ def bypassed(model: nn.Module) -> dict[int, str]:
         id(parent._modules[name]): f"{reader.__name__} reads its weight without calling it"
         for parent in model.modules()
         for reader, names in READERS.items()
-        if type(parent).forward is reader.forward
+        if inspect.getattr_static(type(parent), "forward", None) is reader.forward
         for name in names
     }
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from vps import adapters, attention, attention_mask, forms, opaque_layer, pairing
 from vps.config import VPSConfig
@@ -330,5 +331,6 @@ def _fused_experts(model: nn.Module) -> dict[str, str]:
         name: f"its experts are one fused {tuple(parameter.shape)} tensor, not linear layers"
         for name, module in model.named_modules()
         for parameter in list(module._parameters.values())[:1]
-        if parameter is not None and parameter.dim() == 3 and "expert" in name
+        if "expert" in name and parameter is not None and not is_lazy(parameter)
+        if parameter.dim() == 3
     }
