@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import coupling, dispatch, one_group, operator, policy, reference, sharing
+from vps import (
+    coupling,
+    dispatch,
+    one_group,
+    operator,
+    policy,
+    reference,
+    sharing,
+    tracing,
+    transforms,
+)
 from vps.config import VPSConfig
 from vps.functional import (
     arrange,
@@ -188,7 +198,9 @@ def _in_one_call(
 
 
 def _is_plain_call(x: Tensor, query: Projection, key: Projection) -> bool:
-    """Whether no gradient asks for the operator of each layer by itself."""
+    """Whether no gradient or transform asks for the operator of each layer by itself."""
+    if tracing.is_transforming():
+        return False
     return not torch.is_grad_enabled() or not any(
         tensor is not None and tensor.requires_grad for tensor in (x, *query[:2], *key[:2])
     )
@@ -210,6 +222,13 @@ def couple_by(
     name: str, x: Tensor, W_q: Tensor, W_k: Tensor, mask: Tensor | None, *rest: Any
 ) -> coupling.Joint:
     """The joint decision by the backend of that name."""
+    if tracing.is_transforming():
+        I_in, *sizes = rest
+
+        def decide(*tensors: Any) -> coupling.Joint:
+            return couple_by(name, *tensors, *sizes)
+
+        return transforms.couple(decide, x, W_q, W_k, mask, I_in)
     if name == "torch":
         with torch.no_grad():
             return coupling.couple(x, W_q, W_k, mask, *rest)
