@@ -25,9 +25,15 @@ def kept(function: F) -> F:
 
     @lru_cache(maxsize=4096)
     def keep(*arguments: Any) -> Any:
-        # Outside of inference mode and of vmap, which would not let a seed draw.
-        with torch.inference_mode(False), torch._C._DisableFuncTorch():
-            return function(*arguments)
+        # Outside of inference mode, of vmap (which would not let a seed draw), and of the graph of
+        # torch.jit.trace, which has them as constants the next time.
+        traced = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+                return function(*arguments)
+        finally:
+            torch._C._set_tracing_state(traced)  # type: ignore[attr-defined]
 
     @wraps(function)
     def call(*arguments: Any) -> Any:

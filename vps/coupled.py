@@ -199,7 +199,7 @@ def _in_one_call(
 
 def _is_plain_call(x: Tensor, query: Projection, key: Projection) -> bool:
     """Whether no gradient or transform asks for the operator of each layer by itself."""
-    if tracing.is_transforming():
+    if tracing.is_transforming() or torch.jit.is_tracing():
         return False
     return not torch.is_grad_enabled() or not any(
         tensor is not None and tensor.requires_grad for tensor in (x, *query[:2], *key[:2])

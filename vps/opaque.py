@@ -101,9 +101,9 @@ def opaque_vps_linear(
     if all(layer.is_plain() for layer in layers):
         return [None] * len(layers)
     dispatch.choose_opaque()
-    if tracing.is_transforming():
+    if tracing.is_transforming() or torch.jit.is_tracing():
         if given is not None:
-            raise NotImplementedError("vps: controls are not computed inside transforms")
+            raise NotImplementedError("vps: controls are computed in no transform and no trace")
         return _by_matrices(x, layers, config, heads, mask, state)
     kind = x.device.type
     tokens = cast(x, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
@@ -174,8 +174,8 @@ def _by_matrices(
     mask: Tensor | None,
     state: policy.PolicyState | None,
 ) -> list[Tensor | None]:
-    """The outputs inside a transform of ``torch.func``, where no backward pass can be asked for
-    rows of W: all of W is read by one-hot rows, and the update made of it is added."""
+    """The outputs inside a transform of ``torch.func`` or a trace, where no backward pass can be
+    asked for rows of W: all of W is read by one-hot rows, and the update made of it is added."""
     plain, found = [], []
     d_in = x.shape[-1]
     for layer in layers:

@@ -80,10 +80,36 @@ def sharpen(
 
     ``pairs`` are the L-BFGS pairs with which ``forward`` computes.
     """
+    if torch.jit.is_tracing():
+        return _by_autograd(inputs, settings, forward, pairs)
     if needs_gradient(inputs):
         y, I_in = _Sharpen.apply(*inputs, settings, forward, pairs)
         return y, I_in
     return forward(inputs, settings)[:2]
+
+
+def _by_autograd(
+    inputs: Inputs,
+    settings: Settings,
+    forward: Callable[[Inputs, Settings], Outputs],
+    pairs: tuple[Pair, ...],
+) -> tuple[Tensor, Tensor]:
+    """As :func:`sharpen` in operators of torch alone, for ``torch.jit.trace``, whose graph can be
+    saved, and is traced with gradients and checked without: with what ``forward`` decides as
+    constants, autograd gives SPEC §6."""
+    x, weight, bias, mask = inputs[:4]
+    fixed = Inputs(*(None if each is None else each.detach() for each in inputs))  # type: ignore[arg-type]
+    H = F.linear(x, fixed.weight)
+    out = forward(fixed._replace(bias=None, H=H.detach()), settings)
+    t = selected(H, out.I_out)
+    delta = gradient.expand(gradient.mix(t, out.core), fixed.weight, out.I_in)
+    if pairs:
+        delta = precondition(pairs, delta)
+    if settings.clamp is not None:
+        delta = delta.clamp(-settings.clamp, settings.clamp)
+    base = F.linear(x, weight, bias) if weight.requires_grad else H if bias is None else H + bias
+    y = base + delta * out.gamma.to(delta.dtype).view(-1, 1, 1)
+    return (y if mask is None else torch.where(mask.any(1)[:, None, None], y, base)), out.I_in
 
 
 def needs_gradient(inputs: Inputs) -> bool:
