@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 DEFAULT_TARGET_MODULES = (
@@ -181,7 +182,7 @@ class VPSConfig:
     def __hash__(self) -> int:  # few fields: it is computed at every call of a layer
         return hash((self.rank, self.gamma, self.gamma_bounds, self.builder, self.scope))
 
-    @property
+    @cached_property
     def is_off(self) -> bool:
         """Whether γ is 0 whatever the input."""
         return (self.gamma_bounds[1] if self.adaptive_gamma else self.gamma) == 0
