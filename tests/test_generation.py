@@ -91,9 +91,7 @@ def test_samples_are_drawn_one_by_one(tokenizer, mode):
 def test_samples_are_drawn_from_the_whole_distribution(tokenizer, cut):
     inputs = encode(tokenizer, "w1 w2 w3")
     plain = sample(wishing(), tokenizer, inputs, 5, 3, seed=4, temperature=3.0)
-    found = sample(
-        wishing(**{cut: CUTS[cut]}), tokenizer, inputs, 5, 3, seed=4, temperature=3.0
-    )
+    found = sample(wishing(**{cut: CUTS[cut]}), tokenizer, inputs, 5, 3, seed=4, temperature=3.0)
     assert found == plain
 
 

@@ -18,7 +18,8 @@ def token_entropy(logits: Tensor) -> Tensor:
         logits: ``[..., vocabulary]``, floating point; −inf excludes a token.
 
     Returns:
-        float32 ``[...]``, float64 of float64 logits; NaN where a row holds NaN or +inf, or nothing but −inf.
+        float32 ``[...]``, float64 of float64 logits; NaN where a row holds NaN or +inf, or nothing
+        but −inf.
 
     Raises:
         TypeError: no floating-point tensor.

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vps.patching import disabled
 
-
 # The settings by which transformers chooses another way to decode, to read the prompt or to return
 # what came of it; a model's own generation_config may hold any of them. Its other wishes, such as
 # stop strings and penalties, are left to it.

@@ -23,6 +23,7 @@ from vps.cli.terminal import Progress, muted, quiet_transformers
 
 if TYPE_CHECKING:
     from vps.fitting import Sensitivity
+    from vps.fitting.examples import LeftOut
 
 SHOWN = 15  # layers of --gradient-only on the terminal
 
@@ -98,6 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from vps import patch
     from vps.fitting import calibrate, sensitivity, text
+    from vps.fitting.examples import told, usable
     from vps.patching import sharpened_layers
 
     device = usable_device(arguments.device)
@@ -114,9 +116,12 @@ def run(arguments: argparse.Namespace) -> None:
             "advance": progress.advance,
         }
         if arguments.gradient_only:
-            found = sensitivity(model, tokenizer, examples, **shared)
+            kept, left_out = usable(tokenizer, "examples", examples, chat=shared["chat"])
+            found = sensitivity(model, tokenizer, [each for each, _ in kept], **shared)
             progress.close()
-            _gradients(arguments, found, len(examples), list(sharpened_layers(model)))
+            _gradients(arguments, found, len(kept), left_out, list(sharpened_layers(model)))
+            if left_out:
+                _warn(told(left_out, len(examples)))
             return
         layers: Any = arguments.top_layers
         if arguments.layers is not None:
@@ -143,8 +148,11 @@ def run(arguments: argparse.Namespace) -> None:
     print(calibration.to_json() if arguments.json else text(calibration))
     for each in said:
         if str(each.message).startswith("vps.calibrate: "):
-            message = str(each.message).removeprefix("vps.calibrate: ")
-            print(f"vps: warning: {message}", file=sys.stderr)
+            _warn(str(each.message).removeprefix("vps.calibrate: "))
+
+
+def _warn(message: str) -> None:
+    print(f"vps: warning: {message}", file=sys.stderr)
 
 
 def _read(option: str, path: Path) -> list[Any]:
@@ -178,7 +186,11 @@ def _options(arguments: argparse.Namespace) -> Any:
 
 
 def _gradients(
-    arguments: argparse.Namespace, found: list[Sensitivity], examples: int, order: list[str]
+    arguments: argparse.Namespace,
+    found: list[Sensitivity],
+    examples: int,
+    left_out: list[LeftOut],
+    order: list[str],
 ) -> None:
     """Write and draw the ranking, print its head; the picture is in the order of the model."""
     from vps import jsonl
@@ -193,6 +205,7 @@ def _gradients(
     values = {
         "model": arguments.model,
         "examples": examples,
+        "left_out": [dataclasses.asdict(each) for each in left_out],
         "scope": arguments.scope,
         "agreement": _finite(together),
         "layers": [{key: _finite(value) for key, value in row.items()} for row in rows],
