@@ -46,8 +46,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         OSError: the file cannot be read.
     """
-    lines = path.read_bytes().split(b"\n")
-    return [_row(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_row(number, line) for number, line in jsonl.lines(path)]
 
 
 def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> set[int]:
@@ -144,7 +143,7 @@ def _refined(model: Any, tokenizer: Any, row: Row, options: Mapping[str, Any]) -
 def _row(number: int, line: bytes) -> Row:
     values = jsonl.parse_object(line)
     if values is None:
-        return Row(number, error="not a JSON object")
+        return Row(number, error=jsonl.why_none(line))
     prompt, gold = values.get("prompt"), values.get("gold")
     found = Row(
         number,

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from vps.reading import parse_json
+
 DEFAULT_TARGET_MODULES = (
     "q_proj",
     "k_proj",
@@ -143,13 +145,13 @@ class VPSConfig:
         """Read what :meth:`to_json` wrote; missing keys take their defaults.
 
         Raises:
-            ValueError: no JSON, no object, or an unknown key (with the nearest known one).
+            ValueError: no JSON, no object, a key twice or unknown (with the nearest known one).
             TypeError: a value of the wrong type.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"VPSConfig.from_json: not valid JSON: {error}") from None
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"VPSConfig.from_json: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(
                 f"VPSConfig.from_json: expected an object, got {type(values).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -17,10 +18,29 @@ class BrokenLineError(ValueError):
 def parse_object(line: bytes) -> dict[str, Any] | None:
     """The JSON object of a line, or ``None``."""
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def lines(path: Path) -> list[tuple[int, bytes]]:
+    """Every line of a file that is not blank, and its number from 1.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    every = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return [(number, line) for number, line in enumerate(every, 1) if line.strip()]
+
+
+def why_none(line: bytes) -> str:
+    """Why :func:`parse_object` gives nothing for a line."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 text, at byte {error.start} of the line"
+    return "not a JSON object"
 
 
 def read_objects(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -100,12 +100,10 @@ def read_examples(path: Path) -> list[Example]:
         TypeError, ValueError: a line that is no example; the message names file and line.
     """
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in jsonl.lines(path):
         values = jsonl.parse_object(line)
         if values is None:
-            raise ValueError(f"{path}, line {number}: not a JSON object")
+            raise ValueError(f"{path}, line {number}: {jsonl.why_none(line)}")
         found.append(parse(values, f"{path}, line {number}"))
     return found
 
