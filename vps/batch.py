@@ -15,6 +15,8 @@ from typing import Any
 from vps import jsonl
 from vps.refine import refine
 
+BEGINNING = '{"row": '  # of every row out
+
 
 class ContinuationError(ValueError):
     """The output file is not of this run."""
@@ -59,7 +61,7 @@ def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> s
     if not path.exists():
         return set()
     try:
-        records, end = jsonl.read_objects(path)
+        records, end = jsonl.read_objects(path, BEGINNING)
     except jsonl.BrokenLineError as error:
         raise ContinuationError(str(error)) from None
     finished, known = set(), {row.number: row for row in rows}

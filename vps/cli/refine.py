@@ -165,6 +165,8 @@ def _rows(
     if all(row.error is not None for row in rows):
         first = f"line {rows[0].number}: {rows[0].error}"
         raise UsageError(f"--data {arguments.data}: no row can be used; {first}")
+    if arguments.out.exists() and arguments.out.samefile(arguments.data):
+        raise UsageError(f"--out {arguments.out}: is the file of --data; give another")
     try:
         finished_rows(arguments.out, rows, settings)
         arguments.out.open("ab").close()
