@@ -106,6 +106,13 @@ def test_names_are_a_list(setting, value):
     assert getattr(cli.read_config(None, [setting]), setting.partition("=")[0]) == value
 
 
+def test_settings_nested_too_deeply(capsys):
+    """What does not fit is left for VPSConfig to refuse."""
+    for setting in ("rank_bounds=" + '{"a":' * 100_000, "rank=" + "[" * 100_000):
+        code, _, err = run(capsys, "generate", "--model", "m", "--prompt", "1", "--set", setting)
+        assert code == 2 and err.startswith("vps: error: --set: VPSConfig.rank")
+
+
 def test_names_reach_the_model(capsys, folder):  # noqa: F811
     code, out, _ = generate(
         capsys, folder, "--prompt", "w1", "--set", "target_modules=q_proj,v_proj"

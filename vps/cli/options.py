@@ -207,7 +207,7 @@ def _value(name: str, text: str) -> Any:
         if kind.startswith("float"):
             return float(word)
         if kind.startswith("tuple") and "str" not in kind and not word.startswith("["):
-            return json.loads(f"[{text}]")
+            return parse_json(f"[{text}]")
         value = parse_json(text)
     except (ValueError, KeyError):
         return _names(text) if of_names else text
