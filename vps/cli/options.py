@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vps import Calibration, VPSConfig
-from vps.config import nearest_field, with_switches
+from vps.config import nearest_field
 from vps.reading import MARK, parse_json, read_values
 from vps.reading import read_text as text_of
 
@@ -82,8 +82,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=1,2, "
         "target_modules=q_proj,v_proj (names) or '.*up_proj' (a regular expression); may be "
-        "repeated; setting gamma, rank, topk or order also turns its adaptive_ switch off unless "
-        "that is set too",
+        "repeated; a value given for gamma, rank, topk or order holds",
     )
 
 
@@ -119,11 +118,14 @@ def read_config(
         if name not in VPSConfig.field_names():
             raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
         changes[name] = _value(name, text)
+    for name in VPSConfig.ADAPTIVE:
+        if name in changes:  # holds, whatever the file says
+            changes.setdefault(f"adaptive_{name}", None)
     config = VPSConfig() if default is None else default
     if path is not None:
         config = _config_of(path)
     try:
-        return config.replace(**with_switches(changes))
+        return config.replace(**changes)
     except (ValueError, TypeError) as error:
         raise UsageError(f"--set: {error}") from error
 
