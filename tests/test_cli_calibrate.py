@@ -82,6 +82,25 @@ def test_gradient_only(capsys, folder, tmp_path):  # noqa: F811
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_examples_that_cannot_be_used(capsys, folder, tmp_path):  # noqa: F811
+    """The command goes on without them and says so, in words and in the file."""
+    data = write(tmp_path / "train.jsonl", [{"text": "w1"}, *rows(8), {"text": "w2"}])
+    common = ("calibrate", "--model", folder, "--data", data, *FAST)
+    said = "vps: warning: 2 of 10 examples cannot be used and are left out: examples, number 1: "
+    code, text, err = run(capsys, *common, "--out", tmp_path / "cal.json", "--no-controls")
+    assert code == 0 and said in err and "Left out, since they cannot be used" in text
+    assert len(Calibration.load(tmp_path / "cal.json").report["left_out"]) == 2
+    code, _, err = run(capsys, *common, "--out", tmp_path / "gradient.json", "--gradient-only")
+    values = json.loads((tmp_path / "gradient.json").read_text())
+    assert code == 0 and said in err and values["examples"] == 8
+    assert [each["number"] for each in values["left_out"]] == [1, 10]
+    write(data, [{"text": "w1"}] * 8)
+    for more in ((), ("--gradient-only",)):
+        code, _, err = run(capsys, *common, "--out", tmp_path / "none.json", *more)
+        assert code == 1 and "8 of 8 examples cannot be used" in err and err.count("\n") == 1
+    assert not (tmp_path / "none.json").exists()
+
+
 def test_generate_with_a_calibration(capsys, folder, calibrated, tmp_path):  # noqa: F811
     common = ("generate", "--model", folder, "--prompt", "w1 w2 w3", "--max-new-tokens", 12)
     code, out, err = run(capsys, *common, "--json", "--compare", "--calibration", calibrated)

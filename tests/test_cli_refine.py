@@ -148,7 +148,7 @@ def test_a_run_is_continued(capsys, folder, data, tmp_path, monkeypatch):
         (2, lines[2][:40], ["40 7", "5 5 80"]),
         (2, lines[2][:-1], ["5 5 80"]),  # whole, but for the end of its line
         (0, b'{"row', ["1 2 3", "40 7", "5 5 80"]),
-        (5, "é".encode()[:1], ["5 5 80"]),
+        (5, lines[5][: lines[5].index(b"gold") + 9], ["5 5 80"]),
         (6, b"", []),
     ):
         calls.clear()

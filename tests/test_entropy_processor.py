@@ -28,6 +28,24 @@ def test_entropy_is_that_of_the_softmax():
     assert token_entropy(torch.randn(7)).shape == ()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_float64_stays_float64(device):
+    """Two tokens of p and 1 − p, whose entropy float32 knows to 7 digits."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    p = 1 / 3 + 1e-10
+    exact = -(p * math.log(p) + (1 - p) * math.log1p(-p))
+    logits = torch.tensor([math.log(p), math.log1p(-p)], dtype=torch.float64, device=device)
+    found = token_entropy(logits)
+    assert found.dtype == torch.float64 and math.isclose(float(found), exact, rel_tol=1e-14)
+    for narrow in (torch.float32, torch.float16, torch.bfloat16):
+        assert token_entropy(logits.to(narrow)).dtype == torch.float32
+    model = tiny_llama()
+    scores = torch.stack([logits, logits])
+    assert EntropyProcessor(model)(None, scores) is scores  # the mean of the step is as exact
+    assert math.isclose(float(policy_state(model).entropy), exact, rel_tol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("logits", "error"),
     [

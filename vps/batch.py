@@ -15,6 +15,8 @@ from typing import Any
 from vps import jsonl
 from vps.refine import refine
 
+BEGINNING = '{"row": '  # of every row out
+
 
 class ContinuationError(ValueError):
     """The output file is not of this run."""
@@ -46,8 +48,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         OSError: the file cannot be read.
     """
-    lines = path.read_bytes().split(b"\n")
-    return [_row(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_row(number, line) for number, line in jsonl.lines(path)]
 
 
 def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> set[int]:
@@ -60,7 +61,7 @@ def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> s
     if not path.exists():
         return set()
     try:
-        records, end = jsonl.read_objects(path)
+        records, end = jsonl.read_objects(path, BEGINNING)
     except jsonl.BrokenLineError as error:
         raise ContinuationError(str(error)) from None
     finished, known = set(), {row.number: row for row in rows}
@@ -144,7 +145,7 @@ def _refined(model: Any, tokenizer: Any, row: Row, options: Mapping[str, Any]) -
 def _row(number: int, line: bytes) -> Row:
     values = jsonl.parse_object(line)
     if values is None:
-        return Row(number, error="not a JSON object")
+        return Row(number, error=jsonl.why_none(line))
     prompt, gold = values.get("prompt"), values.get("gold")
     found = Row(
         number,

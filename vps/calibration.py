@@ -23,6 +23,7 @@ from vps import jsonl
 from vps.config import VPSConfig
 from vps.patching import patch, sharpened_layers, unpatch
 from vps.policy import LayerGamma, settings
+from vps.reading import parse_json, read_text
 
 FORMAT = "vps-calibration-1"
 CHUNK = 2**24  # elements hashed at once
@@ -107,9 +108,9 @@ class Calibration:
             TypeError: a value of the wrong type.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Calibration.from_json: not valid JSON: {error}") from None
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"Calibration.from_json: {error}") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ValueError(f"Calibration.from_json: expected an object of format {FORMAT!r}")
         names = {entry.name for entry in dataclasses.fields(cls)}
@@ -141,7 +142,7 @@ class Calibration:
             TypeError, ValueError: as for :meth:`from_json`; the message names the file.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(read_text(Path(path)))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None
 

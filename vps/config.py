@@ -13,6 +13,8 @@ from dataclasses import InitVar, dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
+from vps.reading import parse_json
+
 DEFAULT_TARGET_MODULES = (
     "q_proj",
     "k_proj",
@@ -219,7 +221,7 @@ class VPSConfig:
         """Read what :meth:`to_json` wrote; missing keys take their defaults.
 
         Raises:
-            ValueError: no JSON, no object, or an unknown key (with the nearest known one).
+            ValueError: no JSON, no object, a key twice or unknown (with the nearest known one).
             TypeError: a value of the wrong type.
 
         Warns:
@@ -227,9 +229,9 @@ class VPSConfig:
                 ``adaptive_…=true``.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"VPSConfig.from_json: not valid JSON: {error}") from None
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"VPSConfig.from_json: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(
                 f"VPSConfig.from_json: expected an object, got {type(values).__name__}"

@@ -10,15 +10,16 @@ from vps.patching import policy_state
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax over the last dim, in nats, computed in float32.
+    """Entropy of the softmax over the last dim, in nats, computed in float32 or, of float64, in it.
 
-    On CUDA one Triton kernel reads the logits once.
+    On CUDA one Triton kernel reads the logits once; those in float64 go to torch.
 
     Args:
         logits: ``[..., vocabulary]``, floating point; −inf excludes a token.
 
     Returns:
-        float32 ``[...]``; NaN where a row holds NaN or +inf, or nothing but −inf.
+        float32 ``[...]``, float64 of float64 logits; NaN where a row holds NaN or +inf, or nothing
+        but −inf.
 
     Raises:
         TypeError: no floating-point tensor.
@@ -31,12 +32,14 @@ def token_entropy(logits: Tensor) -> Tensor:
         raise ValueError(
             f"token_entropy: logits must be [..., V] with V > 0, got {tuple(logits.shape)}"
         )
-    if logits.is_cuda and dispatch.backends()["triton"] is None:
+    wide = logits.dtype == torch.float64  # the kernel gives float32
+    if logits.is_cuda and not wide and dispatch.backends()["triton"] is None:
         from vps.kernels import entropy
 
         rows = logits.detach().reshape(-1, logits.shape[-1])
         return entropy.token_entropy(rows).view(logits.shape[:-1])
-    return torch.special.entr(logits.detach().float().softmax(-1)).sum(-1)
+    values = logits.detach() if wide else logits.detach().float()
+    return torch.special.entr(values.softmax(-1)).sum(-1)
 
 
 class EntropyProcessor:

@@ -16,6 +16,37 @@ from torch import Tensor
 
 from vps.patching import disabled
 
+# The settings by which transformers chooses another way to decode, to read the prompt or to return
+# what came of it; a model's own generation_config may hold any of them. Its other wishes, such as
+# stop strings and penalties, are left to it.
+_ONE_SEQUENCE: dict[str, Any] = {
+    "num_beams": 1,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": None,
+    "is_assistant": None,
+    "token_healing": None,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+# The settings that cut off a part of what is drawn from.
+_WHOLE_DISTRIBUTION: dict[str, Any] = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -43,9 +74,11 @@ def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
         encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].numel() == 0:
+    ids = encoded["input_ids"]
+    if ids.numel() == 0:
         raise ValueError("the prompt is empty")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    mask = encoded["attention_mask"] if "attention_mask" in encoded else torch.ones_like(ids)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 class _Counter:
@@ -75,7 +108,9 @@ def generate(
 ) -> Generation:
     """Greedy continuation of at most ``new_tokens`` tokens; ``advance`` is called after each.
 
-    ``processors`` are logits processors, such as :class:`vps.EntropyProcessor`.
+    ``processors`` are logits processors, such as :class:`vps.EntropyProcessor`. Where the model's
+    own ``generation_config`` asks for beams or another way to decode, it is greedy all the same;
+    its stop strings, penalties and tokens hold.
     """
     inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
     start = time.perf_counter()
@@ -84,9 +119,11 @@ def generate(
             **inputs,
             max_new_tokens=new_tokens,
             do_sample=False,
+            num_return_sequences=1,
             streamer=None if advance is None else _Counter(advance),
             logits_processor=list(processors),
             pad_token_id=_padding(tokenizer),
+            **_settings(model, tokenizer, _ONE_SEQUENCE),
         )
     seconds = time.perf_counter() - start
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
@@ -117,14 +154,23 @@ def sample(
             max_new_tokens=new_tokens,
             do_sample=True,
             temperature=temperature,
-            top_k=0,
-            top_p=1.0,
             num_return_sequences=count,
             logits_processor=list(processors),
             pad_token_id=_padding(tokenizer),
+            **_settings(model, tokenizer, _ONE_SEQUENCE | _WHOLE_DISTRIBUTION),
         )
     tails = output[:, inputs["input_ids"].shape[1] :]
     return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails.tolist()]
+
+
+def _settings(model: Any, tokenizer: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``wanted`` that the installed transformers knows, and the tokenizer for the model's
+    stop strings."""
+    own = model.generation_config
+    found = {name: value for name, value in wanted.items() if hasattr(own, name)}
+    if own.stop_strings is not None:  # without any, transformers would hand it to the forward
+        found["tokenizer"] = tokenizer
+    return found
 
 
 def _padding(tokenizer: Any) -> int | None:

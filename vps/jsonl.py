@@ -2,52 +2,121 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import errno
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# What JSON text can end with when it is cut inside a value, from where its reader stops.
+WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+NUMBER_OR_ESCAPE = r"\.|\.?\d*[eE][+-]?|\\?u?[0-9a-fA-F]{0,4}"
+
 
 class BrokenLineError(ValueError):
-    """A line that is no JSON object has others after it, so it was not merely cut off."""
+    """A line is no JSON object, and no row that was merely cut off."""
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
     """The JSON object of a line, or ``None``."""
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 
 
-def read_objects(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file in order, and the bytes they take; a cut last line is left out.
+def lines(path: Path) -> list[tuple[int, bytes]]:
+    """Every line of a file that is not blank, and its number from 1.
 
     Raises:
-        BrokenLineError: a line before the last is no JSON object.
         OSError: the file cannot be read.
     """
-    lines = path.read_bytes().split(b"\n")
+    every = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return [(number, line) for number, line in enumerate(every, 1) if line.strip()]
+
+
+def why_none(line: bytes) -> str:
+    """Why :func:`parse_object` gives nothing for a line."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 text, at byte {error.start} of the line"
+    return "not a JSON object"
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there and is no file: a folder, a pipe, a device.
+
+    Raises:
+        OSError: the message names it.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_objects(path: Path, beginning: str) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file in order, and the bytes they take; a cut last row is left out.
+
+    Blank lines are none. A last line counts as cut where it begins as every row does, as far as it
+    goes, and breaks off; whatever else is no object belongs to somebody.
+
+    Args:
+        path: the file.
+        beginning: of every row, such as ``{"row": ``.
+
+    Raises:
+        BrokenLineError: a line is neither an object nor a row cut off at the end of the file.
+        OSError: the file cannot be read.
+    """
+    check_regular(path)
+    data = path.read_bytes()
+    every = data.split(b"\n")
     found: list[dict[str, Any]] = []
     end = 0
-    for place, line in enumerate(lines, 1):
-        values = parse_object(line)
-        if values is None:
-            if any(rest.strip() for rest in lines[place:]):
+    for place, line in enumerate(every, 1):
+        own = line.removeprefix(codecs.BOM_UTF8) if place == 1 else line
+        values = parse_object(own)
+        if values is not None:
+            found.append(values)
+        elif own.strip():
+            if any(rest.strip() for rest in every[place:]) or not _is_cut(own, beginning):
                 raise BrokenLineError(f"{path}: line {place} is no JSON object")
-            break
-        found.append(values)
+            return found, end
         end += len(line) + 1
-    return found, end
+    return found, len(data) if not every[-1] else end
+
+
+def _is_cut(line: bytes, beginning: str) -> bool:
+    """Whether a line is a row without its end."""
+    head = beginning.encode()
+    if len(line) < len(head):
+        return head.startswith(line)
+    if not line.startswith(head):
+        return False
+    try:  # the cut may be inside a letter
+        text = codecs.getincrementaldecoder("utf-8")().decode(line.rstrip(b"\r"))
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :]
+        inside = any(word.startswith(rest) for word in WORDS)
+        inside = inside or re.fullmatch(NUMBER_OR_ESCAPE, rest) is not None
+        return error.msg.startswith("Unterminated") or (inside and error.msg != "Extra data")
+    except (UnicodeDecodeError, RecursionError):
+        pass
+    return False
 
 
 def cut(path: Path, end: int) -> None:
     """Leave the first ``end`` bytes, and end the last line where only its end is missing."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
+        if end == size:
+            return
         file.truncate(min(end, size))
         if end > size:
             file.seek(0, os.SEEK_END)
@@ -82,7 +151,12 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a whole file so that a reader sees the old one or the new one, never a part."""
+    """Write a whole file so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written, or what is there is no file.
+    """
+    check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

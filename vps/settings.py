@@ -19,6 +19,7 @@ from vps.config import VPSConfig
 from vps.functional import plain_gamma
 from vps.patching import PatchReport, patch, policy_state, sharpened_layers, unpatch
 from vps.policy import LayerGamma
+from vps.reading import parse_json, read_text
 
 FORMAT = "vps-settings-1"
 
@@ -73,11 +74,11 @@ def load(model: nn.Module, path: str | Path) -> PatchReport:
         ValueError: not what :func:`save` wrote, γ of a calibration for other weights, or as for
             :func:`vps.patch`. The model is then as it was, but for sharpening taken back.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"vps.load: {path} is not valid JSON: {error}") from None
+        text = read_text(Path(path))
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"vps.load: {path}: {error}") from None
     if isinstance(values, dict) and values.get("format") == CALIBRATION:
         calibration = Calibration.from_json(text)
         report = patch(model, calibration.config)

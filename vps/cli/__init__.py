@@ -11,7 +11,7 @@ import warnings
 from vps import __version__
 from vps.cli import ablate, calibrate, demo, doctor, evaluate, generate, refine, report
 from vps.cli.options import Parser, UsageError, read_config
-from vps.cli.terminal import Progress, quiet
+from vps.cli.terminal import Progress, quiet, standard_streams
 
 __all__ = ["Progress", "UsageError", "main", "read_config"]
 
@@ -29,6 +29,15 @@ EPILOG = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, 1 for a failure, 2 for bad usage, 130 when interrupted."""
+    if sys.stdout is None:
+        if sys.stderr is not None:
+            print("vps: error: standard output is closed", file=sys.stderr)
+        return 2
+    with standard_streams():
+        return _run(argv)
+
+
+def _run(argv: list[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     level = logging.root.manager.disable
     try:

@@ -20,9 +20,11 @@ from vps.cli.options import (
     usable_device,
 )
 from vps.cli.terminal import Progress, muted, quiet_transformers
+from vps.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     from vps.fitting import Sensitivity
+    from vps.fitting.examples import LeftOut
 
 SHOWN = 15  # layers of --gradient-only on the terminal
 
@@ -91,13 +93,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.other_text is not None:
         others = [each.answer for each in _read("--other-text", arguments.other_text)]
     options = _options(arguments)
-    folder = arguments.out.absolute().parent
-    if not folder.is_dir() or arguments.out.is_dir():
-        raise UsageError(f"--out {arguments.out}: expected a file in a folder that exists")
+    partial = arguments.out.with_name(f"{arguments.out.name}.partial")
+    _claim(arguments.out, partial, arguments.gradient_only)
     quiet_transformers(arguments.debug)
 
     from vps import patch
     from vps.fitting import calibrate, sensitivity, text
+    from vps.fitting.examples import told, usable
     from vps.patching import sharpened_layers
 
     device = usable_device(arguments.device)
@@ -114,9 +116,12 @@ def run(arguments: argparse.Namespace) -> None:
             "advance": progress.advance,
         }
         if arguments.gradient_only:
-            found = sensitivity(model, tokenizer, examples, **shared)
+            kept, left_out = usable(tokenizer, "examples", examples, chat=shared["chat"])
+            found = sensitivity(model, tokenizer, [each for each, _ in kept], **shared)
             progress.close()
-            _gradients(arguments, found, len(examples), list(sharpened_layers(model)))
+            _gradients(arguments, found, len(kept), left_out, list(sharpened_layers(model)))
+            if left_out:
+                _warn(told(left_out, len(examples)))
             return
         layers: Any = arguments.top_layers
         if arguments.layers is not None:
@@ -134,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
                 controls=not arguments.no_controls,
                 options=options,
                 seed=arguments.seed,
-                resume=arguments.out.with_name(f"{arguments.out.name}.partial"),
+                resume=partial,
                 **shared,
             )
     finally:
@@ -143,8 +148,48 @@ def run(arguments: argparse.Namespace) -> None:
     print(calibration.to_json() if arguments.json else text(calibration))
     for each in said:
         if str(each.message).startswith("vps.calibrate: "):
-            message = str(each.message).removeprefix("vps.calibrate: ")
-            print(f"vps: warning: {message}", file=sys.stderr)
+            _warn(str(each.message).removeprefix("vps.calibrate: "))
+
+
+def _claim(out: Path, partial: Path, gradient_only: bool) -> None:
+    """Refuse to replace, at the end, what an earlier call of the same kind did not write."""
+    from vps.fitting.kept import left
+
+    where = f"--out {out}"
+    if not out.absolute().parent.is_dir() or (out.exists() and not out.is_file()):
+        raise UsageError(f"{where}: expected a file in a folder that exists")
+    kind = "ranking by --gradient-only" if gradient_only else "calibration"
+    ours = not out.exists() or out.stat().st_size == 0 or _kind(out) == kind
+    if not ours:
+        raise UsageError(f"{where}: holds no {kind}, and would be overwritten; give another file")
+    if not gradient_only:
+        try:
+            left(partial)
+        except ValueError as error:
+            raise UsageError(f"{where}: {str(error).removeprefix('calibrate: ')}") from error
+        return
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise UsageError(f"{where}: expected another ending, of a JSON file; .png is the heat map")
+    if picture.exists() and not out.exists():
+        raise UsageError(f"{where}: {picture} is there and would be overwritten; give another file")
+
+
+def _kind(path: Path) -> str | None:
+    """Which of the two files of this command that is, if it is one."""
+    try:
+        values = parse_json(read_text(path))
+    except ValueError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    if str(values.get("format")).startswith("vps-calibration-"):
+        return "calibration"
+    return "ranking by --gradient-only" if set(values) >= {"agreement", "layers"} else None
+
+
+def _warn(message: str) -> None:
+    print(f"vps: warning: {message}", file=sys.stderr)
 
 
 def _read(option: str, path: Path) -> list[Any]:
@@ -178,7 +223,11 @@ def _options(arguments: argparse.Namespace) -> Any:
 
 
 def _gradients(
-    arguments: argparse.Namespace, found: list[Sensitivity], examples: int, order: list[str]
+    arguments: argparse.Namespace,
+    found: list[Sensitivity],
+    examples: int,
+    left_out: list[LeftOut],
+    order: list[str],
 ) -> None:
     """Write and draw the ranking, print its head; the picture is in the order of the model."""
     from vps import jsonl
@@ -193,6 +242,7 @@ def _gradients(
     values = {
         "model": arguments.model,
         "examples": examples,
+        "left_out": [dataclasses.asdict(each) for each in left_out],
         "scope": arguments.scope,
         "agreement": _finite(together),
         "layers": [{key: _finite(value) for key, value in row.items()} for row in rows],

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
+import io
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vps import Calibration, VPSConfig
 from vps.config import nearest_field
+from vps.reading import MARK, parse_json, read_values
+from vps.reading import read_text as text_of
+
+NAMES = r"[\w-]+(\.[\w-]+)*"  # a list of module names; anything else is a regular expression
 
 
 class UsageError(Exception):
@@ -35,6 +43,18 @@ def positive(text: str) -> int:
     return value
 
 
+def spoken(text: str) -> str:
+    """An argument's type: text as it was typed, also where the locale is ASCII."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that the locale has no letters for
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeDecodeError:
+            raise argparse.ArgumentTypeError("not UTF-8 text") from None
+    return text
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """``--model`` and how to load it."""
     parser.add_argument("--model", required=True, help="Hugging Face id, folder or .gguf file")
@@ -45,21 +65,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_prompt(parser: argparse.ArgumentParser) -> Any:
     """``--prompt`` and ``--prompt-file``; the group of these alternatives."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="the prompt; standard input when neither is given")
+    source.add_argument(
+        "--prompt", type=spoken, help="the prompt; standard input when neither is given"
+    )
     source.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
     return source
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """``--config`` and ``--set``."""
-    parser.add_argument("--config", type=Path, help="JSON file of VPSConfig fields")
+    parser.add_argument("--config", type=Path, help="JSON or YAML file of VPSConfig fields")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=[1,2]; may be repeated; "
-        "a value given for gamma, rank, topk or order holds",
+        help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=1,2, "
+        "target_modules=q_proj,v_proj (names) or '.*up_proj' (a regular expression); may be "
+        "repeated; a value given for gamma, rank, topk or order holds",
     )
 
 
@@ -100,28 +123,28 @@ def read_config(
             changes.setdefault(f"adaptive_{name}", None)
     config = VPSConfig() if default is None else default
     if path is not None:
-        try:
-            config = VPSConfig.from_json(read_text("--config", path))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"--config {path}: {error}") from error
+        config = _config_of(path)
     try:
         return config.replace(**changes)
     except (ValueError, TypeError) as error:
         raise UsageError(f"--set: {error}") from error
 
 
-def read_text(option: str, path: Path) -> str:
-    """The UTF-8 text of the file that an option names.
+def _config_of(path: Path) -> VPSConfig:
+    from vps.evaluation.grid import numbers
 
-    Raises:
-        UsageError: it cannot be read; the message names option and file.
-    """
     try:
-        return path.read_text("utf-8")
+        values = read_values(path)
+        if isinstance(values, dict):
+            known = VPSConfig.field_names()
+            values = {k: numbers(k, v) if k in known else v for k, v in values.items()}
+        return VPSConfig.from_json(json.dumps(values, default=str))
     except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{option} {path}: not UTF-8 text, at byte {error.start}") from error
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--config {path}: {error}") from error
+    except RecursionError:
+        raise UsageError(f"--config {path}: nested too deeply") from None
 
 
 def read_calibration(
@@ -177,6 +200,7 @@ def _value(name: str, text: str) -> Any:
     """``text`` as field ``name`` takes it; what does not fit is left for VPSConfig to refuse."""
     kind = str(next(field.type for field in dataclasses.fields(VPSConfig) if field.name == name))
     word = text.strip().lower()
+    of_names = "tuple[str" in kind
     if "None" in kind and word in ("null", "none"):
         return None
     try:
@@ -185,10 +209,22 @@ def _value(name: str, text: str) -> Any:
         if kind.startswith("float"):
             return float(word)
         if kind.startswith("tuple") and "str" not in kind and not word.startswith("["):
-            return json.loads(f"[{text}]")
-        return json.loads(text)
-    except (ValueError, KeyError, RecursionError):
+            return parse_json(f"[{text}]")
+        value = parse_json(text)
+    except (ValueError, KeyError):
+        return _names(text) if of_names else text
+    return _names(text) if of_names and not isinstance(value, (str, list)) else value
+
+
+def _names(text: str) -> str | list[str]:
+    """The names in a text, if it holds nothing else; one that is a regular expression stays."""
+    several = "," in text or "'" in text
+    inner = text.strip().strip("[]()") if several else text.strip()
+    names = [name for each in inner.split(",") if (name := each.strip().strip("'\"")) != ""]
+    alone = not several and ("." in text or text.strip() == "all-linear")
+    if not names or alone or not all(re.fullmatch(NAMES, name) for name in names):
         return text
+    return names
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -200,12 +236,34 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
         prompt = arguments.prompt
     elif arguments.prompt_file is not None:
-        prompt = read_text("--prompt-file", arguments.prompt_file)
+        try:
+            prompt = text_of(arguments.prompt_file)
+        except OSError as error:
+            where = f"--prompt-file {arguments.prompt_file}"
+            raise UsageError(f"{where}: {error.strerror}") from error
+        except ValueError as error:
+            raise UsageError(f"--prompt-file {arguments.prompt_file}: {error}") from error
     else:
-        prompt = sys.stdin.read()
+        prompt = _standard_input()
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     return prompt
+
+
+def _standard_input() -> str:
+    """All of it, in the terminal's encoding, or in UTF-8 where that is ASCII."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed; give --prompt or --prompt-file")
+    try:
+        if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.encoding is not None:
+            ascii_ = codecs.lookup(sys.stdin.encoding).name == "ascii"
+            sys.stdin.reconfigure(encoding="utf-8" if ascii_ else None, errors="strict")
+        return sys.stdin.read().removeprefix(MARK)
+    except UnicodeDecodeError as error:
+        kind = error.encoding.upper()
+        raise UsageError(f"standard input: not {kind} text, at byte {error.start}") from error
+    except OSError as error:
+        raise UsageError(f"standard input: {error.strerror or error}") from error
 
 
 def usable_device(name: str) -> str:

@@ -22,9 +22,11 @@ from vps.cli.options import (
     positive,
     read_calibration,
     read_prompt,
+    spoken,
     usable_device,
 )
 from vps.cli.terminal import Progress, muted, quiet_transformers
+from vps.reading import parse_json
 
 if TYPE_CHECKING:
     from vps.refine import RefineResult
@@ -45,7 +47,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     source = add_prompt(parser)
     source.add_argument("--data", type=Path, help='JSONL rows {"prompt", "gold"?, "id"?}')
     parser.add_argument("--out", type=Path, help="JSONL of results for --data; continued if there")
-    parser.add_argument("--gold", help="the reference answer of --prompt")
+    parser.add_argument("--gold", type=spoken, help="the reference answer of --prompt")
     parser.add_argument(
         "--iterations",
         type=positive,
@@ -160,6 +162,11 @@ def _rows(
         raise UsageError(f"--data: {error}") from error
     if not rows:
         raise UsageError(f"--data {arguments.data}: holds no row")
+    if all(row.error is not None for row in rows):
+        first = f"line {rows[0].number}: {rows[0].error}"
+        raise UsageError(f"--data {arguments.data}: no row can be used; {first}")
+    if arguments.out.exists() and arguments.out.samefile(arguments.data):
+        raise UsageError(f"--out {arguments.out}: is the file of --data; give another")
     try:
         finished_rows(arguments.out, rows, settings)
         arguments.out.open("ab").close()
@@ -196,7 +203,7 @@ def _weights(text: str | None) -> dict[str, float] | None:
     from vps.verify.composite import check_weights
 
     try:
-        return check_weights(json.loads(text))
+        return check_weights(parse_json(text))
     except (ValueError, TypeError) as error:
         raise UsageError(f"--weights {text}: {error}") from error
 

@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from importlib import util
 from typing import Any
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Make the streams take every letter and be there to write to, for the length of a command.
+
+    What a terminal's encoding lacks is written as JSON escapes it, so that JSON stays JSON.
+    """
+    codecs.register_error("vps.escape", _escaped)
+    codecs.register_error("vps.bytes", _bytes_or_escaped)
+    before: list[tuple[io.TextIOWrapper, str]] = []
+    silent = None
+    if sys.stderr is None:  # print would write to standard output instead
+        silent = sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            before.append((stream, stream.errors))
+            # Under "surrogateescape" names of files are written as the bytes that they are.
+            stream.reconfigure(errors="vps.escape" if stream.errors == "strict" else "vps.bytes")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            try:
+                stream.reconfigure(errors=errors)  # which flushes it
+            except OSError:  # Python would try again at its end, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if silent is not None:
+            silent.close()
+            sys.stderr = None  # type: ignore[assignment]
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def _bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return _escaped(error)
 
 
 def quiet(debug: bool) -> None:

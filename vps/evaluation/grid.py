@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from vps.config import VPSConfig, nearest_field
+from vps.reading import read_values
 
 BASELINE = "baseline"
 CONTROLS = ("random_indices", "random_noise", "shuffled_selection")
@@ -91,19 +92,19 @@ class Grid:
 
 
 def read_grid(path: Path) -> Grid:
-    """The grid of a ``.json`` file, or of a YAML file.
+    """The grid of a JSON or YAML file.
 
     Raises:
         GridError: what the file holds is no grid; the message names the file.
-        ModuleNotFoundError: a YAML file without pyyaml.
+        ModuleNotFoundError: it is no JSON, and pyyaml is missing.
         OSError: the file cannot be read.
     """
     try:
-        text = path.read_text("utf-8")
-        values = _json(text) if path.suffix.lower() == ".json" else _yaml(text)
-        return make_grid(values, default_title=path.stem)
-    except (GridError, UnicodeDecodeError) as error:
+        return make_grid(read_values(path), default_title=path.stem)
+    except ValueError as error:
         raise GridError(f"{path}: {error}") from None
+    except RecursionError:
+        raise GridError(f"{path}: nested too deeply") from None
 
 
 def make_grid(values: Any, default_title: str = "ablation") -> Grid:
@@ -240,13 +241,13 @@ def _fields(where: str, value: Any) -> dict[str, Any]:
         if name not in VPSConfig.field_names():
             hint = nearest_field(name) if isinstance(name, str) else ""
             raise GridError(f"{where}: VPSConfig has no field {name!r}{hint}")
-    return {name: _numbers(name, each) for name, each in found.items()}
+    return {name: numbers(name, each) for name, each in found.items()}
 
 
-def _numbers(name: str, value: Any) -> Any:
-    """Numbers that YAML 1.1 reads as text, such as ``1e-3``."""
+def numbers(name: str, value: Any) -> Any:
+    """The value of a field with the numbers that YAML 1.1 reads as text, such as ``1e-3``."""
     if isinstance(value, list):
-        return [_numbers(name, each) for each in value]
+        return [numbers(name, each) for each in value]
     kind = next(str(field.type) for field in dataclasses.fields(VPSConfig) if field.name == name)
     if isinstance(value, str) and "float" in kind:
         try:
@@ -277,41 +278,3 @@ def _mapping(where: str, value: Any) -> Mapping[str, Any]:
 def _nearest(name: Any, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise GridError(f"not valid JSON: {error}") from None
-
-
-def _yaml(text: str) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise ModuleNotFoundError(
-            "a YAML grid needs pyyaml: pip install 'vps-kernels[eval]' (or write it as JSON)"
-        ) from None
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that comes twice, of which YAML would keep the last."""
-
-    def mapping(loader: Any, node: Any) -> Any:
-        loader.flatten_mapping(node)
-        return _once(loader.construct_pairs(node, deep=True))
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        return yaml.load(text, Loader)  # a SafeLoader
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
-        raise GridError(f"not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise GridError(f"the key {key!r} comes twice")
-        found[key] = value
-    return found

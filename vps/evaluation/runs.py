@@ -21,6 +21,7 @@ from vps.evaluation.grid import Cell, Grid
 from vps.evaluation.outcome import Outcome
 
 FORMAT = "vps-ablation-1"
+BEGINNING = '{"cell": '  # of every line of a shard
 MOST_DIFFERENCES = 6
 OPENING = 2**40  # the byte of the lock, past those of all cells, held while run.json is compared
 
@@ -96,8 +97,13 @@ def read_run(folder: Path) -> Run:
     cells = tuple(Cell.from_dict(values) for values in definition["cells"])
     records: dict[int, Record] = {}
     for shard in sorted(folder.glob("cells-*.jsonl")):
-        for values in _rows(shard)[0]:
-            record = _record(values)
+        for number, values in enumerate(_rows(shard)[0], 1):
+            try:
+                record = _record(values)
+            except (KeyError, TypeError, ValueError):
+                raise RunError(f"{shard}: row {number} is no result of a cell") from None
+            if record.cell not in range(len(cells)):
+                raise RunError(f"{shard}: row {number} is of no cell of {path}")
             kept = records.get(record.cell)
             if kept is None or kept.error is not None:
                 records[record.cell] = record
@@ -226,7 +232,7 @@ def _record(values: Mapping[str, Any]) -> Record:
 
 def _rows(shard: Path) -> tuple[list[dict[str, Any]], int]:
     try:
-        return jsonl.read_objects(shard)
+        return jsonl.read_objects(shard, BEGINNING)
     except jsonl.BrokenLineError as error:
         raise RunError(str(error)) from None
 
@@ -237,6 +243,8 @@ def _check(folder: Path, definition: Mapping[str, Any]) -> None:
     if not path.exists():
         if next(folder.glob("cells-*.jsonl"), None) is not None:
             raise RunError(f"{folder} holds cells but no run.json")
+        if (folder / "table.md").exists():
+            raise RunError(f"{folder} holds table.md, but no run.json that it would be of")
         jsonl.replace(path, json.dumps(definition, ensure_ascii=False) + "\n")
         _sync(folder)
         return

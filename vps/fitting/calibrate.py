@@ -18,7 +18,7 @@ from vps.config import VPSConfig
 from vps.ephemeral import restored
 from vps.fitting import held_out as reported
 from vps.fitting.descent import Fit, Options, each_nll, fit, mean_nll
-from vps.fitting.examples import Encoded, Example, Split, encoded, parse, split
+from vps.fitting.examples import LONGEST, Encoded, Example, parse, split, told, usable
 from vps.fitting.forms import Form, Plain, Scale, Sharpening, frequent_features, random_features
 from vps.fitting.kept import Kept
 from vps.fitting.lora import lora
@@ -55,7 +55,7 @@ def calibrate(
     options: Options | None = None,
     scope: str = "token",
     chat: bool = True,
-    longest: int = 512,
+    longest: int = LONGEST,
     seed: int = 0,
     resume: str | Path | None = None,
     progress: Progress | None = None,
@@ -64,7 +64,8 @@ def calibrate(
     """Fit a γ of either sign to every layer, and measure what that is worth.
 
     A quarter of the examples is kept to stop by and, unless ``held_out`` is given, a quarter to
-    report on. Each control is fitted likewise, to as many numbers: ``"scale"`` is
+    report on. Examples of more than ``longest`` tokens, or without one to predict, are left out and
+    named in ``report``. Each control is fitted likewise, to as many numbers: ``"scale"`` is
     ``(1 + a) · H``, ``"random-1"`` and ``"random-2"`` sharpen features drawn at random,
     ``"static"`` those selected most often on the fitting examples, ``"lora"`` is PEFT's. The model
     comes back as it was; meanwhile no other thread may run it.
@@ -96,34 +97,49 @@ def calibrate(
         The calibration; ``found`` and ``report`` hold what was measured.
 
     Raises:
-        TypeError, ValueError: arguments out of range, held-out examples among the others, or a
-            ``resume`` file of another call.
+        TypeError, ValueError: arguments out of range, too few examples that can be used, held-out
+            ones among the others, or a ``resume`` file of another call.
         ModuleNotFoundError: scipy, or PEFT for its control, is missing.
 
     Warns:
-        UserWarning: nothing was found, or nothing was measured.
+        UserWarning: examples were left out, nothing was found, or nothing was measured.
     """
     options = Options(seed=seed) if options is None else options
     names = _controls(controls)
     if per not in PER:
         raise ValueError(f"calibrate: per must be one of {PER}, got {per!r}")
-    parts = _split(examples, held_out, seed)
-    others = [parse(text, "other text") for text in _texts(other_texts)]
+    given = {"examples": _parsed("example", examples)}
+    if held_out is not None:
+        given["held-out examples"] = _parsed("held-out example", held_out)
+    given["other texts"] = _parsed(
+        "other text", OTHER_TEXTS if other_texts is None else other_texts
+    )
     step, say = progress or (lambda message, total: None), advance or (lambda: None)
     with prepared(model, config, scope) as own:
         device = device_of(model)
         settings: dict[str, Any] = {"chat": chat, "longest": longest, "device": device}
-        use = {
-            name: [encoded(tokenizer, each, **settings) for each in group]
-            for name, group in (*vars(parts).items(), ("other", others))
-        }
+        found_in = {of: usable(tokenizer, of, all_, **settings) for of, all_ in given.items()}
+        codes = {of: dict(own) for of, (own, _) in found_in.items()}
+        left_out = [each for _, out in found_in.values() for each in out]
+        lost = [told(out, len(given[of])) for of, (_, out) in found_in.items() if out]
+        apart = codes.get("held-out examples")
+        try:
+            parts = split(list(codes["examples"]), None if apart is None else list(apart), seed)
+        except ValueError as error:
+            raise ValueError("; ".join([str(error), *lost])) from None
+        for line in lost:
+            warnings.warn(f"vps.calibrate: {line}", stacklevel=2)
+        every = codes["examples"] | (apart or {})
+        use = {name: [every[each] for each in group] for name, group in vars(parts).items()}
+        others = {each.identity: each for each in codes["other texts"].values()}
+        use["other"] = list(others.values())
         weights = fingerprint(model)
         key = {
             "weights": weights,
             "config": _plain(asdict(own)),
             "data": parts.data,
             "held_out": [each.identity for each in parts.held_out],
-            "other": [each.identity for each in others],
+            "other": list(others),
             "per": per,
             "layers": layers if isinstance(layers, int) or layers is None else list(layers),
             "controls": list(names),
@@ -156,6 +172,7 @@ def calibrate(
                     "controls": list(names),
                     "layers": len(chosen),
                     "examples": {n: len(getattr(parts, n)) for n in ("fit", "stop", "held_out")},
+                    "left_out": [asdict(each) for each in left_out],
                     "options": key["options"],
                     "seed": seed,
                 }
@@ -177,7 +194,7 @@ def sensitivity(
     config: VPSConfig | None = None,
     scope: str = "token",
     chat: bool = True,
-    longest: int = 512,
+    longest: int = LONGEST,
     progress: Progress | None = None,
     advance: Callable[[], None] | None = None,
 ) -> list[Sensitivity]:
@@ -187,13 +204,19 @@ def sensitivity(
 
     Raises:
         TypeError, ValueError: as for :func:`calibrate`.
+
+    Warns:
+        UserWarning: examples were left out.
     """
-    parsed = [parse(each, f"example {number}") for number, each in enumerate(examples, 1)]
+    parsed = _parsed("example", examples)
     if not parsed:
         raise ValueError("calibrate: expected at least one example, got none")
     with prepared(model, config, scope):
         settings: dict[str, Any] = {"chat": chat, "longest": longest, "device": device_of(model)}
-        use = [encoded(tokenizer, each, **settings) for each in parsed]
+        codes, left_out = usable(tokenizer, "examples", parsed, **settings)
+        if left_out:
+            warnings.warn(f"vps.calibrate: {told(left_out, len(parsed))}", stacklevel=2)
+        use = [code for _, code in codes]
         if progress is not None:
             progress("taking gradients", len(use))
         form = Sharpening(model, list(sharpened_layers(model)), False)
@@ -360,13 +383,5 @@ def _controls(controls: Sequence[str] | bool) -> tuple[str, ...]:
     return tuple(name for name in CONTROLS if name in wanted)
 
 
-def _split(examples: Sequence[Any], held_out: Sequence[Any] | None, seed: int) -> Split:
-    own: list[Example] = [parse(each, f"example {n}") for n, each in enumerate(examples, 1)]
-    apart = None
-    if held_out is not None:
-        apart = [parse(each, f"held-out example {n}") for n, each in enumerate(held_out, 1)]
-    return split(own, apart, seed)
-
-
-def _texts(texts: Sequence[str] | None) -> Sequence[str]:
-    return OTHER_TEXTS if texts is None else texts
+def _parsed(name: str, values: Sequence[Any]) -> list[Example]:
+    return [parse(each, f"{name} {number}") for number, each in enumerate(values, 1)]

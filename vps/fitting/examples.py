@@ -17,6 +17,8 @@ from vps.generation import encode
 
 STOP_SHARE = 0.25
 HELD_OUT_SHARE = 0.25
+LONGEST = 512  # tokens of an example, unless the caller says more
+SHOWN = 3  # examples that a message names
 KEYS = ("prompt", "answer", "gold", "text", "id")
 
 
@@ -98,12 +100,10 @@ def read_examples(path: Path) -> list[Example]:
         TypeError, ValueError: a line that is no example; the message names file and line.
     """
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in jsonl.lines(path):
         values = jsonl.parse_object(line)
         if values is None:
-            raise ValueError(f"{path}, line {number}: not a JSON object")
+            raise ValueError(f"{path}, line {number}: {jsonl.why_none(line)}")
         found.append(parse(values, f"{path}, line {number}"))
     return found
 
@@ -196,3 +196,55 @@ def encoded(
     if scored < 1:
         raise ValueError(f"calibrate: example {example.answer[:40]!r} has no token to predict")
     return Encoded(ids.to(device), scored, example.identity)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An example that cannot be used: of what, its number there from 1, and why."""
+
+    of: str
+    number: int
+    reason: str
+
+
+def usable(
+    tokenizer: Any,
+    of: str,
+    examples: Sequence[Example],
+    *,
+    chat: bool,
+    longest: int = LONGEST,
+    device: Any = "cpu",
+) -> tuple[list[tuple[Example, Encoded]], list[LeftOut]]:
+    """The examples that :func:`encoded` takes, with what it gives, and those it refuses.
+
+    Args: as for :func:`encoded`, and ``of``, which names the examples in messages.
+
+    Raises:
+        ValueError: none of them can be used.
+    """
+    found, left_out = [], []
+    for number, each in enumerate(examples, 1):
+        try:
+            code = encoded(tokenizer, each, chat=chat, longest=longest, device=device)
+        except ValueError as error:
+            left_out.append(LeftOut(of, number, str(error).removeprefix("calibrate: ")))
+        else:
+            found.append((each, code))
+    if left_out and not found:
+        raise ValueError(f"calibrate: {told(left_out, len(examples))}")
+    return found, left_out
+
+
+def told(left_out: Sequence[LeftOut], count: int) -> str:
+    """How many of ``count`` examples cannot be used, and why the first of them cannot."""
+    of = left_out[0].of
+    return f"{len(left_out)} of {count} {of} cannot be used and are left out: {listed(left_out)}"
+
+
+def listed(left_out: Sequence[LeftOut]) -> str:
+    """The first of them, each with its reason, and how many more there are."""
+    shown = "; ".join(
+        f"{each.of}, number {each.number}: {each.reason}" for each in left_out[:SHOWN]
+    )
+    return shown + (f"; and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else "")

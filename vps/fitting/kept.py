@@ -8,6 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from vps import jsonl
+from vps.reading import parse_json, read_text
+
+
+def left(path: Path) -> dict[str, Any] | None:
+    """What an interrupted call left in a file: its key and its states; ``None`` without a file.
+
+    Raises:
+        ValueError: the file holds something else, or is none.
+    """
+    if not path.exists():
+        return None
+    try:
+        jsonl.check_regular(path)
+        values = parse_json(read_text(path))
+        if set(values) == {"key", "states"} and all(isinstance(values[n], dict) for n in values):
+            return dict(values)
+    except (OSError, ValueError, TypeError):
+        pass
+    raise ValueError(
+        f"calibrate: {path} holds no interrupted calibration; expected one, or no such file"
+    )
 
 
 class Kept:
@@ -21,20 +42,16 @@ class Kept:
         self.path = None if path is None else Path(path)
         self.key = json.loads(json.dumps(key))
         self.states: dict[str, Any] = {}
-        if self.path is None or not self.path.exists():
+        values = None if self.path is None else left(self.path)
+        if values is None:
             return
-        try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
-            before, states = values["key"], values["states"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"calibrate: {self.path} holds no interrupted calibration") from None
+        before, self.states = values["key"], values["states"]
         if before != self.key:
             names = [name for name in self.key if before.get(name) != self.key[name]]
             raise ValueError(
                 f"calibrate: {self.path} is of a calibration with other {', '.join(names)}; "
                 "remove it to start anew"
             )
-        self.states = states
 
     def state(self, name: str) -> dict[str, Any] | None:
         """Of the form of that name; ``None`` where nothing was left."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vps.calibration import Calibration
+from vps.fitting.examples import LeftOut, listed
 
 TITLES = {
     "plain": "plain model",
@@ -36,6 +37,9 @@ def text(calibration: Calibration) -> str:
         f"{forms['sharpening']['plain']:.4f} plain, {forms['sharpening']['loss']:.4f} after "
         f"{forms['sharpening']['step']} steps",
     ]
+    left_out = [LeftOut(**each) for each in report.get("left_out", [])]
+    if left_out:
+        lines.append(f"Left out, since they cannot be used: {listed(left_out)}.")
     families = report["comparisons"]
     if families:
         lines += _table(families, forms)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from vps.config import VPSConfig
+from vps.reading import parse_json, read_text
 from vps.settings import FORMAT
 
 VARIABLE = "VPS_CONFIG"
@@ -28,8 +29,8 @@ def from_environment() -> VPSConfig:
     if value.startswith("{"):
         return parse(value, VARIABLE)
     try:
-        text = Path(value).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(value).expanduser())
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{VARIABLE}={value}: expected the path of a JSON file, or a JSON object: {error}"
         ) from None
@@ -62,8 +63,8 @@ def check(config: VPSConfig) -> None:
 def _config_text(text: str) -> str:
     """The config alone, where ``text`` is what :func:`vps.save` wrote."""
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError:
+        values = parse_json(text)
+    except ValueError:
         return text  # for VPSConfig to refuse
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         return text
