@@ -1,5 +1,6 @@
 """vps refine on a tiny random Llama whose words are numbers: one prompt, and JSONL rows."""
 
+import dataclasses
 import importlib
 import json
 
@@ -159,6 +160,19 @@ def test_a_run_is_continued(capsys, folder, data, tmp_path, monkeypatch):
         counts = json.loads(text)
         assert counts["refined"] == len(again) and counts["used_labels"] is True
         assert counts["refined"] + counts["failed"] + counts["skipped"] == 6
+
+
+def test_an_output_of_an_earlier_version_is_continued(capsys, folder, data, tmp_path):
+    """Which wrote out what a config was not given."""
+    out = tmp_path / "out.jsonl"
+    run(capsys, folder, "--data", data, "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in rows:
+        row["settings"]["config"] = dataclasses.asdict(VPSConfig())
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows[:4])
+    out.write_text(text)
+    code, _, _ = run(capsys, folder, "--data", data, "--out", out)
+    assert out.read_text().startswith(text) and len(out.read_text().splitlines()) == len(rows)
 
 
 def test_an_output_of_another_run_is_refused(capsys, folder, data, tmp_path):

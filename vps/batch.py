@@ -7,12 +7,14 @@ it, or its error, with its number and the settings of the run.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vps import jsonl
+from vps.config import VPSConfig
 from vps.refine import refine
 
 BEGINNING = '{"row": '  # of every row out
@@ -73,13 +75,24 @@ def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> s
             raise ContinuationError(f"{path}: line {place} is not of a row of this input")
         for name, value in wanted.items():
             came = made.get(name) if isinstance(made, dict) else None
-            if came != value:
+            if came != value and not (name == "config" and _mean_the_same(came, value)):
                 raise ContinuationError(
                     f"{path}: line {place} was made with {name} {came!r}, not {value!r}"
                 )
         finished.add(row.number)
     jsonl.cut(path, end)
     return finished
+
+
+def _mean_the_same(*configs: Any) -> bool:
+    """Whether two configs are equal as settings; earlier versions wrote what was left out."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one, other = (VPSConfig.from_json(json.dumps(config)) for config in configs)
+    except (TypeError, ValueError):
+        return False
+    return one == other
 
 
 def refine_rows(
