@@ -33,6 +33,9 @@ from vps.config import VPSConfig
 from vps.lbfgs import CurvatureMemory, Pair
 from vps.torch_backend import Inputs, Outputs
 
+# Of every call, so found once.
+_transform_running = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -121,7 +124,8 @@ def run(
     name: str, inputs: Inputs, settings: policy.Settings, pairs: tuple[Pair, ...]
 ) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]`` and ``I_in`` ``[G, r]`` by the backend of that name."""
-    if tracing.is_transforming():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _transform_running() is not None:
         return transforms.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)
     if pairs:
         return torch_backend.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)
@@ -132,7 +136,7 @@ def run(
         return torch_backend.sharpen(inputs, settings, torch_backend.forward)
     if name == "cuda" or (name == "triton" and not inputs.x.is_cuda):
         return torch_backend.sharpen(inputs, settings, _forward(name, inputs.x))
-    return operator.sharpen(inputs, settings)
+    return operator.sharpen(inputs, settings, compiling or _is_tracing())
 
 
 def _forward(

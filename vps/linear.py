@@ -165,8 +165,9 @@ class SharpenedLayer:
 
     def sharpen(self, x: Tensor) -> Tensor | None:
         """The output for x, or ``None`` where it is that of the base layer."""
-        if self.is_off():
-            return None
+        if STATE.disabled or self.gamma is not None or self.config.is_off:
+            if self.is_off():
+                return None
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
         W = self.matrix()

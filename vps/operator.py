@@ -52,9 +52,12 @@ LINEAR_PAIR = torch.ops.vps.linear_pair.default
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Output ``[G, T, d_out]``, differentiable, and ``I_in`` [G, r], through the operator."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or needs_gradient(inputs):
+def sharpen(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tensor, Tensor]:
+    """Output ``[G, T, d_out]``, differentiable, and ``I_in`` [G, r], through the operator.
+
+    ``traced`` says that a graph is made, which may be differentiated later.
+    """
+    if traced or needs_gradient(inputs):
         y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
         return y, features[:, 0]
     with torch._C._AutoDispatchBelowAutograd():  # past the gradient, which is written in Python
