@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from vps.reading import parse_json
@@ -184,7 +183,7 @@ class VPSConfig:
     def __hash__(self) -> int:  # few fields: it is computed at every call of a layer
         return hash((self.rank, self.gamma, self.gamma_bounds, self.builder, self.scope))
 
-    @cached_property
+    @property
     def is_off(self) -> bool:
         """Whether γ is 0 whatever the input."""
         return (self.gamma_bounds[1] if self.adaptive_gamma else self.gamma) == 0

@@ -52,7 +52,7 @@ LINEAR_PAIR = torch.ops.vps.linear_pair.default
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def sharpen(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tensor, Tensor]:
+def sharpen(inputs: Inputs, settings: Settings, traced: bool = False) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]``, differentiable, and ``I_in`` [G, r], through the operator.
 
     ``traced`` says that a graph is made, which may be differentiated later.
