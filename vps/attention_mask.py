@@ -86,8 +86,9 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
     else:
         return TokenLayout((), None, module, encoded)
     mask = given.get(f"{prefix}attention_mask")
-    if isinstance(mask, Mapping):  # one mask per kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Mapping):  # one mask per kind of layer, of which linear ones may have none
+        masks = [one for one in mask.values() if isinstance(one, Tensor)]
+        mask = mask.get("full_attention", masks[0] if masks else None)
     if isinstance(mask, Tensor):
         counted = _counted(mask, shape, given)
     else:
@@ -133,27 +134,30 @@ def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> 
     """Which of the call's own tokens count: bool of ``shape`` [B, T], or ``None`` for all.
 
     A 2-D mask [B, past + T] says it in its last T columns. In a 4-D mask [B, heads, T, K],
-    boolean or additive, a token counts that may attend to itself.
+    boolean or additive, a token counts that may attend to itself. Its own key is that of its
+    position, where the keys start at 0 (and may go on past the call's, in a static cache), or the
+    call's keys are the last, where a full sliding window has dropped the first.
     """
     if len(shape) != 2 or mask.shape[0] != shape[0]:
         return None
     length = shape[1]
     if mask.dim() == 2 and mask.shape[1] >= length:
         return mask[:, mask.shape[1] - length :].bool()
-    if mask.dim() != 4 or mask.shape[2] != length:
+    if mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] < length:
         return None
     allowed = mask[:, 0]
     if allowed.is_floating_point():
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
+    steps = torch.arange(length, device=mask.device)
+    own = steps + (allowed.shape[-1] - length)
     positions = given.get("cache_position")
-    if not isinstance(positions, Tensor):
-        # Called past_key_values before transformers 5.24.
-        past = given.get("cache", given.get("past_key_values"))
-        first = allowed.shape[-1] - length
-        if past is not None and hasattr(past, "get_seq_length"):
-            first = past.get_seq_length()
-        positions = torch.arange(length, device=mask.device) + first
-    own = positions.to(mask.device).view(1, length, 1).expand(shape[0], length, 1)
+    # Called past_key_values before transformers 5.24.
+    past = given.get("cache", given.get("past_key_values"))
+    if isinstance(positions, Tensor):
+        own = torch.minimum(own, positions.to(mask.device))
+    elif past is not None and hasattr(past, "get_seq_length"):
+        own = torch.minimum(own, steps + past.get_seq_length())
+    own = own.view(1, length, 1).expand(shape[0], length, 1)
     return allowed.bool().gather(-1, own).squeeze(-1)
 
 
