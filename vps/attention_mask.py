@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps import column_sums
+from vps import column_sums, packing
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
 from vps.selection import is_read_freely
+
+# Arguments of which each row is one input, beside a model's own main one.
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
 def attach(model: nn.Module) -> None:
     """Hook every module of ``model`` that takes tokens and an ``attention_mask``, and every Hugging
-    Face model in it that takes none, such as a vision tower."""
+    Face model in it, such as a vision tower."""
     for module in model.modules():
         names = tuple(inspect.signature(module.forward).parameters)
         takes_tokens = "input_ids" in names or "inputs_embeds" in names
-        is_tower = not takes_tokens and hasattr(type(module), "main_input_name")
-        if is_tower or (takes_tokens and "attention_mask" in names):
+        is_model = hasattr(type(module), "main_input_name")
+        if is_model or (takes_tokens and "attention_mask" in names):
             module.register_forward_pre_hook(_Enter(names), with_kwargs=True)
             module.register_forward_hook(_leave, always_call=True)
 
@@ -84,7 +87,7 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
     elif isinstance(embeds, Tensor):
         shape = tuple(embeds.shape[:-1])
     else:
-        return TokenLayout((), None, module, encoded)
+        return TokenLayout((), None, module, encoded, _rows(module, given, ()))
     mask = given.get(f"{prefix}attention_mask")
     if isinstance(mask, Mapping):  # one mask per kind of layer, of which linear ones may have none
         masks = [one for one in mask.values() if isinstance(one, Tensor)]
@@ -93,7 +96,25 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
         counted = _counted(mask, shape, given)
     else:
         counted = None if mask is not None else _said(shape)
-    return TokenLayout(shape, _unless_all(counted), module, encoded)
+    counted = _unless_all(counted)
+    outer = STATE.layouts[-1].packed if STATE.layouts else None
+    positions = given.get(f"{prefix}position_ids")
+    packed = packing.packed(shape, counted, given, mask, positions, outer)
+    return TokenLayout(shape, counted, module, encoded, _rows(module, given, shape), packed)
+
+
+def _rows(module: nn.Module, given: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many rows a call has: of tokens, of images and of sounds, which may differ."""
+    found = list(shape[:1]) if len(shape) == 2 else []
+    for name in (*INPUTS, getattr(module, "main_input_name", "")):
+        value = given.get(name)
+        # A matrix of numbers is patches of all images, but for sounds.
+        if isinstance(value, Tensor) and (
+            value.dim() > 2
+            or (value.dim() == 2 and (name == "input_values" or not value.is_floating_point()))
+        ):
+            found.append(value.shape[0])
+    return tuple(found)
 
 
 def _encoded(given: Mapping[str, Any]) -> Encoded | None:
@@ -155,8 +176,10 @@ def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> 
     past = given.get("cache", given.get("past_key_values"))
     if isinstance(positions, Tensor):
         own = torch.minimum(own, positions.to(mask.device))
-    elif past is not None and hasattr(past, "get_seq_length"):
+    elif hasattr(past, "get_seq_length"):
         own = torch.minimum(own, steps + past.get_seq_length())
+    elif past is not None:  # paged, of which all tokens count
+        return None
     own = own.view(1, length, 1).expand(shape[0], length, 1)
     return allowed.bool().gather(-1, own).squeeze(-1)
 
