@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps.packing import Packed, Packing
+from vps.packing import Packed, Packing, TimeFirst
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TokenLayout:
 
 # Token dims of a layer's input, the mask of that shape, how its rows are packed, and the layout in
 # which the input does not show where its sequences are. A plain tuple: one is made at each call.
-_Sequences = tuple[tuple[int, ...], Tensor | None, Packed | None, "TokenLayout | None"]
+_Sequences = tuple[tuple[int, ...], Tensor | None, Packed | TimeFirst | None, "TokenLayout | None"]
 
 
 class _ThreadState(threading.local):
@@ -123,7 +123,8 @@ def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
     """Token dims and mask to use for a layer input ``x`` [..., d_in].
 
     A model may flatten its ``[B, T]`` tokens before a layer (OPT, shared experts); then the
-    model's own dims are returned, so that sequences stay apart.
+    model's own dims are returned, so that sequences stay apart. A layer that is given one vector a
+    row (a pooler, a head) has B sequences of one token.
 
     Raises:
         ValueError: a mask of :func:`token_mask` that does not fit ``x``.
@@ -167,6 +168,9 @@ def _sequences(x: Tensor) -> _Sequences:
             "vps.token_mask: mask must have the shape of x without its last dim, "
             f"{tuple(own)}, got {layout.shape}"
         )
+    if x.dim() == 3 and own == layout.shape[::-1]:
+        mask = None if layout.mask is None else layout.mask.t()
+        return own, mask, TimeFirst(layout.shape, layout.mask), None
     if x.dim() != 2:
         return own, None, None, None
     if own[0] in layout.rows:

@@ -197,6 +197,29 @@ class Packed:
         return Packing(tuple(parts), place.to(device))
 
 
+class TimeFirst:
+    """Tokens ``[T, B]`` of a layer that takes them so, in a model of ``[B, T]`` (XLNet, FSMT).
+
+    Args:
+        shape: B and T.
+        counted: bool ``[B, T]``, or ``None`` where all tokens count.
+    """
+
+    def __init__(self, shape: tuple[int, ...], counted: Tensor | None) -> None:
+        self.shape = shape
+        self.counted = counted
+
+    def on(self, device: torch.device) -> Packing:
+        """One part, of B sequences of T tokens."""
+        rows, length = self.shape
+        order = torch.arange(rows * length, device=device)
+        counted = self.counted
+        if counted is None:
+            counted = torch.ones(self.shape, dtype=torch.bool, device=device)
+        part = Part(order.view(length, rows).t().contiguous(), counted.to(device))
+        return Packing((part,), order.view(rows, length).t().reshape(-1))
+
+
 def packed(
     shape: tuple[int, ...],
     counted: Tensor | None,
