@@ -24,9 +24,16 @@ T5 = dict(
 CLOSE = dict(rtol=1e-9, atol=1e-10)
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def made(auto, family, sizes):
+    """A model; ``sizes`` are its config where it has no family."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **sizes)
+    config = sizes
+    if family is not None:
+        config = transformers.AutoConfig.for_model(family, **sizes)
     model = auto.from_config(config).double().eval()
     with torch.no_grad():  # larger weights than initialised, so that sharpening shows
         for parameter in model.parameters():
@@ -35,4 +42,4 @@ def made(auto, family, sizes):
 
 
 def draw(*shape, seed=0):
-    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 64, shape, generator=seeded(seed))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from sequence_cases import BART, BERT, CLOSE, SPECIAL, T5, draw, made
+from sequence_cases import BART, BERT, CLOSE, SPECIAL, T5, draw, made, seeded
 from torch import nn
 
 import vps
@@ -72,6 +72,62 @@ def test_heads_of_fewer_images_than_texts():
     ]
     expected = torch.cat([torch.cat(row, 1) for row in expected])
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+PATCHES = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=4, patch_size=2)
+TOWERS = {
+    "qwen2_5_vl": dict(out_hidden_size=32, window_size=8, fullatt_block_indexes=[1]),
+    "qwen3_vl": dict(out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0]),
+}
+
+
+@pytest.mark.parametrize("family", TOWERS)
+@torch.no_grad()
+def test_images_of_one_row_of_patches(family):
+    """Their tower is given ``[n, d]``, merges four patches to one, and may order them anew."""
+    sizes = PATCHES | TOWERS[family]
+    whole = transformers.AutoConfig.for_model(family, vision_config=sizes).vision_config
+    tower = made(transformers.AutoModel, None, whole)
+    grid = torch.tensor([[1, 4, 6], [1, 8, 4], [2, 4, 4]])
+    sizes = grid.prod(1).tolist()
+    patches = torch.randn(sum(sizes), 24, dtype=torch.float64, generator=seeded())
+    vps.patch(tower, VPSConfig(target_modules="all-linear"))
+
+    def merged(patches, grid):
+        return tower(patches, grid_thw=grid).pooler_output
+
+    expected = [merged(*one) for one in zip(patches.split(sizes), grid[:, None], strict=True)]
+    torch.testing.assert_close(merged(patches, grid), torch.cat(expected), **CLOSE)
+
+
+class TimeFirst(nn.Module):
+    """Gives its layer tokens [T, B], as XLNet, FSMT and Longformer do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.proj = nn.Embedding(64, 8), nn.Linear(8, 8)
+        self.double()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.proj(self.embed(input_ids).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_tokens_before_rows(rows):
+    model, ids = TimeFirst(), draw(rows, 6)
+    config = VPSConfig(target_modules=("proj",))
+    vps.patch(model, config)
+    more, mask = nn.functional.pad(ids, (0, 3)), nn.functional.pad(ids * 0 + 1, (0, 3))
+    x = model.embed(ids)
+    torch.testing.assert_close(model(more, attention_mask=mask)[:, :6], model.proj(x), **CLOSE)
+    with vps.capture(model) as captured:
+        y = model(more, attention_mask=mask)[mask.bool()]
+        torch.testing.assert_close(captured["proj"].output_mean, y.mean(0), **CLOSE)
+    vps.set_config(model, config.replace(scope="batch"))
+    found = model(more, attention_mask=mask)[:, :6]
+    torch.testing.assert_close(found, model.proj(x.flatten(0, 1)).view(x.shape), **CLOSE)
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
     elif isinstance(embeds, Tensor):
         shape = tuple(embeds.shape[:-1])
     else:
-        return TokenLayout((), None, module, encoded, _rows(module, given, ()))
+        return _tower(module, given, encoded)
     mask = given.get(f"{prefix}attention_mask")
     if isinstance(mask, Mapping):  # one mask per kind of layer, of which linear ones may have none
         masks = [one for one in mask.values() if isinstance(one, Tensor)]
@@ -101,6 +101,17 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
     positions = given.get(f"{prefix}position_ids")
     packed = packing.packed(shape, counted, given, mask, positions, outer)
     return TokenLayout(shape, counted, module, encoded, _rows(module, given, shape), packed)
+
+
+def _tower(module: nn.Module, given: Mapping[str, Any], encoded: Encoded | None) -> TokenLayout:
+    """The layout of a call without tokens, such as of a vision tower."""
+    rows, grid = _rows(module, given, ()), given.get("grid_thw")
+    for patches in given.values():
+        if isinstance(grid, Tensor) and isinstance(patches, Tensor) and patches is not grid:
+            total = len(patches)
+            packed = packing.Patches(grid, total, total)
+            return TokenLayout((total,), None, module, encoded, rows, packed)
+    return TokenLayout((), None, module, encoded, rows)
 
 
 def _rows(module: nn.Module, given: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps.packing import Packed, Packing, TimeFirst
+from vps.packing import Packed, Packing, Patches, TimeFirst
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,17 @@ class TokenLayout:
     owner: nn.Module | None = None
     encoded: Encoded | None = None
     rows: tuple[int, ...] = ()
-    packed: Packed | None = None
+    packed: Packed | Patches | None = None
 
 
 # Token dims of a layer's input, the mask of that shape, how its rows are packed, and the layout in
 # which the input does not show where its sequences are. A plain tuple: one is made at each call.
-_Sequences = tuple[tuple[int, ...], Tensor | None, Packed | TimeFirst | None, "TokenLayout | None"]
+_Sequences = tuple[
+    tuple[int, ...],
+    Tensor | None,
+    Packed | Patches | TimeFirst | None,
+    "TokenLayout | None",
+]
 
 
 class _ThreadState(threading.local):
@@ -168,6 +173,9 @@ def _sequences(x: Tensor) -> _Sequences:
             "vps.token_mask: mask must have the shape of x without its last dim, "
             f"{tuple(own)}, got {layout.shape}"
         )
+    if isinstance(layout.packed, Patches) and own[-1:] == (tokens := count(own),):
+        if tokens > 0 and layout.shape[0] % tokens == 0:
+            return own, None, layout.packed.merged(tokens), None
     if x.dim() == 3 and own == layout.shape[::-1]:
         mask = None if layout.mask is None else layout.mask.t()
         return own, mask, TimeFirst(layout.shape, layout.mask), None

@@ -124,7 +124,7 @@ class Packed:
             if starts is not None:
                 starts[:, 0] = True
             several = starts is not None and int(starts.sum()) > len(starts)
-            self._packing[device] = self._pack(starts, device) if several else None  # type: ignore[arg-type]
+            self._packing[device] = _pack(starts, self.counted, device) if several else None  # type: ignore[arg-type]
         return self._packing[device]
 
     def _starts(self) -> Tensor | None:
@@ -173,29 +173,6 @@ class Packed:
         )
         return counted & (before >= 0) & (positions <= highest)
 
-    def _pack(self, starts: Tensor, device: torch.device) -> Packing:
-        """The parts of sequences that start where bool ``[B, T]`` says."""
-        first = starts.cpu().view(-1).nonzero().view(-1)
-        total = starts.numel()
-        lengths = torch.diff(first, append=torch.tensor([total]))
-        longest = int(lengths.max())
-        classes = torch.tensor([(longest // n).bit_length() for n in lengths.tolist()])
-        place = torch.empty(total, dtype=torch.int64)
-        parts, offset = [], 0
-        for own in classes.unique().tolist():  # lengths of one class differ by a factor below 2
-            starting, length = first[classes == own, None], lengths[classes == own, None]
-            order = torch.arange(int(length.max()))
-            there = order < length
-            tokens = torch.where(there, starting + order, starting)
-            where = torch.arange(offset, offset + tokens.numel()).view(tokens.shape)
-            place[tokens[there]] = where[there]
-            offset += tokens.numel()
-            tokens, there = tokens.to(device), there.to(device)
-            if self.counted is not None:
-                there = there & self.counted.to(device).reshape(-1)[tokens]
-            parts.append(Part(tokens, there))
-        return Packing(tuple(parts), place.to(device))
-
 
 class TimeFirst:
     """Tokens ``[T, B]`` of a layer that takes them so, in a model of ``[B, T]`` (XLNet, FSMT).
@@ -220,13 +197,82 @@ class TimeFirst:
         return Packing((part,), order.view(rows, length).t().reshape(-1))
 
 
+class Patches:
+    """Patches of several images in one row ``[n, d]``, as a vision tower is given them (Qwen-VL).
+
+    Args:
+        grid: patches of each image in time, height and width, ``[images, 3]``.
+        patches: n.
+        tokens: of a layer, each of which is as many merged patches.
+    """
+
+    def __init__(self, grid: Tensor, patches: int, tokens: int) -> None:
+        self.grid = grid
+        self.patches = patches
+        self.tokens = tokens
+        self._packing: dict[torch.device, Packing] = {}
+        self._merged: dict[int, Patches] = {tokens: self}
+
+    def merged(self, tokens: int) -> Patches:
+        """The same for a layer of so many tokens."""
+        if tokens not in self._merged:
+            self._merged[tokens] = Patches(self.grid, self.patches, tokens)
+        return self._merged[tokens]
+
+    def on(self, device: torch.device) -> Packing | None:
+        """The parts, on a device; ``None`` where there is one image, or a compiler looks on.
+
+        Raises:
+            ValueError: an image of which no whole tokens are made.
+        """
+        if len(self.grid) < 2 or not _is_readable(self.grid):
+            return None
+        if device not in self._packing:
+            size = self.patches // self.tokens
+            images = self.grid.prod(1).tolist()
+            if sum(images) != self.patches or any(image % size for image in images):
+                raise ValueError(
+                    f"vps: grid_thw must split {self.patches} patches into images of whole tokens, "
+                    f"of {size} patches each, got images of {images}; expected scope='token' else"
+                )
+            starts = torch.zeros(1, self.tokens, dtype=torch.bool)
+            starts[0, torch.tensor([0, *images]).cumsum(0)[:-1] // size] = True
+            self._packing[device] = _pack(starts, None, device)
+        return self._packing[device]
+
+
+def _pack(starts: Tensor, counted: Tensor | None, device: torch.device) -> Packing:
+    """The parts of sequences that start where bool ``[B, T]`` says, of whose tokens ``counted``
+    count."""
+    first = starts.cpu().view(-1).nonzero().view(-1)
+    total = starts.numel()
+    lengths = torch.diff(first, append=torch.tensor([total]))
+    longest = int(lengths.max())
+    classes = torch.tensor([(longest // n).bit_length() for n in lengths.tolist()])
+    place = torch.empty(total, dtype=torch.int64)
+    parts, offset = [], 0
+    for own in classes.unique().tolist():  # lengths of one class differ by a factor below 2
+        starting, length = first[classes == own, None], lengths[classes == own, None]
+        order = torch.arange(int(length.max()))
+        there = order < length
+        tokens = torch.where(there, starting + order, starting)
+        where = torch.arange(offset, offset + tokens.numel()).view(tokens.shape)
+        place[tokens[there]] = where[there]
+        offset += tokens.numel()
+        tokens, there = tokens.to(device), there.to(device)
+        if counted is not None:
+            there = there & counted.to(device).reshape(-1)[tokens]
+        parts.append(Part(tokens, there))
+    return Packing(tuple(parts), place.to(device))
+
+
 def packed(
     shape: tuple[int, ...],
     counted: Tensor | None,
     given: Mapping[str, Any],
     mask: Any,
     positions: Any,
-    outer: Packed | None,
+    outer: Any,
 ) -> Packed | None:
     """What a call says of the sequences in its rows; ``None`` where each row is one.
 
@@ -235,7 +281,7 @@ def packed(
         counted: as for :class:`Packed`.
         given: the arguments of the call, of which ``mask`` and ``positions`` are two; positions may
             have three of images beside them (Qwen-VL: ``[4, B, T]``, text first).
-        outer: of the model that calls this one, which stands where it was told the same.
+        outer: what that of the model said that calls this one, which stands where it was the same.
     """
     bounds, ids = None, given.get("seq_idx")
     for name in BOUNDS:
@@ -251,7 +297,7 @@ def packed(
     if bounds is None and ids is None and positions is None:
         return None
     said = (shape[0], shape[1]), bounds, ids, positions, mask
-    if outer is not None and outer.is_told(*said):
+    if isinstance(outer, Packed) and outer.is_told(*said):
         return outer
     return Packed(said[0], counted, *said[1:])
 
