@@ -121,6 +121,31 @@ def test_two_packed_rows_one_of_which_is_padded():
     torch.testing.assert_close(found[1:, :-1], expected[1], **CLOSE)
 
 
+@pytest.mark.parametrize("bounds", [False, True])
+@torch.no_grad()
+def test_as_transformers_packs(bounds):
+    model, rows = llama(), sequences()
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=bounds)
+    given = collator([dict(input_ids=row[0].tolist()) for row in rows], return_tensors="pt")
+    del given["labels"]
+    found = model(**given, use_cache=False).logits
+    torch.testing.assert_close(found, alone(model, rows), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_token_mask_over_a_packed_row():
+    model, rows = llama(), sequences()
+    masks = [torch.arange(length)[None] != length - 2 for length in LENGTHS]
+    expected = []
+    for row, mask in zip(rows, masks, strict=True):
+        with vps.token_mask(mask):
+            expected.append(model(row, use_cache=False).logits)
+    with vps.token_mask(torch.cat(masks, 1)):
+        found = model(**packed(rows)).logits
+    torch.testing.assert_close(found, torch.cat(expected, 1), **CLOSE)
+    assert not torch.allclose(found, model(**packed(rows)).logits)
+
+
 @pytest.mark.parametrize("fill", [0, 1])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @torch.no_grad()

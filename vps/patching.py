@@ -64,8 +64,9 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     """Sharpen the linear layers of ``model`` that ``config.target_modules`` names.
 
     A layer used in several places is replaced by one sharpened layer in all of them. The model's
-    ``attention_mask`` reaches the statistics by itself. Patching a patched model again first
-    takes the old sharpening back; entropy and history are kept.
+    ``attention_mask`` reaches the statistics by itself, and so does where packed sequences start;
+    experts are refused under every scope but ``"token"`` (SPEC §2). Patching a patched model again
+    first takes the old sharpening back; entropy and history are kept.
 
     Args:
         model: any module; Hugging Face models of every family built from ``nn.Linear`` or
