@@ -189,7 +189,7 @@ def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> 
         own = torch.minimum(own, positions.to(mask.device))
     elif hasattr(past, "get_seq_length"):
         own = torch.minimum(own, steps + past.get_seq_length())
-    elif past is not None:  # paged, of which all tokens count
+    elif type(past).__name__ == "PagedAttentionCache":  # keys in any order; there is no padding
         return None
     own = own.view(1, length, 1).expand(shape[0], length, 1)
     return allowed.bool().gather(-1, own).squeeze(-1)
