@@ -36,6 +36,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     "pytest",
     "pytest-benchmark",
+    "expecttest",  # of torch.testing._internal
     "numpy",
     "packaging",
     *EXTRAS["engines"],

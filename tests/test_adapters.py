@@ -311,3 +311,63 @@ def test_gradient_checkpointing_changes_no_gradient(builder):
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    [
+        ("qwen2", lora(lora_bias=True)),
+        ("qwen2", lora(use_dora=True)),
+        ("opt", lora(lora_bias=True, target_modules=["q_proj", "fc1"])),
+        ("qwen2", IA3Config(target_modules=TARGETS, feedforward_modules=[])),
+        ("gpt2", lora(lora_bias=True, target_modules=["c_attn"], fan_in_fan_out=True)),
+    ],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+@torch.no_grad()
+def test_a_merged_adapter_is_switched_off_and_on(order, family, adapter):
+    """PEFT unmerges in the forward of the layer, which must happen to the layer itself."""
+    config = settings(family)
+    bound = 1e-5 if isinstance(adapter, IA3Config) else 1e-9  # (IA)³ divides by its scale + 1e-8
+    model = adapted(order, config, copy.deepcopy(adapter), family)
+    plain = tiny(family)
+    vps.patch(plain, config)
+    sharpened, adapter_on = plain(IDS).logits, model(IDS).logits
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model.merge_adapter()
+    assert same(model, adapter_on, bound=bound)
+    with model.disable_adapter():
+        assert same(model, sharpened, bound=bound)
+    assert same(model, adapter_on, bound=bound)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=bound)
+    vps.unpatch(model)
+    with model.disable_adapter():
+        assert same(model, tiny(family)(IDS).logits, bound=bound)
+
+
+@torch.no_grad()
+def test_mixed_batches_are_refused_and_taken_where_sharpening_is_off():
+    model = tiny("llama")
+    vps.patch(model)
+    model = get_peft_model(model, lora())
+    model.add_adapter("other", lora(r=2))
+    model = fill(model)
+    names = ["default", "other"]
+    plain = get_peft_model(tiny("llama"), lora())
+    plain.add_adapter("other", lora(r=2))
+    plain = fill(plain)
+    expected = plain(input_ids=IDS, adapter_names=names).logits
+    with pytest.raises(TypeError, match="adapter_names.*other weights.*one weight"):
+        model(input_ids=IDS, adapter_names=names)
+    with vps.disabled(model):
+        assert torch.equal(model(input_ids=IDS, adapter_names=names).logits, expected)
+    vps.set_config(model, VPSConfig(gamma=0))
+    assert torch.equal(model(input_ids=IDS, adapter_names=names).logits, expected)
+    vps.set_config(model, VPSConfig())
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):  # PEFT's own reason
+        model(input_ids=IDS, adapter_names=names[:1])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters"):
+        model(input_ids=IDS, adapter_names=names)

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import vps
 from vps import VPSConfig
@@ -134,6 +135,31 @@ def test_chunks_count_alike_into_every_cache(family, sizes):
         transformers.StaticCache(config=config, max_cache_len=24),
     ):
         torch.testing.assert_close(run(cache, True), expected, rtol=1e-6, atol=1e-6)
+
+
+class OneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.proj = nn.Embedding(96, 8), nn.Linear(8, 8)
+        self.double()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.proj(self.embed(input_ids))
+
+
+@torch.no_grad()
+def test_the_mask_of_the_layers_that_have_one():
+    """Linear layers may have none, whichever kind comes first."""
+    model, ids = OneLayer(), draw(2, 6)
+    vps.patch(model, VPSConfig(target_modules=("proj",)))
+    counted = torch.arange(6) < torch.tensor([[4], [6]])
+    sliding = (counted[:, None] & torch.ones(6, 6).tril().bool())[:, None]
+    found = model(ids, attention_mask={"linear_attention": None, "sliding_attention": sliding})
+    with vps.token_mask(counted):
+        expected = model.proj(model.embed(ids))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, model(ids))
 
 
 @torch.no_grad()

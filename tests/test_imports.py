@@ -34,7 +34,7 @@ LAYERS = [
     {"weight_rows"},
     {"own_forward"},
     {"kernels", "cpp"},
-    {"torch_backend", "one_group", "triton_backend", "cuda", "products"},
+    {"torch_backend", "one_group", "triton_backend", "cuda", "products", "transforms"},
     {"operator", "column_wise", "row_wise", "cuda_build"},
     {"dispatch"},
     {"functional", "coupled"},

@@ -27,6 +27,16 @@ def is_adapter(module: nn.Module) -> bool:
     return tuner is not None and isinstance(module, tuner)
 
 
+def settle(module: nn.Module) -> None:
+    """Unmerge an adapter that is switched off, as its own forward would begin by doing.
+
+    That changes its weights, so it must happen to the module itself, before a stand-in without
+    bias computes in its place.
+    """
+    if getattr(module, "disable_adapters", False) and getattr(module, "merged", False):
+        module.unmerge()  # type: ignore[operator]
+
+
 def watch() -> None:
     """From now on keep sharpened layers right when adapters come and go."""
     if not _WATCHING:

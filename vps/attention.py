@@ -31,7 +31,8 @@ def couple_blocks(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
     coupled, reasons = [], {}
     config = _text_config(getattr(model, "config", None))
     for name, block in model.named_modules():
-        query, key = (_sharpened(block._modules.get(child)) for child in (QUERY, KEY))
+        children = dict(block._modules.items())  # a scripted module has no more of a dict
+        query, key = (_sharpened(children.get(child)) for child in (QUERY, KEY))
         if query is None and key is None:
             continue
         pair = _pair(name, block, query, key, config)

@@ -158,9 +158,9 @@ class Calibration:
         for kind, names in (("sharpened layers without a γ", extra), ("no such layers", missing)):
             if names:
                 found.append(f"{kind}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
-        own = json.loads(self.config.to_json())
+        own = dataclasses.asdict(self.config)
         for config in dict.fromkeys(layer.config for layer in layers.values()):
-            other = json.loads(config.to_json())
+            other = dataclasses.asdict(config)
             found += [
                 f"config field {name} is {other[name]!r}, expected {own[name]!r}"
                 for name in own
@@ -195,7 +195,7 @@ class Calibration:
         else:
             self._check(model)
         layers: dict[str, Any] = sharpened_layers(model)
-        made = {n: LayerGamma(self.gamma[n], _device(one)) for n, one in layers.items()}
+        made = {n: LayerGamma(self.gamma[n], device_of(one)) for n, one in layers.items()}
         for name, own in made.items():
             width = columns_of(layers[name])
             if own.by_column and len(own.numbers) != width:
@@ -222,8 +222,8 @@ def clear_calibration(model: nn.Module) -> None:
         layer.gamma = None
 
 
-def _device(layer: Any) -> torch.device | None:
-    """Where a layer computes; ``None`` where its weights are elsewhere until they are needed."""
+def device_of(layer: Any) -> torch.device | None:
+    """Return where a layer computes, or ``None`` where its weights are elsewhere until needed."""
     parameter = next(layer.module.parameters(), None)
     return None if parameter is None or parameter.is_meta else parameter.device
 

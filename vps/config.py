@@ -7,8 +7,9 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Self
 
 DEFAULT_TARGET_MODULES = (
@@ -22,19 +23,29 @@ DEFAULT_TARGET_MODULES = (
 )
 MAX_RANK = 64
 MAX_TOPK = 64
+NOT_GIVEN: Any = None
 
 
 @dataclass(frozen=True)
 class VPSConfig:
     """How a model is sharpened.
 
+    A value that is given holds: ``gamma=0.1`` fixes γ at 0.1. The policy chooses what is left out,
+    inside its bounds. After construction every field holds what it resolved to.
+
     Args:
-        rank: columns of the update when ``adaptive_rank`` is off; 1 to 64.
-        adaptive_rank: let the policy choose the rank inside ``rank_bounds``.
-        topk: selected features per side; bounds the rank. 1 to 64.
-        gamma: scale of the update when ``adaptive_gamma`` is off; at least 0. 0 is the base layer.
+        rank: columns of the update, 1 to 64; 2 when left out and not adaptive.
+        adaptive_rank: let the policy choose the rank inside ``rank_bounds``. ``None``, here and
+            below, means: where the value is left out.
+        topk: selected features per side, 1 to 64; bounds the rank. 32 when left out and not
+            adaptive, or the rank where that is more.
+        adaptive_topk: let the policy choose it inside ``topk_bounds``; ``None`` also follows
+            ``adaptive_rank``.
+        gamma: scale of the update, at least 0; 0.5 when left out and not adaptive. 0 is the base
+            layer.
         adaptive_gamma: let the policy choose γ inside ``gamma_bounds``.
         order: terms of the expansion of ``W · exp(γ U Vᵀ W)``; 1 or 2.
+        adaptive_order: let the policy choose the order inside ``order_bounds``.
         tau: largest norm of one component (``clip="component"``) or of the whole update
             (``clip="spectral"``), in units of the weight; ``None`` leaves out the clip.
         alpha: ridge of the SC builder, in units of ``x²``; positive.
@@ -54,20 +65,24 @@ class VPSConfig:
         TypeError: a value of the wrong type.
         ValueError: a value out of range; the message names field, value and range.
 
+    Warns:
+        UserWarning: a value beside ``adaptive_…=True``, or bounds of what is not adaptive; the
+            message says which of them decides.
+
     Source: SPEC §5; the paper, appendix B.
     """
 
-    rank: int = 2
-    adaptive_rank: bool = True
+    rank: int = NOT_GIVEN
+    adaptive_rank: bool | None = None
     rank_bounds: tuple[int, int] = (1, 4)
-    topk: int = 32
+    topk: int = NOT_GIVEN
     adaptive_topk: bool | None = None
     topk_bounds: tuple[int, int] = (16, 64)
-    gamma: float = 0.5
-    adaptive_gamma: bool = True
+    gamma: float = NOT_GIVEN
+    adaptive_gamma: bool | None = None
     gamma_bounds: tuple[float, float] = (0.3, 0.8)
-    order: int = 1
-    adaptive_order: bool = False
+    order: int = NOT_GIVEN
+    adaptive_order: bool | None = None
     order_bounds: tuple[int, int] = (1, 2)
     tau: float | None = 0.8
     alpha: float = 1e-3
@@ -81,18 +96,20 @@ class VPSConfig:
     target_modules: tuple[str, ...] | str = DEFAULT_TARGET_MODULES
     exclude_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | None = None
+    # Of a copy by dataclasses.replace: what the original had not been given, with what it took.
+    _implied: InitVar[Mapping[str, Any] | None] = None
 
+    ADAPTIVE: ClassVar[dict[str, Any]] = {"rank": 2, "topk": 32, "gamma": 0.5, "order": 1}
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "builder": ("sk", "sc", "hybrid", "random"),
         "scope": ("sequence", "batch", "token"),
         "clip": ("component", "spectral"),
     }
 
-    def __post_init__(self) -> None:
-        if self.adaptive_topk is None:  # SPEC §5: follows the rank
-            object.__setattr__(self, "adaptive_topk", self.adaptive_rank)
-        for name in ("adaptive_rank", "adaptive_topk", "adaptive_gamma", "adaptive_order"):
-            self._check_bool(name)
+    def __post_init__(self, _implied: Mapping[str, Any] | None) -> None:
+        beside = self._resolve(_implied)
+        for name in self.ADAPTIVE:
+            self._check_bool(f"adaptive_{name}")
         self._check_bool("qk_coupling")
         self._check_bool("lbfgs")
         for name, allowed in self.CHOICES.items():
@@ -117,12 +134,63 @@ class VPSConfig:
         if self.exclude_modules is not None:
             self._check_names("exclude_modules")
         self._check_layers()
+        self._warn(beside, self.ADAPTIVE if _implied is None else ())
+
+    def _resolve(self, before: Mapping[str, Any] | None) -> list[str]:
+        """Fill in what was left out (SPEC §5) and return the values given beside their switch."""
+        for name, value in (before or {}).items():
+            if getattr(self, name) == value:  # passed on by a copy, not given
+                object.__setattr__(self, name, None)
+        implied: dict[str, Any] = {}
+        beside = []
+        for name, default in self.ADAPTIVE.items():
+            switch = f"adaptive_{name}"
+            value, adaptive = getattr(self, name), getattr(self, switch)
+            own = value is None and name != "order"
+            if name == "topk":
+                own = own and self.adaptive_rank is True
+                default = max(default, self.rank) if isinstance(self.rank, int) else default
+            if value is None:
+                implied[name] = default
+                object.__setattr__(self, name, default)
+            if adaptive is None:
+                implied[switch] = own
+                object.__setattr__(self, switch, own)
+            elif adaptive is True and value is not None and (before is None or name in before):
+                beside.append(name)
+        object.__setattr__(self, "_implied", implied)
+        return beside
+
+    def _warn(self, beside: Iterable[str], bounded: Iterable[str], stacklevel: int = 4) -> None:
+        """Say once which values, and which of the bounds of these names, have no effect."""
+        said = [
+            f"{name}={getattr(self, name)!r} has no effect beside adaptive_{name}=True: "
+            f"{name}_bounds {getattr(self, f'{name}_bounds')} decide"
+            for name in beside
+        ]
+        said += [
+            f"{name}_bounds={getattr(self, f'{name}_bounds')} have no effect: {name} is fixed "
+            f"at {getattr(self, name)!r}; adaptive_{name}=True would let them decide"
+            for name in bounded
+            if not getattr(self, f"adaptive_{name}")
+            and getattr(self, f"{name}_bounds") != getattr(type(self), f"{name}_bounds")
+        ]
+        if said:
+            warnings.warn(f"VPSConfig: {'; '.join(said)}", stacklevel=stacklevel)
 
     def __hash__(self) -> int:  # few fields: it is computed at every call of a layer
         return hash((self.rank, self.gamma, self.gamma_bounds, self.builder, self.scope))
 
+    @property
+    def is_off(self) -> bool:
+        """Whether γ is 0 whatever the input."""
+        return (self.gamma_bounds[1] if self.adaptive_gamma else self.gamma) == 0
+
     def replace(self, **changes: Any) -> Self:
-        """A copy with ``changes`` applied and checked.
+        """Return a copy with ``changes`` applied and checked.
+
+        A value among them holds where the original was not told to adapt it, and a switch turned on
+        lets go of the original's value.
 
         Raises:
             TypeError: a name that is no field, with the nearest known one.
@@ -130,13 +198,20 @@ class VPSConfig:
         for name in changes:
             if name not in self.field_names():
                 raise TypeError(f"VPSConfig has no field {name!r}{nearest_field(name)}")
-        if "adaptive_rank" in changes and self.adaptive_topk == self.adaptive_rank:
-            changes.setdefault("adaptive_topk", None)
-        return dataclasses.replace(self, **changes)
+        implied = dict(self._implied or {})  # type: ignore[attr-defined]  # see _resolve
+        for name in self.ADAPTIVE:
+            if changes.get(f"adaptive_{name}") is True:
+                changes.setdefault(name, None)
+        # What is changed is given, also where it equals what was implied.
+        left = {name: None if name in changes else implied[name] for name in implied}
+        copy = dataclasses.replace(self, **changes, _implied=left)
+        copy._warn((), [name for name in self.ADAPTIVE if f"{name}_bounds" in changes], 3)
+        return copy
 
     def to_json(self) -> str:
-        """The settings as a JSON object, one key a field."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """Return the settings as a JSON object, one key a field, ``null`` where it was left out."""
+        left = dict.fromkeys(self._implied or ())  # type: ignore[attr-defined]
+        return json.dumps(dataclasses.asdict(self) | left, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -145,6 +220,10 @@ class VPSConfig:
         Raises:
             ValueError: no JSON, no object, or an unknown key (with the nearest known one).
             TypeError: a value of the wrong type.
+
+        Warns:
+            UserWarning: as for the constructor; files of earlier versions have values beside
+                ``adaptive_…=true``.
         """
         try:
             values = json.loads(text)
@@ -232,18 +311,6 @@ class VPSConfig:
         for index in layers:
             self._check_int("layers_to_transform", index, 0, 2**31 - 1)
         object.__setattr__(self, "layers_to_transform", tuple(layers))
-
-
-def with_switches(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` that also turn off what would adapt a value they set, unless they say more.
-
-    A value of gamma, rank, topk or order means nothing while its ``adaptive_`` switch is on.
-    """
-    found = dict(changes)
-    for name in ("gamma", "rank", "topk", "order"):
-        if name in found:
-            found.setdefault(f"adaptive_{name}", False)
-    return found
 
 
 def nearest_field(name: str) -> str:

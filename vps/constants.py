@@ -25,7 +25,8 @@ def kept(function: F) -> F:
 
     @lru_cache(maxsize=4096)
     def keep(*arguments: Any) -> Any:
-        with torch.inference_mode(False):
+        # Outside of inference mode and of vmap, which would not let a seed draw.
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():
             return function(*arguments)
 
     @wraps(function)

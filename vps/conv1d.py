@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from vps import adapters
-from vps.config import VPSConfig
-from vps.linear import SharpenedLayer, as_class, parameter
+from vps.linear import SharpenedLayer, parameter
 from vps.own_forward import is_matrix
-from vps.policy import PolicyState
 
 
 class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
     """A ``Conv1D`` with weight ``[d_in, d_out]``, sharpened with ``W`` its transpose."""
 
-    @classmethod
-    def from_conv1d(cls, conv1d: Conv1D, config: VPSConfig, state: PolicyState) -> Self:
-        """A sharpened layer that shares the parameters of ``conv1d``."""
-        return as_class(conv1d, cls, config=config, state=state)
-
-    def to_conv1d(self) -> Conv1D:
-        """The plain ``Conv1D`` of the same parameters and hooks."""
-        return as_class(self, Conv1D)
+    plain_class = Conv1D
 
     def forward(self, x: Tensor) -> Tensor:
         """Sharpened output ``[..., d_out]`` for x ``[..., d_in]``."""

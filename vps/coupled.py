@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import coupling, dispatch, one_group, operator, policy, reference, sharing
+from vps import (
+    coupling,
+    dispatch,
+    one_group,
+    operator,
+    policy,
+    reference,
+    sharing,
+    tracing,
+    transforms,
+)
 from vps.config import VPSConfig
 from vps.functional import (
     arrange,
@@ -85,11 +95,13 @@ def coupled_vps_linear(
     """
     config = VPSConfig() if config is None else config
     both = (query, key)
-    for projection in both:
-        check(x, projection.weight, mask)
     reason = why_not(query.weight.shape[0], key.weight.shape[0], heads, kv_heads)
     if reason is not None:
         raise ValueError(f"coupled_vps_linear: {reason}")
+    if all(config.is_off if p.gamma is None else p.gamma.is_zero for p in both):
+        return F.linear(x, *query[:2]), F.linear(x, *key[:2])
+    for projection in both:
+        check(x, projection.weight, mask)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, both = cast(x, dtype), (_cast(query, dtype), _cast(key, dtype))
@@ -111,9 +123,7 @@ def coupled_vps_linear(
         plan_for(config, p.gradient, factor, d_k, d_in, x.device, x.dtype, calibrated) for p in both
     ]
     plain = [p.gamma is not None and p.gamma.is_zero for p in both]
-    if plans[0] is None or plans[1] is None or all(plain):
-        return F.linear(x, *query[:2]), F.linear(x, *key[:2])
-    if x.numel() == 0 or plans[0].settings.r == 0:
+    if plans[0] is None or plans[1] is None or x.numel() == 0 or plans[0].settings.r == 0:
         return F.linear(x, *query[:2]), F.linear(x, *key[:2])
     grouped, mask, counted, packing = arrange(x, mask, config.scope)
     if packing is not None:
@@ -197,7 +207,9 @@ def _in_one_call(
 
 
 def _is_plain_call(x: Tensor, query: Projection, key: Projection) -> bool:
-    """Whether no gradient asks for the operator of each layer by itself."""
+    """Whether no gradient or transform asks for the operator of each layer by itself."""
+    if tracing.is_transforming():
+        return False
     return not torch.is_grad_enabled() or not any(
         tensor is not None and tensor.requires_grad for tensor in (x, *query[:2], *key[:2])
     )
@@ -219,6 +231,13 @@ def couple_by(
     name: str, x: Tensor, W_q: Tensor, W_k: Tensor, mask: Tensor | None, *rest: Any
 ) -> coupling.Joint:
     """The joint decision by the backend of that name."""
+    if tracing.is_transforming():
+        I_in, *sizes = rest
+
+        def decide(*tensors: Any) -> coupling.Joint:
+            return couple_by(name, *tensors, *sizes)
+
+        return transforms.couple(decide, x, W_q, W_k, mask, I_in)
     if name == "torch":
         with torch.no_grad():
             return coupling.couple(x, W_q, W_k, mask, *rest)

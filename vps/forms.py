@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,8 +72,9 @@ def _form(module: nn.Module) -> Form:
     if expected is None:
         return Form(reason=f"its type is {type(module).__name__}, which is no supported layer")
     reason = why_not_sharpenable(module, expected)
-    if reason is None:
+    if reason is None and module.weight.device.type != "meta":  # type: ignore[union-attr]
         return Form(WEIGHT)
+    reason = reason or "its weight is on the meta device (offloaded or not yet loaded)"
     return _opaque_form(module, expected, reason)
 
 
@@ -105,27 +107,23 @@ def _opaque_form(module: nn.Module, expected: type[nn.Module], reason: str) -> F
     return Form(f"opaque ({kind})" if hook is None else f"opaque (dispatched {kind})")
 
 
-def sharpen(module: nn.Module, config: VPSConfig, state: PolicyState) -> nn.Module:
-    """What stands for a module of form ``"weight"``; any other itself, sharpened in its place."""
+def sharpen(module: nn.Module, config: VPSConfig, state: PolicyState) -> None:
+    """Sharpen ``module`` where it stands."""
     if adapters.is_adapter(module):
         wrapped = module._modules["base_layer"]
         assert wrapped is not None
-        within = sharpen(wrapped, config, state)
-        module._modules["base_layer"] = within
-        layer = opaque_layer.sharpened_by(within)
-        adapters.cover(module, layer)
-        return module
-    if tensor_parallel.is_tensor_parallel(module):
-        assert isinstance(module, nn.Linear)
-        return TensorParallelLinear.sharpened(module, config, state)
-    if form_of(module).name == WEIGHT:
-        if isinstance(module, nn.Linear):
-            return VPSLinear.from_linear(module, config, state)
+        sharpen(wrapped, config, state)
+        adapters.cover(module, opaque_layer.sharpened_by(wrapped))
+    elif tensor_parallel.is_tensor_parallel(module):
+        TensorParallelLinear.sharpened(module, config, state)
+    elif form_of(module).name != WEIGHT:
+        opaque_layer.attach(module, config, state, widths_of(module))
+    elif isinstance(module, nn.Linear):
+        VPSLinear.sharpened(module, config, state)
+    else:
         from vps.conv1d import VPSConv1D  # needs transformers, which this module came from
 
-        return VPSConv1D.from_conv1d(module, config, state)  # type: ignore[arg-type]
-    opaque_layer.attach(module, config, state, widths_of(module))
-    return module
+        VPSConv1D.sharpened(module, config, state)
 
 
 def check(module: nn.Module) -> str | None:
@@ -139,37 +137,16 @@ def check(module: nn.Module) -> str | None:
     return layer.try_on(layer.own_forward(_token_like(module)))
 
 
-def plain(module: nn.Module) -> nn.Module:
-    """What :func:`sharpen` was given, or its like with the same parameters."""
+def plain(module: nn.Module) -> None:
+    """Take back what :func:`sharpen` did to ``module``."""
+    if isinstance(module, SharpenedLayer):
+        module.plain()
+        return
+    opaque_layer.detach(module)
     if adapters.is_adapter(module):
-        opaque_layer.detach(module)
         wrapped = module._modules["base_layer"]
         assert wrapped is not None
-        module._modules["base_layer"] = plain(wrapped)
-        return module
-    if isinstance(module, TensorParallelLinear):
-        return module.plain()
-    if not isinstance(module, SharpenedLayer):
-        opaque_layer.detach(module)
-        return module
-    if not isinstance(module, VPSLinear):
-        return module.to_conv1d()  # type: ignore[operator]
-    if type(module._parameters.get("weight")) is nn.Parameter and "forward" not in module.__dict__:
-        return module.to_linear()
-    return _in_place(module)
-
-
-def _in_place(layer: VPSLinear) -> nn.Module:
-    """A ``VPSLinear`` made an ``nn.Linear`` itself: others (FSDP2, accelerate) hold on to it."""
-    kind = type(layer)
-    bases = tuple(nn.Linear if base is VPSLinear else base for base in kind.__bases__)
-    for name in SharpenedLayer.__annotations__:
-        layer.__dict__.pop(name, None)
-    layer.__class__ = nn.Linear if kind is VPSLinear else type("FSDPLinear", bases, {})  # type: ignore[assignment]
-    for slot in ("forward", "_old_forward"):
-        if getattr(layer.__dict__.get(slot), "__func__", None) is VPSLinear.forward:
-            layer.__dict__[slot] = nn.Linear.forward.__get__(layer)
-    return layer
+        plain(wrapped)
 
 
 def widths_of(module: nn.Module) -> tuple[int, int]:
@@ -195,7 +172,7 @@ def bypassed(model: nn.Module) -> dict[int, str]:
         id(parent._modules[name]): f"{reader.__name__} reads its weight without calling it"
         for parent in model.modules()
         for reader, names in READERS.items()
-        if type(parent).forward is reader.forward
+        if inspect.getattr_static(type(parent), "forward", None) is reader.forward
         for name in names
     }
 

@@ -5,7 +5,7 @@ The only door to the backends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,11 +26,13 @@ from vps import (
     selection,
     sharing,
     torch_backend,
+    tracing,
+    transforms,
 )
 from vps.config import VPSConfig
 from vps.lbfgs import CurvatureMemory, Pair
 from vps.packing import Packing
-from vps.torch_backend import Inputs
+from vps.torch_backend import Inputs, Outputs
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,7 +69,7 @@ def vps_linear(
         ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and, by any
         backend but ``triton`` and ``cuda``, which add b after rounding and have products of their
         own for a few tokens, for a group without a counted token. Differentiable in x, weight and
-        bias (SPEC §6).
+        bias, twice and under the transforms of ``torch.func``, too (SPEC §6).
 
     Raises:
         TypeError: x or weight no floating-point tensor, or a mask that is not bool.
@@ -78,6 +80,9 @@ def vps_linear(
     Source: SPEC §2–§6, §8.
     """
     config = VPSConfig() if config is None else config
+    gamma = own_gamma(gamma)
+    if config.is_off if gamma is None else gamma.is_zero:
+        return F.linear(x, weight, bias)
     check(x, weight, mask)
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -89,11 +94,9 @@ def vps_linear(
                 mask=mask, state=state, gradient=gradient, memory=memory, gamma=gamma,
             )  # fmt: skip
     factor = 1.0 if state is None else state.factor()
-    gamma = own_gamma(gamma)
     d_out, d_in = weight.shape
     plan = plan_for(config, gradient, factor, d_out, d_in, x.device, x.dtype, gamma is not None)
-    off = gamma is not None and gamma.is_zero
-    if plan is None or off or x.numel() == 0 or plan.settings.r == 0:
+    if plan is None or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
     grouped, mask, counted, packing = arrange(x, mask, config.scope)
     if packing is not None:
@@ -125,19 +128,35 @@ def run(
     name: str, inputs: Inputs, settings: policy.Settings, pairs: tuple[Pair, ...]
 ) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]`` and ``I_in`` ``[G, r]`` by the backend of that name."""
+    if tracing.is_transforming():
+        return transforms.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)
     if pairs:
-        forward = partial(torch_backend.forward, pairs=pairs)
-        return torch_backend.sharpen(inputs, settings, forward, pairs)
+        return torch_backend.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)
     if name == "torch":
         result = one_group.sharpen(inputs, settings)
         if result is not None:
             return result
         return torch_backend.sharpen(inputs, settings, torch_backend.forward)
-    if name == "cuda":
-        return torch_backend.sharpen(inputs, settings, cuda.forward)
-    if name == "triton" and not inputs.x.is_cuda:
-        return _interpreted(inputs, settings)
+    if name == "cuda" or (name == "triton" and not inputs.x.is_cuda):
+        return torch_backend.sharpen(inputs, settings, _forward(name, inputs.x))
     return operator.sharpen(inputs, settings)
+
+
+def _forward(
+    name: str, x: Tensor, pairs: tuple[Pair, ...] = ()
+) -> Callable[[Inputs, policy.Settings], Outputs]:
+    """What a backend computes without a gradient."""
+    if pairs:
+        return partial(torch_backend.forward, pairs=pairs)
+    if name == "torch":
+        return torch_backend.forward
+    if name == "cuda":
+        return cuda.forward
+    if name == "triton" and not x.is_cuda:  # interpreted, on what is no device of the operator
+        from vps import triton_backend
+
+        return triton_backend.forward
+    return operator.forward
 
 
 class _Plan(NamedTuple):
@@ -184,13 +203,6 @@ def own_gamma(
     if gamma is None or isinstance(gamma, policy.LayerGamma):
         return gamma
     return policy.LayerGamma(gamma)
-
-
-def _interpreted(inputs: Inputs, settings: policy.Settings) -> tuple[Tensor, Tensor]:
-    """The Triton kernels in Triton's interpreter, which is no device of the operator."""
-    from vps import triton_backend
-
-    return torch_backend.sharpen(inputs, settings, triton_backend.forward)
 
 
 def _reference(
@@ -278,10 +290,7 @@ def refuse_tangents(*tensors: Tensor) -> None:
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     ):
-        raise NotImplementedError(
-            "vps: x or weight carries a tangent of forward-mode differentiation (jvp), "
-            "expected reverse mode (backward)"
-        )
+        raise NotImplementedError(tracing.NO_FORWARD_MODE)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -7,6 +7,7 @@ as of the base layer.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,8 +39,43 @@ def of_input(
         clamp: bound of δ, or ``None``.
         pairs: of the layer's L-BFGS memory.
     """
+    if tracing.is_differentiated() and not torch.compiler.is_compiling():
+        return _differentiably(g, weight, I_in, I_out, core, gamma, t, clamp, pairs)
     if clamp is None and not pairs and I_out.numel() < len(weight):
         return _by_rows(g, weight, I_in, I_out, core, gamma)
+    grad_t = _of_selected(g, weight, I_in, core, gamma, t, clamp, pairs)
+    return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight
+
+
+def _differentiably(
+    g: Tensor,
+    weight: Tensor,
+    I_in: Tensor,
+    I_out: Tensor,
+    core: Tensor,
+    gamma: Tensor,
+    t: Tensor | None,
+    clamp: float | None,
+    pairs: tuple[Pair, ...],
+) -> Tensor:
+    """Compute :func:`of_input` in a way that can be differentiated: by g, and by W where the base
+    product is (as that of ``nn.Linear``); in the update W is a constant."""
+    constant = weight.detach()
+    grad_t = _of_selected(g, constant, I_in, core, gamma, t, clamp, pairs)
+    return g @ weight + grad_t @ constant[I_out]
+
+
+def _of_selected(
+    g: Tensor,
+    weight: Tensor,
+    I_in: Tensor,
+    core: Tensor,
+    gamma: Tensor,
+    t: Tensor | None,
+    clamp: float | None,
+    pairs: tuple[Pair, ...],
+) -> Tensor:
+    """``∂L/∂t`` ``[G, T, r]`` of the update alone."""
     grad_delta = g
     if clamp is not None:
         assert t is not None
@@ -49,8 +85,7 @@ def of_input(
     if pairs:
         grad_delta = precondition(pairs, grad_delta)
     grad_u = contract(grad_delta, weight, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
-    grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
-    return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight
+    return mix(grad_u, core if core.shape[1] == 1 else core.mT)
 
 
 def _by_rows(
@@ -74,7 +109,8 @@ def _by_rows(
 
 def of_weight(g: Tensor, x: Tensor) -> Tensor:
     """``∂L/∂W = gᵀx``, ``[d_out, d_in]``."""
-    return g.flatten(0, 1).mT @ x.flatten(0, 1)
+    # No flatten and no mT: the vmap of torch.autograd.functional.jacobian knows neither.
+    return g.reshape(-1, g.shape[-1]).transpose(0, 1) @ x.reshape(-1, x.shape[-1])
 
 
 def of_bias(g: Tensor) -> Tensor:

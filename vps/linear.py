@@ -14,7 +14,7 @@ from vps.functional import FLOATING, vps_linear
 from vps.lbfgs import CurvatureMemory
 from vps.masking import STATE
 from vps.opaque import OpaqueProjection, opaque_vps_linear
-from vps.own_forward import OwnForward, is_matrix, running_plain
+from vps.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
 from vps.pairing import Coupling
 from vps.policy import LayerGamma, PolicyState
 from vps.weight_rows import RowNorms
@@ -43,6 +43,35 @@ class SharpenedLayer:
     offset: bool = False
     norms: RowNorms | None = None
     is_whole = True
+    plain_class = nn.Module  # that of a layer that :meth:`plain` turns back
+
+    @classmethod
+    def sharpened(cls, module: nn.Module, config: VPSConfig, state: PolicyState) -> Self:
+        """Turn ``module`` itself into this class: whoever holds it holds the sharpened layer."""
+        if not is_replaced(module):
+            module.__dict__.pop("forward", None)
+        module.__class__ = cls  # type: ignore[assignment]
+        vars(module).update(config=config, state=state)
+        assert isinstance(module, cls)
+        return module
+
+    def plain(self) -> nn.Module:
+        """Turn the layer itself back into its plain class."""
+        kind, plain = type(self), self.plain_class
+        own: Any = next(each for each in kind.__mro__ if "plain_class" in vars(each))
+        sharded = fsdp_module()
+        if sharded is not None and issubclass(kind, sharded):  # FSDP2 made a class of its own
+            bases = tuple(plain if base is own else base for base in kind.__bases__)
+            self.__class__ = type(f"FSDP{plain.__name__}", bases, {})  # type: ignore[assignment]
+        else:
+            self.__class__ = plain  # type: ignore[assignment]
+        for name in SharpenedLayer.__annotations__:
+            self.__dict__.pop(name, None)
+        for slot in ("forward", "_old_forward"):  # where accelerate leaves it
+            if getattr(self.__dict__.get(slot), "__func__", None) is own.forward:
+                self.__dict__[slot] = plain.forward.__get__(self)
+        module: Any = self
+        return module
 
     @property
     def module(self) -> nn.Module:
@@ -123,9 +152,20 @@ class SharpenedLayer:
         """All of an output of which this process may hold a part."""
         return y
 
+    def is_off(self) -> bool:
+        """Whether the output is that of the base layer whatever the input, which then may be
+        anything that the base layer takes."""
+        if STATE.disabled and any(state is self.state for state in STATE.disabled):
+            return True
+        if self.gamma is None:
+            return self.config.is_off
+        return self.gamma.is_zero and all(
+            one.gamma is not None and one.gamma.is_zero for one in self.deciding()
+        )
+
     def sharpen(self, x: Tensor) -> Tensor | None:
         """The output for x, or ``None`` where it is that of the base layer."""
-        if STATE.disabled and any(state is self.state for state in STATE.disabled):
+        if self.is_off():
             return None
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
@@ -167,21 +207,24 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
         in_features: d_in.
         out_features: d_out.
         bias: whether there is a bias ``[d_out]``.
-        config: the settings; the defaults of :class:`VPSConfig` when ``None``.
-        state: policy state, shared by the layers of a model; a new one when ``None``.
         device: of the parameters.
         dtype: of the parameters.
+        config: the settings; the defaults of :class:`VPSConfig` when ``None``.
+        state: policy state, shared by the layers of a model; a new one when ``None``.
     """
+
+    plain_class = nn.Linear
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         config: VPSConfig | None = None,
         state: PolicyState | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.config = VPSConfig() if config is None else config
@@ -196,9 +239,11 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
     ) -> Self:
         """A sharpened layer that shares the parameters of ``linear``, which stays as it is.
 
+        A layer on the meta device waits for its values as an ``nn.Linear`` does.
+
         Raises:
-            TypeError: no plain ``nn.Linear`` with a floating-point weight in memory; the message
-                says what it is.
+            TypeError: no plain ``nn.Linear`` with a floating-point weight; the message says what
+                it is.
         """
         reason = why_not_sharpenable(linear, nn.Linear)
         if reason is not None:
@@ -214,9 +259,9 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
         """The plain ``nn.Linear`` of the same parameters and hooks."""
         return as_class(self, nn.Linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``y = H + b + γ · clamp(δ)`` for x ``[..., d_in]``; see :func:`vps.vps_linear`."""
-        return self.answer(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """``y = H + b + γ · clamp(δ)`` for input ``[..., d_in]``; see :func:`vps.vps_linear`."""
+        return self.answer(input)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -270,7 +315,7 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def why_not_sharpenable(module: nn.Module, expected: type[nn.Module]) -> str | None:
-    """Why ``module`` is not a plain ``expected`` with a floating weight in memory, or ``None``."""
+    """Why ``module`` is not a plain ``expected`` with a floating weight, or ``None``."""
     if type(module) is not expected:
         return f"its type is {type(module).__name__}, expected exactly {expected.__name__}"
     if is_replaced(module):
@@ -284,6 +329,4 @@ def why_not_sharpenable(module: nn.Module, expected: type[nn.Module]) -> str | N
         return f"its weight is {weight.dtype}, not a 16- to 64-bit float"
     if weight.dim() != 2:
         return f"its weight has shape {tuple(weight.shape)}, expected a matrix"
-    if weight.device.type == "meta":
-        return "its weight is on the meta device (offloaded or not yet loaded)"
     return None

@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vps import coupling, dispatch, gradient, policy, riding, selection, sharing
+from vps import coupling, dispatch, gradient, policy, riding, selection, sharing, tracing
 from vps import torch_backend as backend
 from vps.config import VPSConfig
-from vps.functional import arrange, cast, check_input, plan_for, refuse_tangents
+from vps.coupled import Projection, coupled_vps_linear
+from vps.functional import arrange, cast, check_input, plan_for, refuse_tangents, vps_linear
 from vps.lbfgs import CurvatureMemory, Pair, precondition
 from vps.torch_backend import Inputs
 
@@ -100,6 +102,10 @@ def opaque_vps_linear(
     if all(layer.is_plain() for layer in layers):
         return [None] * len(layers)
     dispatch.choose_opaque()
+    if tracing.is_transforming():
+        if given is not None:
+            raise NotImplementedError("vps: controls are not computed inside transforms")
+        return _by_matrices(x, layers, config, heads, mask, state)
     kind = x.device.type
     tokens = cast(x, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
     grouped, mask, counted, packing = arrange(tokens, mask, config.scope)
@@ -162,6 +168,45 @@ def _sharpened(
             y = _update(layer, p, inputs, riders, plan.settings, pairs)
             ys.append(y.view(*x.shape[:-1], -1))
     return ys
+
+
+def _by_matrices(
+    x: Tensor,
+    layers: tuple[OpaqueProjection, ...],
+    config: VPSConfig,
+    heads: tuple[int, int] | None,
+    mask: Tensor | None,
+    state: policy.PolicyState | None,
+) -> list[Tensor | None]:
+    """The outputs inside a transform of ``torch.func``, where no backward pass can be asked for
+    rows of W: all of W is read by one-hot rows, and the update made of it is added."""
+    plain, found = [], []
+    d_in = x.shape[-1]
+    for layer in layers:
+        output = layer.base.product(x.reshape(-1, d_in))
+        bias = layer.base.bias()
+        output = output if bias is None else output + bias
+        plain.append(output.view(*x.shape[:-1], -1))
+        every = torch.arange(d_in, device=x.device)
+        offset = None
+        if layer.base.offset:
+            zeros = torch.zeros(1, d_in, dtype=x.dtype, device=x.device)
+            offset = layer.base.steady_product(zeros)[0]
+        W = riding.columns(layer.base, every, x.dtype, offset).detach().t()
+        found.append(Projection(W, None, layer.gradient, layer.memory, layer.gamma))
+        layer.base.release()
+    if heads is None:
+        (one,) = found
+        ys: Any = [
+            vps_linear(
+                x, one.weight, None, config, mask=mask, state=state, gradient=one.gradient,
+                memory=one.memory, gamma=one.gamma,
+            )
+        ]  # fmt: skip
+    else:
+        query, key = found
+        ys = coupled_vps_linear(x, query, key, *heads, config, mask=mask, state=state)
+    return [base + (y - F.linear(x, p.weight)) for base, y, p in zip(plain, ys, found, strict=True)]
 
 
 @torch.no_grad()
@@ -257,7 +302,7 @@ class _ThroughInput(torch.autograd.Function):
         return output[0].detach().clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
         rows, output = ctx.graph
-        return torch.autograd.grad(output, rows, g, retain_graph=True)[0], None
+        twice = torch.is_grad_enabled()
+        return torch.autograd.grad(output, rows, g, retain_graph=True, create_graph=twice)[0], None

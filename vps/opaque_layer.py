@@ -17,7 +17,15 @@ from vps import adapters
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer
 from vps.masking import STATE
-from vps.own_forward import OwnForward, handle_of, innermost, is_matrix, plain, without_bias
+from vps.own_forward import (
+    OwnForward,
+    handle_of,
+    innermost,
+    is_matrix,
+    plain,
+    running_plain,
+    without_bias,
+)
 from vps.policy import PolicyState
 from vps.weight_rows import RowNorms, are_fixed
 
@@ -96,18 +104,28 @@ class OpaqueLayer(SharpenedLayer):
         """What stands in for the module's ``forward``.
 
         Raises:
-            TypeError: arguments beside the input, such as one adapter for each sequence.
-        RuntimeError: an adapter has made it no linear map.
+            TypeError: arguments beside the input, such as one adapter for each sequence, while
+                sharpening is on.
+            RuntimeError: an adapter has made it no linear map.
         """
+        if self.is_off() and (not STATE.plain or running_plain(self._module) is None):
+            with plain(self._module, True):
+                return type(self._module).forward(self._module, *args, **kwargs)
+        if self.wraps:
+            adapters.settle(self._module)
         given = [*args, *kwargs.values()]
         if given and isinstance(given[0], Tensor) and all(rest is None for rest in given[1:]):
             if not self.tried and not torch.compiler.is_compiling():
                 self._try(given[0])
             return self.answer(given[0])
+        check = getattr(self._module, "_check_forward_args", None)
+        if check is not None:
+            check(*args, **kwargs)  # what PEFT refuses by itself
         raise TypeError(
             f"vps: a sharpened {type(self._module).__name__} takes its input alone, got "
-            f"{len(args)} positional arguments and {sorted(kwargs)}; arguments such as PEFT's "
-            "adapter_names, which give every sequence other weights, are not supported"
+            f"{len(args)} positional arguments and {sorted(kwargs)}; PEFT's adapter_names give "
+            "every sequence of a batch other weights, and an update is made of one weight; "
+            "expected one adapter (set_adapter), γ = 0 or vps.disabled"
         )
 
     def try_on(self, base: OwnForward) -> str | None:

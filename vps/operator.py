@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import coupling, cpp, gradient, torch_backend, traced_sharing
+from vps import coupling, cpp, gradient, torch_backend, traced_sharing, tracing
 from vps.policy import Settings
 from vps.selection import accumulation_dtype
 from vps.torch_backend import Inputs, Outputs, needs_gradient
@@ -63,6 +63,13 @@ def sharpen(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
             return y, I_in
         y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
     return y, features[:, 0]
+
+
+def forward(inputs: Inputs, settings: Settings) -> Outputs:
+    """Output and the constants of its backward pass, through the operator, without a gradient."""
+    with torch._C._AutoDispatchBelowAutograd():
+        y, features, *rest = torch.ops.vps.linear.default(*inputs, *settings)
+    return Outputs(y, features[:, 0], features[:, 1], *rest)
 
 
 def couple(
@@ -189,8 +196,8 @@ def _of_input(
     t: Tensor,
     clamp: float | None,
 ) -> Tensor:
-    """``∂L/∂x``: without a clamp by the operator, unless it shall be differentiated itself."""
-    if clamp is None and not torch.is_grad_enabled():
+    """``∂L/∂x``: without a clamp by the operator, unless it may be differentiated itself."""
+    if clamp is None and not tracing.is_differentiated():
         return torch.ops.vps.linear_backward.default(g, weight, features, core, gamma)
     selected = features[:, 0], features[:, 1], core, gamma, t
     return gradient.of_input(g, weight, *selected, clamp)

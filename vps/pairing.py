@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vps import tracing
 from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
 from vps.lbfgs import CurvatureMemory
@@ -120,7 +121,7 @@ class Coupling:
 
     def _may_wait(self, x: Tensor) -> bool:
         """Whether this runs in its block, eagerly, with an x whose changes show."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or tracing.is_transforming():
             return False
         return _WAITING.pair is self and not x.is_inference()
 

@@ -1,6 +1,7 @@
 """Sharpen a whole model: replace its linear layers, and take them back.
 
-Replaced layers share their parameters with the originals, so ``state_dict`` keys stay the same.
+Layers stay the objects that they are, so whatever holds one, its parameters or its hooks, holds
+the sharpened one, and later the plain one again.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from vps import adapters, attention, attention_mask, forms, opaque_layer, pairing
 from vps.config import VPSConfig
@@ -63,10 +65,11 @@ class PatchReport:
 def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     """Sharpen the linear layers of ``model`` that ``config.target_modules`` names.
 
-    A layer used in several places is replaced by one sharpened layer in all of them. The model's
+    Each layer is sharpened where it stands and stays the object that it is. The model's
     ``attention_mask`` reaches the statistics by itself, and so does where packed sequences start;
     experts are refused under every scope but ``"token"`` (SPEC §2). Patching a patched model again
-    first takes the old sharpening back; entropy and history are kept.
+    first takes the old sharpening back; entropy and history are kept, unless those of parts that
+    were patched by themselves differ.
 
     Args:
         model: any module; Hugging Face models of every family built from ``nn.Linear`` or
@@ -106,36 +109,41 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     if not wanted:
         raise ValueError(_all_refused(refused))
 
-    state = PolicyState()
-    if sharpened_layers(model):
-        state = policy_state(model)
+    before = [(layer.module, _held(layer)) for layer in sharpened_layers(model).values()]
+    state = _joined_state(held["state"] for _, held in before)
+    if before:
         unpatch(model)
-        linears = _linear_layers(model)
     adapters.watch()
     unique = {id(linears[name]): linears[name] for name in wanted}
-    made = {key: forms.sharpen(old, config, state) for key, old in unique.items()}
-    broken = {key: reason for key, new in made.items() if (reason := forms.check(new)) is not None}
+    try:
+        for module in unique.values():
+            forms.sharpen(module, config, state)
+        broken = {key: reason for key, new in unique.items() if (reason := forms.check(new))}
+        refused |= {name: broken[key] for name in wanted if (key := id(linears[name])) in broken}
+        wanted = [name for name in wanted if name not in refused]
+        if not wanted:
+            raise ValueError(_all_refused(refused))
+    except BaseException:
+        for module in unique.values():
+            forms.plain(module)
+        _restore(model, before)
+        raise
     for key in broken:
-        forms.plain(made.pop(key))
-    refused |= {name: broken[key] for name in wanted if (key := id(linears[name])) in broken}
-    wanted = [name for name in wanted if name not in refused]
-    if not wanted:
-        raise ValueError(_all_refused(refused))
-    _replace(model, made)
+        forms.plain(unique[key])
     attention_mask.attach(model)
-    if refused:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        warnings.warn(f"vps.patch: {len(refused)} layers were refused: {listed}", stacklevel=2)
     coupled, uncoupled = attention.couple_blocks(model)
     not_patched = _fused_experts(model)
     if not config.qk_coupling or config.builder == "random":
         coupled, uncoupled = (), {}
     names_of_forms = {name: found[name].name for name in wanted}
+    if refused:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        warnings.warn(f"vps.patch: {len(refused)} layers were refused: {listed}", stacklevel=2)
     return PatchReport(tuple(wanted), refused, not_patched | uncoupled, coupled, names_of_forms)
 
 
 def unpatch(model: nn.Module) -> None:
-    """Make every sharpened layer plain again; parameters stay shared.
+    """Make every sharpened layer plain again; each is the object that it was before.
 
     Raises:
         TypeError: no module.
@@ -144,7 +152,8 @@ def unpatch(model: nn.Module) -> None:
     layers = _require_layers(model, "unpatch")
     attention_mask.detach(model)
     pairing.detach(model)
-    _replace(model, {id(layer.module): forms.plain(layer.module) for layer in layers.values()})
+    for layer in layers.values():
+        forms.plain(layer.module)
 
 
 @contextmanager
@@ -219,7 +228,10 @@ def policy_state(model: nn.Module) -> PolicyState:
     layers = _require_layers(model, "policy_state")
     states = {id(layer.state): layer.state for layer in layers.values()}
     if len(states) > 1:
-        raise ValueError(f"vps.policy_state: the layers belong to {len(states)} policy states")
+        raise ValueError(
+            f"vps.policy_state: the layers belong to {len(states)} policy states, of parts patched "
+            "by themselves; call vps.patch on the whole model"
+        )
     return next(iter(states.values()))
 
 
@@ -289,19 +301,35 @@ def _named_outright(
 def _head_name(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
     """The output head, which ``"all-linear"`` leaves out as PEFT does."""
     getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    try:
+        head = getter() if callable(getter) else None
+    except Exception:  # of a model without one: what is not sharpened stops no patch
+        head = None
     return next((name for name, module in linears.items() if module is head), None)
 
 
-def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    """Put ``replacements``, by id of the old module, in every place that holds the old one.
+def _held(layer: SharpenedLayer) -> dict[str, Any]:
+    """What a sharpened layer holds, but for what :func:`vps.attention.couple_blocks` gives it."""
+    apart = ("coupling", "outer")
+    names = (name for name in SharpenedLayer.__annotations__ if name not in apart)
+    return {name: vars(layer)[name] for name in names if name in vars(layer)}
 
-    Replacements are made once a module, so what was shared stays shared.
-    """
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in replacements:
-                parent._modules[name] = replacements[id(child)]
+
+def _restore(model: nn.Module, before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Sharpen modules again with what :func:`_held` told of each."""
+    for module, held in before:
+        forms.sharpen(module, held["config"], held["state"])
+        vars(opaque_layer.sharpened_by(module)).update(held)
+    if before:
+        attention_mask.attach(model)
+        attention.couple_blocks(model)
+
+
+def _joined_state(states: Iterable[PolicyState]) -> PolicyState:
+    """Return what all share; a new state where parts patched by themselves hold other values."""
+    found = list(states)
+    values = {(None if s.entropy is None else float(s.entropy), s.outcomes) for s in found}
+    return found[0] if len(values) == 1 else PolicyState()
 
 
 def _all_refused(refused: dict[str, str]) -> str:
@@ -326,5 +354,6 @@ def _fused_experts(model: nn.Module) -> dict[str, str]:
         name: f"its experts are one fused {tuple(parameter.shape)} tensor, not linear layers"
         for name, module in model.named_modules()
         for parameter in list(module._parameters.values())[:1]
-        if parameter is not None and parameter.dim() == 3 and "expert" in name
+        if "expert" in name and parameter is not None and not is_lazy(parameter)
+        if parameter.dim() == 3
     }

@@ -209,7 +209,7 @@ def settings(
     ``gradient`` says that the layer holds a gradient, which turns the hybrid builder into SC, and
     ``calibrated`` that it has a γ of its own, whatever that of the config.
     """
-    if not calibrated and (config.gamma_bounds[1] if config.adaptive_gamma else config.gamma) == 0:
+    if not calibrated and config.is_off:
         return None
     rank = config.rank_bounds[1] if config.adaptive_rank else config.rank
     topk = config.topk_bounds[1] if config.adaptive_topk else config.topk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from vps.calibration import FORMAT as CALIBRATION
-from vps.calibration import Calibration, fingerprint
+from vps.calibration import Calibration, device_of, fingerprint
 from vps.config import VPSConfig
 from vps.functional import plain_gamma
 from vps.patching import PatchReport, patch, policy_state, sharpened_layers, unpatch
@@ -23,7 +24,7 @@ FORMAT = "vps-settings-1"
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write config and policy of a sharpened model to a JSON file.
+    """Write the configs and the policy of a sharpened model to a JSON file.
 
     Args:
         model: a patched model.
@@ -34,14 +35,16 @@ def save(model: nn.Module, path: str | Path) -> None:
         OSError: the file cannot be written.
     """
     state = policy_state(model)
-    layer = next(iter(sharpened_layers(model).values()))
+    layers: dict[str, Any] = sharpened_layers(model)
+    configs = {name: json.loads(layer.config.to_json()) for name, layer in layers.items()}
     values = {
         "format": FORMAT,
-        "config": json.loads(layer.config.to_json()),  # type: ignore[union-attr,operator]
+        "config": next(iter(configs.values())),
         "entropy": None if state.entropy is None else float(state.entropy),
         "outcomes": list(state.outcomes),
     }
-    layers: dict[str, Any] = sharpened_layers(model)
+    if any(config != values["config"] for config in configs.values()):
+        values["configs"] = configs
     if any(own.gamma is not None for own in layers.values()):
         values["weights"] = fingerprint(model)
         values["gamma"] = {
@@ -81,30 +84,56 @@ def load(model: nn.Module, path: str | Path) -> PatchReport:
         _or_unpatch(model, calibration.apply)
         return report
     keys = {"format", "config", "entropy", "outcomes"}
-    if isinstance(values, dict) and "gamma" in values:
-        keys |= {"gamma", "weights"}
+    if isinstance(values, dict):
+        keys |= {"configs"} & set(values)
+        keys |= {"gamma", "weights"} if "gamma" in values else set()
     if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != keys:
         raise ValueError(f"vps.load: {path} is no file of vps.save ({FORMAT})")
     config = VPSConfig.from_json(json.dumps(values["config"]))
-    if not isinstance(values["outcomes"], list):
-        raise ValueError(f"vps.load: outcomes in {path} must be a list of booleans")
+    own = values.get("configs", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"vps.load: configs in {path} must be settings by name of a layer")
+    configs = {name: VPSConfig.from_json(json.dumps(each)) for name, each in own.items()}
+    if configs:  # which may name their layers in different ways
+        names = "|".join(re.escape(name) for name in configs)
+        config = config.replace(
+            target_modules=names, exclude_modules=None, layers_to_transform=None
+        )
     report = patch(model, config)
-    if "gamma" in values:
-        _or_unpatch(model, partial(_restore_gamma, values=values, path=path))
-    state = policy_state(model)
-    state.reset()
-    state.set_entropy(values["entropy"])
-    for improved in values["outcomes"]:
-        state.record(improved)
+    _or_unpatch(model, partial(_restore, values=values, configs=configs, path=path))
     return report
 
 
 def _or_unpatch(model: nn.Module, give: Callable[[nn.Module], None]) -> None:
     try:
         give(model)
-    except ValueError:
+    except BaseException:
         unpatch(model)
         raise
+
+
+def _restore(
+    model: nn.Module, *, values: dict[str, Any], configs: dict[str, VPSConfig], path: str | Path
+) -> None:
+    """Give a patched model what :func:`save` recorded beside the first config."""
+    layers: dict[str, Any] = sharpened_layers(model)
+    if configs and set(configs) != set(layers):
+        missing = sorted(set(configs) - set(layers))
+        raise ValueError(f"vps.load: {path} names layers that the model lacks: {missing[:3]}")
+    for name, config in configs.items():
+        layers[name].config = config
+    if "gamma" in values:
+        _restore_gamma(model, values=values, path=path)
+    state, outcomes = policy_state(model), values["outcomes"]
+    state.reset()
+    try:
+        state.set_entropy(values["entropy"])
+        if not isinstance(outcomes, list):
+            raise TypeError("outcomes must be a list of booleans")
+        for improved in outcomes:
+            state.record(improved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"vps.load: {path}: {error}") from None
 
 
 def _restore_gamma(model: nn.Module, *, values: dict[str, Any], path: str | Path) -> None:
@@ -115,7 +144,7 @@ def _restore_gamma(model: nn.Module, *, values: dict[str, Any], path: str | Path
     if values["weights"] != fingerprint(model):
         raise ValueError(f"vps.load: γ in {path} was fitted to other weights than the model's")
     try:
-        made = {name: LayerGamma(own, layers[name].weight.device) for name, own in given.items()}
+        made = {name: LayerGamma(own, device_of(layers[name])) for name, own in given.items()}
     except TypeError as error:
         raise ValueError(f"vps.load: {path}: {error}") from None
     for name, own in made.items():

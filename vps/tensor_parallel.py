@@ -40,34 +40,31 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
     style: Any
     shard: Shard
     is_whole = False
+    plain_class = nn.Linear
 
     @classmethod
-    def sharpened(cls, linear: nn.Linear, config: VPSConfig, state: PolicyState) -> Self:
-        """``linear`` itself, turned into this class.
+    def sharpened(cls, module: nn.Module, config: VPSConfig, state: PolicyState) -> Self:
+        """Turn ``module`` itself into this class.
 
         Raises:
             TypeError: a layer that :func:`why_not_sharpenable` refuses.
         """
-        reason = why_not_sharpenable(linear)
+        reason = why_not_sharpenable(module)
         if reason is not None:
             raise TypeError(f"TensorParallelLinear.sharpened: cannot sharpen this layer: {reason}")
-        style, shard = _style(linear), _shard(linear)
-        forward = linear.__dict__.pop("forward")
-        linear.__class__ = cls
-        vars(linear).update(
-            config=config, state=state, base_forward=forward, style=style, shard=shard
-        )
-        assert isinstance(linear, cls)
-        return linear
+        style, shard = _style(module), _shard(module)
+        forward = module.__dict__.pop("forward")
+        layer = super().sharpened(module, config, state)
+        vars(layer).update(base_forward=forward, style=style, shard=shard)
+        return layer
 
-    def plain(self) -> nn.Linear:
-        """The layer itself, as it was before :meth:`sharpened`."""
+    def plain(self) -> nn.Module:
         forward = self.base_forward
-        for name in ("base_forward", "style", "shard", *SharpenedLayer.__annotations__):
-            self.__dict__.pop(name, None)
-        self.__dict__["forward"] = forward
-        self.__class__ = nn.Linear  # type: ignore[assignment]
-        return self
+        for name in ("base_forward", "style", "shard"):
+            del self.__dict__[name]
+        module = super().plain()
+        module.__dict__["forward"] = forward
+        return module
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -118,7 +115,7 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
 
     def forward(self, x: Tensor) -> Tensor:
         """Sharpened output for x, both as the base layer has them on this rank."""
-        if any(state is self.state for state in masking.STATE.disabled):
+        if self.is_off():
             return self.base_forward(x)
         if self.coupling is not None and self.coupling.applies():
             y = self.coupling.sharpen(self, x)

@@ -115,7 +115,6 @@ class _Sharpen(torch.autograd.Function):
         return y, out.I_in
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, I_in, I_out, core, gamma, t = ctx.saved_tensors
         wanted = ctx.needs_input_grad

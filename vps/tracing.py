@@ -4,7 +4,25 @@ from __future__ import annotations
 
 import torch
 
+NO_FORWARD_MODE = (
+    "vps: x or weight carries a tangent of forward-mode differentiation (jvp), expected reverse "
+    "mode (backward)"
+)
+
 
 def is_exporting() -> bool:
     """``torch.compiler.is_exporting``, to which torch 2.11 says yes in ``torch.compile``, too."""
     return torch.compiler._is_exporting_flag
+
+
+def is_transforming() -> bool:
+    """Whether a transform of ``torch.func``, or ``vmap``, runs and no compiler looks on."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def is_differentiated() -> bool:
+    """Whether what is computed now, such as a gradient, may itself be differentiated or mapped."""
+    return torch.is_grad_enabled() or is_transforming()

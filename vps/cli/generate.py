@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "model": arguments.model,
         "prompt": prompt,
-        "config": json.loads(config.to_json()),
+        "config": dataclasses.asdict(config),
         "layers": len(report.patched),
         "refused": report.refused,
         "not_patched": report.not_patched,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vps import Calibration, VPSConfig
-from vps.config import nearest_field, with_switches
+from vps.config import nearest_field
 
 
 class UsageError(Exception):
@@ -59,8 +59,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=[1,2]; may be repeated; "
-        "setting gamma, rank, topk or order also turns its adaptive_ switch off unless that is "
-        "set too",
+        "a value given for gamma, rank, topk or order holds",
     )
 
 
@@ -96,6 +95,9 @@ def read_config(
         if name not in VPSConfig.field_names():
             raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
         changes[name] = _value(name, text)
+    for name in VPSConfig.ADAPTIVE:
+        if name in changes:  # holds, whatever the file says
+            changes.setdefault(f"adaptive_{name}", None)
     config = VPSConfig() if default is None else default
     if path is not None:
         try:
@@ -103,7 +105,7 @@ def read_config(
         except (ValueError, TypeError) as error:
             raise UsageError(f"--config {path}: {error}") from error
     try:
-        return config.replace(**with_switches(changes))
+        return config.replace(**changes)
     except (ValueError, TypeError) as error:
         raise UsageError(f"--set: {error}") from error
 

@@ -19,6 +19,13 @@ def quiet(debug: bool) -> None:
         return
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", "VPSConfig: ")
+    warnings.showwarning = _say
+
+
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning as one line of ours."""
+    print(f"vps: warning: {message}", file=sys.stderr)
 
 
 def quiet_transformers(debug: bool) -> None:

@@ -15,11 +15,10 @@
     controls: true                     # or false, or a list out of CONTROLS
     draws: 1                           # of every control, each with a seed of its own
 
-A cell is ``fixed`` changed by its own fields; setting gamma, rank, topk or order turns its
-``adaptive_`` switch off unless that is set too, as ``--set`` does. ``scope`` is ``"token"`` unless
-the file says otherwise: an evaluation scores given texts, where other scopes look ahead. Equal
-settings make one cell. The baseline comes first, then the cells as the file has them, each followed
-by its controls.
+A cell is ``fixed`` changed by its own fields; a value given for gamma, rank, topk or order holds.
+``scope`` is ``"token"`` unless the file says otherwise: an evaluation scores given texts, where
+other scopes look ahead. Equal settings make one cell. The baseline comes first, then the cells as
+the file has them, each followed by its controls.
 """
 
 from __future__ import annotations
@@ -28,12 +27,13 @@ import dataclasses
 import difflib
 import itertools
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vps.config import VPSConfig, nearest_field, with_switches
+from vps.config import VPSConfig, nearest_field
 
 BASELINE = "baseline"
 CONTROLS = ("random_indices", "random_noise", "shuffled_selection")
@@ -74,7 +74,11 @@ class Cell:
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:
         """What :meth:`as_dict` gave."""
         config = values["config"]
-        made = None if config is None else VPSConfig.from_json(json.dumps(config))
+        made = None
+        if config is not None:
+            with warnings.catch_warnings():  # which reading the grid has given
+                warnings.simplefilter("ignore")
+                made = VPSConfig.from_json(json.dumps(config))
         return cls(**{**values, "config": made, "of": tuple(values["of"])})
 
 
@@ -118,11 +122,12 @@ def make_grid(values: Any, default_title: str = "ablation") -> Grid:
     title = values.get("title", default_title)
     if not isinstance(title, str):
         raise GridError(f"title is {title!r}, expected text")
-    fixed = {"scope": "token"} | _fields("fixed", values.get("fixed"))
+    fixed = VPSConfig(scope="token")
+    fixed = _config("fixed", fixed, _fields("fixed", values.get("fixed")))
     names: dict[str, VPSConfig] = {}
     known: dict[VPSConfig, str] = {}
     for where, name, changes in _asked(values):
-        config = _config(where, fixed | changes)
+        config = _config(where, fixed, changes)
         if config in known:
             if name is not None and name != known[config]:
                 raise GridError(f"{where}: the settings are those of cell {known[config]!r}")
@@ -222,9 +227,9 @@ def _controls(value: Any) -> Sequence[str]:
     return tuple(dict.fromkeys(value))
 
 
-def _config(where: str, changes: Mapping[str, Any]) -> VPSConfig:
+def _config(where: str, fixed: VPSConfig, changes: Mapping[str, Any]) -> VPSConfig:
     try:
-        return VPSConfig().replace(**with_switches(changes))
+        return fixed.replace(**changes)
     except (ValueError, TypeError) as error:
         raise GridError(f"{where}: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from vps.config import VPSConfig
 from vps.evaluation import statistics
@@ -119,7 +119,7 @@ def control_title(cell: Cell) -> str:
 
 def settings_of(config: VPSConfig) -> str:
     """The fields that differ from the defaults."""
-    plain, values = json.loads(VPSConfig().to_json()), json.loads(config.to_json())
+    plain, values = (json.loads(json.dumps(asdict(each))) for each in (VPSConfig(), config))
     return ", ".join(f"{name} {values[name]}" for name in values if values[name] != plain[name])
 
 

@@ -120,7 +120,7 @@ def calibrate(
         weights = fingerprint(model)
         key = {
             "weights": weights,
-            "config": json.loads(own.to_json()),
+            "config": _plain(asdict(own)),
             "data": parts.data,
             "held_out": [each.identity for each in parts.held_out],
             "other": [each.identity for each in others],
