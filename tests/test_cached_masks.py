@@ -99,6 +99,11 @@ def test_padding_does_not_count_once_the_window_is_full(family, cache):
         assert_same(generated(model, *left_padded(ids, more), **kwargs), expected, more)
 
 
+def named(function):
+    """What the cache is called: past_key_values before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sizes", [(3, 2, 4), (6, 5), (9, 1, 1, 4)])
 @torch.no_grad()
@@ -118,7 +123,10 @@ def test_chunks_count_alike_into_every_cache(family, sizes):
             if four_d:
                 embeds = model.get_input_embeddings()(chunk)
                 config = model.config.get_text_config()
-                given = create(config, embeds, given, cache)
+                given = create(
+                    config=config, inputs_embeds=embeds, attention_mask=given,
+                    **{named(create): cache},
+                )  # fmt: skip
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + size]
             given = dict(attention_mask=given, position_ids=positions, **{keyword: cache})
             logits.append(model(chunk, **given).logits)
@@ -126,9 +134,7 @@ def test_chunks_count_alike_into_every_cache(family, sizes):
         return torch.cat(logits, 1)[mask.bool()]
 
     config = model.config
-    # Called past_key_values before transformers 5.24.
-    named = "cache" in inspect.signature(model.forward).parameters
-    keyword = "cache" if named else "past_key_values"
+    keyword = named(model.forward)
     expected = run(transformers.DynamicCache(config=config), False)
     for cache in (
         transformers.DynamicCache(config=config),
