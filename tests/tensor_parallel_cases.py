@@ -92,9 +92,10 @@ def entropy_and_history(group):
 
 @case(2)
 def masks(group):
-    """Padding to the left, to the right, and a row of nothing but padding."""
+    """Padding to the left, to the right, a row of nothing but padding, and packed rows."""
     results = {}
     models = group.pair("short", torch.float64)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
     left, right, none = (torch.ones(2, 7, dtype=torch.long) for _ in range(3))
     left[0, :3] = 0
     right[1, 5:] = 0
@@ -106,6 +107,9 @@ def masks(group):
                     results[f"{name} {builder} {scope}"] = compared(
                         models, input_ids=tokens(), attention_mask=mask
                     )
+                results[f"packed {builder} {scope}"] = compared(
+                    models, input_ids=tokens(), position_ids=packed, use_cache=False
+                )
                 results[f"decode {builder} {scope}"] = decoded(
                     models, tokens(), attention_mask=left
                 )

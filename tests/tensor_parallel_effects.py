@@ -142,21 +142,24 @@ def communication(group):
 
 @case(*RANKS)
 def gradients(group):
-    """∂L/∂x and ∂L/∂W, with clamp, masks and SC."""
+    """∂L/∂x and ∂L/∂W, with clamp, masks, packed rows and SC."""
     results = {}
     models = group.pair("short", torch.float64)
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
-    for name, config in {
-        "sk": VPSConfig(builder="sk"),
-        "sc clamp": VPSConfig(builder="sc", clamp=0.05, order=2),
-        "token": VPSConfig(builder="sk", scope="token", clamp=0.05),
+    starts = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
+    padded, packed = {"attention_mask": mask}, {"position_ids": starts, "use_cache": False}
+    for name, (config, inputs) in {
+        "sk": (VPSConfig(builder="sk"), padded),
+        "sc clamp": (VPSConfig(builder="sc", clamp=0.05, order=2), padded),
+        "token": (VPSConfig(builder="sk", scope="token", clamp=0.05), padded),
+        "packed": (VPSConfig(builder="sc"), packed),
     }.items():
         with sharpened(models, config):
             found = []
             for model in models:
                 embeds = embedded()
-                logits = model(inputs_embeds=embeds, attention_mask=mask).logits
+                logits = model(inputs_embeds=embeds, **inputs).logits
                 logits[:, 4:].square().mean().backward()
                 weights = [
                     layer.get_parameter(name).grad

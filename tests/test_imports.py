@@ -23,6 +23,7 @@ LAYERS = [
         "column_sums",
         "gradient",
         "matching",
+        "packing",
         "sharing",
         "traced_sharing",
         "coupling",

@@ -9,21 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps import column_sums
+from vps import column_sums, packing
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
 from vps.selection import is_read_freely
+
+# Arguments of which each row is one input, beside a model's own main one.
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
 def attach(model: nn.Module) -> None:
     """Hook every module of ``model`` that takes tokens and an ``attention_mask``, and every Hugging
-    Face model in it that takes none, such as a vision tower."""
+    Face model in it, such as a vision tower."""
     for module in model.modules():
-        names = tuple(inspect.signature(module.forward).parameters)
+        names = _parameters(module)
         takes_tokens = "input_ids" in names or "inputs_embeds" in names
-        is_tower = not takes_tokens and hasattr(type(module), "main_input_name")
-        if is_tower or (takes_tokens and "attention_mask" in names):
+        is_model = hasattr(type(module), "main_input_name")
+        if is_model or (takes_tokens and "attention_mask" in names):
             module.register_forward_pre_hook(_Enter(names), with_kwargs=True)
             module.register_forward_hook(_leave, always_call=True)
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """Return the names that a module's ``forward`` takes; none where it does not tell them."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except Exception:  # of builtins, scripted modules, properties: whatever they raise
+        return ()
 
 
 def detach(model: nn.Module) -> None:
@@ -37,7 +48,7 @@ def detach(model: nn.Module) -> None:
             if hook is _leave:
                 del module._forward_hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
         if isinstance(checkpoint, _BoundCheckpoint):
             vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint
 
@@ -84,15 +95,45 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
     elif isinstance(embeds, Tensor):
         shape = tuple(embeds.shape[:-1])
     else:
-        return TokenLayout((), None, module, encoded)
+        return _tower(module, given, encoded)
     mask = given.get(f"{prefix}attention_mask")
-    if isinstance(mask, Mapping):  # one mask per kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Mapping):  # one mask per kind of layer, of which linear ones may have none
+        masks = [one for one in mask.values() if isinstance(one, Tensor)]
+        mask = mask.get("full_attention", masks[0] if masks else None)
     if isinstance(mask, Tensor):
         counted = _counted(mask, shape, given)
     else:
         counted = None if mask is not None else _said(shape)
-    return TokenLayout(shape, _unless_all(counted), module, encoded)
+    counted = _unless_all(counted)
+    outer = STATE.layouts[-1].packed if STATE.layouts else None
+    positions = given.get(f"{prefix}position_ids")
+    packed = packing.packed(shape, counted, given, mask, positions, outer)
+    return TokenLayout(shape, counted, module, encoded, _rows(module, given, shape), packed)
+
+
+def _tower(module: nn.Module, given: Mapping[str, Any], encoded: Encoded | None) -> TokenLayout:
+    """The layout of a call without tokens, such as of a vision tower."""
+    rows, grid = _rows(module, given, ()), given.get("grid_thw")
+    for patches in given.values():
+        if isinstance(grid, Tensor) and isinstance(patches, Tensor) and patches is not grid:
+            total = len(patches)
+            packed = packing.Patches(grid, total, total)
+            return TokenLayout((total,), None, module, encoded, rows, packed)
+    return TokenLayout((), None, module, encoded, rows)
+
+
+def _rows(module: nn.Module, given: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many rows a call has: of tokens, of images and of sounds, which may differ."""
+    found = list(shape[:1]) if len(shape) == 2 else []
+    for name in (*INPUTS, getattr(module, "main_input_name", "")):
+        value = given.get(name)
+        # A matrix of numbers is patches of all images, but for sounds.
+        if isinstance(value, Tensor) and (
+            value.dim() > 2
+            or (value.dim() == 2 and (name == "input_values" or not value.is_floating_point()))
+        ):
+            found.append(value.shape[0])
+    return tuple(found)
 
 
 def _encoded(given: Mapping[str, Any]) -> Encoded | None:
@@ -133,27 +174,32 @@ def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> 
     """Which of the call's own tokens count: bool of ``shape`` [B, T], or ``None`` for all.
 
     A 2-D mask [B, past + T] says it in its last T columns. In a 4-D mask [B, heads, T, K],
-    boolean or additive, a token counts that may attend to itself.
+    boolean or additive, a token counts that may attend to itself. Its own key is that of its
+    position, where the keys start at 0 (and may go on past the call's, in a static cache), or the
+    call's keys are the last, where a full sliding window has dropped the first.
     """
     if len(shape) != 2 or mask.shape[0] != shape[0]:
         return None
     length = shape[1]
     if mask.dim() == 2 and mask.shape[1] >= length:
         return mask[:, mask.shape[1] - length :].bool()
-    if mask.dim() != 4 or mask.shape[2] != length:
+    if mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] < length:
         return None
     allowed = mask[:, 0]
     if allowed.is_floating_point():
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
+    steps = torch.arange(length, device=mask.device)
+    own = steps + (allowed.shape[-1] - length)
     positions = given.get("cache_position")
-    if not isinstance(positions, Tensor):
-        # Called past_key_values before transformers 5.24.
-        past = given.get("cache", given.get("past_key_values"))
-        first = allowed.shape[-1] - length
-        if past is not None and hasattr(past, "get_seq_length"):
-            first = past.get_seq_length()
-        positions = torch.arange(length, device=mask.device) + first
-    own = positions.to(mask.device).view(1, length, 1).expand(shape[0], length, 1)
+    # Called past_key_values before transformers 5.24.
+    past = given.get("cache", given.get("past_key_values"))
+    if isinstance(positions, Tensor):
+        own = torch.minimum(own, positions.to(mask.device))
+    elif hasattr(past, "get_seq_length"):
+        own = torch.minimum(own, steps + past.get_seq_length())
+    elif type(past).__name__ == "PagedAttentionCache":  # keys in any order; there is no padding
+        return None
+    own = own.view(1, length, 1).expand(shape[0], length, 1)
     return allowed.bool().gather(-1, own).squeeze(-1)
 
 
@@ -169,6 +215,6 @@ class _BoundCheckpoint:
 
 def _bind_checkpoints(model: nn.Module) -> None:
     for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, _BoundCheckpoint):
             vars(module)["_gradient_checkpointing_func"] = _BoundCheckpoint(checkpoint)

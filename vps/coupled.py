@@ -7,6 +7,7 @@ what they add to the attention logits (SPEC §7).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +125,15 @@ def coupled_vps_linear(
     plain = [p.gamma is not None and p.gamma.is_zero for p in both]
     if plans[0] is None or plans[1] is None or x.numel() == 0 or plans[0].settings.r == 0:
         return F.linear(x, *query[:2]), F.linear(x, *key[:2])
-    grouped, mask, counted = arrange(x, mask, config.scope)
+    grouped, mask, counted, packing = arrange(x, mask, config.scope)
+    if packing is not None:
+        part = partial(
+            coupled_vps_linear, query=both[0], key=both[1], heads=heads, kv_heads=kv_heads,
+            config=config, state=state,
+        )  # fmt: skip
+        y_q, y_k = packing.apply_all(x, part)
+        assert y_q is not None and y_k is not None
+        return y_q, y_k
     pairs = [p.memory.pairs if p.memory is not None and config.lbfgs else () for p in both]
     name = dispatch.choose_with_memory() if any(pairs) else dispatch.asked(x) or plans[0].fastest
     if name == "reference":

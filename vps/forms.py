@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ from vps.policy import PolicyState
 from vps.tensor_parallel import TensorParallelLinear
 
 WEIGHT = "weight"
+# Names of what holds a list of experts, of its class, and of lists that are no experts even there.
+MIXTURE = re.compile(r"(^|_)(moe|experts?)$")
+MIXTURE_CLASS = re.compile(r"(MoE|Moe|Experts?)(Block|Layer|MLP|FFN|FeedForward)?$")
+STACKS = ("layers", "layer", "blocks", "block", "h", "stages")
 # Modules of torch that read the weights of linear layers in them without calling these, the second
 # in its fast path for inference.
 READERS = {
@@ -170,6 +175,39 @@ def bypassed(model: nn.Module) -> dict[int, str]:
         if inspect.getattr_static(type(parent), "forward", None) is reader.forward
         for name in names
     }
+
+
+def experts(model: nn.Module) -> dict[int, str]:
+    """Why modules among the experts of a mixture are refused under every scope but ``"token"``, by
+    id.
+
+    A router gives an expert ``[n, d_in]``, gathered from all sequences; one that all tokens share
+    stands in no list of experts.
+    """
+    reason = (
+        "it is an expert, whose tokens a router gathers from all sequences; it is sharpened under "
+        "scope='token' alone"
+    )
+    return {
+        id(module): reason
+        for name, parent in model.named_modules()
+        for key, child in parent._modules.items()
+        if child is not None and _is_of_experts(name.rpartition(".")[2], parent, key, child)
+        for module in child.modules()
+    }
+
+
+def _is_of_experts(name: str, parent: nn.Module, key: str, child: nn.Module) -> bool:
+    """Whether ``child``, the ``key`` of a parent of that name, is a list of experts or one of
+    several that are numbered."""
+    if "shared" in key or "shared" in name:
+        return False
+    if not isinstance(child, nn.ModuleList | nn.ModuleDict):
+        return re.fullmatch(r"experts?_?\d+", key) is not None
+    if "expert" in key.lower() or "Expert" in type(child).__name__:
+        return True
+    holds = MIXTURE.search(name) or MIXTURE_CLASS.search(type(parent).__name__)
+    return holds is not None and key not in STACKS
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:

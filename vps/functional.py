@@ -31,6 +31,7 @@ from vps import (
 )
 from vps.config import VPSConfig
 from vps.lbfgs import CurvatureMemory, Pair
+from vps.packing import Packing
 from vps.torch_backend import Inputs, Outputs
 
 # Of every call, so found once.
@@ -100,7 +101,13 @@ def vps_linear(
     plan = plan_for(config, gradient, factor, d_out, d_in, x.device, x.dtype, gamma is not None)
     if plan is None or x.numel() == 0 or plan.settings.r == 0:
         return F.linear(x, weight, bias)
-    grouped, mask, counted = arrange(x, mask, config.scope)
+    grouped, mask, counted, packing = arrange(x, mask, config.scope)
+    if packing is not None:
+        part = partial(
+            vps_linear, weight=weight, bias=bias, config=config,
+            state=state, gradient=gradient, memory=memory, gamma=gamma,
+        )  # fmt: skip
+        return packing.apply(x, part)
     pairs = memory.pairs if memory is not None and config.lbfgs else ()
     name = dispatch.choose_with_memory() if pairs else dispatch.asked(x) or plan.fastest
     if name == "reference":
@@ -305,21 +312,26 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def arrange(
     x: Tensor, mask: Tensor | None, scope: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x as ``[G, T, d_in]``, the mask that applies, and that mask as ``[G, T]`` on x's device."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Packing | None]:
+    """x as ``[G, T, d_in]``, the mask that applies, and that mask as ``[G, T]`` on x's device; or x
+    as it is and the packing of rows that hold several sequences, each part of which is to be
+    arranged by itself, with its mask.
+    """
     if mask is None:
         if scope == "sequence" and x.dim() == 3 and not masking.STATE.layouts:
-            return x, None, None
-        dims, mask = masking.token_dims(x)
+            return x, None, None, None
+        dims, mask, packing = masking.groups_of(x, scope)
+        if packing is not None:
+            return x, None, None, packing
     else:
         dims = tuple(mask.shape)
     grouped = group(x, dims, scope)
     if mask is None:
-        return grouped, None, None
+        return grouped, None, None, None
     counted = mask.to(x.device)
     if counted.shape != grouped.shape[:-1]:
         counted = counted.reshape(grouped.shape[:-1])
-    return grouped, mask, counted
+    return grouped, mask, counted, None
 
 
 def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:

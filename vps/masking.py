@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vps.packing import Packed, Packing, Patches, TimeFirst
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -29,13 +31,27 @@ class TokenLayout:
 
     Without an ``owner``, from :func:`token_mask`, it must fit every layer. That of a patched model
     applies to layers whose input has as many tokens; the rest (a vision tower) keep their own, and
-    those that read ``encoded`` (cross-attention) take its mask.
+    those that read ``encoded`` (cross-attention) take its mask. A layer that is given one vector a
+    row (a pooler, a head) has as many sequences of one token: ``rows`` are how many rows the
+    inputs of the call have. ``packed`` says which rows hold several sequences.
     """
 
     shape: tuple[int, ...]
     mask: Tensor | None
     owner: nn.Module | None = None
     encoded: Encoded | None = None
+    rows: tuple[int, ...] = ()
+    packed: Packed | Patches | None = None
+
+
+# Token dims of a layer's input, the mask of that shape, how its rows are packed, and the layout in
+# which the input does not show where its sequences are. A plain tuple: one is made at each call.
+_Sequences = tuple[
+    tuple[int, ...],
+    Tensor | None,
+    Packed | Patches | TimeFirst | None,
+    "TokenLayout | None",
+]
 
 
 class _ThreadState(threading.local):
@@ -112,25 +128,69 @@ def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
     """Token dims and mask to use for a layer input ``x`` [..., d_in].
 
     A model may flatten its ``[B, T]`` tokens before a layer (OPT, shared experts); then the
-    model's own dims are returned, so that sequences stay apart.
+    model's own dims are returned, so that sequences stay apart. A layer that is given one vector a
+    row (a pooler, a head) has B sequences of one token.
 
     Raises:
         ValueError: a mask of :func:`token_mask` that does not fit ``x``.
     """
+    return _sequences(x)[:2]
+
+
+def groups_of(x: Tensor, scope: str) -> tuple[tuple[int, ...], Tensor | None, Packing | None]:
+    """As :func:`token_dims`, and the packing of rows that hold several sequences, where ``scope``
+    asks for it.
+
+    Raises:
+        ValueError: a mask that does not fit ``x``, or an input from which does not show which of
+            its tokens are of one sequence.
+    """
+    dims, mask, packed, unknown = _sequences(x)
+    if scope == "token":
+        return dims, mask, None
+    if unknown is not None and _holds_several(unknown, x):
+        runs = f"tokens {list(unknown.shape)}" if unknown.shape else f"{max(unknown.rows)} rows"
+        raise ValueError(
+            f"vps: x must show which of its tokens are of one sequence, got {list(x.shape)} in a "
+            f"layer of {type(unknown.owner).__name__}, which runs {runs} (a router may have "
+            f"gathered them); expected scope='token' or the layer excluded, got scope={scope!r}"
+        )
+    packing = packed.on(x.device) if packed is not None and scope == "sequence" else None
+    return dims, mask, packing
+
+
+def _sequences(x: Tensor) -> _Sequences:
     own = x.shape[:-1]
     layout = current_layout()
     if layout is None:
-        return own, None
+        return own, None, None, None
     if layout.encoded is not None and _is_encoded(x, layout.encoded.states, layout.shape):
-        return own, layout.encoded.mask
+        return own, layout.encoded.mask, None, None
     if own == layout.shape or (x.dim() <= 2 and count(own) == count(layout.shape)):
-        return layout.shape, layout.mask
+        return layout.shape, layout.mask, layout.packed, None
     if layout.owner is None:
         raise ValueError(
             "vps.token_mask: mask must have the shape of x without its last dim, "
             f"{tuple(own)}, got {layout.shape}"
         )
-    return own, None
+    if isinstance(layout.packed, Patches) and own[-1:] == (tokens := count(own),):
+        if tokens > 0 and layout.shape[0] % tokens == 0:
+            return own, None, layout.packed.merged(tokens), None
+    if x.dim() == 3 and own == layout.shape[::-1]:
+        mask = None if layout.mask is None else layout.mask.t()
+        return own, mask, TimeFirst(layout.shape, layout.mask), None
+    if x.dim() != 2:
+        return own, None, None, None
+    if own[0] in layout.rows:
+        return (own[0], 1), None, None, None
+    return own, None, None, layout
+
+
+def _holds_several(layout: TokenLayout, x: Tensor) -> bool:
+    """Whether the call of a layout has more than one sequence."""
+    if any(rows > 1 for rows in layout.rows):
+        return True
+    return layout.packed is not None and layout.packed.on(x.device) is not None
 
 
 def _is_encoded(x: Tensor, states: Tensor, shape: tuple[int, ...]) -> bool:

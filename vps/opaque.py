@@ -7,6 +7,7 @@ sharded or kept elsewhere (SPEC §4, identity 5).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +108,10 @@ def opaque_vps_linear(
         return _by_matrices(x, layers, config, heads, mask, state)
     kind = x.device.type
     tokens = cast(x, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-    grouped, mask, counted = arrange(tokens, mask, config.scope)
+    grouped, mask, counted, packing = arrange(tokens, mask, config.scope)
+    if packing is not None:
+        part = partial(opaque_vps_linear, layers=layers, config=config, heads=heads, state=state)
+        return packing.apply_all(x, part)
     I_in, drawn = _inputs(x, grouped, mask, counted, first, given)
     try:
         return _sharpened(

@@ -66,9 +66,10 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     """Sharpen the linear layers of ``model`` that ``config.target_modules`` names.
 
     Each layer is sharpened where it stands and stays the object that it is. The model's
-    ``attention_mask`` reaches the statistics by itself. Patching a patched model again first
-    takes the old sharpening back; entropy and history are kept, unless those of parts that were
-    patched by themselves differ.
+    ``attention_mask`` reaches the statistics by itself, and so does where packed sequences start;
+    experts are refused under every scope but ``"token"`` (SPEC §2). Patching a patched model again
+    first takes the old sharpening back; entropy and history are kept, unless those of parts that
+    were patched by themselves differ.
 
     Args:
         model: any module; Hugging Face models of every family built from ``nn.Linear`` or
@@ -101,6 +102,8 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     found = {name: forms.form_of(linears[name]) for name in names}
     refused |= {name: form.reason for name, form in found.items() if form.reason is not None}
     bypassed = forms.bypassed(model)
+    if config.scope != "token":
+        bypassed |= forms.experts(model)
     refused |= {name: bypassed[key] for name in names if (key := id(linears[name])) in bypassed}
     wanted = [name for name in names if name not in refused]
     if not wanted:
@@ -174,7 +177,8 @@ def set_config(model: nn.Module, config: VPSConfig) -> None:
 
     Raises:
         TypeError: not a :class:`VPSConfig`.
-        ValueError: no sharpened layer, or other target modules, for which to patch again.
+        ValueError: no sharpened layer, or other target modules, for which to patch again; or
+            sharpened experts, which have no other scope than ``"token"``.
     """
     layers = _require_layers(model, "set_config")
     if not isinstance(config, VPSConfig):
@@ -186,6 +190,7 @@ def set_config(model: nn.Module, config: VPSConfig) -> None:
                     f"vps.set_config: {name} differs from the patched model's "
                     f"({getattr(layer.config, name)!r}); call vps.patch with the new config"
                 )
+    check_scope(model, config.scope, "set_config")
     for layer in layers.values():
         if layer.gamma is not None and config.replace(scope=layer.config.scope) != layer.config:
             raise ValueError(
@@ -194,6 +199,24 @@ def set_config(model: nn.Module, config: VPSConfig) -> None:
             )
     for layer in layers.values():
         layer.config = config
+
+
+def check_scope(model: nn.Module, scope: str, function: str) -> None:
+    """Refuse another scope than ``"token"`` for sharpened experts.
+
+    Raises:
+        ValueError: there are some, the first of which is named.
+    """
+    if scope == "token":
+        return
+    experts = forms.experts(model)
+    for name, layer in sharpened_layers(model).items():
+        if id(layer.module) in experts:
+            raise ValueError(
+                f"vps.{function}: scope must be 'token' while {name} is sharpened, got {scope!r}: "
+                f"{experts[id(layer.module)]}; patch the model under scope={scope!r} to leave "
+                "experts plain"
+            )
 
 
 def policy_state(model: nn.Module) -> PolicyState:

@@ -116,20 +116,28 @@ def _observed(
     H = layer.base_product(x)
     own = [H if one is layer else one.base_product(x) for one in layer.deciding()]
     products = H if len(own) == 1 else torch.cat(own, -1)
-    dims, mask = masking.token_dims(x)
-    grouped = group(products, dims, layer.config.scope)
-    counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
-    count = None if counted is None else counted.sum(1).clamp_(min=1)
-    _, energy = selection.statistics(grouped, counted, count, True)
-    assert energy is not None
-    if counted is not None:
-        energy = energy[counted.any(1)]
+    dims, mask, packing = masking.groups_of(x, layer.config.scope)
+    if packing is None:
+        grouped = group(products, dims, layer.config.scope)
+        counted = None if mask is None else mask.to(x.device).reshape(grouped.shape[:-1])
+        energy = _energy(grouped, counted)
+    else:
+        parts = zip(packing.take(products), packing.parts, strict=True)
+        energy = torch.cat([_energy(values, part.counted) for values, part in parts])
     if layer.matrix() is None:
         update = layer.whole(y) - layer.whole(layer.plain_output(x))
     else:
         update = y - H if layer.bias is None else y - H - layer.bias
     sizes = (torch.linalg.vector_norm(z, dtype=energy.dtype) for z in (H, update))
     seen.append(Observation(name, layer, energy, *sizes))
+
+
+def _energy(grouped: Tensor, counted: Tensor | None) -> Tensor:
+    """Energies ``[G]`` of groups ``[G, T, d_out]`` that have a counted token."""
+    count = None if counted is None else counted.sum(1).clamp_(min=1)
+    energy = selection.statistics(grouped, counted, count, True)[1]
+    assert energy is not None
+    return energy if counted is None else energy[counted.any(1)]
 
 
 _observed._torchdynamo_disable = True  # type: ignore[attr-defined]  # as in capture

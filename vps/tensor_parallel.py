@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import column_wise, dispatch, pairing, row_wise, sharding, sharing
+from vps import column_wise, dispatch, masking, pairing, row_wise, sharding, sharing
 from vps.config import VPSConfig
 from vps.functional import FLOATING, arrange, cast, plan_for
 from vps.linear import SharpenedLayer
@@ -193,9 +194,11 @@ def sharpen(
         Projection(W, bias, layer.shard, plan.settings, plan.numbers(layer.gamma))
         for W, bias, layer, plan in zip(weights, biases, layers, settled, strict=True)
     )
-    compute = _by_inputs if first.splits_inputs else _by_outputs
+    by_ranks = _by_inputs if first.splits_inputs else _by_outputs
+    compute = partial(by_ranks, projections, settled[0].drawn, config.scope, state, kv_head_size)
+    packing = masking.groups_of(part, config.scope)[2]
     with torch.autocast(kind, enabled=False):
-        ys = compute(part, projections, settled[0].drawn, config.scope, state, kv_head_size)
+        ys: Any = compute(part) if packing is None else packing.apply_all(part, compute)
     # One of two with γ = 0 takes part in the selection alone, and keeps the bits of its base.
     return [
         layer.base_forward(x) if off else _own_output(layer, y.view(*x.shape[:-1], y.shape[-1]))
@@ -204,15 +207,16 @@ def sharpen(
 
 
 def _by_outputs(
-    x: Tensor,
     projections: tuple[Projection, ...],
     drawn: tuple[Tensor, Tensor] | None,
     scope: str,
     state: PolicyState,
     kv_head_size: int | None,
+    x: Tensor,
+    mask: Tensor | None = None,
 ) -> list[Tensor]:
     """What this rank holds of the outputs, ``[G, T, held]`` each."""
-    grouped, mask, counted = arrange(x, None, scope)
+    grouped, mask, counted, _ = arrange(x, mask, scope)
     settings = projections[0].settings
     I_in, I_out = _expanded(drawn, len(grouped))
     found = sharing.find(x, mask, grouped.shape, settings.r) if I_in is None else I_in
@@ -230,16 +234,17 @@ def _by_outputs(
 
 
 def _by_inputs(
-    x: Tensor,
     projections: tuple[Projection, ...],
     drawn: tuple[Tensor, Tensor] | None,
     scope: str,
     state: PolicyState,
     kv_head_size: int | None,
+    x: Tensor,
+    mask: Tensor | None = None,
 ) -> list[Tensor]:
     """The output of one layer, ``[G, T, d_out]``, from what this rank holds of its inputs."""
     (own,) = projections
-    grouped, _, counted = arrange(x, None, scope)
+    grouped, _, counted, _ = arrange(x, mask, scope)
     result = row_wise.forward(
         grouped, own, counted, *_expanded(drawn, len(grouped)), state.entropy_on(x.device)
     )

@@ -24,7 +24,7 @@ from vps.patching import disabled, sharpened_layers
 from vps.torch_backend import Inputs
 
 SHARPENED = "sharpened"
-Hook = Callable[[str, Any, tuple[Tensor, ...], Tensor], Tensor | None]
+Hook = Callable[[str, int, Any, Tensor, Tensor], Tensor | None]  # name and part of the tokens, x, y
 Features = tuple[Tensor, Tensor]  # I_in and I_out, [G, r]
 
 
@@ -87,8 +87,7 @@ def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
     factors: dict[tuple[str, torch.device], Features] = {}
     order = {name: number for number, name in enumerate(_layers(model))}
 
-    def hook(name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-        x = args[0]
+    def hook(name: str, part: int, layer: Any, x: Tensor, y: Tensor) -> Tensor | None:
         settings = _settings(layer)
         if settings is None or x.numel() == 0:
             return None
@@ -135,13 +134,13 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
     layers = _layers(model)
     donors = _donors(layers, seed)
     order = {name: number for number, name in enumerate(layers)}
-    chosen: dict[str, Features] = {}
+    chosen: dict[tuple[str, int], Features] = {}
 
     def begin(*_: Any) -> None:
         chosen.clear()
 
-    def hook(name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-        x, W = args[0], layer.matrix()
+    def hook(name: str, part: int, layer: Any, x: Tensor, y: Tensor) -> Tensor | None:
+        W = layer.matrix()
         if torch.is_autocast_enabled(x.device.type):
             raise RuntimeError("shuffled_selection: expected to run outside torch.autocast")
         d_out, d_in = layer.widths
@@ -156,7 +155,7 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         if own_gamma is not None and own_gamma.is_zero:
             return None
         r = plan.settings.r
-        grouped, _, counted = arrange(x, None, layer.config.scope)
+        grouped, _, counted, _ = arrange(x, None, layer.config.scope)
         H: Tensor | None = None
         energy: Tensor | None = None
         own_seed, donated = seed, None
@@ -165,8 +164,8 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         else:
             with torch.no_grad():
                 own, H, energy = _own_selection(layer, grouped, counted, r)
-            chosen[name] = own
-            donated = chosen.get(donors.get(name, ""))
+            chosen[name, part] = own
+            donated = chosen.get((donors.get(name, ""), part))
         if donated is None or donated[0].shape != (len(grouped), r):
             drawn = selection.random_features(own_seed, d_in, d_out, r)
             I_in, I_out = (torch.tensor(i, device=x.device).expand(len(grouped), r) for i in drawn)
@@ -241,7 +240,16 @@ def _hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
                 f"control: {name} is split over ranks, of which each holds a part; expected a "
                 "model in one process"
             )
-        return hook(name, layer, args, y)
+        x = args[0]
+        packing = masking.groups_of(x, layer.config.scope)[2]
+        if packing is None:
+            return hook(name, 0, layer, x, y)
+        ys = packing.take(y)
+        for number, (values, part) in enumerate(zip(packing.take(x), packing.parts, strict=True)):
+            with masking.token_mask(part.counted):
+                other = hook(name, number, layer, values, ys[number])
+            ys[number] = ys[number] if other is None else other
+        return packing.back(ys, x.shape)
 
     handles = [
         layer.register_forward_hook(partial(call, name, layer), prepend=True)

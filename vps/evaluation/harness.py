@@ -25,6 +25,7 @@ from vps.evaluation.controls import CONTROLS, SHARPENED, control
 from vps.evaluation.lm import language_model
 from vps.evaluation.outcome import Outcome
 from vps.evaluation.samples import outcomes_of
+from vps.forms import experts
 from vps.patching import patch, policy_state, sharpened_layers, unpatch
 
 VARIANTS = (SHARPENED, *CONTROLS)
@@ -304,7 +305,7 @@ def _configured(model: nn.Module, config: VPSConfig | None) -> Iterator[None]:
         return
     if not isinstance(config, VPSConfig):
         raise TypeError(f"evaluation: config must be a VPSConfig, got {type(config).__name__}")
-    if any(getattr(old, name) != getattr(config, name) for old in before for name in SELECTING):
+    if any(_selects_otherwise(model, old, config) for old in before):
         if any(old != before[0] for old in before):
             raise ValueError(
                 "evaluation: a config with other target modules needs layers of one config, got "
@@ -323,6 +324,13 @@ def _configured(model: nn.Module, config: VPSConfig | None) -> Iterator[None]:
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.config = old
+
+
+def _selects_otherwise(model: nn.Module, old: VPSConfig, new: VPSConfig) -> bool:
+    """Whether other layers are sharpened under another config, as experts are by their scope."""
+    if any(getattr(old, name) != getattr(new, name) for name in SELECTING):
+        return True
+    return (old.scope == "token") != (new.scope == "token") and bool(experts(model))
 
 
 def _load(

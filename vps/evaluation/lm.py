@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vps.masking import token_mask
-from vps.patching import sharpened_layers
+from vps.patching import check_scope, sharpened_layers
 
 SCORING = ("loglikelihood", "loglikelihood_rolling")
 
@@ -55,7 +55,12 @@ def language_model(
 
 @contextmanager
 def scoped(model: nn.Module, scope: str) -> Iterator[None]:
-    """Every layer with its config under another scope."""
+    """Every layer with its config under another scope.
+
+    Raises:
+        ValueError: one of another scope than ``"token"`` for sharpened experts.
+    """
+    check_scope(model, scope, "evaluation")
     layers: list[Any] = list(sharpened_layers(model).values())
     before = [layer.config for layer in layers]
     changed = {id(config): config.replace(scope=scope) for config in before}

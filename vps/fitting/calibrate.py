@@ -26,7 +26,7 @@ from vps.fitting.loss import device_of
 from vps.fitting.sensitivity import Sensitivity, sensitivities
 from vps.fitting.texts import OTHER_TEXTS
 from vps.matching import matches
-from vps.patching import patch, policy_state, sharpened_layers, unpatch
+from vps.patching import check_scope, patch, policy_state, sharpened_layers, unpatch
 
 SHARPENING = reported.SHARPENING
 PLAIN = reported.PLAIN
@@ -245,6 +245,7 @@ def prepared(model: nn.Module, config: VPSConfig | None, scope: str) -> Iterator
             raise ValueError(
                 "calibrate: the model is sharpened with another config than the one given"
             )
+        check_scope(model, scope, "calibrate")
         with restored(model):
             policy_state(model).reset()
             for layer in held.values():

@@ -19,6 +19,7 @@ from vps.calibration import columns_of
 from vps.coupled import couple_by
 from vps.fitting.update import Norms, Selection, norms, sharpened
 from vps.functional import arrange, plan_for, run
+from vps.masking import token_mask
 from vps.patching import sharpened_layers
 from vps.policy import LayerGamma, Settings
 from vps.torch_backend import Inputs
@@ -181,7 +182,16 @@ class Sharpening(Form):
         assert plan is not None
         name = self.parts[id(layer)][0]
         backend = dispatch.asked(x) or plan.fastest
-        grouped, mask, counted = arrange(x, None, layer.config.scope)
+        grouped, mask, counted, packing = arrange(x, None, layer.config.scope)
+        if packing is not None:
+
+            def part(x: Tensor, mask: Tensor) -> Tensor:
+                with token_mask(mask):
+                    y = self.compute(layer, x, W, bias)
+                assert y is not None
+                return y
+
+            return packing.apply(x, part)
         features = plan.drawn if self.features is None else self.features[name]
         I_in, I_out = None, None
         if features is None:
