@@ -273,3 +273,25 @@ def test_the_input_goes_by_its_name_through_hooks():
     )
     assert torch.equal(layer(input=x), expected) and seen == [["input"]]
     assert torch.equal(torch.func.functional_call(layer, {}, (), {"input": x}), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (1, 4, 6), (2, 4, 6), (1, 1, 6), (2, 3, 4, 6)])
+@pytest.mark.parametrize("scope", ["sequence", "token", "batch"])
+@pytest.mark.parametrize("builder", ["sk", "sc"])
+def test_an_output_may_be_edited_in_place(backend, shape, scope, builder):
+    if vps.backends()[backend] is not None:
+        pytest.skip(vps.backends()[backend])
+    torch.manual_seed(0)
+    layer = VPSLinear(6, 5, config=VPSConfig(scope=scope, builder=builder))
+    x = torch.randn(shape, requires_grad=True)
+    with vps.backend(backend):
+        y = layer(x)
+        y /= 2
+        y[..., 0] = 3
+        nn.functional.relu(y, inplace=True).sum().backward()
+        edited, x.grad = x.grad, None
+        y = layer(x) / 2
+        first = torch.arange(5) == 0
+        torch.where(first, torch.tensor(3.0), y).relu().sum().backward()
+    torch.testing.assert_close(edited, x.grad)

@@ -134,3 +134,13 @@ def test_a_broken_file_leaves_the_model_plain(tmp_path, key, value):
         vps.load(model, tmp_path / "vps.json")
     assert not sharpened_layers(model)
     assert all(type(layer) is nn.Linear for layer in (model[0], model[2]))
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    model = plain_layers()
+    vps.patch(model, EVERY)
+    for path in (tmp_path, "/dev/null"):
+        with pytest.raises(OSError, match="not a regular file"):
+            vps.save(model, path)
+    vps.save(model, str(tmp_path / "vps.json"))
+    assert [each.name for each in tmp_path.iterdir()] == ["vps.json"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from vps import jsonl
 from vps.calibration import FORMAT as CALIBRATION
 from vps.calibration import Calibration, device_of, fingerprint
 from vps.config import VPSConfig
@@ -33,7 +32,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: no sharpened layer in the model.
-        OSError: the file cannot be written.
+        OSError: it cannot be written, or what is there is no file.
     """
     state = policy_state(model)
     layers: dict[str, Any] = sharpened_layers(model)
@@ -51,15 +50,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         values["gamma"] = {
             name: plain_gamma(own.gamma) for name, own in layers.items() if own.gamma is not None
         }
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    jsonl.replace(Path(path), json.dumps(values, indent=2))
 
 
 def load(model: nn.Module, path: str | Path) -> PatchReport:

@@ -249,8 +249,9 @@ def apply(
     if B is None:
         return gradient.expand(u, W, I_in).add_(H)
     if H.shape[0] == 1:
-        target = H[0].clone() if keep_H else H[0]
-        return target.addmm_(u[0], B.squeeze(1).t()).unsqueeze(0)
+        y = H.clone() if keep_H else H  # no view, which an output that is edited could not be
+        y[0].addmm_(u[0], B.squeeze(1).t())
+        return y
     return torch.baddbmm(H, u, B.permute(1, 2, 0))
 
 
