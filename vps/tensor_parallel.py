@@ -113,15 +113,15 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
         """Whether this rank holds some of the inputs, rather than of the outputs."""
         return STYLES[type(self.style).__name__] == 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Sharpened output for x, both as the base layer has them on this rank."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Sharpened output for the input, both as the base layer has them on this rank."""
         if self.is_off():
-            return self.base_forward(x)
+            return self.base_forward(input)
         if self.coupling is not None and self.coupling.applies():
-            y = self.coupling.sharpen(self, x)
+            y = self.coupling.sharpen(self, input)
             assert y is not None
             return y
-        return sharpen((self,), x)[0]
+        return sharpen((self,), input)[0]
 
     def extra_repr(self) -> str:
         """Sizes, the part that this rank holds, and the main settings."""
