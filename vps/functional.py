@@ -141,8 +141,10 @@ def run(
         if result is not None:
             return result
         return torch_backend.sharpen(inputs, settings, torch_backend.forward)
-    if name == "cuda" or (name == "triton" and not inputs.x.is_cuda):
-        return torch_backend.sharpen(inputs, settings, _forward(name, inputs.x))
+    if name == "cuda":
+        return torch_backend.sharpen(inputs, settings, cuda.forward)
+    if name == "triton" and not inputs.x.is_cuda:
+        return _interpreted(inputs, settings)
     return operator.sharpen(inputs, settings, compiling or _is_tracing())
 
 
@@ -156,11 +158,16 @@ def _forward(
         return torch_backend.forward
     if name == "cuda":
         return cuda.forward
-    if name == "triton" and not x.is_cuda:  # interpreted, on what is no device of the operator
+    if name == "triton" and not x.is_cuda:
         from vps import triton_backend
 
         return triton_backend.forward
     return operator.forward
+
+
+def _interpreted(inputs: Inputs, settings: policy.Settings) -> tuple[Tensor, Tensor]:
+    """The Triton kernels in Triton's interpreter, which is no device of the operator."""
+    return torch_backend.sharpen(inputs, settings, _forward("triton", inputs.x))
 
 
 class _Plan(NamedTuple):
