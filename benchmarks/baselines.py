@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import VPSConfig, policy
-from vps.policy import FLOOR_GUARD
+from vps import VPSConfig
+from vps.algorithm import policy
+from vps.algorithm.policy import FLOOR_GUARD
 
 
 class AuthorStyle(nn.Module):

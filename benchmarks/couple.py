@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.ops import PART, OpCase, Problem, triton_or_reason
 from benchmarks.roofline import Cost
-from vps import coupling
+from vps.algorithm import coupling
 
 KEYS = 4  # seven query heads share a key head, as in Qwen2.5-7B
 SHARING = 7

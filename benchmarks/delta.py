@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.ops import PART, OpCase, Problem, triton_or_reason
 from benchmarks.roofline import SECTOR, Cost
-from vps import gradient, torch_backend
+from vps.algorithm import gradient, torch_backend
 
 GAMMA = 0.5
 

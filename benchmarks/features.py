@@ -7,7 +7,8 @@ from torch import Tensor
 
 from benchmarks.ops import PART, OpCase, Problem, triton_or_reason
 from benchmarks.roofline import Cost
-from vps import reference, selection
+from vps import reference
+from vps.algorithm import selection
 
 
 def case(problem: Problem) -> OpCase:

@@ -17,9 +17,10 @@ from benchmarks import checks
 from benchmarks.ops import Call, OpCase, Problem
 from benchmarks.roofline import Cost
 from benchmarks.variants import BACKENDS, CONFIG, why_not
-from vps import cuda, policy, torch_backend
-from vps.policy import Settings
-from vps.torch_backend import Inputs, Outputs
+from vps import cuda
+from vps.algorithm import policy, torch_backend
+from vps.algorithm.policy import Settings
+from vps.algorithm.torch_backend import Inputs, Outputs
 
 Forward = Callable[[Inputs, Settings], Outputs]
 PRODUCT = "product alone"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from benchmarks.ops import PART, OpCase, Problem, triton_or_reason
 from benchmarks.roofline import Cost
-from vps import selection
+from vps.algorithm import selection
 
 
 def case(problem: Problem) -> OpCase:

@@ -28,8 +28,8 @@ from tensor_parallel_group import (
 
 import vps
 from vps import VPSConfig
+from vps.algorithm.policy import LayerGamma
 from vps.patching import sharpened_layers
-from vps.policy import LayerGamma
 
 
 @case(*RANKS)

@@ -263,7 +263,7 @@ def refusals(group):
             messages["backend"] = str(refusal)
     for layer in split.modules():
         if isinstance(layer, TensorParallelLinear):
-            layer.memory = vps.lbfgs.CurvatureMemory()
+            layer.memory = vps.algorithm.lbfgs.CurvatureMemory()
             layer.memory.record(torch.zeros(4), torch.zeros(4))
             layer.memory.record(torch.ones(4), torch.ones(4))
     try:

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import vps
-from vps import column_wise, functional, row_wise, torch_backend
+from vps import column_wise, functional, row_wise
+from vps.algorithm import torch_backend
 
 HIDDEN, VOCABULARY = 32, 64
 RANKS = (2, 4)

@@ -10,7 +10,7 @@ import torch
 from benchmarks import common, ops, roofline, shapes
 from benchmarks.results import AGAIN
 from benchmarks.variants import BACKENDS, GEMV
-from vps.torch_backend import Outputs
+from vps.algorithm.torch_backend import Outputs
 
 ROOT = Path(__file__).parents[1]
 

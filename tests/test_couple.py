@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from vps import coupling
+from vps.algorithm import coupling
 from vps.kernels import couple
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vps import VPSConfig, cpp, policy, reference
+from vps import VPSConfig, cpp, reference
+from vps.algorithm import policy
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,8 @@ import numpy
 import pytest
 import torch
 
-from vps import VPSConfig, policy, reference
+from vps import VPSConfig, reference
+from vps.algorithm import policy
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = Path(__file__).with_name("emulator")

@@ -178,7 +178,7 @@ def off_layers():
     """One that is off by its config, and what turns sharpening off for the other."""
     yield VPSLinear(6, 5, config=VPSConfig(gamma=0)), None
     layer = VPSLinear(6, 5)
-    layer.gamma = vps.policy.LayerGamma(0.0)
+    layer.gamma = vps.algorithm.policy.LayerGamma(0.0)
     yield layer, None
     layer = VPSLinear(6, 5)
     yield layer, vps.disabled(nn.Sequential(layer))

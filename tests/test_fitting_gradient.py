@@ -221,9 +221,9 @@ def test_nothing_wide_is_kept_for_the_backward_pass():
     W = torch.randn(d_out, d_in)
     x = torch.randn(G, 1, d_in, requires_grad=True)
     gamma = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    settings = vps.policy.settings(VPSConfig(), False, d_in, d_out, True)
-    numbers = torch.tensor(vps.policy.bounds(VPSConfig(), 1.0), dtype=torch.float64)
-    inputs = vps.torch_backend.Inputs(x, W, None, None, None, None, numbers, None)
+    settings = vps.algorithm.policy.settings(VPSConfig(), False, d_in, d_out, True)
+    numbers = torch.tensor(vps.algorithm.policy.bounds(VPSConfig(), 1.0), dtype=torch.float64)
+    inputs = vps.algorithm.torch_backend.Inputs(x, W, None, None, None, None, numbers, None)
     index = torch.randint(0, 50, (G, r))
     kept = []
 

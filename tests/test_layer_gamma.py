@@ -16,11 +16,11 @@ from cases import (
 
 import vps
 from vps import VPSConfig, reference, vps_linear
+from vps.algorithm.lbfgs import CurvatureMemory
+from vps.algorithm.policy import LayerGamma
 from vps.coupled import Projection, coupled_vps_linear
 from vps.functional import plan_for
-from vps.lbfgs import CurvatureMemory
 from vps.patching import sharpened_layers
-from vps.policy import LayerGamma
 
 CASES = {"torch": 300, "cpp": 300, "triton": 30}
 

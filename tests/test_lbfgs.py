@@ -13,7 +13,7 @@ from torch import nn
 
 import vps
 from vps import VPSConfig, VPSLinear, reference, vps_linear
-from vps.lbfgs import CAPACITY, CurvatureMemory
+from vps.algorithm.lbfgs import CAPACITY, CurvatureMemory
 
 
 def passes(d, n, dtype=torch.float64, seed=0):

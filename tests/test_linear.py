@@ -48,7 +48,7 @@ def test_the_grid_reaches_every_setting():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ties_go_to_the_lower_index(dtype):
     """Selected features show in the update: γ·clamp off, τ off, one token, W diagonal."""
-    from vps.selection import top_k
+    from vps.algorithm.selection import top_k
 
     scores = torch.tensor([[2.0, 3.0, 3.0, 0.0, 3.0, 0.0], [0.0] * 6], dtype=dtype)
     assert top_k(scores, 4).tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
@@ -56,7 +56,7 @@ def test_ties_go_to_the_lower_index(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_with_ties_stand_beside_rows_without(dtype):
-    from vps.selection import top_k
+    from vps.algorithm.selection import top_k
 
     scores = torch.tensor(
         [[3, 1, 2, 0, 5], [2, 2, 2, 2, 2], [0, 4, 1, 4, 3], [9, 7, 7, 8, 6]], dtype=dtype

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vps import VPSConfig, coupling, one_group, policy, selection, torch_backend
-from vps.torch_backend import Inputs
+from vps import VPSConfig, one_group
+from vps.algorithm import coupling, policy, selection, torch_backend
+from vps.algorithm.torch_backend import Inputs
 
 CONFIG = VPSConfig()
 

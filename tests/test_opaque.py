@@ -9,7 +9,7 @@ from torch import nn
 
 import vps
 from vps import VPSConfig, token_mask, vps_linear
-from vps.lbfgs import CurvatureMemory
+from vps.algorithm.lbfgs import CurvatureMemory
 from vps.opaque_layer import sharpened_by
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import vps
 from vps import VPSConfig, vps_linear
+from vps.algorithm.policy import LayerGamma
 from vps.opaque_layer import sharpened_by
-from vps.policy import LayerGamma
 from vps.weight_rows import RowNorms
 
 

@@ -11,8 +11,9 @@ from cases import tiny_llama
 from torch import nn
 
 import vps
-from vps import VPSConfig, VPSLinear, dispatch, operator, policy, torch_backend, vps_linear
-from vps.torch_backend import Inputs
+from vps import VPSConfig, VPSLinear, dispatch, operator, vps_linear
+from vps.algorithm import policy, torch_backend
+from vps.algorithm.torch_backend import Inputs
 
 SETTINGS = [
     {},

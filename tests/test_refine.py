@@ -13,7 +13,7 @@ from cases import number_tokenizer
 
 import vps
 from vps import EntropyProcessor, VPSConfig, disabled, policy_state, refine, token_entropy
-from vps.lbfgs import CurvatureMemory
+from vps.algorithm.lbfgs import CurvatureMemory
 from vps.patching import sharpened_layers
 from vps.statistics import measure
 from vps.verify import CompositeVerifier

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations, prune
 
 import vps
 from vps import VPSConfig
+from vps.algorithm.policy import LayerGamma
 from vps.patching import sharpened_layers
-from vps.policy import LayerGamma
 
 EVERY = VPSConfig(target_modules="all-linear")
 

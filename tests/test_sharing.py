@@ -9,7 +9,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import vps
-from vps import VPSConfig, VPSLinear, selection, sharing, token_mask
+from vps import VPSConfig, VPSLinear, sharing, token_mask
+from vps.algorithm import selection
 
 
 @pytest.fixture

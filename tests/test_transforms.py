@@ -221,7 +221,7 @@ def test_a_whole_model(backend, coupled, builder, adapter):
 
 def test_curvature_pairs_are_in_second_derivatives_and_transforms():
     layer, x = made("weight", VPSConfig(), torch.float64)
-    layer.memory = vps.lbfgs.CurvatureMemory()
+    layer.memory = vps.algorithm.lbfgs.CurvatureMemory()
     for scale in (1.0, 2.0, 4.0):
         layer.memory.record(torch.arange(5.0).double() * scale, torch.ones(5).double() * scale**2)
     assert layer.memory.pairs

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vps import reference
+from vps.algorithm.policy import PolicyState
 from vps.calibration import Calibration, clear_calibration
 from vps.capture import capture
 from vps.config import VPSConfig
@@ -17,7 +18,6 @@ from vps.functional import vps_linear
 from vps.linear import VPSLinear
 from vps.masking import token_mask
 from vps.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
-from vps.policy import PolicyState
 from vps.refine import Iteration, RefineResult, refine
 from vps.settings import load, save
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vps import column_sums, packing
+from vps.algorithm.selection import is_read_freely
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
-from vps.selection import is_read_freely
 
 # Arguments of which each row is one input, beside a model's own main one.
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from vps import jsonl
+from vps.algorithm.policy import LayerGamma, settings
 from vps.config import VPSConfig
 from vps.patching import patch, sharpened_layers, unpatch
-from vps.policy import LayerGamma, settings
 from vps.reading import parse_json, read_text
 
 FORMAT = "vps-calibration-1"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vps import masking
+from vps.algorithm.selection import accumulation_dtype
 from vps.patching import sharpened_layers
-from vps.selection import accumulation_dtype
 
 
 class LayerCapture:

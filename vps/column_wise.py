@@ -1,6 +1,6 @@
 """Sharpening of layers whose outputs are split over ranks: x whole, ``H`` and ``W`` in parts.
 
-As :mod:`vps.torch_backend`, for a ``W`` of which each rank holds some rows (SPEC §2–§5, §7). What
+As :mod:`torch_backend`, for a ``W`` of which each rank holds some rows (SPEC §2–§5, §7). What
 ranks exchange for G groups of T tokens: by one all-gather each rank's best r candidates
 (``2 · G · r`` numbers, ``3 · G · r`` for a coupled query and key), and by one all-reduce for each
 projection ``t = H[:, I_out]``, ``[G, T, r]``, and the norms, ``2 · G · r``, or under another clip
@@ -17,10 +17,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import coupling, gradient, selection, sharding, torch_backend
-from vps.products import Products, build_core, needs_gram_of_rows
+from vps import sharding
+from vps.algorithm import coupling, gradient, selection, torch_backend
+from vps.algorithm.products import Products, build_core, needs_gram_of_rows
+from vps.algorithm.torch_backend import Outputs
 from vps.sharding import Projection, Shard
-from vps.torch_backend import Outputs
 
 
 @torch.no_grad()
@@ -214,7 +215,7 @@ def _of_input(
     clamp: float | None,
     shard: Shard,
 ) -> Tensor:
-    """``∂L/∂x`` ``[G, T, d_in]``, added up over the ranks; as :func:`vps.gradient.of_input`."""
+    """``∂L/∂x`` ``[G, T, d_in]``, added up over the ranks; as :func:`gradient.of_input`."""
     W, g = sharding.padded(weight, 0), sharding.padded(g, -1)
     grad_delta = g
     if clamp is not None:

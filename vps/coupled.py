@@ -14,17 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import (
-    coupling,
-    dispatch,
-    one_group,
-    operator,
-    policy,
-    reference,
-    sharing,
-    tracing,
-    transforms,
-)
+from vps import dispatch, one_group, operator, reference, sharing, transforms
+from vps.algorithm import coupling, policy, tracing
+from vps.algorithm.lbfgs import CurvatureMemory, Pair
+from vps.algorithm.policy import Settings
+from vps.algorithm.torch_backend import Inputs
 from vps.config import VPSConfig
 from vps.functional import (
     arrange,
@@ -36,9 +30,6 @@ from vps.functional import (
     run,
     vps_linear,
 )
-from vps.lbfgs import CurvatureMemory, Pair
-from vps.policy import Settings
-from vps.torch_backend import Inputs
 
 
 class Projection(NamedTuple):

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vps.policy import Settings
-from vps.torch_backend import Inputs, Outputs
+from vps.algorithm.policy import Settings
+from vps.algorithm.torch_backend import Inputs, Outputs
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
 

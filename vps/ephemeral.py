@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vps.algorithm.lbfgs import CurvatureMemory
 from vps.capture import capture
-from vps.lbfgs import CurvatureMemory
 from vps.patching import policy_state, sharpened_layers
 
 LENT = ("config", "gradient", "memory", "gamma")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vps import adapters, opaque_layer, tensor_parallel
+from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
 from vps.linear import FLOATING, SharpenedLayer, VPSLinear, is_replaced, why_not_sharpenable
 from vps.own_forward import fsdp_module, innermost, is_matrix
-from vps.policy import PolicyState
 from vps.tensor_parallel import TensorParallelLinear
 
 WEIGHT = "weight"

@@ -14,25 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vps import (
-    constants,
-    cuda,
-    dispatch,
-    masking,
-    one_group,
-    operator,
-    policy,
-    reference,
-    selection,
-    sharing,
-    torch_backend,
-    tracing,
-    transforms,
-)
+from vps import cuda, dispatch, masking, one_group, operator, reference, sharing, transforms
+from vps.algorithm import constants, policy, selection, torch_backend, tracing
+from vps.algorithm.lbfgs import CurvatureMemory, Pair
+from vps.algorithm.torch_backend import Inputs, Outputs
 from vps.config import VPSConfig
-from vps.lbfgs import CurvatureMemory, Pair
 from vps.packing import Packing
-from vps.torch_backend import Inputs, Outputs
 
 # Of every call, so found once.
 _transform_running = torch._C._functorch.peek_interpreter_stack
@@ -66,7 +53,7 @@ def vps_linear(
         memory: L-BFGS pairs of the layer; without one, or with ``lbfgs=False``, no change. Only
             the torch backend and the reference compute with pairs.
         gamma: γ in place of the config's, of either sign, as for
-            :class:`vps.policy.LayerGamma`; a tensor is data, so that no value compiles anew.
+            :class:`policy.LayerGamma`; a tensor is data, so that no value compiles anew.
 
     Returns:
         ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and, by any

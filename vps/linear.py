@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vps import adapters
+from vps.algorithm.lbfgs import CurvatureMemory
+from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
 from vps.functional import FLOATING, vps_linear
-from vps.lbfgs import CurvatureMemory
 from vps.masking import STATE
 from vps.opaque import OpaqueProjection, opaque_vps_linear
 from vps.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
 from vps.pairing import Coupling
-from vps.policy import LayerGamma, PolicyState
 from vps.weight_rows import RowNorms
 
 M = TypeVar("M", bound=nn.Module)

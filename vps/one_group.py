@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import column_sums, selection, threads
-from vps.policy import FLOOR_GUARD, NUMBERS, Settings
-from vps.torch_backend import Inputs, needs_gradient
+from vps import column_sums, threads
+from vps.algorithm import selection
+from vps.algorithm.policy import FLOOR_GUARD, NUMBERS, Settings
+from vps.algorithm.torch_backend import Inputs, needs_gradient
 
 WIDE = (torch.float32, torch.float64)  # dtypes in which sums may be taken
 # Calls of torch inside keep no record of gradients, views and versions: a fifth of their time.
@@ -166,7 +167,7 @@ def _joint(
     s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor] | None:
     """The first r of ``I_out`` of the query and of the key, from scores ``[d_q]`` and ``[d_k]``, as
-    :func:`vps.coupling.select`; ``None`` where not finite.
+    :func:`vps.algorithm.coupling.select`; ``None`` where not finite.
     """
     size, share = s_k.shape[0] // kv_heads, heads // kv_heads
     queries = s_q.double().view(kv_heads, share, size)
@@ -192,7 +193,7 @@ def _energy(values: Tensor) -> float:
 
 
 def _decide(policy: list[float], energy: float, entropy: Tensor | None, r: int) -> list[float]:
-    """γ of each active column, as :func:`vps.policy.decide` has it."""
+    """γ of each active column, as :func:`vps.algorithm.policy.decide` has it."""
     factor, g_low, g_high, r_low, r_high, k_low, k_high = policy[:7]
     sigma = -math.expm1(-energy)
     if entropy is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vps import adapters
+from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer
 from vps.masking import STATE
@@ -26,7 +27,6 @@ from vps.own_forward import (
     running_plain,
     without_bias,
 )
-from vps.policy import PolicyState
 from vps.weight_rows import RowNorms, are_fixed
 
 

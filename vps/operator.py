@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import coupling, cpp, gradient, torch_backend, traced_sharing, tracing
-from vps.policy import Settings
-from vps.selection import accumulation_dtype
-from vps.torch_backend import Inputs, Outputs, needs_gradient
+from vps import cpp, traced_sharing
+from vps.algorithm import coupling, gradient, torch_backend, tracing
+from vps.algorithm.policy import Settings
+from vps.algorithm.selection import accumulation_dtype
+from vps.algorithm.torch_backend import Inputs, Outputs, needs_gradient
 
 LIBRARY = torch.library.Library("vps", "DEF")
 ARGUMENTS = (
@@ -86,7 +87,7 @@ def couple(
     kv_heads: int,
 ) -> coupling.Joint:
     """What a query and a key projection decide together, without a gradient: see
-    :func:`vps.coupling.couple`.
+    :func:`vps.algorithm.coupling.couple`.
     """
     with torch.no_grad():
         return coupling.Joint(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vps import weight_rows
+from vps.algorithm.selection import is_read_freely
 from vps.masking import STATE
 from vps.riding import Columns, columns, one_hot
-from vps.selection import is_read_freely
 from vps.weight_rows import RowNorms
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

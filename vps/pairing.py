@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vps import tracing
+from vps.algorithm import tracing
+from vps.algorithm.lbfgs import CurvatureMemory
+from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
-from vps.lbfgs import CurvatureMemory
 from vps.opaque import OpaqueProjection, opaque_vps_linear
-from vps.policy import LayerGamma, PolicyState
 
 
 class Layer(Protocol):

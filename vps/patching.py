@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from vps import adapters, attention, attention_mask, forms, opaque_layer, pairing
+from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
 from vps.linear import SharpenedLayer
 from vps.masking import STATE
 from vps.matching import select_names
 from vps.own_forward import innermost
-from vps.policy import PolicyState
 
 # Also of the quantized layers of other libraries: HQQLinear, QuantLinear, WQLinear_GEMM.
 LINEAR = re.compile(r"Linear(8bitLt|4bit|_\w+)?$")

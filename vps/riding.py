@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vps.selection import accumulation_dtype, is_read_freely
+from vps.algorithm.selection import accumulation_dtype, is_read_freely
 
 RIDERS = 256  # rows that ride along; more go in calls of their own
 
@@ -167,7 +167,7 @@ def check(output: object, count: int, d_out: int) -> None:
 
 
 class RiddenWeight:
-    """What the core asks of W (:class:`vps.weight.Weight`), of a layer known by its forward.
+    """What the core asks of W (:class:`weight.Weight`), of a layer known by its forward.
 
     Args:
         base: the layer.

@@ -1,6 +1,6 @@
 """Sharpening of layers whose inputs are split over ranks, which add up their outputs.
 
-As :mod:`vps.torch_backend`, for an x and a ``W`` of which each rank holds some columns (SPEC §2–5).
+As :mod:`torch_backend`, for an x and a ``W`` of which each rank holds some columns (SPEC §2–5).
 What ranks exchange for G groups of T tokens: by one all-gather each rank's best r candidates
 (``2 · G · r`` numbers); with the layer's own all-reduce of H the distinct columns ``B`` that were
 selected, at most ``G · r`` rows of d_out; and by one more the norms of the rows of W, ``G · r``, or
@@ -16,9 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import gradient, selection, sharding, torch_backend
-from vps.policy import Settings
-from vps.products import Products, build_core, needs_gram_of_rows
+from vps import sharding
+from vps.algorithm import gradient, selection, torch_backend
+from vps.algorithm.policy import Settings
+from vps.algorithm.products import Products, build_core, needs_gram_of_rows
 from vps.sharding import Projection, Shard
 
 
@@ -214,7 +215,7 @@ def _of_input(
     t: Tensor,
     clamp: float | None,
 ) -> Tensor:
-    """``∂L/∂x`` of this rank's inputs, ``[G, T, held]``; as :func:`vps.gradient.of_input`."""
+    """``∂L/∂x`` of this rank's inputs, ``[G, T, held]``; as :func:`gradient.of_input`."""
     grad_delta = g
     if clamp is not None:
         grad_delta = g * (columns.expand(gradient.mix(t, core)).abs() <= clamp)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vps.policy import Settings
+from vps.algorithm.policy import Settings
 
 
 class Shard(NamedTuple):
@@ -63,7 +63,7 @@ class Projection(NamedTuple):
         bias: ``[held]`` where outputs are split, else ``[d_out]``; or ``None``.
         shard: of the dim that is split.
         settings: of the whole layer.
-        numbers: of :func:`vps.policy.bounds`, ``[9]``, or with a factor of each column.
+        numbers: of :func:`vps.algorithm.policy.bounds`, ``[9]``, or with a factor of each column.
     """
 
     weight: Tensor

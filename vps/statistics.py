@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps import masking, policy, selection
+from vps import masking
+from vps.algorithm import policy, selection
 from vps.functional import group
 from vps.generation import input_device
 from vps.patching import sharpened_layers

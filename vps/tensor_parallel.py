@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vps import column_wise, dispatch, masking, pairing, row_wise, sharding, sharing
+from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
 from vps.functional import FLOATING, arrange, cast, plan_for
 from vps.linear import SharpenedLayer
 from vps.own_forward import OwnForward
-from vps.policy import PolicyState
 from vps.sharding import Projection, Shard, split_evenly
 
 STYLES = {"ColwiseParallel": 0, "RowwiseParallel": 1}  # and the dim of the weight that they split

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode, PythonFunctionalizeAPI
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from vps import constants
+from vps.algorithm import constants
 
 # Where I_in stands in the results of an operator; features are I_in first, [G, 2 or 3, r].
 SELECTIONS: dict[str, Callable[[tuple[Tensor, ...]], Tensor]] = {

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import gradient, tracing
-from vps.coupling import Joint
-from vps.lbfgs import Pair
-from vps.policy import Settings
-from vps.torch_backend import Inputs, Outputs
+from vps.algorithm import gradient, tracing
+from vps.algorithm.coupling import Joint
+from vps.algorithm.lbfgs import Pair
+from vps.algorithm.policy import Settings
+from vps.algorithm.torch_backend import Inputs, Outputs
 
 # Of the arguments below, those whose first dim is of the groups, which vmap makes longer.
 OF_GROUPS = {"x", "mask", "I_in", "I_out", "H", "energy"}

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import coupling, gradient, torch_backend
+from vps.algorithm import coupling, gradient, torch_backend
+from vps.algorithm.policy import Settings
+from vps.algorithm.torch_backend import Inputs, Outputs
 from vps.kernels import couple as couple_kernels
 from vps.kernels import decode, delta, factors, features, scores, select
-from vps.policy import Settings
-from vps.torch_backend import Inputs, Outputs
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -83,7 +83,7 @@ def couple(
     heads: int,
     kv_heads: int,
 ) -> coupling.Joint:
-    """Products and selections of a query and a key projection, see :func:`vps.coupling.couple`."""
+    """Products and selections of a query and a key projection, see :func:`coupling.couple`."""
     I_in = _top_k(x, mask, r) if I_in is None else I_in
     if couple_kernels.refusal(len(W_k), r) is not None:
         return coupling.couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads, scores.launch)

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vps.algorithm.selection import accumulation_dtype, is_read_freely
 from vps.riding import RIDERS, Columns, columns, one_hot
-from vps.selection import accumulation_dtype, is_read_freely
 
 AGREEMENT = 0.02  # relative: quantized kernels round forward and backward differently
 

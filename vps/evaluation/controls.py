@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps import coupling, masking, policy, selection
+from vps import masking
+from vps.algorithm import coupling, policy, selection
+from vps.algorithm.torch_backend import Inputs
 from vps.functional import arrange, group, plan_for, run
 from vps.masking import STATE
 from vps.opaque import Given, opaque_vps_linear
 from vps.patching import disabled, sharpened_layers
-from vps.torch_backend import Inputs
 
 SHARPENED = "sharpened"
 Hook = Callable[[str, int, Any, Tensor, Tensor], Tensor | None]  # name and part of the tokens, x, y

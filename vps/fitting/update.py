@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vps import clipping, gradient, policy, torch_backend
-from vps.policy import NUMBERS, Settings
-from vps.selection import accumulation_dtype
-from vps.torch_backend import Inputs
+from vps.algorithm import clipping, gradient, policy, torch_backend
+from vps.algorithm.policy import NUMBERS, Settings
+from vps.algorithm.selection import accumulation_dtype
+from vps.algorithm.torch_backend import Inputs
 
 Norms = tuple[Tensor, Tensor]  # of the rows [d_out] and columns [d_in] of W
 

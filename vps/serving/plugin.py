@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from vps import policy
+from vps.algorithm import policy
 from vps.config import VPSConfig
 from vps.matching import select_names
 from vps.serving import configuration, limits, parts

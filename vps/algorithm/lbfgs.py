@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vps.selection import accumulation_dtype
+from vps.algorithm.selection import accumulation_dtype
 
 CAPACITY = 5
 LEAST_CURVATURE = 1e-8

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vps import torch_backend
-from vps.policy import Settings
-from vps.torch_backend import Inputs
+from vps.algorithm import torch_backend
+from vps.algorithm.policy import Settings
+from vps.algorithm.torch_backend import Inputs
 
 
 class Products(NamedTuple):
@@ -35,7 +35,7 @@ class Products(NamedTuple):
 
 
 class AddedUp:
-    """:class:`vps.weight.Weight` of the features selected already, whatever their number."""
+    """:class:`weight.Weight` of the features selected already, whatever their number."""
 
     def __init__(self, products: Products) -> None:
         self.products = products
@@ -69,12 +69,12 @@ def build_core(
     mask: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(core, γ, t)`` as :func:`vps.torch_backend.build` has them, of a layer that is all of
+    """``(core, γ, t)`` as :func:`torch_backend.build` has them, of a layer that is all of
     ``t`` and ``X_A``.
 
     Args:
         products: the sums over all ranks.
-        numbers: of :func:`vps.policy.bounds`.
+        numbers: of :func:`vps.algorithm.policy.bounds`.
         energy: ``[G]``, overwritten; ``None`` when nothing is adaptive.
         entropy: ℋ in nats, one element, or ``None``.
         mask: bool ``[G, T]``, True counts; ``None`` when all do.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vps.constants import constant
+from vps.algorithm.constants import constant
 
 SQUARINGS = 30
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import selection
+from vps.algorithm import selection
 
 
 class Joint(NamedTuple):

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import clipping, gradient, policy, selection
-from vps.constants import constant
-from vps.lbfgs import Pair, precondition
-from vps.policy import Settings
-from vps.weight import Weight, WeightMatrix
+from vps.algorithm import clipping, gradient, policy, selection
+from vps.algorithm.constants import constant
+from vps.algorithm.lbfgs import Pair, precondition
+from vps.algorithm.policy import Settings
+from vps.algorithm.weight import Weight, WeightMatrix
 
 
 class Inputs(NamedTuple):
@@ -31,8 +31,8 @@ class Inputs(NamedTuple):
         mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all do.
         I_in: selected inputs ``[G, r]`` where they are known, or ``None``.
         I_out: selected outputs ``[G, r]`` where they are known, or ``None``.
-        policy: the numbers of :func:`vps.policy.bounds`, float64 ``[9]``, and a factor of each
-            column, ``[9 + r]``, where the layer has them (:class:`vps.policy.LayerGamma`).
+        policy: the numbers of :func:`policy.bounds`, float64 ``[9]``, and a factor of each
+            column, ``[9 + r]``, where the layer has them (:class:`policy.LayerGamma`).
         entropy: ℋ in nats, one element, or ``None``.
         H: base product ``[G, T, d_out]`` where it is known, or ``None``.
         energy: ``[G]`` where it is known, or ``None``.
@@ -120,7 +120,7 @@ def needs_gradient(inputs: Inputs) -> bool:
 
 
 class _Sharpen(torch.autograd.Function):
-    """Saves what :mod:`vps.gradient` needs; W, B and the selection are constants."""
+    """Saves what :mod:`vps.algorithm.gradient` needs; W, B and the selection are constants."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vps.selection import accumulation_dtype
+from vps.algorithm.selection import accumulation_dtype
 
 
 class Weight(Protocol):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import tracing
-from vps.lbfgs import Pair, precondition
+from vps.algorithm import tracing
+from vps.algorithm.lbfgs import Pair, precondition
 
 
 def of_input(

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vps.algorithm.constants import constant
 from vps.config import VPSConfig
-from vps.constants import constant
 
 NUMBERS = 9  # of the policy; what follows them is a factor of each column
 HISTORY = 5

@@ -9,8 +9,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from vps import tracing
-from vps.constants import constant, tie_breakers
+from vps.algorithm import tracing
+from vps.algorithm.constants import constant, tie_breakers
 
 CACHED_ELEMENTS = 2**17
 
