@@ -57,7 +57,7 @@ plots: .venv/.ok  ## Draw the results in $(OUT) into docs/
 # Most of the time of the tests goes to compiling kernels, which pytest-xdist spreads over the cores.
 gpu:  ## On a GPU machine, without a virtual environment: tests marked cuda, then benchmarks, to $(OUT)
 	@mkdir -p $(OUT); end=$$(( $$(date +%s) + 60 * $(GPU_MINUTES) )); failed=0; \
-	$(PYTHON) -m vps.cuda_build || echo "the CUDA operator is not built; its tests are skipped"; \
+	$(PYTHON) -m vps.backends.cuda_build || echo "the CUDA operator is not built; its tests are skipped"; \
 	workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && printf "%s" "-n 8"); \
 	$(PYTHON) -m pytest -q -m cuda $$workers --junitxml=$(OUT)/cuda.xml || failed=$$?; \
 	minutes=$$(( (end - $$(date +%s)) / 60 )); \

@@ -14,6 +14,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vps/__init__.py").read_tex
 # top-level package `kernels` would overwrite Hugging Face's package of that name.
 PACKAGES = [
     "vps",
+    "vps.algorithm",
+    "vps.backends",
     "vps.cli",
     "vps.demo",
     "vps.evaluation",

@@ -17,10 +17,10 @@ from benchmarks import checks
 from benchmarks.ops import Call, OpCase, Problem
 from benchmarks.roofline import Cost
 from benchmarks.variants import BACKENDS, CONFIG, why_not
-from vps import cuda
 from vps.algorithm import policy, torch_backend
 from vps.algorithm.policy import Settings
 from vps.algorithm.torch_backend import Inputs, Outputs
+from vps.backends import cuda
 
 Forward = Callable[[Inputs, Settings], Outputs]
 PRODUCT = "product alone"
@@ -88,7 +88,7 @@ def _forward(backend: str) -> Forward:
         return _operator
     if backend == "cuda":
         return cuda.forward
-    from vps import triton_backend
+    from vps.backends import triton_backend
 
     return triton_backend.forward
 

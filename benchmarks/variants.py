@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import vps
 from benchmarks import baselines, checks, graphs
 from benchmarks.common import Variant
-from vps import VPSConfig, VPSLinear, reference, sharing
+from vps import VPSConfig, VPSLinear, reference
+from vps.backends import sharing
 
 BASE = "nn.Linear"
 CONFIG = VPSConfig()

@@ -1,4 +1,4 @@
-// A query and a key projection of one x on a CPU (SPEC §7), for the schemas of vps/operator.py:
+// A query and a key projection of one x on a CPU (SPEC §7), for the schemas of vps/backends/operator.py:
 // vps::couple makes their products, pooled energy and selections, vps::linear_pair both layers.
 #include <torch/csrc/stable/library.h>
 

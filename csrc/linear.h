@@ -16,7 +16,7 @@ struct Product {
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-/// y, features [G, 2, r], core [G, r, r], gamma [G] and t: see vps/operator.py. `product` may be null.
+/// y, features [G, 2, r], core [G, r, r], gamma [G] and t: see vps/backends/operator.py. `product` may be null.
 Results sharpen(const Arguments& arguments, const Product* product);
 
 /// y alone, for who needs no gradient; I_in [G, r] goes to `I_in` unless that is null.

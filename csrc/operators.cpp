@@ -1,4 +1,4 @@
-// vps::linear and vps::linear_only on a CPU, registered for their schemas in vps/operator.py.
+// vps::linear and vps::linear_only on a CPU, registered for their schemas in vps/backends/operator.py.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

@@ -5,7 +5,8 @@ import torch
 from cases import in_float32, random_case, reference_of
 
 import vps
-from vps import VPSConfig, functional, operator, reference, vps_linear
+from vps import VPSConfig, functional, reference, vps_linear
+from vps.backends import operator
 
 CASES = {"torch": 400, "cpp": 400, "triton": 80}
 NARROW = [torch.float16, torch.bfloat16]
@@ -94,7 +95,7 @@ def test_triton_decodes_under_a_mask_in_its_own_kernels(groups, monkeypatch):
     """generate() passes a mask at every step, which a GPU cannot read without waiting."""
     if vps.backends()["triton"] is not None:
         pytest.skip(f"triton: {vps.backends()['triton']}")
-    from vps import triton_backend
+    from vps.backends import triton_backend
 
     torch.manual_seed(0)
     x, W, b = torch.randn(groups, 1, 24), torch.randn(40, 24), torch.randn(40)

@@ -148,6 +148,6 @@ def test_pytest_benchmark_finds_every_op():
 
 
 def test_every_backend_is_a_variant():
-    from vps.dispatch import NAMES
+    from vps.backends.dispatch import NAMES
 
     assert {*BACKENDS, "reference"} == set(NAMES)

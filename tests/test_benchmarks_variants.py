@@ -21,7 +21,8 @@ from benchmarks import (
     variants,
 )
 from benchmarks.results import AGAIN
-from vps import VPSConfig, operator
+from vps import VPSConfig
+from vps.backends import operator
 
 TINY = shapes.Model(64, 4, 2, 16, 96, 2, 100)
 HERE = [name for name in ("torch", "cpp") if vps.backends()[name] is None]

@@ -7,7 +7,8 @@ import torch
 from cases import tiny_llama
 
 import vps
-from vps import column_sums, masking
+from vps import masking
+from vps.backends import column_sums
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ from cases import HEADS, coupled_case, coupled_in_float32, coupled_reference_of,
 from torch import nn
 
 import vps
-from vps import VPSConfig, coupled, operator, pairing, reference
+from vps import VPSConfig, coupled, pairing, reference
 from vps.algorithm import coupling, policy
 from vps.algorithm.lbfgs import CurvatureMemory
+from vps.backends import operator
 from vps.coupled import Projection, coupled_vps_linear
 
 needs_cpp = pytest.mark.skipif(

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vps import VPSConfig, cpp, reference
+from vps import VPSConfig, reference
 from vps.algorithm import policy
+from vps.backends import cpp
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(

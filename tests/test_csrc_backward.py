@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_csrc import DTYPES
 
-from vps import cpp
 from vps.algorithm import gradient
+from vps.backends import cpp
 
 pytestmark = pytest.mark.skipif(
     cpp.why_missing() is not None,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import vps
-from vps import VPSConfig, VPSLinear, cuda_build
+from vps import VPSConfig, VPSLinear
+from vps.backends import cuda_build
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 

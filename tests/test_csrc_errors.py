@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vps import cpp
+from vps.backends import cpp
 
 pytestmark = pytest.mark.skipif(
     cpp.why_missing() is not None,

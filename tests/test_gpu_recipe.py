@@ -11,7 +11,7 @@ PYTHON = """#!/bin/sh
 echo "$@" >> {log}
 case "$2" in
   "import xdist") exit {xdist};;
-  vps.cuda_build) exit {build};;
+  vps.backends.cuda_build) exit {build};;
   pytest) exit {tests};;
   benchmarks) exit {benchmarks};;
 esac
@@ -44,7 +44,7 @@ def test_builds_tests_and_times(run, tmp_path):
     out = tmp_path / "out"
     assert found.returncode == 0 and out.is_dir()
     assert calls == [
-        "-m vps.cuda_build",
+        "-m vps.backends.cuda_build",
         f"-m pytest -q -m cuda --junitxml={out}/cuda.xml",
         f"-m benchmarks --minutes {calls[2].split()[3]} --out {out}",
     ]

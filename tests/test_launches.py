@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import vps
-from vps import attention_mask, functional, operator
+from vps import attention_mask, functional
+from vps.backends import operator
 from vps.patching import sharpened_layers
 
 pytestmark = pytest.mark.skipif(

@@ -217,11 +217,11 @@ def test_which_backend_computes(monkeypatch):
         assert torch.equal(layer(x), expected)
     with vps.backend("reference"), torch.no_grad():
         assert torch.allclose(layer(x), expected, atol=1e-6)
-    monkeypatch.setattr(vps.dispatch.STATE, "backends", ["cpp"])
+    monkeypatch.setattr(vps.backends.dispatch.STATE, "backends", ["cpp"])
     with pytest.raises(RuntimeError, match=r"'cpp' cannot run.*lbfgs=False"):
         layer(x)
     layer.memory.clear()
-    monkeypatch.setattr(vps.dispatch.STATE, "backends", ["torch"])
+    monkeypatch.setattr(vps.backends.dispatch.STATE, "backends", ["torch"])
     assert not torch.equal(layer(x), expected)
 
 

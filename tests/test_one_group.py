@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vps import VPSConfig, one_group
+from vps import VPSConfig
 from vps.algorithm import coupling, policy, selection, torch_backend
 from vps.algorithm.torch_backend import Inputs
+from vps.backends import one_group
 
 CONFIG = VPSConfig()
 

@@ -11,9 +11,10 @@ from cases import tiny_llama
 from torch import nn
 
 import vps
-from vps import VPSConfig, VPSLinear, dispatch, operator, vps_linear
+from vps import VPSConfig, VPSLinear, vps_linear
 from vps.algorithm import policy, torch_backend
 from vps.algorithm.torch_backend import Inputs
+from vps.backends import dispatch, operator
 
 SETTINGS = [
     {},

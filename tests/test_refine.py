@@ -317,11 +317,11 @@ def test_without_the_surrogate_or_lbfgs(tokenizer):
 
 def test_a_backend_that_cannot_is_named_before_the_work(tokenizer, monkeypatch):
     model, said = tiny(), []
-    monkeypatch.setattr(vps.dispatch.STATE, "backends", ["cpp"])
+    monkeypatch.setattr(vps.backends.dispatch.STATE, "backends", ["cpp"])
     with pytest.raises(RuntimeError, match="lbfgs=False"):
         run(model, tokenizer, iterations=3, progress=said.append)
     assert said == []
-    monkeypatch.setattr(vps.dispatch.STATE, "backends", ["torch"])
+    monkeypatch.setattr(vps.backends.dispatch.STATE, "backends", ["torch"])
     assert run(model, tokenizer, iterations=3, progress=said.append).used_labels
     assert said == ["answering, plain", "iteration 1 of 2", "iteration 2 of 2"]
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import vps
-from vps import VPSConfig, VPSLinear, sharing, token_mask
+from vps import VPSConfig, VPSLinear, token_mask
 from vps.algorithm import selection
+from vps.backends import sharing
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ weight and the activations passing through.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vps import reference
+from vps import backends, reference
 from vps.algorithm.policy import PolicyState
+from vps.backends.dispatch import backend
 from vps.calibration import Calibration, clear_calibration
 from vps.capture import capture
 from vps.config import VPSConfig
-from vps.dispatch import backend, backends
 from vps.entropy import EntropyProcessor, token_entropy
 from vps.functional import vps_linear
 from vps.linear import VPSLinear

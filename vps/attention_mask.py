@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps import column_sums, packing
+from vps import packing
 from vps.algorithm.selection import is_read_freely
+from vps.backends import column_sums
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
 
 # Arguments of which each row is one input, beside a model's own main one.

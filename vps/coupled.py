@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import dispatch, one_group, operator, reference, sharing, transforms
+from vps import reference
 from vps.algorithm import coupling, policy, tracing
 from vps.algorithm.lbfgs import CurvatureMemory, Pair
 from vps.algorithm.policy import Settings
 from vps.algorithm.torch_backend import Inputs
+from vps.backends import dispatch, one_group, operator, sharing, transforms
 from vps.config import VPSConfig
 from vps.functional import (
     arrange,
@@ -186,7 +187,7 @@ def _in_one_call(
     policy_k = None if key.policy is query.policy else key.policy
     call: Callable[..., tuple[Tensor, Tensor, Tensor]] = operator.LINEAR_PAIR
     if name == "triton" and not query.x.is_cuda:  # interpreted
-        from vps.triton_backend import pair as call
+        from vps.backends.triton_backend import pair as call
     arguments = (
         *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
         of_query.r, heads, kv_heads, *settings, policy_k,
@@ -233,7 +234,7 @@ def couple_by(
         with torch.no_grad():
             return coupling.couple(x, W_q, W_k, mask, *rest)
     if name == "triton" and not x.is_cuda:
-        from vps import triton_backend
+        from vps.backends import triton_backend
 
         with torch.no_grad():
             return triton_backend.couple(x, W_q, W_k, mask, *rest)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vps.dispatch import backends
+from vps.backends.dispatch import backends
 from vps.engines import engines
 
 OPTIONAL = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vps import dispatch
+from vps.backends import dispatch
 from vps.patching import policy_state
 
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vps import cuda, dispatch, masking, one_group, operator, reference, sharing, transforms
+from vps import masking, reference
 from vps.algorithm import constants, policy, selection, torch_backend, tracing
 from vps.algorithm.lbfgs import CurvatureMemory, Pair
 from vps.algorithm.torch_backend import Inputs, Outputs
+from vps.backends import cuda, dispatch, one_group, operator, sharing, transforms
 from vps.config import VPSConfig
 from vps.packing import Packing
 
@@ -146,7 +147,7 @@ def _forward(
     if name == "cuda":
         return cuda.forward
     if name == "triton" and not x.is_cuda:
-        from vps import triton_backend
+        from vps.backends import triton_backend
 
         return triton_backend.forward
     return operator.forward

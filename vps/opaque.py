@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import dispatch, riding, sharing
+from vps import riding
 from vps.algorithm import coupling, gradient, policy, selection, tracing
 from vps.algorithm import torch_backend as backend
 from vps.algorithm.lbfgs import CurvatureMemory, Pair, precondition
 from vps.algorithm.torch_backend import Inputs
+from vps.backends import dispatch, sharing
 from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
 from vps.functional import arrange, cast, check_input, plan_for, refuse_tangents, vps_linear

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import dispatch, ephemeral
+from vps import ephemeral
+from vps.backends import dispatch
 from vps.config import VPSConfig
 from vps.entropy import EntropyProcessor, token_entropy
 from vps.generation import Generation, encode, generate, input_device, sample

@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import column_wise, dispatch, masking, pairing, row_wise, sharding, sharing
+from vps import column_wise, masking, pairing, row_wise, sharding
 from vps.algorithm.policy import PolicyState
+from vps.backends import dispatch, sharing
 from vps.config import VPSConfig
 from vps.functional import FLOATING, arrange, cast, plan_for
 from vps.linear import SharpenedLayer

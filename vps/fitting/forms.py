@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import dispatch, sharing
 from vps.algorithm import coupling, selection
 from vps.algorithm.policy import LayerGamma, Settings
 from vps.algorithm.torch_backend import Inputs
+from vps.backends import dispatch, sharing
 from vps.calibration import columns_of
 from vps.coupled import couple_by
 from vps.fitting.update import Norms, Selection, norms, sharpened

@@ -1,6 +1,6 @@
 """Builds the CUDA operator of csrc/cuda with the machine's nvcc.
 
-``python -m vps.cuda_build`` does, for the GPU at hand (or ``--arch``).
+``python -m vps.backends.cuda_build`` does, for the GPU at hand (or ``--arch``).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from vps.cuda import LIBRARY
+from vps.backends.cuda import LIBRARY
 
-SOURCE = Path(__file__).resolve().parents[1] / "csrc/cuda/decode.cu"
+SOURCE = Path(__file__).resolve().parents[2] / "csrc/cuda/decode.cu"
 STABLE_ABI = "0x020a000000000000"
 
 
@@ -26,9 +26,11 @@ def command(architecture: str, *options: str) -> list[str]:
     """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise FileNotFoundError("vps.cuda_build: nvcc is not on PATH")
+        raise FileNotFoundError("vps.backends.cuda_build: nvcc is not on PATH")
     if not SOURCE.is_file():
-        raise FileNotFoundError(f"vps.cuda_build: {SOURCE} is missing; build from the repository")
+        raise FileNotFoundError(
+            f"vps.backends.cuda_build: {SOURCE} is missing; build from the repository"
+        )
     include = Path(torch.__file__).parent / "include"
     return [
         nvcc,
@@ -70,13 +72,15 @@ def build(architecture: str | None = None) -> Path:
     """
     if architecture is None:
         if not torch.cuda.is_available():
-            raise RuntimeError("vps.cuda_build: no GPU here: name an architecture such as sm_90")
+            raise RuntimeError(
+                "vps.backends.cuda_build: no GPU here: name an architecture such as sm_90"
+            )
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     built = LIBRARY.with_suffix(".new")
     line = command(architecture, *linked(built))
     run = subprocess.run(line, capture_output=True, text=True)
     if run.returncode != 0:
-        raise RuntimeError(f"vps.cuda_build: nvcc failed:\n{run.stderr}")
+        raise RuntimeError(f"vps.backends.cuda_build: nvcc failed:\n{run.stderr}")
     built.replace(LIBRARY)
     return LIBRARY
 

@@ -13,7 +13,8 @@ import threading
 import torch
 from torch import Tensor
 
-from vps import masking, threads
+from vps import masking
+from vps.backends import threads
 
 BLOCK = 2**20 if threads.ASLEEP else 2**19  # elements; each block wakes the threads twice
 SMALL = 2**15  # elements, for which memory is at hand anyway

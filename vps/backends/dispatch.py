@@ -21,7 +21,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from vps import cpp, cuda
+from vps.backends import cpp, cuda
 from vps.masking import STATE
 
 NAMES = ("torch", "cpp", "triton", "cuda", "reference")

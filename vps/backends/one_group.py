@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import column_sums, threads
 from vps.algorithm import selection
 from vps.algorithm.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.algorithm.torch_backend import Inputs, needs_gradient
+from vps.backends import column_sums, threads
 
 WIDE = (torch.float32, torch.float64)  # dtypes in which sums may be taken
 # Calls of torch inside keep no record of gradients, views and versions: a fifth of their time.

@@ -1,6 +1,6 @@
 """Finds, loads and calls the CUDA operator of csrc/cuda: decode of one token in one launch.
 
-:mod:`vps.cuda_build` compiles it.
+:mod:`vps.backends.cuda_build` compiles it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from vps.algorithm.policy import Settings
 from vps.algorithm.torch_backend import Inputs, Outputs
 
-LIBRARY = Path(__file__).with_name("_cuda.so")
+LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 
 
 @cache
@@ -23,7 +23,7 @@ def why_missing() -> str | None:
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "no CUDA device"
     if not LIBRARY.is_file():
-        return "its library is not built: python -m vps.cuda_build builds it with nvcc"
+        return "its library is not built: python -m vps.backends.cuda_build builds it with nvcc"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
@@ -48,7 +48,7 @@ def takes(inputs: Inputs, settings: Settings) -> bool:
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
     """One token in one launch; whatever :func:`takes` refuses goes to the Triton kernels."""
     if not takes(inputs, settings):
-        from vps import triton_backend
+        from vps.backends import triton_backend
 
         return triton_backend.forward(inputs, settings)
     x, weight, bias, mask, I_in, I_out, policy, entropy = inputs[:8]

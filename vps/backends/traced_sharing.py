@@ -1,6 +1,6 @@
 """What layers of one traced graph share: the input selection of the same x, and equal calls.
 
-In a trace a tensor has no version to tell whether it was edited since (:mod:`vps.sharing`), but
+In a trace a tensor has no version to tell whether it was edited since (:mod:`sharing`), but
 functionalization, which torch.compile and torch.export go through, makes of every edit a new value,
 and calls are compared by their values there. So v, gate and up take the selection of q and gate;
 the call for query and key, which each of the two makes, happens once, and so do constants.

@@ -29,4 +29,4 @@ def why_missing() -> str | None:
 
 def _library() -> Path | None:
     named = os.environ.get("VPS_CPP_LIBRARY")
-    return Path(named) if named else next(Path(__file__).parent.glob("_cpp*.so"), None)
+    return Path(named) if named else next(Path(__file__).parents[1].glob("_cpp*.so"), None)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import cpp, traced_sharing
 from vps.algorithm import coupling, gradient, torch_backend, tracing
 from vps.algorithm.policy import Settings
 from vps.algorithm.selection import accumulation_dtype
 from vps.algorithm.torch_backend import Inputs, Outputs, needs_gradient
+from vps.backends import cpp, traced_sharing
 
 LIBRARY = torch.library.Library("vps", "DEF")
 ARGUMENTS = (
@@ -228,7 +228,7 @@ def _torch(*arguments: Any) -> Result:
 
 def _triton(*arguments: Any) -> Result:
     """The Triton kernels, imported at the first call."""
-    from vps.triton_backend import linear
+    from vps.backends.triton_backend import linear
 
     return linear(*_unpacked(arguments))
 
@@ -247,13 +247,13 @@ def _packed(out: Outputs, settings: Settings) -> Result:
 
 
 def _triton_joint(*arguments: Any) -> coupling.Joint:
-    from vps.triton_backend import couple
+    from vps.backends.triton_backend import couple
 
     return couple(*arguments)
 
 
 def _triton_pair(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from vps.triton_backend import pair
+    from vps.backends.triton_backend import pair
 
     return pair(*arguments)
 
