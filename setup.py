@@ -21,6 +21,8 @@ PACKAGES = [
     "vps.evaluation",
     "vps.fitting",
     "vps.kernels",
+    "vps.layers",
+    "vps.layers.shards",
     "vps.serving",
     "vps.verify",
 ]

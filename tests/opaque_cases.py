@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vps
-from vps.opaque_layer import sharpened_by
+from vps.layers.opaque_layer import sharpened_by
 
 
 class Hidden(nn.Linear):

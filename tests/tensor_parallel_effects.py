@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import vps
 from vps import VPSConfig
 from vps.evaluation.controls import control
+from vps.layers.shards.tensor_parallel import TensorParallelLinear
 from vps.statistics import measure
-from vps.tensor_parallel import TensorParallelLinear
 
 
 @case(2)

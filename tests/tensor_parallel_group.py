@@ -20,8 +20,9 @@ from transformers import (
 )
 
 import vps
-from vps import column_wise, functional, row_wise
+from vps import functional
 from vps.algorithm import torch_backend
+from vps.layers.shards import column_wise, row_wise
 
 HIDDEN, VOCABULARY = 32, 64
 RANKS = (2, 4)

@@ -11,7 +11,7 @@ from test_patching import settings, tiny
 
 import vps
 from vps import VPSConfig
-from vps.opaque_layer import sharpened_by
+from vps.layers.opaque_layer import sharpened_by
 from vps.patching import sharpened_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,11 +12,12 @@ from cases import HEADS, coupled_case, coupled_in_float32, coupled_reference_of,
 from torch import nn
 
 import vps
-from vps import VPSConfig, coupled, pairing, reference
+from vps import VPSConfig, coupled, reference
 from vps.algorithm import coupling, policy
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.backends import operator
 from vps.coupled import Projection, coupled_vps_linear
+from vps.layers import pairing
 
 needs_cpp = pytest.mark.skipif(
     vps.backends()["cpp"] is not None, reason=f"no C++ backend: {vps.backends()['cpp']}"

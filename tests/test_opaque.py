@@ -10,7 +10,7 @@ from torch import nn
 import vps
 from vps import VPSConfig, token_mask, vps_linear
 from vps.algorithm.lbfgs import CurvatureMemory
-from vps.opaque_layer import sharpened_by
+from vps.layers.opaque_layer import sharpened_by
 
 
 def apply(model, x, mask):

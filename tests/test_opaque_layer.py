@@ -14,8 +14,8 @@ from torch import nn
 import vps
 from vps import VPSConfig, vps_linear
 from vps.algorithm.policy import LayerGamma
-from vps.opaque_layer import sharpened_by
-from vps.weight_rows import RowNorms
+from vps.layers.opaque_layer import sharpened_by
+from vps.layers.weight_rows import RowNorms
 
 
 @torch.no_grad()

@@ -75,10 +75,10 @@ def test_a_patch_that_fails_leaves_the_model_as_it_was(patched, monkeypatch, ids
             raise KeyboardInterrupt
         return None
 
-    monkeypatch.setattr(vps.forms, "check", fails)
+    monkeypatch.setattr(vps.layers.forms, "check", fails)
     with pytest.raises(KeyboardInterrupt):
         vps.patch(model, VPSConfig(gamma=0.1))
-    monkeypatch.setattr(vps.forms, "check", lambda module: "it is none")
+    monkeypatch.setattr(vps.layers.forms, "check", lambda module: "it is none")
     with pytest.raises(ValueError, match="none of the .* can be sharpened"):
         vps.patch(model, VPSConfig(gamma=0.1))
     assert {name: type(module) for name, module in model.named_modules()} == before

@@ -11,7 +11,7 @@ from torch import nn
 
 import vps
 from vps import VPSConfig, VPSLinear, reference
-from vps.opaque_layer import sharpened_by
+from vps.layers.opaque_layer import sharpened_by
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ from tensor_parallel_group import CASES, HIDDEN, RANKS
 from torch import nn
 
 import vps
-from vps import sharding, tensor_parallel
+from vps.layers.shards import sharding, tensor_parallel
 
 ROOT = Path(__file__).parents[1]
 WHOLE = 5e-15  # of logits of about 4, in float64

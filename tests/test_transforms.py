@@ -8,7 +8,7 @@ from torch import nn
 
 import vps
 from vps import VPSConfig, VPSLinear
-from vps.linear import SharpenedLayer
+from vps.layers.linear import SharpenedLayer
 
 CONFIGS = {
     "default": VPSConfig(),

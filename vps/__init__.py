@@ -15,7 +15,7 @@ from vps.capture import capture
 from vps.config import VPSConfig
 from vps.entropy import EntropyProcessor, token_entropy
 from vps.functional import vps_linear
-from vps.linear import VPSLinear
+from vps.layers.linear import VPSLinear
 from vps.masking import token_mask
 from vps.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
 from vps.refine import Iteration, RefineResult, refine

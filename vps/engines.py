@@ -49,7 +49,7 @@ def _tensor_parallel() -> str:
     parts = version.split(".")[:2]
     if all(part.isdigit() for part in parts) and tuple(map(int, parts)) < OLDEST_TRANSFORMERS:
         return f"none: transformers {version} is older than 5.17"
-    if util.find_spec("vps.tensor_parallel") is None:
+    if util.find_spec("vps.layers.shards.tensor_parallel") is None:
         return "none: this version of vps refuses tensor-parallel layers"
     return f"available: under torchrun (transformers {version}, {transports})"
 

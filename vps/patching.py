@@ -17,13 +17,14 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from vps import adapters, attention, attention_mask, forms, opaque_layer, pairing
+from vps import attention_mask
 from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
-from vps.linear import SharpenedLayer
+from vps.layers import adapters, attention, forms, opaque_layer, pairing
+from vps.layers.linear import SharpenedLayer
+from vps.layers.own_forward import innermost
 from vps.masking import STATE
 from vps.matching import select_names
-from vps.own_forward import innermost
 
 # Also of the quantized layers of other libraries: HQQLinear, QuantLinear, WQLinear_GEMM.
 LINEAR = re.compile(r"Linear(8bitLt|4bit|_\w+)?$")
@@ -309,7 +310,7 @@ def _head_name(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
 
 
 def _held(layer: SharpenedLayer) -> dict[str, Any]:
-    """What a sharpened layer holds, but for what :func:`vps.attention.couple_blocks` gives it."""
+    """What a sharpened layer holds, but for what :func:`attention.couple_blocks` gives it."""
     apart = ("coupling", "outer")
     names = (name for name in SharpenedLayer.__annotations__ if name not in apart)
     return {name: vars(layer)[name] for name in names if name in vars(layer)}

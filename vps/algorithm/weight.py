@@ -1,7 +1,7 @@
 """What the core of an update asks of W at the selected rows and columns (SPEC §4).
 
 Norms, Gram matrices and the entries where they cross: read from a matrix in memory here, found
-through a layer's own forward in :mod:`vps.riding`.
+through a layer's own forward in :mod:`vps.layers.riding`.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from vps import masking
 from vps.algorithm import coupling, policy, selection
 from vps.algorithm.torch_backend import Inputs
 from vps.functional import arrange, group, plan_for, run
+from vps.layers.opaque import Given, opaque_vps_linear
 from vps.masking import STATE
-from vps.opaque import Given, opaque_vps_linear
 from vps.patching import disabled, sharpened_layers
 
 SHARPENED = "sharpened"

@@ -25,7 +25,7 @@ from vps.evaluation.controls import CONTROLS, SHARPENED, control
 from vps.evaluation.lm import language_model
 from vps.evaluation.outcome import Outcome
 from vps.evaluation.samples import outcomes_of
-from vps.forms import experts
+from vps.layers.forms import experts
 from vps.patching import patch, policy_state, sharpened_layers, unpatch
 
 VARIANTS = (SHARPENED, *CONTROLS)

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from vps import pairing, tensor_parallel
 from vps.coupled import why_not
-from vps.linear import SharpenedLayer
-from vps.opaque_layer import sharpened_by
-from vps.tensor_parallel import TensorParallelLinear
+from vps.layers import pairing
+from vps.layers.linear import SharpenedLayer
+from vps.layers.opaque_layer import sharpened_by
+from vps.layers.shards import tensor_parallel
+from vps.layers.shards.tensor_parallel import TensorParallelLinear
 
 QUERY, KEY = "q_proj", "k_proj"
 CROSS = re.compile(r"cross|encoder_attn|enc_attn", re.IGNORECASE)

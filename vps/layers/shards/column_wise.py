@@ -5,7 +5,7 @@ ranks exchange for G groups of T tokens: by one all-gather each rank's best r ca
 (``2 · G · r`` numbers, ``3 · G · r`` for a coupled query and key), and by one all-reduce for each
 projection ``t = H[:, I_out]``, ``[G, T, r]``, and the norms, ``2 · G · r``, or under another clip
 or the second order up to ``3 · G · r²``. Only the clip of SC and the spectral one ask for more: the
-selected rows of W, as :func:`vps.sharding.products_of_rows` moves them.
+selected rows of W, as :func:`vps.layers.shards.sharding.products_of_rows` moves them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import sharding
 from vps.algorithm import coupling, gradient, selection, torch_backend
 from vps.algorithm.products import Products, build_core, needs_gram_of_rows
 from vps.algorithm.torch_backend import Outputs
-from vps.sharding import Projection, Shard
+from vps.layers.shards import sharding
+from vps.layers.shards.sharding import Projection, Shard
 
 
 @torch.no_grad()

@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import sharding
 from vps.algorithm import gradient, selection, torch_backend
 from vps.algorithm.policy import Settings
 from vps.algorithm.products import Products, build_core, needs_gram_of_rows
-from vps.sharding import Projection, Shard
+from vps.layers.shards import sharding
+from vps.layers.shards.sharding import Projection, Shard
 
 
 class Columns(NamedTuple):

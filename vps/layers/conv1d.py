@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from vps import adapters
-from vps.linear import SharpenedLayer, parameter
-from vps.own_forward import is_matrix
+from vps.layers import adapters
+from vps.layers.linear import SharpenedLayer, parameter
+from vps.layers.own_forward import is_matrix
 
 
 class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias

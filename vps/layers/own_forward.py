@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vps import weight_rows
 from vps.algorithm.selection import is_read_freely
+from vps.layers import weight_rows
+from vps.layers.riding import Columns, columns, one_hot
+from vps.layers.weight_rows import RowNorms
 from vps.masking import STATE
-from vps.riding import Columns, columns, one_hot
-from vps.weight_rows import RowNorms
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -111,7 +111,7 @@ def fsdp_module() -> Any:
 
 
 def handle_of(module: nn.Module) -> Any:
-    """The :class:`vps.opaque_layer.OpaqueLayer` that sharpens a module, or ``None``."""
+    """The :class:`vps.layers.opaque_layer.OpaqueLayer` that sharpens a module, or ``None``."""
     return module.__dict__.get("_sharpened")
 
 
@@ -146,7 +146,7 @@ class Layer(Protocol):
 
 
 class OwnForward:
-    """:class:`vps.riding.Base` of a sharpened layer, for one call.
+    """:class:`vps.layers.riding.Base` of a sharpened layer, for one call.
 
     Args:
         layer: which.

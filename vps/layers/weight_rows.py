@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vps.algorithm.selection import accumulation_dtype, is_read_freely
-from vps.riding import RIDERS, Columns, columns, one_hot
+from vps.layers.riding import RIDERS, Columns, columns, one_hot
 
 AGREEMENT = 0.02  # relative: quantized kernels round forward and backward differently
 
@@ -25,7 +25,7 @@ class NoBackward(RuntimeError):
 
 
 class Base(Protocol):
-    """What is asked of :class:`vps.own_forward.OwnForward`."""
+    """What is asked of :class:`vps.layers.own_forward.OwnForward`."""
 
     d_in: int
     d_out: int

@@ -18,7 +18,7 @@ from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
-from vps.opaque import OpaqueProjection, opaque_vps_linear
+from vps.layers.opaque import OpaqueProjection, opaque_vps_linear
 
 
 class Layer(Protocol):

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps import adapters, opaque_layer, tensor_parallel
 from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
-from vps.linear import FLOATING, SharpenedLayer, VPSLinear, is_replaced, why_not_sharpenable
-from vps.own_forward import fsdp_module, innermost, is_matrix
-from vps.tensor_parallel import TensorParallelLinear
+from vps.layers import adapters, opaque_layer
+from vps.layers.linear import FLOATING, SharpenedLayer, VPSLinear, is_replaced, why_not_sharpenable
+from vps.layers.own_forward import fsdp_module, innermost, is_matrix
+from vps.layers.shards import tensor_parallel
+from vps.layers.shards.tensor_parallel import TensorParallelLinear
 
 WEIGHT = "weight"
 # Names of what holds a list of experts, of its class, and of lists that are no experts even there.
@@ -121,7 +122,7 @@ def sharpen(module: nn.Module, config: VPSConfig, state: PolicyState) -> None:
     elif isinstance(module, nn.Linear):
         VPSLinear.sharpened(module, config, state)
     else:
-        from vps.conv1d import VPSConv1D  # needs transformers, which this module came from
+        from vps.layers.conv1d import VPSConv1D  # needs transformers, which this module came from
 
         VPSConv1D.sharpened(module, config, state)
 

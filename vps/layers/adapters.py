@@ -45,7 +45,7 @@ def watch() -> None:
 
 def _placed(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """``module`` is being put into ``parent`` as ``name``."""
-    from vps import opaque_layer  # which imports this module
+    from vps.layers import opaque_layer  # which imports this module
 
     if module is None:
         return
@@ -65,7 +65,7 @@ def cover(adapter: nn.Module, layer: Any) -> Any:
     Raises:
         TypeError: a layer of which this process holds a part only.
     """
-    from vps import opaque_layer
+    from vps.layers import opaque_layer
 
     if not layer.is_whole:
         raise TypeError(

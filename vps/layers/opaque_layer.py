@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vps import adapters
 from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
-from vps.linear import SharpenedLayer
-from vps.masking import STATE
-from vps.own_forward import (
+from vps.layers import adapters
+from vps.layers.linear import SharpenedLayer
+from vps.layers.own_forward import (
     OwnForward,
     handle_of,
     innermost,
@@ -27,7 +26,8 @@ from vps.own_forward import (
     running_plain,
     without_bias,
 )
-from vps.weight_rows import RowNorms, are_fixed
+from vps.layers.weight_rows import RowNorms, are_fixed
+from vps.masking import STATE
 
 
 class OpaqueLayer(SharpenedLayer):

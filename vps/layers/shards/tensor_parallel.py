@@ -1,8 +1,8 @@
 """Layers that transformers' tensor parallelism splits over ranks, sharpened as one process would.
 
 ``AutoModelForCausalLM.from_pretrained(…, tp_plan="auto")`` makes weights DTensors and replaces the
-``forward`` of each layer; activations stay plain tensors. :mod:`vps.column_wise` and
-:mod:`vps.row_wise` compute, and say what ranks exchange.
+``forward`` of each layer; activations stay plain tensors. :mod:`vps.layers.shards.column_wise` and
+:mod:`vps.layers.shards.row_wise` compute, and say what ranks exchange.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import column_wise, masking, pairing, row_wise, sharding
+from vps import masking
 from vps.algorithm.policy import PolicyState
 from vps.backends import dispatch, sharing
 from vps.config import VPSConfig
 from vps.functional import FLOATING, arrange, cast, plan_for
-from vps.linear import SharpenedLayer
-from vps.own_forward import OwnForward
-from vps.sharding import Projection, Shard, split_evenly
+from vps.layers import pairing
+from vps.layers.linear import SharpenedLayer
+from vps.layers.own_forward import OwnForward
+from vps.layers.shards import column_wise, row_wise, sharding
+from vps.layers.shards.sharding import Projection, Shard, split_evenly
 
 STYLES = {"ColwiseParallel": 0, "RowwiseParallel": 1}  # and the dim of the weight that they split
 

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import adapters
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
 from vps.functional import FLOATING, vps_linear
+from vps.layers import adapters
+from vps.layers.opaque import OpaqueProjection, opaque_vps_linear
+from vps.layers.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
+from vps.layers.pairing import Coupling
+from vps.layers.weight_rows import RowNorms
 from vps.masking import STATE
-from vps.opaque import OpaqueProjection, opaque_vps_linear
-from vps.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
-from vps.pairing import Coupling
-from vps.weight_rows import RowNorms
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,7 +29,7 @@ class SharpenedLayer:
     where an adapter wraps the layer and is sharpened in its place. During a refinement also
     ``gradient``, whether the last verification pass brought one here (Hybrid turns to SC), and the
     L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``offset`` and
-    ``norms`` are of :mod:`vps.own_forward`; ``is_whole`` says whether this process holds all of the
+    ``norms`` are of :mod:`own_forward`; ``is_whole`` says whether this process holds all of the
     layer.
     """
 
@@ -120,7 +120,7 @@ class SharpenedLayer:
         return OwnForward(self, x, inside)  # type: ignore[arg-type]
 
     def projection(self, x: Tensor, inside: bool = False) -> OpaqueProjection:
-        """The layer for :func:`vps.opaque.opaque_vps_linear`."""
+        """The layer for :func:`vps.layers.opaque.opaque_vps_linear`."""
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
         base = self.own_forward(x, inside)
         return OpaqueProjection(base, self.gradient, self.memory, self.gamma, trains)

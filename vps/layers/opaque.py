@@ -1,7 +1,7 @@
 """``opaque_vps_linear``: sharpening of layers that are known by their forward alone.
 
 ``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)`` as everywhere, with H and B from one call of the layer
-on the tokens and r one-hot rows (:mod:`vps.riding`). For weights that are quantized, adapted,
+on the tokens and r one-hot rows (:mod:`riding`). For weights that are quantized, adapted,
 sharded or kept elsewhere (SPEC §4, identity 5).
 """
 
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps import riding
 from vps.algorithm import coupling, gradient, policy, selection, tracing
 from vps.algorithm import torch_backend as backend
 from vps.algorithm.lbfgs import CurvatureMemory, Pair, precondition
@@ -23,6 +22,7 @@ from vps.backends import dispatch, sharing
 from vps.config import VPSConfig
 from vps.coupled import Projection, coupled_vps_linear
 from vps.functional import arrange, cast, check_input, plan_for, refuse_tangents, vps_linear
+from vps.layers import riding
 
 
 class OpaqueProjection(NamedTuple):
