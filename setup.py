@@ -23,6 +23,7 @@ PACKAGES = [
     "vps.kernels",
     "vps.layers",
     "vps.layers.shards",
+    "vps.model",
     "vps.serving",
     "vps.verify",
 ]

@@ -26,7 +26,7 @@ from benchmarks.calibration_report import write_report
 from vps import Calibration, VPSConfig
 from vps.evaluation.tasks import PROMPT, documents
 from vps.fitting import CONTROLS, Options
-from vps.loading import load_model
+from vps.model.loading import load_model
 
 OUT = Path("benchmarks/results/calibration")
 LARGEST = 256

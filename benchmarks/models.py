@@ -57,7 +57,7 @@ def random_model(
 
 def smollm2(folder: Path) -> Any:
     """SmolLM2-135M from the folder that ``make`` downloads it to, in float32."""
-    from vps.loading import load_model
+    from vps.model.loading import load_model
 
     files = sorted(folder.glob("*.gguf"))
     model, _ = load_model(str(files[0] if files else folder))

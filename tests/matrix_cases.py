@@ -172,7 +172,7 @@ def oracle(weights, config, model=None):
         if config.qk_coupling and config.builder != "random":
             attention.q_proj.peer = attention.k_proj.peer = [attention.q_proj, attention.k_proj]
             attention.k_proj.index = 1
-    vps.attention_mask.attach(model)
+    vps.model.attention_mask.attach(model)
     return model
 
 

@@ -29,7 +29,7 @@ from tensor_parallel_group import (
 import vps
 from vps import VPSConfig
 from vps.algorithm.policy import LayerGamma
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 
 @case(*RANKS)

@@ -17,7 +17,7 @@ import vps
 from vps import VPSConfig
 from vps.evaluation.controls import control
 from vps.layers.shards.tensor_parallel import TensorParallelLinear
-from vps.statistics import measure
+from vps.model.statistics import measure
 
 
 @case(2)

@@ -12,7 +12,7 @@ from test_patching import settings, tiny
 import vps
 from vps import VPSConfig
 from vps.layers.opaque_layer import sharpened_by
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -219,7 +219,7 @@ def test_capture_and_statistics_see_each_layer_once(order):
         assert all(record.gradient_mean is not None for record in captured.values())
         name = next(name for name in captured if name.endswith("layers.1.self_attn.q_proj"))
         assert captured[name].output_mean.shape == (32,)
-    from vps.statistics import measure
+    from vps.model.statistics import measure
 
     ours = measure(model, {"input_ids": IDS})
     theirs = measure(merged(VPSConfig()), {"input_ids": IDS})

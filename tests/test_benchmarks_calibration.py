@@ -6,8 +6,8 @@ from cases import tiny_llama
 from benchmarks.calibration import CELLS, Cell, examples
 from benchmarks.calibration_report import write_report
 from vps import Calibration, VPSConfig
-from vps.calibration import fingerprint
-from vps.patching import sharpened_layers
+from vps.model.calibration import fingerprint
+from vps.model.patching import sharpened_layers
 
 
 def row(cell, against, task, difference, verdict):

@@ -9,10 +9,10 @@ from cases import tiny_llama
 
 import vps
 from vps import Calibration, VPSConfig, clear_calibration
-from vps.calibration import fingerprint
 from vps.evaluation.controls import control
-from vps.patching import sharpened_layers
-from vps.statistics import measure
+from vps.model.calibration import fingerprint
+from vps.model.patching import sharpened_layers
+from vps.model.statistics import measure
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import vps
 from vps import VPSConfig, VPSLinear, reference
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 
 def tiny(dtype=torch.float64, **settings):

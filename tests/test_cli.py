@@ -14,8 +14,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vps import VPSConfig, cli
-from vps.generation import first_difference
-from vps.loading import load_model
+from vps.model.generation import first_difference
+from vps.model.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_an_interrupt_is_one_line_and_130(capsys, folder, monkeypatch):
         # A process that a shell started in the background ignores the signal itself.
         signal.default_int_handler(signal.SIGINT, None)
 
-    monkeypatch.setattr("vps.generation.encode", interrupted)
+    monkeypatch.setattr("vps.model.generation.encode", interrupted)
     code, out, err = run(capsys, "generate", "--model", folder, "--prompt", "w1")
     assert (code, out, err) == (130, "", "vps: interrupted\n")
 
@@ -313,7 +313,7 @@ def test_bars_of_libraries_do_not_reach_the_terminal(capsys, folder, monkeypatch
         list(tqdm(range(3), desc="dequantizing"))
         return load_model(*arguments)
 
-    monkeypatch.setattr("vps.loading.load_model", loading)
+    monkeypatch.setattr("vps.model.loading.load_model", loading)
     assert generate(capsys, folder, "--prompt", "w1")[2] == ""
     assert "dequantizing" in generate(capsys, folder, "--prompt", "w1", "--debug")[2]
 

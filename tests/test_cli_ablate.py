@@ -16,7 +16,7 @@ from vps.evaluation.grid import make_grid
 from vps.evaluation.outcome import Outcome
 from vps.evaluation.report import FILES
 from vps.evaluation.runs import read_run
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 ROOT = Path(__file__).parents[1]
 

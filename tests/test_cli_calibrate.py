@@ -7,8 +7,8 @@ import pytest
 from test_cli import folder, run  # noqa: F401
 
 from vps import Calibration
-from vps.generation import encode, generate
-from vps.loading import load_model
+from vps.model.generation import encode, generate
+from vps.model.loading import load_model
 
 FAST = ("--steps", 4, "--batch-size", 4, "--learning-rate", "0.1", "--no-chat")
 

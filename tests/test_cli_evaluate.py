@@ -15,7 +15,7 @@ from vps import VPSConfig, cli
 from vps.evaluation import table
 from vps.evaluation.harness import VARIANTS, Scores, evaluate
 from vps.evaluation.outcome import Outcome
-from vps.loading import load_model
+from vps.model.loading import load_model
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["--set", "gamma=0.5", "--set", "scope=sequence"]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import vps
 from vps import VPSConfig, cli
-from vps.loading import load_model
+from vps.model.loading import load_model
 
 WEIGHTS = '{"numeric": 1, "units": 0.5}'
 

@@ -20,13 +20,13 @@ from vps import (
     patch,
     set_config,
 )
-from vps.calibration import fingerprint
 from vps.demo import CONFIG, Answer, DemoRun, Refined, calibrated, compare, heatmap, run_demo
 from vps.demo.report import write_report
 from vps.fitting import Example, check_apart
-from vps.generation import Generation, changed_choices, encode, first_difference
-from vps.patching import sharpened_layers
-from vps.statistics import measure
+from vps.model.calibration import fingerprint
+from vps.model.generation import Generation, changed_choices, encode, first_difference
+from vps.model.patching import sharpened_layers
+from vps.model.statistics import measure
 from vps.verify import Losses
 
 

@@ -9,7 +9,7 @@ from evaluation_cases import CONFIG, NOTHING, patched_model
 import vps
 from vps import VPSConfig, reference
 from vps.evaluation.controls import CONTROLS, control
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 GUIDED = [name for name in CONTROLS if name != "baseline"]
 IDS = torch.tensor([[5, 9, 20, 33, 7, 41], [8, 3, 60, 60, 12, 0]])

@@ -20,7 +20,7 @@ from vps import VPSConfig
 from vps.evaluation.harness import VARIANTS, Harness, evaluate
 from vps.evaluation.outcome import Outcome
 from vps.evaluation.samples import outcomes_of
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 pytest.importorskip("lm_eval")
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from fitting_cases import WORDS, every, pairs, texts, tiny, word_tokenizer
 
 from vps import Calibration, VPSConfig, calibrate, disabled, fitting, patch, sensitivity
-from vps.calibration import columns_of
 from vps.fitting import Example, Options, descent
 from vps.fitting.calibrate import prepared
 from vps.fitting.descent import fit, gradients, mean_nll
@@ -18,7 +17,8 @@ from vps.fitting.examples import check_apart, parse, read_examples, split
 from vps.fitting.forms import Scale, Sharpening, frequent_features, random_features
 from vps.fitting.lora import lora
 from vps.fitting.loss import nll
-from vps.patching import sharpened_layers
+from vps.model.calibration import columns_of
+from vps.model.patching import sharpened_layers
 
 
 @pytest.fixture(scope="module")

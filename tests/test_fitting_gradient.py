@@ -15,7 +15,7 @@ from vps.fitting.descent import each_nll, gradients, mean_nll
 from vps.fitting.examples import encoded, parse
 from vps.fitting.forms import Sharpening, random_features
 from vps.fitting.loss import BUNDLE_TOKENS, bundles, nll
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def calibration_of(model, gamma, **changes):
     layer = next(iter(sharpened_layers(model).values()))
     values = {
         "config": layer.config, "model": "tiny", "architecture": type(model).__name__,
-        "weights": vps.calibration.fingerprint(model), "data": "0", "gamma": gamma,
+        "weights": vps.model.calibration.fingerprint(model), "data": "0", "gamma": gamma,
     }  # fmt: skip
     return Calibration(**(values | changes))
 

@@ -8,7 +8,7 @@ from tokenizers import normalizers
 
 from vps import Calibration, calibrate, sensitivity
 from vps.fitting import Options, text
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 
 @pytest.fixture(scope="module")

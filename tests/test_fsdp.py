@@ -62,7 +62,7 @@ for builder in ("sk", "sc"):
                 dist.all_reduce(right)
                 torch.testing.assert_close(own, right / 2, rtol=1e-3, atol=1e-6)
             vps.unpatch(model)
-            assert not vps.patching.sharpened_layers(model)
+            assert not vps.model.patching.sharpened_layers(model)
             with torch.no_grad():
                 base = run(llama(), ids)
                 for logits, right in zip(run(model, ids), base, strict=True):

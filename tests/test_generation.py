@@ -11,8 +11,8 @@ from test_cli import run
 from tokenizers import Tokenizer, decoders, models
 
 import vps
-from vps.generation import encode, generate, sample
-from vps.loading import load_model
+from vps.model.generation import encode, generate, sample
+from vps.model.loading import load_model
 
 OTHER_MODES = {
     "beams": {"num_beams": 3},

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import vps
-from vps import attention_mask, functional
+from vps import functional
 from vps.backends import operator
-from vps.patching import sharpened_layers
+from vps.model import attention_mask
+from vps.model.patching import sharpened_layers
 
 pytestmark = pytest.mark.skipif(
     vps.backends()["triton"] is not None or torch.cuda.is_available(),

@@ -20,7 +20,7 @@ from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma
 from vps.coupled import Projection, coupled_vps_linear
 from vps.functional import plan_for
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 CASES = {"torch": 300, "cpp": 300, "triton": 30}
 

@@ -172,7 +172,7 @@ def test_matrix(kind, tmp_path, request):
     vps.unpatch(model)
     for part, before in zip(run(model, IDS), off, strict=True):
         assert torch.equal(part, before)
-    assert not vps.patching.sharpened_layers(model)
+    assert not vps.model.patching.sharpened_layers(model)
 
 
 @pytest.mark.parametrize("kind", ["LoRA before", "nf4", "CPU offload, patch", "FSDP2, patch"])

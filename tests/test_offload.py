@@ -63,7 +63,7 @@ def test_weights_are_let_go_of(order, builder, tmp_path, monkeypatch):
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 assert module.weight.device.type == "meta"
-    layers = vps.patching.sharpened_layers(model)
+    layers = vps.model.patching.sharpened_layers(model)
     held = [vars(layer.norms) for layer in layers.values() if layer.norms is not None]
     assert not any(isinstance(t, torch.Tensor) for values in held for t in values.values())
 
@@ -72,7 +72,7 @@ def test_weights_are_let_go_of(order, builder, tmp_path, monkeypatch):
 @torch.no_grad()
 def test_capture_statistics_and_controls(order, tmp_path):
     from vps.evaluation.controls import CONTROLS, control
-    from vps.statistics import measure
+    from vps.model.statistics import measure
 
     model, plain = offloaded(order, tmp_path), llama()
     vps.patch(plain)

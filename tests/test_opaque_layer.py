@@ -146,7 +146,7 @@ def test_a_shared_layer_stays_shared():
     shared = Hidden(torch.randn(4, 4))
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
     report = vps.patch(model, VPSConfig(target_modules=["a"]))
-    assert report.patched == ("a",) and len(vps.patching.sharpened_layers(model)) == 1
+    assert report.patched == ("a",) and len(vps.model.patching.sharpened_layers(model)) == 1
     x = torch.randn(3, 4)
     assert model["a"] is model["b"][0] and torch.equal(model["a"](x), model["b"](x))
     assert not torch.equal(model["a"](x), F.linear(x, shared.hidden))

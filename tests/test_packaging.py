@@ -110,7 +110,7 @@ def test_works_without_optional_packages():
         model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         vps.patch(model, vps.VPSConfig(target_modules=["0"]))
         model(torch.randn(3, 4))
-        from vps.loading import load_model
+        from vps.model.loading import load_model
         try:
             load_model("x")
         except ModuleNotFoundError as error:

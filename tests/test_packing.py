@@ -7,8 +7,9 @@ from sequence_cases import CLOSE, LLAMA, draw, made
 from torch import nn
 
 import vps
-from vps import VPSConfig, capture, masking, statistics
+from vps import VPSConfig, masking
 from vps.evaluation import controls
+from vps.model import capture, statistics
 
 LENGTHS = (5, 3, 7)
 
@@ -191,7 +192,7 @@ def test_positions_of_images_split_nothing(first):
             return self.layer(model.model.embed_tokens(input_ids))
 
     outer = Outer()
-    vps.attention_mask.attach(outer)
+    vps.model.attention_mask.attach(outer)
     ids = torch.cat(rows, 1)
     outer(ids, position_ids=text.expand(3 + first, 1, 15))
     x, y = seen[0]
@@ -286,7 +287,7 @@ def test_fitted_forms_keep_packed_sequences_apart():
     from vps.fitting.forms import Sharpening
 
     model, rows = llama(scope="sequence"), sequences()
-    form = Sharpening(model, list(vps.patching.sharpened_layers(model)), False)
+    form = Sharpening(model, list(vps.model.patching.sharpened_layers(model)), False)
     form.values.fill_(0.4)
     with form.applied():
         torch.testing.assert_close(model(**packed(rows)).logits, alone(model, rows), **CLOSE)

@@ -124,7 +124,7 @@ def test_family(family, ids):
         assert family == "gemma2"
 
     vps.unpatch(model)
-    assert not vps.patching.sharpened_layers(model)
+    assert not vps.model.patching.sharpened_layers(model)
     assert torch.equal(model(ids).logits, before)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
@@ -228,7 +228,7 @@ def test_patching_again_changes_the_config(ids):
     vps.patch(model)
     vps.policy_state(model).record(True)
     report = vps.patch(model, VPSConfig(target_modules=["up_proj"], gamma=0.2))
-    assert len(report.patched) == 2 and len(vps.patching.sharpened_layers(model)) == 2
+    assert len(report.patched) == 2 and len(vps.model.patching.sharpened_layers(model)) == 2
     assert vps.policy_state(model).outcomes == (True,)
     assert sum(bool(m._forward_pre_hooks) for m in model.modules()) == 2
     vps.set_config(model, VPSConfig(target_modules=["up_proj"], gamma=0, adaptive_gamma=False))

@@ -46,7 +46,7 @@ def test_memory_within_a_hundredth_plus_the_norms(kind):
     vps.patch(model)
     run(model, IDS)
     after = held()
-    layers = vps.patching.sharpened_layers(model).values()
+    layers = vps.model.patching.sharpened_layers(model).values()
     norms = 4 * sum(layer.widths[0] for layer in layers)
     own = sum(state.values())
     assert sum(after.values()) <= sum(before.values()) + 0.01 * own + norms

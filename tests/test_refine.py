@@ -14,8 +14,8 @@ from cases import number_tokenizer
 import vps
 from vps import EntropyProcessor, VPSConfig, disabled, policy_state, refine, token_entropy
 from vps.algorithm.lbfgs import CurvatureMemory
-from vps.patching import sharpened_layers
-from vps.statistics import measure
+from vps.model.patching import sharpened_layers
+from vps.model.statistics import measure
 from vps.verify import CompositeVerifier
 
 NUMERIC = {"numeric": 1.0}
@@ -361,7 +361,7 @@ def test_a_compiled_model(tokenizer):
     assert found.iterations[1].builder == "sc"
     assert math.isclose(found.iterations[1].sigma, wanted.iterations[1].sigma, rel_tol=1e-5)
     with pytest.raises(RuntimeError, match="no sharpened layer was seen"):
-        with vps.statistics.observe(model):
+        with vps.model.statistics.observe(model):
             pass
     assert not any(layer._forward_hooks for layer in sharpened_layers(model).values())
 

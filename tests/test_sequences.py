@@ -224,7 +224,7 @@ def test_experts_are_sharpened_under_scope_token(how, cls):
     with pytest.warns(UserWarning, match="refused"):
         vps.patch(model, config.replace(scope="sequence"))
     vps.set_config(model, config)  # the experts stay plain
-    assert len(vps.patching.sharpened_layers(model)) == 3
+    assert len(vps.model.patching.sharpened_layers(model)) == 3
 
 
 @pytest.mark.parametrize("family", ["switch_transformers", "nllb-moe"])
@@ -263,10 +263,10 @@ def test_an_evaluation_keeps_experts_to_scope_token():
             pass
     with pytest.warns(UserWarning, match="refused"):
         with _configured(model, config.replace(scope="sequence")):  # without them
-            assert len(vps.patching.sharpened_layers(model)) == 3
+            assert len(vps.model.patching.sharpened_layers(model)) == 3
             with scoped(model, "token"):
-                assert len(vps.patching.sharpened_layers(model)) == 3
-    assert len(vps.patching.sharpened_layers(model)) == 5
+                assert len(vps.model.patching.sharpened_layers(model)) == 3
+    assert len(vps.model.patching.sharpened_layers(model)) == 5
 
 
 class Gathered(nn.Module):

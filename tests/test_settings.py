@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 import vps
 from vps import VPSConfig
 from vps.algorithm.policy import LayerGamma
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 EVERY = VPSConfig(target_modules="all-linear")
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 from vps import backends, reference
 from vps.algorithm.policy import PolicyState
 from vps.backends.dispatch import backend
-from vps.calibration import Calibration, clear_calibration
-from vps.capture import capture
 from vps.config import VPSConfig
-from vps.entropy import EntropyProcessor, token_entropy
 from vps.functional import vps_linear
 from vps.layers.linear import VPSLinear
 from vps.masking import token_mask
-from vps.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
+from vps.model.calibration import Calibration, clear_calibration
+from vps.model.capture import capture
+from vps.model.entropy import EntropyProcessor, token_entropy
+from vps.model.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
+from vps.model.settings import load, save
 from vps.refine import Iteration, RefineResult, refine
-from vps.settings import load, save
 
 if TYPE_CHECKING:
     from vps.fitting import calibrate, sensitivity

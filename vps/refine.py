@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import ephemeral
 from vps.backends import dispatch
 from vps.config import VPSConfig
-from vps.entropy import EntropyProcessor, token_entropy
-from vps.generation import Generation, encode, generate, input_device, sample
-from vps.patching import disabled, policy_state, set_config
-from vps.statistics import observe
+from vps.model import ephemeral
+from vps.model.entropy import EntropyProcessor, token_entropy
+from vps.model.generation import Generation, encode, generate, input_device, sample
+from vps.model.patching import disabled, policy_state, set_config
+from vps.model.statistics import observe
 from vps.verify import CompositeVerifier, Losses
 from vps.verify.composite import DEFAULT_WEIGHTS, check_weights
 

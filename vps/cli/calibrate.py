@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     from vps import patch
     from vps.fitting import calibrate, sensitivity, text
     from vps.fitting.examples import told, usable
-    from vps.patching import sharpened_layers
+    from vps.model.patching import sharpened_layers
 
     device = usable_device(arguments.device)
     progress = Progress()

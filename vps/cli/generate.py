@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     quiet_transformers(arguments.debug)
 
     from vps import disabled, patch
-    from vps.generation import encode, first_difference, generate
+    from vps.model.generation import encode, first_difference, generate
 
     device = usable_device(arguments.device)
     progress = Progress()

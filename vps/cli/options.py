@@ -286,11 +286,11 @@ def load_named_model(arguments: argparse.Namespace, device: str) -> tuple[Any, A
 
     Raises:
         UsageError: a path without a model.
-        ModuleNotFoundError, OSError, ValueError: as for :func:`vps.loading.load_model`.
+        ModuleNotFoundError, OSError, ValueError: as for :func:`vps.model.loading.load_model`.
     """
     import torch
 
-    from vps.loading import load_model
+    from vps.model.loading import load_model
 
     try:
         return load_model(arguments.model, getattr(torch, arguments.dtype), device)

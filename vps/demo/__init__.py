@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from vps.calibration import Calibration
 from vps.config import VPSConfig
 from vps.demo.calibrated import CALIBRATION, Calibrated, solve
 from vps.demo.heatmap import draw
 from vps.demo.report import write_report
-from vps.generation import Generation, changed_choices, encode, first_difference, generate
-from vps.loading import load_model
-from vps.patching import disabled, patch, set_config
+from vps.model.calibration import Calibration
+from vps.model.generation import Generation, changed_choices, encode, first_difference, generate
+from vps.model.loading import load_model
+from vps.model.patching import disabled, patch, set_config
+from vps.model.statistics import LayerStatistics, measure
 from vps.refine import RefineResult, refine
-from vps.statistics import LayerStatistics, measure
 
 PROMPTS = (
     "Tom has 3 boxes with 4 apples each. He eats 5 apples. How many apples are left?",

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vps.calibration import Calibration, clear_calibration
 from vps.evaluation.tasks import right
-from vps.generation import encode, generate
-from vps.patching import disabled
+from vps.model.calibration import Calibration, clear_calibration
+from vps.model.generation import encode, generate
+from vps.model.patching import disabled
 
 FOLDER = Path(__file__).parent
 CALIBRATION = FOLDER / "calibration.json"

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from vps.matching import layer_index
-from vps.statistics import LayerStatistics
+from vps.model.matching import layer_index
+from vps.model.statistics import LayerStatistics
 
 PANELS = (
     ("gamma", "scale γ", "γ, no unit"),

@@ -22,7 +22,7 @@ from vps.algorithm.torch_backend import Inputs
 from vps.functional import arrange, group, plan_for, run
 from vps.layers.opaque import Given, opaque_vps_linear
 from vps.masking import STATE
-from vps.patching import disabled, sharpened_layers
+from vps.model.patching import disabled, sharpened_layers
 
 SHARPENED = "sharpened"
 Hook = Callable[[str, int, Any, Tensor, Tensor], Tensor | None]  # name and part of the tokens, x, y

@@ -26,7 +26,7 @@ from vps.evaluation.lm import language_model
 from vps.evaluation.outcome import Outcome
 from vps.evaluation.samples import outcomes_of
 from vps.layers.forms import experts
-from vps.patching import patch, policy_state, sharpened_layers, unpatch
+from vps.model.patching import patch, policy_state, sharpened_layers, unpatch
 
 VARIANTS = (SHARPENED, *CONTROLS)
 SELECTING = ("target_modules", "exclude_modules", "layers_to_transform")

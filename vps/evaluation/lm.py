@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vps.masking import token_mask
-from vps.patching import check_scope, sharpened_layers
+from vps.model.patching import check_scope, sharpened_layers
 
 SCORING = ("loglikelihood", "loglikelihood_rolling")
 

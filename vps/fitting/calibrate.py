@@ -13,9 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vps.calibration import Calibration, fingerprint, model_id
 from vps.config import VPSConfig
-from vps.ephemeral import restored
 from vps.fitting import held_out as reported
 from vps.fitting.descent import Fit, Options, each_nll, fit, mean_nll
 from vps.fitting.examples import LONGEST, Encoded, Example, parse, split, told, usable
@@ -25,8 +23,10 @@ from vps.fitting.lora import lora
 from vps.fitting.loss import device_of
 from vps.fitting.sensitivity import Sensitivity, sensitivities
 from vps.fitting.texts import OTHER_TEXTS
-from vps.matching import matches
-from vps.patching import check_scope, patch, policy_state, sharpened_layers, unpatch
+from vps.model.calibration import Calibration, fingerprint, model_id
+from vps.model.ephemeral import restored
+from vps.model.matching import matches
+from vps.model.patching import check_scope, patch, policy_state, sharpened_layers, unpatch
 
 SHARPENING = reported.SHARPENING
 PLAIN = reported.PLAIN

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vps import jsonl
-from vps.generation import encode
+from vps.model.generation import encode
 
 STOP_SHARE = 0.25
 HELD_OUT_SHARE = 0.25
@@ -169,7 +169,7 @@ def encoded(
 ) -> Encoded:
     """Token ids of an example. A text is cut after ``longest`` tokens.
 
-    A prompt is put as :func:`vps.generation.encode` does; where it is no chat and neither side has
+    A prompt is put as :func:`generation.encode` does; where it is no chat and neither side has
     a space between, one is put before the answer.
 
     Raises:

@@ -18,12 +18,12 @@ from vps.algorithm import coupling, selection
 from vps.algorithm.policy import LayerGamma, Settings
 from vps.algorithm.torch_backend import Inputs
 from vps.backends import dispatch, sharing
-from vps.calibration import columns_of
 from vps.coupled import couple_by
 from vps.fitting.update import Norms, Selection, norms, sharpened
 from vps.functional import arrange, plan_for, run
 from vps.masking import token_mask
-from vps.patching import sharpened_layers
+from vps.model.calibration import columns_of
+from vps.model.patching import sharpened_layers
 
 Features = tuple[Tensor, Tensor]  # I_in and I_out, [r]
 Compute = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor | None]

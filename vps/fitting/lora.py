@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vps.fitting.descent import gradients
 from vps.fitting.examples import Encoded
 from vps.fitting.forms import Form, matrix_of
-from vps.patching import disabled
+from vps.model.patching import disabled
 
 ADAPTER = "default"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vps.calibration import Calibration
 from vps.fitting.examples import LeftOut, listed
+from vps.model.calibration import Calibration
 
 TITLES = {
     "plain": "plain model",

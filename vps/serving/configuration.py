@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from vps.config import VPSConfig
+from vps.model.settings import FORMAT
 from vps.reading import parse_json, read_text
-from vps.settings import FORMAT
 
 VARIABLE = "VPS_CONFIG"
 

@@ -14,7 +14,7 @@ from functools import cache
 
 from vps.config import VPSConfig
 from vps.coupled import why_not
-from vps.matching import select_names
+from vps.model.matching import select_names
 
 
 @dataclass(frozen=True)

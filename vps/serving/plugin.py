@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from vps.algorithm import policy
 from vps.config import VPSConfig
-from vps.matching import select_names
+from vps.model.matching import select_names
 from vps.serving import configuration, limits, parts
 
 logger = init_logger("vllm.plugins.vps")  # shown like vLLM's own

@@ -22,7 +22,7 @@ from torch import nn
 from vps import jsonl
 from vps.algorithm.policy import LayerGamma, settings
 from vps.config import VPSConfig
-from vps.patching import patch, sharpened_layers, unpatch
+from vps.model.patching import patch, sharpened_layers, unpatch
 from vps.reading import parse_json, read_text
 
 FORMAT = "vps-calibration-1"

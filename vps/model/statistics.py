@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vps import masking
 from vps.algorithm import policy, selection
 from vps.functional import group
-from vps.generation import input_device
-from vps.patching import sharpened_layers
+from vps.model.generation import input_device
+from vps.model.patching import sharpened_layers
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
     """
     layers = sharpened_layers(model)
     if not layers:
-        raise ValueError("vps.statistics.observe: the model holds no sharpened layer")
+        raise ValueError("vps.model.statistics.observe: the model holds no sharpened layer")
     seen: list[Observation] = []
     handles = [
         layer.register_forward_hook(partial(_observed, seen, name, layer))
@@ -87,8 +87,8 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
         yield seen
         if not seen:
             raise RuntimeError(
-                "vps.statistics.observe: no sharpened layer was seen; run the model inside the "
-                "block, uncompiled if torch.compile compiled it before"
+                "vps.model.statistics.observe: no sharpened layer was seen; run the model inside "
+                "the block, uncompiled if torch.compile compiled it before"
             )
     finally:
         for handle in handles:

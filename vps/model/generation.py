@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps.patching import disabled
+from vps.model.patching import disabled
 
 # The settings by which transformers chooses another way to decode, to read the prompt or to return
 # what came of it; a model's own generation_config may hold any of them. Its other wishes, such as

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vps.backends import dispatch
-from vps.patching import policy_state
+from vps.model.patching import policy_state
 
 
 def token_entropy(logits: Tensor) -> Tensor:

@@ -17,14 +17,14 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from vps import attention_mask
 from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
 from vps.layers import adapters, attention, forms, opaque_layer, pairing
 from vps.layers.linear import SharpenedLayer
 from vps.layers.own_forward import innermost
 from vps.masking import STATE
-from vps.matching import select_names
+from vps.model import attention_mask
+from vps.model.matching import select_names
 
 # Also of the quantized layers of other libraries: HQQLinear, QuantLinear, WQLinear_GEMM.
 LINEAR = re.compile(r"Linear(8bitLt|4bit|_\w+)?$")

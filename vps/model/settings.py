@@ -13,11 +13,11 @@ from torch import nn
 
 from vps import jsonl
 from vps.algorithm.policy import LayerGamma
-from vps.calibration import FORMAT as CALIBRATION
-from vps.calibration import Calibration, device_of, fingerprint
 from vps.config import VPSConfig
 from vps.functional import plain_gamma
-from vps.patching import PatchReport, patch, policy_state, sharpened_layers, unpatch
+from vps.model.calibration import FORMAT as CALIBRATION
+from vps.model.calibration import Calibration, device_of, fingerprint
+from vps.model.patching import PatchReport, patch, policy_state, sharpened_layers, unpatch
 from vps.reading import parse_json, read_text
 
 FORMAT = "vps-settings-1"

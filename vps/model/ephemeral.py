@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vps.algorithm.lbfgs import CurvatureMemory
-from vps.capture import capture
-from vps.patching import policy_state, sharpened_layers
+from vps.model.capture import capture
+from vps.model.patching import policy_state, sharpened_layers
 
 LENT = ("config", "gradient", "memory", "gamma")
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vps import masking
 from vps.algorithm.selection import accumulation_dtype
-from vps.patching import sharpened_layers
+from vps.model.patching import sharpened_layers
 
 
 class LayerCapture:
