@@ -137,7 +137,7 @@ def test_a_run_is_continued(capsys, folder, data, tmp_path, monkeypatch):
     run(capsys, folder, "--data", data, "--out", out)
     whole = out.read_bytes()
     lines = whole.splitlines(keepends=True)
-    batch = importlib.import_module("vps.batch")
+    batch = importlib.import_module("vps.cli.batch")
     calls = []
 
     def counted(model, tokenizer, prompt, *arguments, **options):
@@ -196,7 +196,7 @@ def test_an_output_of_another_run_is_refused(capsys, folder, data, tmp_path):
 
 
 def test_a_failing_row_does_not_end_the_others(capsys, folder, data, tmp_path, monkeypatch):
-    batch = importlib.import_module("vps.batch")
+    batch = importlib.import_module("vps.cli.batch")
 
     def failing(model, tokenizer, prompt, *arguments, **options):
         if prompt == "40 7":

