@@ -20,8 +20,9 @@ from vps import (
     patch,
     set_config,
 )
-from vps.demo import CONFIG, Answer, DemoRun, Refined, calibrated, compare, heatmap, run_demo
-from vps.demo.report import write_report
+from vps.cli.demo import calibrated, heatmap
+from vps.cli.demo.comparison import CONFIG, Answer, DemoRun, Refined, compare, run_demo
+from vps.cli.demo.report import write_report
 from vps.fitting import Example, check_apart
 from vps.model.calibration import fingerprint
 from vps.model.generation import Generation, changed_choices, encode, first_difference

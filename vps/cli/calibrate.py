@@ -231,7 +231,7 @@ def _gradients(
 ) -> None:
     """Write and draw the ranking, print its head; the picture is in the order of the model."""
     from vps import jsonl
-    from vps.demo.heatmap import Panel, draw_panels
+    from vps.cli.demo.heatmap import Panel, draw_panels
     from vps.fitting import agreement
 
     together = agreement(found)

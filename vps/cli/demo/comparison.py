@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from vps.cli.demo.calibrated import CALIBRATION, Calibrated, solve
+from vps.cli.demo.heatmap import draw
+from vps.cli.demo.report import write_report
 from vps.config import VPSConfig
-from vps.demo.calibrated import CALIBRATION, Calibrated, solve
-from vps.demo.heatmap import draw
-from vps.demo.report import write_report
 from vps.model.calibration import Calibration
 from vps.model.generation import Generation, changed_choices, encode, first_difference, generate
 from vps.model.loading import load_model

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vps.demo import Answer, Calibrated, DemoRun, Refined
+    from vps.cli.demo.calibrated import Calibrated
+    from vps.cli.demo.comparison import Answer, DemoRun, Refined
 
 STYLE = """
 body { font-family: sans-serif; max-width: 70rem; margin: 2rem auto; line-height: 1.4 }

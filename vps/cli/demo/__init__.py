@@ -28,7 +28,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the demo and print what it found."""
     quiet_transformers(arguments.debug)
-    from vps.demo import run_demo
+    from vps.cli.demo.comparison import run_demo
 
     progress = Progress()
     try:
