@@ -11,49 +11,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
-# A module may import those of its own and of lower layers.
-LAYERS = [
-    {"reading"},
-    {"config", "reference", "constants", "threads", "tracing", "verify", "jsonl"},
-    {
-        "masking",
-        "policy",
-        "selection",
-        "clipping",
-        "column_sums",
-        "gradient",
-        "matching",
-        "packing",
-        "sharing",
-        "traced_sharing",
-        "coupling",
-        "lbfgs",
-        "sharding",
-        "weight",
-        "riding",
-    },
-    {"weight_rows"},
-    {"own_forward"},
-    {"kernels", "cpp"},
-    {"torch_backend", "one_group", "triton_backend", "cuda", "products", "transforms"},
-    {"operator", "column_wise", "row_wise", "cuda_build"},
-    {"dispatch"},
-    {"functional", "coupled"},
-    {"opaque"},
-    {"pairing"},
-    {"adapters", "linear", "conv1d", "opaque_layer", "attention_mask", "tensor_parallel"},
-    {"attention", "forms"},
-    {"patching"},
-    {"calibration"},
-    {"settings", "generation", "loading", "doctor", "entropy", "statistics", "capture", "engines"},
-    {"ephemeral"},
-    {"refine", "batch", "serving"},
-    {"evaluation"},
+# A room, a module or a folder of vps, may import those of its own level and of those above it here.
+LEVELS = [
+    {"reading", "packing"},
+    {"config", "reference", "masking", "jsonl", "verify"},
+    {"algorithm", "kernels"},
+    {"backends"},
+    {"functional", "coupled", "doctor"},
+    {"layers"},
+    {"model"},
+    {"refine", "evaluation", "serving"},
     {"fitting"},
-    {"demo"},
     {"cli"},
 ]
-KNOW_TRANSFORMERS = {"patching", "conv1d", "loading", "evaluation", "demo", "cli"}
+KNOW_TRANSFORMERS = {"layers", "model", "evaluation", "cli"}
 
 # Imported inside functions only: importing vps loads none of them.
 OPTIONAL = {
@@ -75,7 +46,7 @@ OPTIONAL = {
     "vllm",
 }
 # Subclasses a class of transformers, so imported inside functions only itself.
-NEEDS_TRANSFORMERS = {"conv1d"}
+NEEDS_TRANSFORMERS = {"layers.conv1d"}
 # Likewise of vLLM, which imports them by their names.
 NEEDS_VLLM = {"plugin", "linear_method", "scheduler"}
 
@@ -86,8 +57,8 @@ def named(node):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         assert node.level == 0, f"relative import in line {node.lineno}"
-        if node.module == "vps":
-            yield from (f"vps.{alias.name}" for alias in node.names)
+        if node.module.split(".")[0] == "vps":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         else:
             yield node.module
 
@@ -119,14 +90,14 @@ def needs_vllm(path):
     return noun(path) == "serving" and path.stem in NEEDS_VLLM
 
 
-def layer(name):
-    return next((level for level, names in enumerate(LAYERS) if name in names), None)
+def level(name):
+    return next((at for at, names in enumerate(LEVELS) if name in names), None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
     own = noun(path)
-    assert own == "__init__" or layer(own) is not None, f"{own} has no place in LAYERS"
+    assert own == "__init__" or level(own) is not None, f"{own} has no place in LEVELS"
     for name in imports(ast.parse(path.read_text())):
         top, _, rest = name.partition(".")
         assert top not in ("kernels", "tests", "benchmarks"), f"{path} imports {name}"
@@ -139,22 +110,53 @@ def test_imports_point_one_way(path):
         assert own != "reference" and (own != "config" or module == "reading"), (
             f"{path} imports {name}"
         )
-        if layer(module) is None:  # a public name of vps itself
+        if level(module) is None:  # a public name of vps itself
             assert own == "cli", f"{path} imports {name} through vps"
         else:
-            assert layer(module) <= layer(own), f"{path} imports {name}"
+            assert level(module) <= level(own), f"{path} imports {name}"
             assert own != "kernels" or module == "kernels", f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_optional_packages_are_imported_late(path):
-    if noun(path) in NEEDS_TRANSFORMERS or needs_vllm(path):
+    if path.stem == "conv1d" or needs_vllm(path):
         return
     for name in eager_imports(ast.parse(path.read_text())):
         assert name.split(".")[0] not in OPTIONAL, f"{path} imports {name} when it is imported"
         late = {f"vps.{module}" for module in NEEDS_TRANSFORMERS}
         late |= {f"vps.serving.{module}" for module in NEEDS_VLLM}
-        assert name not in late, f"{path} imports {name} when it is imported"
+        assert not any(name == each or name.startswith(f"{each}.") for each in late), (
+            f"{path} imports {name} when it is imported"
+        )
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Also where the order of imports would let it pass."""
+    files = [path for path in FILES if path.is_relative_to(ROOT / "vps")]
+    files += (ROOT / "benchmarks").rglob("*.py")
+    module = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
+    imported = {
+        name: {
+            each if each in module else each.rpartition(".")[0]
+            for each in eager_imports(ast.parse(path.read_text()))
+        }
+        & set(module)
+        for name, path in module.items()
+    }
+    settled: set[str] = set()
+
+    def follow(name, way):
+        assert name not in way, " imports ".join([*way[way.index(name) :], name])
+        if name not in settled:
+            for each in sorted(imported[name] - {name}):
+                follow(each, [*way, name])
+            settled.add(name)
+
+    for name in module:
+        follow(name, [])
 
 
 def test_import_is_light_and_fast():

@@ -187,3 +187,37 @@ def test_built_archives_hold_the_kernels(tmp_path, source):
     files = zipfile.ZipFile(tmp_path / run.stdout.splitlines()[-1]).namelist()
     assert {"vps/kernels/probe.py", "vps/kernels/README.md", "vps/cli/demo/__init__.py"} <= {*files}
     assert {name.split("/")[0].partition("-")[0] for name in files} == {"vps", "vps_kernels"}
+
+
+def test_modules_are_found_by_their_names_of_version_0_1():
+    code = """
+import importlib, pickle, sys
+import torch, vps
+for old, new in (("linear", "layers.linear"), ("policy", "algorithm.policy"),
+                 ("dispatch", "backends.dispatch"), ("sharding", "layers.shards.sharding"),
+                 ("patching", "model.patching"), ("demo", "cli.demo")):
+    moved = importlib.import_module(f"vps.{new}")
+    assert importlib.import_module(f"vps.{old}") is moved and moved.__spec__.name == f"vps.{new}"
+from vps.patching import sharpened_layers
+for name in ("nothing", "linear.nothing"):
+    try:
+        importlib.import_module(f"vps.{name}")
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name)
+assert callable(vps.capture) and callable(vps.refine)
+
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+vps.patch(model, vps.VPSConfig(target_modules=["0"]))
+vps.VPSLinear.__module__, vps.PolicyState.__module__ = "vps.linear", "vps.policy"
+text = pickle.dumps(model)
+vps.VPSLinear.__module__, vps.PolicyState.__module__ = "vps.layers.linear", "vps.algorithm.policy"
+assert b"vps.linear" in text and b"vps.policy" in text and b"vps.layers" not in text
+for name in [name for name in sys.modules if name in ("vps.linear", "vps.policy")]:
+    del sys.modules[name]
+again = pickle.loads(text)
+x = torch.randn(2, 3, 4)
+assert torch.equal(again(x), model(x)) and type(again[0]) is vps.VPSLinear
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

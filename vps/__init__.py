@@ -4,7 +4,11 @@
 weight and the activations passing through.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vps import backends, reference
@@ -64,3 +68,33 @@ def __getattr__(name: str) -> Any:
     if name in ("calibrate", "sensitivity"):
         return getattr(import_module("vps.fitting"), name)
     raise AttributeError(f"module 'vps' has no attribute {name!r}")
+
+
+class _Moved:
+    """Finds modules by the names that they had in version 0.1, which pickles of patched models
+    hold; the module is the one that has moved, not a second one."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.spec: ModuleSpec | None = None
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, leaf = name.rpartition(".")
+        if package != "vps" or leaf in __all__:
+            return None
+        for folder in ("algorithm", "backends", "layers", "layers.shards", "model", "cli"):
+            moved = f"vps.{folder}.{leaf}"
+            if find_spec(moved) is not None:
+                return ModuleSpec(name, _Moved(moved))  # type: ignore[arg-type]
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(self.name)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # the import has put that of the old name there
+
+
+sys.meta_path.append(_Moved())  # type: ignore[arg-type]
