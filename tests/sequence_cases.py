@@ -34,7 +34,8 @@ def made(auto, family, sizes):
     config = sizes
     if family is not None:
         config = transformers.AutoConfig.for_model(family, **sizes)
-    model = auto.from_config(config).double().eval()
+    make = getattr(auto, "from_config", None) or auto._from_config  # that of a single class
+    model = make(config).double().eval()
     with torch.no_grad():  # larger weights than initialised, so that sharpening shows
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)
