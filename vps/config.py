@@ -158,8 +158,9 @@ class VPSConfig:
             if adaptive is None:
                 implied[switch] = own
                 object.__setattr__(self, switch, own)
-            elif adaptive is True and value is not None and (before is None or name in before):
-                beside.append(name)
+            elif adaptive is True and value is not None:
+                if before is None or name in before or switch in before:
+                    beside.append(name)
         object.__setattr__(self, "_implied", implied)
         return beside
 
@@ -191,6 +192,7 @@ class VPSConfig:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes`` applied and checked.
 
+        Tells a value that is given from the same one left out, as ``dataclasses.replace`` cannot.
         A value among them holds where the original was not told to adapt it, and a switch turned on
         lets go of the original's value.
 
@@ -206,6 +208,7 @@ class VPSConfig:
                 changes.setdefault(name, None)
         # What is changed is given, also where it equals what was implied.
         left = {name: None if name in changes else implied[name] for name in implied}
+        left |= {name: None for name in changes if name in self.ADAPTIVE}
         copy = dataclasses.replace(self, **changes, _implied=left)
         copy._warn((), [name for name in self.ADAPTIVE if f"{name}_bounds" in changes], 3)
         return copy

@@ -120,7 +120,14 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]`` and ``I_in`` ``[G, r]`` by the backend of that name."""
     compiling = torch.compiler.is_compiling()
+    if compiling and tracing.is_compiled_transform():
+        return torch_backend.by_autograd(
+            inputs, settings, _forward("torch", inputs.x, pairs), pairs
+        )
     if not compiling and _transform_running() is not None:
+        if tracing.is_compiled_transform():
+            forward = _forward("torch", inputs.x, pairs)
+            return torch_backend.by_autograd(inputs, settings, forward, pairs)
         return transforms.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)
     if pairs:
         return torch_backend.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)

@@ -56,13 +56,16 @@ def statistics(
         alone = size.shape[1] == 1
         scores.append(size.squeeze(1) if alone else size.sum(1))
         if energy:
-            squares.append((size.square() if alone else size.square_()).sum((1, 2)))
+            squares.append((size * size if alone else size.mul_(size)).sum((1, 2)))
     sums = scores[0] if len(scores) == 1 else torch.cat(scores)
     if values.shape[1] > 1:
         sums.clamp_(max=torch.finfo(dtype).max)  # sums that overflow stay in order
     if not energy:
         return sums, None
     mean = squares[0] if len(squares) == 1 else torch.cat(squares)
+    if torch.jit.is_tracing():  # whose graph holds for any number of tokens
+        mean = mean / values.shape[2] / (values.shape[1] if count is None else count)
+        return sums, mean
     mean.div_(constant(values.shape[2] * (values.shape[1] if count is None else 1), mean))
     return sums, mean if count is None else mean.div_(count)
 
@@ -98,7 +101,7 @@ def _blocks(values: Tensor, mask: Tensor | None) -> Iterable[tuple[Tensor, Tenso
 
     Sums of a group come in the same order whatever the other groups.
     """
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return [(values, mask)]
     groups = max(1, CACHED_ELEMENTS // (values.shape[1] * values.shape[2]))
     blocks = values.split(groups)

@@ -81,22 +81,22 @@ def sharpen(
     ``pairs`` are the L-BFGS pairs with which ``forward`` computes.
     """
     if torch.jit.is_tracing():
-        return _by_autograd(inputs, settings, forward, pairs)
+        return by_autograd(inputs, settings, forward, pairs)
     if needs_gradient(inputs):
         y, I_in = _Sharpen.apply(*inputs, settings, forward, pairs)
         return y, I_in
     return forward(inputs, settings)[:2]
 
 
-def _by_autograd(
+def by_autograd(
     inputs: Inputs,
     settings: Settings,
     forward: Callable[[Inputs, Settings], Outputs],
     pairs: tuple[Pair, ...],
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`sharpen` in operators of torch alone, for ``torch.jit.trace``, whose graph can be
-    saved, and is traced with gradients and checked without: with what ``forward`` decides as
-    constants, autograd gives SPEC §6."""
+    """As :func:`sharpen` in operators of torch alone: with what ``forward`` decides as constants,
+    autograd gives SPEC §6. For ``torch.jit.trace``, whose graph is saved, and is traced with
+    gradients and checked without, and for compiled transforms, which know no function of ours."""
     x, weight, bias, mask = inputs[:4]
     fixed = Inputs(*(None if each is None else each.detach() for each in inputs))  # type: ignore[arg-type]
     H = F.linear(x, fixed.weight)
@@ -107,7 +107,10 @@ def _by_autograd(
         delta = precondition(pairs, delta)
     if settings.clamp is not None:
         delta = delta.clamp(-settings.clamp, settings.clamp)
-    base = F.linear(x, weight, bias) if weight.requires_grad else H if bias is None else H + bias
+    if torch.jit.is_tracing() and not weight.requires_grad:
+        base = H if bias is None else H + bias
+    else:
+        base = F.linear(x, weight, bias)
     y = base + delta * out.gamma.to(delta.dtype).view(-1, 1, 1)
     return (y if mask is None else torch.where(mask.any(1)[:, None, None], y, base)), out.I_in
 
@@ -325,7 +328,7 @@ def _clip(
 
 def selected(values: Tensor, index: Tensor) -> Tensor:
     """``values[g, :, index[g]]``: ``[G, T, d]`` and ``[G, r]`` to a new ``[G, T, r]``."""
-    if values.shape[0] == 1:
+    if values.shape[0] == 1 and not torch.jit.is_tracing():  # whose graph holds for any number
         return values.index_select(-1, index[0])
     return values.gather(-1, index.unsqueeze(1).expand(-1, values.shape[1], -1))
 

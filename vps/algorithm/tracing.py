@@ -23,6 +23,19 @@ def is_transforming() -> bool:
     )
 
 
+def is_compiled_transform() -> bool:
+    """Whether a transform runs that a compiler follows, or one that makes edits functional."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    if not stack:
+        return False
+    functional = torch._C._functorch.TransformType.Functionalize
+    return torch.compiler.is_compiling() or any(each.key() == functional for each in stack)
+
+
+# A compiler asks while it traces, where the transforms run for it, too.
+is_compiled_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_differentiated() -> bool:
     """Whether what is computed now, such as a gradient, may itself be differentiated or mapped."""
     return torch.is_grad_enabled() or is_transforming()

@@ -30,13 +30,16 @@ def couple_blocks(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
         for the model where it has no such block.
     """
     coupled, reasons = [], {}
-    config = _text_config(getattr(model, "config", None))
+    config = _text_config(model)
     for name, block in model.named_modules():
         children = dict(block._modules.items())  # a scripted module has no more of a dict
         query, key = (_sharpened(children.get(child)) for child in (QUERY, KEY))
         if query is None and key is None:
             continue
-        pair = _pair(name, block, query, key, config)
+        try:
+            pair = _pair(name, block, query, key, config)
+        except Exception as error:  # of a block whose attributes raise
+            pair = f"{type(error).__name__}: {error}"
         if isinstance(pair, str):
             reasons[name] = f"q and k select separately: {pair}"
         else:
@@ -91,7 +94,11 @@ def _pair(
     return pairing.Coupling(query, key, heads, kv_heads)  # type: ignore[arg-type]
 
 
-def _text_config(config: Any) -> Any:
-    """The language model's part of a config."""
-    getter = getattr(config, "get_text_config", None)
-    return getter() if callable(getter) else config
+def _text_config(model: nn.Module) -> Any:
+    """The language model's part of a model's config; ``None`` where it does not tell which."""
+    try:
+        config = getattr(model, "config", None)
+        getter = getattr(config, "get_text_config", None)
+        return getter() if callable(getter) else config
+    except Exception:  # of a config with several
+        return None

@@ -19,6 +19,8 @@ class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Sharpened output ``[..., d_out]`` for x ``[..., d_in]``."""
+        if not isinstance(self, SharpenedLayer):  # a reference taken while it was sharpened
+            return Conv1D.forward(self, x)
         return self.answer(x)
 
     @property

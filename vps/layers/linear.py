@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
@@ -42,6 +43,8 @@ class SharpenedLayer:
     outer: Any = None
     offset: bool = False
     norms: RowNorms | None = None
+    keeps_bias: bool = False
+    displaced: dict[str, Any] | None = None
     is_whole = True
     plain_class = nn.Module  # that of a layer that :meth:`plain` turns back
 
@@ -50,28 +53,42 @@ class SharpenedLayer:
         """Turn ``module`` itself into this class: whoever holds it holds the sharpened layer."""
         if not is_replaced(module):
             module.__dict__.pop("forward", None)
+        own = vars(module)
+        displaced = {n: own.pop(n) for n in SharpenedLayer.__annotations__ if n in own}
         module.__class__ = cls  # type: ignore[assignment]
-        vars(module).update(config=config, state=state)
+        own.update(config=config, state=state, **({"displaced": displaced} if displaced else {}))
         assert isinstance(module, cls)
         return module
 
     def plain(self) -> nn.Module:
         """Turn the layer itself back into its plain class."""
-        kind, plain = type(self), self.plain_class
-        own: Any = next(each for each in kind.__mro__ if "plain_class" in vars(each))
-        sharded = fsdp_module()
-        if sharded is not None and issubclass(kind, sharded):  # FSDP2 made a class of its own
-            bases = tuple(plain if base is own else base for base in kind.__bases__)
-            self.__class__ = type(f"FSDP{plain.__name__}", bases, {})  # type: ignore[assignment]
-        else:
-            self.__class__ = plain  # type: ignore[assignment]
+        module: Any = self
+        own, plain = self._own_class(), self.plain_class
+        module.__class__ = self.plain_kind()
+        displaced = self.__dict__.get("displaced") or {}
         for name in SharpenedLayer.__annotations__:
             self.__dict__.pop(name, None)
+        self.__dict__.update(displaced)
         for slot in ("forward", "_old_forward"):  # where accelerate leaves it
             if getattr(self.__dict__.get(slot), "__func__", None) is own.forward:
                 self.__dict__[slot] = plain.forward.__get__(self)
-        module: Any = self
         return module
+
+    def plain_kind(self) -> type[nn.Module]:
+        """The plain class, or one made of it as FSDP2 and parametrizations make theirs."""
+        kind, own, plain = type(self), self._own_class(), self.plain_class
+        sharded = fsdp_module()
+        bases = tuple(plain if base is own else base for base in kind.__bases__)
+        if sharded is not None and issubclass(kind, sharded):
+            return type(f"FSDP{plain.__name__}", bases, {})
+        if is_parametrized(self.module):
+            inner = {n: v for n, v in vars(kind).items() if n not in ("__dict__", "__weakref__")}
+            return type(f"Parametrized{plain.__name__}", bases, inner)
+        return plain
+
+    def _own_class(self) -> Any:
+        """Of the classes of the layer, the one that sharpens."""
+        return next(each for each in type(self).__mro__ if "plain_class" in vars(each))
 
     @property
     def module(self) -> nn.Module:
@@ -258,10 +275,13 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
 
     def to_linear(self) -> nn.Linear:
         """The plain ``nn.Linear`` of the same parameters and hooks."""
-        return as_class(self, nn.Linear)
+        plain: Any = as_class(self, self.plain_kind())
+        return plain
 
     def forward(self, input: Tensor) -> Tensor:
         """``y = H + b + γ · clamp(δ)`` for input ``[..., d_in]``; see :func:`vps.vps_linear`."""
+        if not isinstance(self, SharpenedLayer):  # a reference taken while it was sharpened
+            return nn.Linear.forward(self, input)
         return self.answer(input)
 
     @property

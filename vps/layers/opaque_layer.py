@@ -40,8 +40,8 @@ class OpaqueLayer(SharpenedLayer):
         widths: d_out and d_in.
         wraps: whether it is an adapter, which may yet have to be given the layer that it wraps.
 
-    ``tried`` says whether the module was found to be a linear map; one that was not yet is at its
-    next call.
+    ``tried`` holds the states in which the module was found to be a linear map; one that was not
+    yet is at its next call. An adapter has several: merged or not, switched off or not.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class OpaqueLayer(SharpenedLayer):
         self.config = config
         self.state = state
         self.wraps = wraps
-        self.tried = False
+        self.tried: set[Any] = set()
+        self.gone = False
         self.offset = wraps  # an adapter may bring a bias of its own
         self.norms = RowNorms() if not wraps and are_fixed(module) else None
 
@@ -68,6 +69,16 @@ class OpaqueLayer(SharpenedLayer):
     @property
     def module(self) -> nn.Module:
         return self._module
+
+    def is_off(self) -> bool:
+        return self.gone or super().is_off()
+
+    def _condition(self) -> Any:
+        """What an adapter's output depends on beside its weights."""
+        if not self.wraps:
+            return None
+        names = ("disable_adapters", "merged", "active_adapters")
+        return tuple(str(getattr(self._module, name, None)) for name in names)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -115,7 +126,7 @@ class OpaqueLayer(SharpenedLayer):
             adapters.settle(self._module)
         given = [*args, *kwargs.values()]
         if given and isinstance(given[0], Tensor) and all(rest is None for rest in given[1:]):
-            if not self.tried and not torch.compiler.is_compiling():
+            if self._condition() not in self.tried and not torch.compiler.is_compiling():
                 self._try(given[0])
             return self.answer(given[0])
         check = getattr(self._module, "_check_forward_args", None)
@@ -136,7 +147,8 @@ class OpaqueLayer(SharpenedLayer):
             UserWarning: it has no backward pass for the rows that the config asks for.
         """
         reason = base.describe()
-        self.tried = reason is None
+        if reason is None:
+            self.tried.add(self._condition())
         if reason is not None or self.config.tau is None or base.matrix() is not None:
             return reason
         if self.norms is not None:
@@ -208,6 +220,7 @@ def detach(module: nn.Module) -> None:
     layer = module.__dict__.pop("_sharpened", None)
     if layer is None:
         return
+    layer.gone = True  # for who holds its forward
     for slot in ("forward", "_old_forward"):
         if getattr(module.__dict__.get(slot), "__self__", None) is layer:
             if slot == "forward":

@@ -124,10 +124,13 @@ class Layer(Protocol):
         bias: of the layer, ``[d_out]`` or ``None``.
         offset: whether its product without bias may still add a constant.
         norms: norms of all rows, found once, or ``None`` to ask the backward pass.
+        keeps_bias: whether its output is another than the product without bias, plus the bias; the
+            product then is the output less that of zeros.
     """
 
     offset: bool
     norms: RowNorms | None
+    keeps_bias: bool
 
     @property
     def module(self) -> nn.Module: ...
@@ -159,7 +162,7 @@ class OwnForward:
         self.layer, self.like, self.inside = layer, like, inside
         self.module = layer.module
         self.d_out, self.d_in = layer.widths
-        self.biased = not layer.leaves_out_bias()
+        self.biased = layer.keeps_bias or not layer.leaves_out_bias()
         self.offset = layer.offset or self.biased
         self.entry: Plain | None = None
         self.gathered = False
@@ -238,7 +241,7 @@ class OwnForward:
         rows = one_hot(some, self.d_in, self.like.dtype)
         total = rows.sum(0, keepdim=True)
         try:
-            constant = self.steady_product(torch.zeros_like(total))
+            constant = self._constant(total)
             self.offset = self.layer.offset = self.offset or bool((constant != 0).any())
             W = columns(self, some, rows.dtype, constant[0] if self.offset else None)
             together = self.steady_product(torch.cat([total, rows, -2 * total]))
@@ -253,6 +256,21 @@ class OwnForward:
         if bool(((together.double() - expected).abs() > 16 * eps * size + 0.02 * size).any()):
             return "its forward is not a linear map of every row by itself"
         return None
+
+    def _constant(self, like: Tensor) -> Tensor:
+        """The product of zeros ``[1, d_out]``, with the bias where it is no summand of the output
+        (as where an adapter scales the output)."""
+        zeros = torch.zeros_like(like)
+        constant, bias = self.steady_product(zeros), self.bias()
+        if self.biased or bias is None:
+            return constant
+        self.biased = True
+        whole = self.steady_product(zeros)
+        expected = constant.double() + bias.double()
+        eps = torch.finfo(whole.dtype).eps
+        apart = (whole.double() - expected).abs() > 16 * eps * expected.abs() + 16 * eps
+        self.biased = self.layer.keeps_bias = bool(apart.any())
+        return whole if self.biased else constant
 
     def why_no_backward(self) -> str | None:
         """Why no rows come from the backward pass of the layer, or ``None``."""

@@ -22,6 +22,8 @@ def attach(model: nn.Module) -> None:
     """Hook every module of ``model`` that takes tokens and an ``attention_mask``, and every Hugging
     Face model in it, such as a vision tower."""
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks, and nothing in it is sharpened
         names = _parameters(module)
         takes_tokens = "input_ids" in names or "inputs_embeds" in names
         is_model = hasattr(type(module), "main_input_name")

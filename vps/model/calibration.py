@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vps import jsonl
 from vps.algorithm.policy import LayerGamma, settings
@@ -248,11 +249,21 @@ def fingerprint(model: nn.Module) -> str:
         if parameter.is_meta:
             raise ValueError(f"fingerprint: parameter {name} is on the meta device")
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        flat = parameter.detach().reshape(-1)
-        for start in range(0, len(flat), CHUNK):
-            part = flat[start : start + CHUNK].cpu().contiguous().view(torch.uint8)
-            digest.update(part.numpy().data)
+        for values in _plain_tensors(parameter.detach()):
+            flat = values.reshape(-1)
+            for start in range(0, len(flat), CHUNK):
+                part = flat[start : start + CHUNK].cpu().contiguous().view(torch.uint8)
+                digest.update(part.numpy().data)
     return digest.hexdigest()
+
+
+def _plain_tensors(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield what a tensor is made of: itself, or the parts of one of torchao's."""
+    if not is_traceable_wrapper_subclass(values):
+        yield values
+        return
+    for name in values.__tensor_flatten__()[0]:
+        yield from _plain_tensors(getattr(values, name))
 
 
 def model_id(model: nn.Module) -> str:

@@ -25,6 +25,7 @@ from vps.layers.own_forward import innermost
 from vps.masking import STATE
 from vps.model import attention_mask
 from vps.model.matching import select_names
+from vps.model.snapshot import Snapshot
 
 # Also of the quantized layers of other libraries: HQQLinear, QuantLinear, WQLinear_GEMM.
 LINEAR = re.compile(r"Linear(8bitLt|4bit|_\w+)?$")
@@ -110,25 +111,42 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     if not wanted:
         raise ValueError(_all_refused(refused))
 
-    before = [(layer.module, _held(layer)) for layer in sharpened_layers(model).values()]
-    state = _joined_state(held["state"] for _, held in before)
-    if before:
-        unpatch(model)
-    adapters.watch()
-    unique = {id(linears[name]): linears[name] for name in wanted}
+    before = Snapshot(model)
     try:
-        for module in unique.values():
-            forms.sharpen(module, config, state)
-        broken = {key: reason for key, new in unique.items() if (reason := forms.check(new))}
-        refused |= {name: broken[key] for name in wanted if (key := id(linears[name])) in broken}
-        wanted = [name for name in wanted if name not in refused]
-        if not wanted:
-            raise ValueError(_all_refused(refused))
+        earlier = sharpened_layers(model).values()
+        state = _joined_state(layer.state for layer in earlier)
+        if earlier:
+            unpatch(model)
+        report = _sharpened(model, config, state, linears, found, refused)
+        if report.refused:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in report.refused.items())
+            count = len(report.refused)
+            warnings.warn(f"vps.patch: {count} layers were refused: {listed}", stacklevel=2)
     except BaseException:
-        for module in unique.values():
-            forms.plain(module)
-        _restore(model, before)
+        before.restore()
         raise
+    return report
+
+
+def _sharpened(
+    model: nn.Module,
+    config: VPSConfig,
+    state: PolicyState,
+    linears: dict[str, nn.Module],
+    found: dict[str, forms.Form],
+    refused: dict[str, str],
+) -> PatchReport:
+    """Sharpen the layers that are ``found`` and not ``refused``, and what goes with it."""
+    adapters.watch()
+    wanted = [name for name in found if name not in refused]
+    unique = {id(linears[name]): linears[name] for name in wanted}
+    for module in unique.values():
+        forms.sharpen(module, config, state)
+    broken = {key: reason for key, new in unique.items() if (reason := forms.check(new))}
+    refused = refused | {n: broken[key] for n in wanted if (key := id(linears[n])) in broken}
+    wanted = [name for name in wanted if name not in refused]
+    if not wanted:
+        raise ValueError(_all_refused(refused))
     for key in broken:
         forms.plain(unique[key])
     attention_mask.attach(model)
@@ -137,9 +155,6 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     if not config.qk_coupling or config.builder == "random":
         coupled, uncoupled = (), {}
     names_of_forms = {name: found[name].name for name in wanted}
-    if refused:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        warnings.warn(f"vps.patch: {len(refused)} layers were refused: {listed}", stacklevel=2)
     return PatchReport(tuple(wanted), refused, not_patched | uncoupled, coupled, names_of_forms)
 
 
@@ -307,23 +322,6 @@ def _head_name(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
     except Exception:  # of a model without one: what is not sharpened stops no patch
         head = None
     return next((name for name, module in linears.items() if module is head), None)
-
-
-def _held(layer: SharpenedLayer) -> dict[str, Any]:
-    """What a sharpened layer holds, but for what :func:`attention.couple_blocks` gives it."""
-    apart = ("coupling", "outer")
-    names = (name for name in SharpenedLayer.__annotations__ if name not in apart)
-    return {name: vars(layer)[name] for name in names if name in vars(layer)}
-
-
-def _restore(model: nn.Module, before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-    """Sharpen modules again with what :func:`_held` told of each."""
-    for module, held in before:
-        forms.sharpen(module, held["config"], held["state"])
-        vars(opaque_layer.sharpened_by(module)).update(held)
-    if before:
-        attention_mask.attach(model)
-        attention.couple_blocks(model)
 
 
 def _joined_state(states: Iterable[PolicyState]) -> PolicyState:

@@ -15,6 +15,7 @@ from vps import jsonl
 from vps.algorithm.policy import LayerGamma
 from vps.config import VPSConfig
 from vps.functional import plain_gamma
+from vps.layers import forms
 from vps.model.calibration import FORMAT as CALIBRATION
 from vps.model.calibration import Calibration, device_of, fingerprint
 from vps.model.patching import PatchReport, patch, policy_state, sharpened_layers, unpatch
@@ -88,8 +89,9 @@ def load(model: nn.Module, path: str | Path) -> PatchReport:
     configs = {name: VPSConfig.from_json(json.dumps(each)) for name, each in own.items()}
     if configs:  # which may name their layers in different ways
         names = "|".join(re.escape(name) for name in configs)
+        scope = "token" if any(own.scope == "token" for own in configs.values()) else config.scope
         config = config.replace(
-            target_modules=names, exclude_modules=None, layers_to_transform=None
+            target_modules=names, exclude_modules=None, layers_to_transform=None, scope=scope
         )
     report = patch(model, config)
     _or_unpatch(model, partial(_restore, values=values, configs=configs, path=path))
@@ -112,7 +114,10 @@ def _restore(
     if configs and set(configs) != set(layers):
         missing = sorted(set(configs) - set(layers))
         raise ValueError(f"vps.load: {path} names layers that the model lacks: {missing[:3]}")
+    refused = forms.experts(model)
     for name, config in configs.items():
+        if config.scope != "token" and (reason := refused.get(id(layers[name].module))):
+            raise ValueError(f"vps.load: {path} gives {name} scope {config.scope!r}: {reason}")
         layers[name].config = config
     if "gamma" in values:
         _restore_gamma(model, values=values, path=path)
