@@ -371,3 +371,48 @@ def test_mixed_batches_are_refused_and_taken_where_sharpening_is_off():
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
         model(input_ids=IDS, adapter_names=names)
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Deaf(torch.nn.Linear):
+    """Leaves out its bias."""
+
+    def forward(self, x):
+        return x @ self.weight.t()
+
+
+@pytest.mark.parametrize("builder", ["sk", "sc"])
+@torch.no_grad()
+def test_a_bias_that_is_no_summand_of_the_output(builder):
+    """H is the output less that of zeros; nothing of the bias is lost or doubled."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    config = VPSConfig(target_modules=["0"], builder=builder, gamma=0.5)
+    for make, factor in ((Scaled, 2), (Deaf, 1)):
+        layer = make(12, 10).double()
+        bias = layer.bias if make is Scaled else None
+        expected = vps.vps_linear(
+            x, factor * layer.weight, None if bias is None else 2 * bias, config
+        )
+        model = torch.nn.Sequential(layer)
+        vps.patch(model, config)
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
+        vps.unpatch(model)
+    adapter = IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[])
+    config = VPSConfig(builder=builder)
+    for order in ("before", "after"):
+        model = adapted(order, config, copy.deepcopy(adapter), "qwen2")
+        plain, ids = fill(get_peft_model(tiny("qwen2"), copy.deepcopy(adapter))), IDS
+        expected = plain(ids).logits
+        with vps.disabled(model):
+            assert same(model, expected)
+        small = config.replace(gamma=1e-12)
+        vps.set_config(model, small)
+        assert same(model, expected, bound=1e-8)
+        model.merge_adapter()
+        plain.merge_adapter()
+        assert same(model, plain(ids).logits, bound=1e-8)

@@ -96,7 +96,7 @@ def test_weights_are_read_alike(capsys):
         ("target_modules=.*_proj,x", ".*_proj,x"),
         ("target_modules=(q|v)_proj", "(q|v)_proj"),
         ("target_modules=[qv]", "[qv]"),
-        ("target_modules=model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("target_modules=model.layers.0.mlp.up_proj", ("model.layers.0.mlp.up_proj",)),
         ("target_modules=all-linear", "all-linear"),
         ('target_modules="q_proj"', "q_proj"),
         ("exclude_modules=null", None),

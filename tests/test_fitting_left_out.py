@@ -1,5 +1,6 @@
 """Examples that cannot be used do not end a calibration: they are left out, and it is said."""
 
+import json
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ from tokenizers import normalizers
 
 from vps import Calibration, calibrate, sensitivity
 from vps.fitting import Options, text
+from vps.fitting.examples import read_examples, usable
 from vps.model.patching import sharpened_layers
 
 
@@ -87,3 +89,16 @@ def test_other_texts_that_come_twice_count_once(tokenizer):
     twice, _ = quick(tokenizer, pairs(8), other_texts=[*texts(3), f"{texts(3)[1]} "])
     once, _ = quick(tokenizer, pairs(8), other_texts=texts(3))
     assert twice.report["comparisons"] == once.report["comparisons"]
+
+
+def test_empty_ones_are_left_out(tmp_path, tokenizer):
+    path = tmp_path / "x.jsonl"
+    rows = [{"text": ""}, {"prompt": "w1", "answer": " "}, {"text": "w1 w2"}]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = read_examples(path)
+    assert len(found) == 3
+    kept, left_out = usable(tokenizer, "examples", found, chat=False)
+    assert [each.answer for each, _ in kept] == ["w1 w2"]
+    assert [(each.number, each.reason) for each in left_out] == [
+        (1, "text is empty"), (2, "answer is empty"),
+    ]  # fmt: skip

@@ -119,3 +119,37 @@ def test_a_model_without_an_output_head(error):
             raise error("none")
 
     assert vps.patch(Model(), VPSConfig(target_modules="all-linear")).patched == ("inner",)
+
+
+class Encoder(nn.Module):
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor):
+        return inputs_embeds
+
+
+class Ambiguous:
+    def get_text_config(self):
+        raise ValueError("several")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    @property
+    def head_dim(self):
+        raise RuntimeError("made later")
+
+
+@pytest.mark.parametrize("spoil", ["scripted", "config", "block"])
+def test_what_goes_with_a_patch_asks_no_more_than_it_is_told(spoil):
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "block": nn.Sequential(nn.Linear(4, 4))})
+    if spoil == "scripted":
+        model["other"] = torch.jit.script(Encoder())
+    elif spoil == "config":
+        model.config = Ambiguous()
+    else:
+        model["block"] = Block()
+    targets = ["linear", "q_proj", "k_proj"]
+    assert "linear" in vps.patch(model, VPSConfig(target_modules=targets)).patched
+    vps.unpatch(model)

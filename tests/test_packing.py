@@ -7,9 +7,9 @@ from sequence_cases import CLOSE, LLAMA, draw, made
 from torch import nn
 
 import vps
-from vps import VPSConfig, masking
+from vps import VPSConfig, capture, masking
 from vps.evaluation import controls
-from vps.model import capture, statistics
+from vps.model import statistics
 
 LENGTHS = (5, 3, 7)
 

@@ -92,15 +92,16 @@ def test_refusals_under_warnings_as_errors_do_not_leave_half_a_patch(ids):
     model = tiny("llama")
     model.model.layers[0].mlp.extra = nn.Conv1d(3, 3, 1)
     config = VPSConfig(target_modules=["q_proj", "k_proj", "extra"])
+    plain = model(ids).logits
     with pytest.warns(UserWarning, match="extra"):
         vps.patch(model, config)
-    expected = model(ids).logits
+    assert not torch.equal(model(ids).logits, plain)
     vps.unpatch(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="extra"):
             vps.patch(model, config)
-    assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model(ids).logits, plain)
 
 
 @torch.no_grad()
@@ -130,3 +131,74 @@ def test_a_model_of_parts_that_were_patched_by_themselves():
     assert torch.equal(model(x), expected)
     vps.patch(parts[0], every.replace(gamma=0.1))  # a part of a patched model keeps its state
     assert vps.policy_state(parts[0]) is vps.policy_state(model)
+
+
+@torch.no_grad()
+def test_a_patch_that_fails_leaves_hooks_and_parts_as_they_were(ids, monkeypatch):
+    """Those of a model of which one part is sharpened."""
+    model = tiny("llama")
+    vps.patch(model.model.layers[0], VPSConfig(gamma=0.9, tau=None))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    expected = model(ids, attention_mask=mask).logits
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    monkeypatch.setattr(vps.layers.forms, "check", lambda module: "it is none")
+    with pytest.raises(ValueError, match="none of the"):
+        vps.patch(model, VPSConfig(gamma=0.1))
+    with pytest.raises(ValueError, match="match none of"):
+        vps.patch(model, VPSConfig(target_modules=["other"]))
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+    vps.unpatch(model.model.layers[0])
+    assert torch.equal(model(ids, attention_mask=mask).logits, tiny("llama")(ids, mask).logits)
+
+
+@torch.no_grad()
+def test_a_bound_forward_that_was_taken_while_sharpened_is_plain_later():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    x = torch.randn(3, 6)
+    plain = [layer(x) for layer in model]
+    vps.patch(model, VPSConfig(target_modules="all-linear", gamma=0.5))
+    bound = [layer.forward for layer in model]
+    assert not any(torch.equal(call(x), y) for call, y in zip(bound, plain, strict=True))
+    vps.unpatch(model)
+    assert all(torch.equal(call(x), y) for call, y in zip(bound, plain, strict=True))
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@torch.no_grad()
+def test_a_layer_that_is_parametrized_while_sharpened_stays_so():
+    torch.manual_seed(0)
+    model, config = nn.Sequential(nn.Linear(6, 6)), VPSConfig(target_modules=["0"], gamma=0.5)
+    x = torch.randn(3, 6)
+    vps.patch(model, config)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Half())
+    sharpened = model(x)
+    for _ in range(2):
+        vps.patch(model, config)
+        torch.testing.assert_close(model(x), sharpened)
+    plain = model[0].to_linear() if isinstance(model[0], vps.VPSLinear) else None
+    vps.unpatch(model)
+    expected = nn.functional.linear(x, model[0].parametrizations.weight.original / 2, model[0].bias)
+    torch.testing.assert_close(model(x), expected)
+    assert plain is None or torch.equal(plain(x), expected)
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
+@torch.no_grad()
+def test_attributes_of_a_layer_come_back():
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(3, 6)
+    own = dict.fromkeys(("config", "state", "gamma", "memory", "gradient", "coupling"), 0.1)
+    for name, value in own.items():
+        setattr(model[0], name, value)
+    before = dict(vars(model[0]))
+    vps.patch(model, VPSConfig(target_modules=["0"], gamma=0.5))
+    model(x)
+    vps.unpatch(model)
+    assert vars(model[0]) == before

@@ -308,3 +308,47 @@ def test_tokens_gathered_from_several_sequences_raise():
     assert not torch.allclose(alone, plain[: len(alone)])
     vps.set_config(model, VPSConfig(target_modules=("proj",), scope="token"))
     torch.testing.assert_close(model(ids)[: len(alone)], model(ids[:1]), **CLOSE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@torch.no_grad()
+def test_heads_of_several_choices(count):
+    model = made(transformers.AutoModelForMultipleChoice, "bert", BERT)
+    vps.patch(model, VPSConfig(target_modules="all-linear"))
+    ids = torch.randint(3, 60, (count, 3, 7), generator=seeded())
+    found = model(ids, attention_mask=torch.ones_like(ids)).logits.flatten()
+    alone = torch.cat([model(each[None, None]).logits.flatten() for each in ids.flatten(0, 1)])
+    torch.testing.assert_close(found, alone, **CLOSE)
+
+
+class Wrapper(nn.Module):
+    """A model of somebody's, whose arguments have names of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = made(transformers.AutoModel, "bert", BERT)
+        self.head = nn.Linear(32, 5).double()
+
+    def forward(self, batch):
+        return self.head(self.encoder(**batch).last_hidden_state[:, 0])
+
+
+@torch.no_grad()
+def test_heads_of_a_module_around_a_model():
+    model = Wrapper().eval()
+    vps.patch(model, VPSConfig(target_modules="all-linear"))
+    ids = torch.randint(3, 60, (3, 7), generator=seeded())
+    found = model({"input_ids": ids})
+    alone = torch.cat([model({"input_ids": row[None]}) for row in ids])
+    torch.testing.assert_close(found, alone, **CLOSE)
+    vps.unpatch(model)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("TinyMoE", "decoder_layers"), ("Net", "expert_heads"), ("Experts", "stacks")]
+)
+def test_a_stack_of_blocks_is_no_list_of_experts(kind, key):
+    model = type(kind, (nn.Module,), {})()
+    setattr(model, key, nn.ModuleList(nn.Linear(4, 4) for _ in range(2)))
+    assert len(vps.patch(model, VPSConfig(target_modules="all-linear")).patched) == 2

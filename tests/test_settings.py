@@ -144,3 +144,25 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
             vps.save(model, path)
     vps.save(model, str(tmp_path / "vps.json"))
     assert [each.name for each in tmp_path.iterdir()] == ["vps.json"]
+
+
+@torch.no_grad()
+def test_gamma_of_torchao_layers(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    made = []
+    for _ in range(2):
+        model = plain_layers()
+        torchao.quantize_(model[0], torchao.Int8WeightOnlyConfig())
+        made.append(model)
+    model, fresh = made
+    vps.patch(model, EVERY)
+    next(iter(sharpened_layers(model).values())).gamma = LayerGamma(0.3)
+    vps.save(model, tmp_path / "vps.json")
+    vps.load(fresh, tmp_path / "vps.json")
+    x = torch.randn(3, 5, 64)
+    assert torch.equal(fresh(x), model(x))
+    other = plain_layers()
+    other[0].weight.mul_(2)
+    torchao.quantize_(other[0], torchao.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="other weights"):
+        vps.load(other, tmp_path / "vps.json")

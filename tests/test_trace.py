@@ -64,3 +64,19 @@ def test_whole_models(family, dtype, tmp_path):
     expected = model(other).logits
     for each in (traced, torch.jit.load(tmp_path / "traced.pt")):
         torch.testing.assert_close(each(other), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (2, 5)])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("changes", [{}, {"builder": "sc"}, {"scope": "batch"}, {"clamp": 0.1}])
+@torch.no_grad()
+def test_a_trace_holds_for_every_number_of_sequences_and_tokens(changes, backend, shape):
+    if vps.backends()[backend] is not None:
+        pytest.skip(vps.backends()[backend])
+    torch.manual_seed(0)
+    layer = VPSLinear(16, 16, config=VPSConfig(**changes))
+    with vps.backend(backend):
+        traced = torch.jit.trace(layer, (torch.randn(*shape, 16),))
+        for other in ((2, 20), (1, 3), (5, 7), (200, 400)):
+            x = torch.randn(*other, 16)
+            torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)

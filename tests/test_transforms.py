@@ -250,3 +250,31 @@ def test_forward_mode_is_refused_in_every_way(kind, backend, dtype):
         ):
             with pytest.raises(NotImplementedError, match="tangent of forward-mode"):
                 call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("builder", ["sk", "sc"])
+def test_compiled_transforms(dtype, builder):
+    torch._dynamo.reset()
+    layer, x = made("weight", VPSConfig(builder=builder), dtype)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def each(weights, xs):
+        loss = lambda w, x: torch.func.functional_call(layer, w, (x,)).square().sum()  # noqa: E731
+        return torch.vmap(torch.func.grad(loss), (None, 0))(weights, xs)
+
+    def pulled(x):
+        y, vjp = torch.func.vjp(layer, x)
+        return vjp(torch.ones_like(y))[0]
+
+    xs = torch.stack([x, -2 * x])
+    for call, arguments in (
+        (lambda x: torch.func.grad(lambda x: layer(x).square().sum())(x), (x,)),
+        (torch.func.jacrev(layer), (x,)),
+        (pulled, (x,)),
+        (torch.vmap(layer), (xs,)),
+        (each, (weights, xs)),
+    ):
+        compiled = torch.compile(call, backend="eager")(*arguments)
+        torch.testing.assert_close(compiled, call(*arguments), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.functionalize(layer)(x), layer(x), rtol=1e-4, atol=1e-5)

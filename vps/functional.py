@@ -320,8 +320,14 @@ def arrange(
     arranged by itself, with its mask.
     """
     if mask is None:
-        if scope == "sequence" and x.dim() == 3 and not masking.STATE.layouts:
-            return x, None, None, None
+        if scope == "sequence" and x.dim() == 3:
+            layouts = masking.STATE.layouts
+            if not layouts:
+                return x, None, None, None
+            last = layouts[-1]  # nearly always of just these tokens
+            if last.packed is None and last.encoded is None and last.shape == x.shape[:-1]:
+                mask = last.mask
+                return x, mask, None if mask is None else mask.to(x.device), None
         dims, mask, packing = masking.groups_of(x, scope)
         if packing is not None:
             return x, None, None, packing

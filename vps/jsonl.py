@@ -67,7 +67,7 @@ def read_objects(path: Path, beginning: str) -> tuple[list[dict[str, Any]], int]
 
     Args:
         path: the file.
-        beginning: of every row, such as ``{"row": ``.
+        beginning: of every row, such as ``{"row": 0, "id": ``, in which 0 is for any number.
 
     Raises:
         BrokenLineError: a line is neither an object nor a row cut off at the end of the file.
@@ -94,9 +94,10 @@ def read_objects(path: Path, beginning: str) -> tuple[list[dict[str, Any]], int]
 def _is_cut(line: bytes, beginning: str) -> bool:
     """Whether a line is a row without its end."""
     head = beginning.encode()
-    if len(line) < len(head):
-        return head.startswith(line)
-    if not line.startswith(head):
+    alike = re.sub(rb'^(\{"\w+": )[0-9]+', rb"\g<1>0", line)
+    if len(alike) < len(head):
+        return head.startswith(alike.rstrip(b"\r"))
+    if not alike.startswith(head):
         return False
     try:  # the cut may be inside a letter
         text = codecs.getincrementaldecoder("utf-8")().decode(line.rstrip(b"\r"))

@@ -33,7 +33,8 @@ class TokenLayout:
     applies to layers whose input has as many tokens; the rest (a vision tower) keep their own, and
     those that read ``encoded`` (cross-attention) take its mask. A layer that is given one vector a
     row (a pooler, a head) has as many sequences of one token: ``rows`` are how many rows the
-    inputs of the call have. ``packed`` says which rows hold several sequences.
+    inputs of the call have. ``packed`` says which rows hold several sequences. ``around`` is a
+    module around models, which knows no more than the rows that they had.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class TokenLayout:
     encoded: Encoded | None = None
     rows: tuple[int, ...] = ()
     packed: Packed | Patches | None = None
+    around: bool = False
 
 
 # Token dims of a layer's input, the mask of that shape, how its rows are packed, and the layout in
@@ -148,7 +150,7 @@ def groups_of(x: Tensor, scope: str) -> tuple[tuple[int, ...], Tensor | None, Pa
     dims, mask, packed, unknown = _sequences(x)
     if scope == "token":
         return dims, mask, None
-    if unknown is not None and _holds_several(unknown, x):
+    if scope == "sequence" and unknown is not None and _holds_several(unknown, x):
         runs = f"tokens {list(unknown.shape)}" if unknown.shape else f"{max(unknown.rows)} rows"
         raise ValueError(
             f"vps: x must show which of its tokens are of one sequence, got {list(x.shape)} in a "
@@ -176,6 +178,8 @@ def _sequences(x: Tensor) -> _Sequences:
     if isinstance(layout.packed, Patches) and own[-1:] == (tokens := count(own),):
         if tokens > 0 and layout.shape[0] % tokens == 0:
             return own, None, layout.packed.merged(tokens), None
+    if len(layout.shape) > 2 and own == layout.shape[:-1]:  # one vector for each of several choices
+        return (*own, 1), None, None, None
     if x.dim() == 3 and own == layout.shape[::-1]:
         mask = None if layout.mask is None else layout.mask.t()
         return own, mask, TimeFirst(layout.shape, layout.mask), None
@@ -183,7 +187,7 @@ def _sequences(x: Tensor) -> _Sequences:
         return own, None, None, None
     if own[0] in layout.rows:
         return (own[0], 1), None, None, None
-    return own, None, None, layout
+    return own, None, None, None if layout.around else layout
 
 
 def _holds_several(layout: TokenLayout, x: Tensor) -> bool:

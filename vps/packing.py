@@ -129,6 +129,9 @@ class Packed:
 
     def _starts(self) -> Tensor | None:
         """Where sequences start, bool ``[B, T]``, not of every row; ``None`` where not known."""
+        if isinstance(self.bounds, Tensor) and not _is_readable(self.bounds):
+            if self.bounds.numel() == self.shape[0] + 1:
+                return None  # as many sequences as rows
         for name, said in (("cu_seq_lens", self.bounds), ("seq_idx", self.ids)):
             if isinstance(said, Tensor) and not _is_readable(said):
                 raise ValueError(

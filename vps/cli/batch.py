@@ -17,7 +17,7 @@ from vps import jsonl
 from vps.config import VPSConfig
 from vps.refine import refine
 
-BEGINNING = '{"row": '  # of every row out
+BEGINNING = '{"row": 0, "id": '  # of every row out
 
 
 class ContinuationError(ValueError):

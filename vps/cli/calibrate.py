@@ -20,6 +20,7 @@ from vps.cli.options import (
     usable_device,
 )
 from vps.cli.terminal import Progress, muted, quiet_transformers
+from vps.model.calibration import FORMAT
 from vps.reading import parse_json, read_text
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _claim(out: Path, partial: Path, gradient_only: bool) -> None:
     picture = out.with_suffix(".png")
     if picture == out:
         raise UsageError(f"{where}: expected another ending, of a JSON file; .png is the heat map")
-    if picture.exists() and not out.exists():
+    if picture.exists() and (not out.exists() or _kind(out) != kind):
         raise UsageError(f"{where}: {picture} is there and would be overwritten; give another file")
 
 
@@ -183,9 +184,10 @@ def _kind(path: Path) -> str | None:
         return None
     if not isinstance(values, dict):
         return None
-    if str(values.get("format")).startswith("vps-calibration-"):
+    if values.get("format") == FORMAT:
         return "calibration"
-    return "ranking by --gradient-only" if set(values) >= {"agreement", "layers"} else None
+    ranking = {"model", "examples", "scope", "agreement", "layers"}
+    return "ranking by --gradient-only" if set(values) >= ranking else None
 
 
 def _warn(message: str) -> None:

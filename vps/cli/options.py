@@ -209,20 +209,21 @@ def _value(name: str, text: str) -> Any:
         if kind.startswith("float"):
             return float(word)
         if kind.startswith("tuple") and "str" not in kind and not word.startswith("["):
-            return parse_json(f"[{text}]")
+            return parse_json(f"[{text.strip().removeprefix('(').removesuffix(')')}]")
         value = parse_json(text)
     except (ValueError, KeyError):
         return _names(text) if of_names else text
-    return _names(text) if of_names and not isinstance(value, (str, list)) else value
+    if not of_names or isinstance(value, (list, str)) or value is None:
+        return value
+    return _names(text)
 
 
 def _names(text: str) -> str | list[str]:
-    """The names in a text, if it holds nothing else; one that is a regular expression stays."""
-    several = "," in text or "'" in text
-    inner = text.strip().strip("[]()") if several else text.strip()
+    """The names in a text, if it holds nothing else; what is more than names stays as it is."""
+    word = text.strip()
+    inner = word.strip("[]()") if "," in word or "'" in word else word
     names = [name for each in inner.split(",") if (name := each.strip().strip("'\"")) != ""]
-    alone = not several and ("." in text or text.strip() == "all-linear")
-    if not names or alone or not all(re.fullmatch(NAMES, name) for name in names):
+    if not names or word == "all-linear" or not all(re.fullmatch(NAMES, name) for name in names):
         return text
     return names
 

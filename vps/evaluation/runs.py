@@ -21,7 +21,7 @@ from vps.evaluation.grid import Cell, Grid
 from vps.evaluation.outcome import Outcome
 
 FORMAT = "vps-ablation-1"
-BEGINNING = '{"cell": '  # of every line of a shard
+BEGINNING = '{"cell": 0, "seconds": '  # of every line of a shard
 MOST_DIFFERENCES = 6
 OPENING = 2**40  # the byte of the lock, past those of all cells, held while run.json is compared
 
@@ -249,7 +249,7 @@ def _check(folder: Path, definition: Mapping[str, Any]) -> None:
         _sync(folder)
         return
     before = jsonl.parse_object(path.read_bytes())
-    if before is None or before.get("format") != FORMAT:
+    if before is None or before.get("format") != FORMAT or not set(definition) <= set(before):
         raise RunError(f"{path} is not of the format {FORMAT}")
     found = differences(before, definition)
     if found:

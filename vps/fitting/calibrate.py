@@ -385,4 +385,4 @@ def _controls(controls: Sequence[str] | bool) -> tuple[str, ...]:
 
 
 def _parsed(name: str, values: Sequence[Any]) -> list[Example]:
-    return [parse(each, f"{name} {number}") for number, each in enumerate(values, 1)]
+    return [parse(each, f"{name} {number}", empty=True) for number, each in enumerate(values, 1)]

@@ -52,9 +52,9 @@ class Split:
         return hashlib.sha256("\n".join(identities).encode()).hexdigest()
 
 
-def parse(value: Any, name: str = "example") -> Example:
+def parse(value: Any, name: str = "example", empty: bool = False) -> Example:
     """An example from a text, a pair, or a mapping with ``prompt`` and ``answer`` (or ``gold``), or
-    ``text``.
+    ``text``. With ``empty`` those without text pass, which :func:`usable` leaves out.
 
     Raises:
         TypeError, ValueError: anything else; the message begins with ``name``.
@@ -87,7 +87,7 @@ def parse(value: Any, name: str = "example") -> Example:
         kind = "text" if found.prompt is None else part
         if not isinstance(text, str):
             raise TypeError(f"{name}: {kind} must be a string, got {type(text).__name__}")
-        if not text.strip():
+        if not text.strip() and not empty:
             raise ValueError(f"{name}: {kind} is empty")
     return found
 
@@ -104,7 +104,7 @@ def read_examples(path: Path) -> list[Example]:
         values = jsonl.parse_object(line)
         if values is None:
             raise ValueError(f"{path}, line {number}: {jsonl.why_none(line)}")
-        found.append(parse(values, f"{path}, line {number}"))
+        found.append(parse(values, f"{path}, line {number}", empty=True))
     return found
 
 
@@ -175,6 +175,8 @@ def encoded(
     Raises:
         ValueError: a pair of more than ``longest`` tokens, or nothing to predict.
     """
+    if not example.answer.strip():
+        raise ValueError(f"calibrate: {'text' if example.prompt is None else 'answer'} is empty")
     if example.prompt is None:
         ids = tokenizer(example.answer, return_tensors="pt")["input_ids"][:, :longest]
         scored = ids.shape[1] - 1

@@ -20,10 +20,11 @@ from vps.layers.shards import tensor_parallel
 from vps.layers.shards.tensor_parallel import TensorParallelLinear
 
 WEIGHT = "weight"
-# Names of what holds a list of experts, of its class, and of lists that are no experts even there.
+# Names of a list of experts, of what holds one beside a router, and of its class.
+EXPERTS = re.compile(r"(^|_)experts?$", re.IGNORECASE)
+ROUTER = re.compile(r"(^|_)(router|gate|gating|switch|wg)$", re.IGNORECASE)
 MIXTURE = re.compile(r"(^|_)(moe|experts?)$")
 MIXTURE_CLASS = re.compile(r"(MoE|Moe|Experts?)(Block|Layer|MLP|FFN|FeedForward)?$")
-STACKS = ("layers", "layer", "blocks", "block", "h", "stages")
 # Modules of torch that read the weights of linear layers in them without calling these, the second
 # in its fast path for inference.
 READERS = {
@@ -205,10 +206,11 @@ def _is_of_experts(name: str, parent: nn.Module, key: str, child: nn.Module) -> 
         return False
     if not isinstance(child, nn.ModuleList | nn.ModuleDict):
         return re.fullmatch(r"experts?_?\d+", key) is not None
-    if "expert" in key.lower() or "Expert" in type(child).__name__:
+    if EXPERTS.search(key) or "Expert" in type(child).__name__:
         return True
-    holds = MIXTURE.search(name) or MIXTURE_CLASS.search(type(parent).__name__)
-    return holds is not None and key not in STACKS
+    routers = [other for other in parent._modules if ROUTER.search(other)]
+    mixture = MIXTURE.search(name) or MIXTURE_CLASS.search(type(parent).__name__)
+    return bool(routers) and (mixture is not None or any("router" in each for each in routers))
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,16 +21,20 @@ INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input
 
 
 def attach(model: nn.Module) -> None:
-    """Hook every module of ``model`` that takes tokens and an ``attention_mask``, and every Hugging
-    Face model in it, such as a vision tower."""
-    for module in model.modules():
+    """Hook every module of ``model`` that takes tokens and an ``attention_mask``, every Hugging
+    Face model in it, such as a vision tower, and around them ``model`` itself."""
+    found = False
+    for module in reversed(list(model.modules())):  # the model itself comes last
         if isinstance(module, torch.jit.ScriptModule):
             continue  # takes no hooks, and nothing in it is sharpened
         names = _parameters(module)
         takes_tokens = "input_ids" in names or "inputs_embeds" in names
         is_model = hasattr(type(module), "main_input_name")
-        if is_model or (takes_tokens and "attention_mask" in names):
-            module.register_forward_pre_hook(_Enter(names), with_kwargs=True)
+        around = found and module is model
+        if is_model or around or (takes_tokens and "attention_mask" in names):
+            found = True
+            around = around and not is_model and not takes_tokens
+            module.register_forward_pre_hook(_Enter(names, around), with_kwargs=True)
             module.register_forward_hook(_leave, always_call=True)
 
 
@@ -59,8 +65,9 @@ def detach(model: nn.Module) -> None:
 class _Enter:
     """Forward pre-hook: push the layout of the call."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], around: bool = False) -> None:
         self.names = names
+        self.around = around
         # Of the arguments that describe the tokens of the module's own layers.
         self.prefix = "decoder_" if "decoder_input_ids" in names else ""
 
@@ -68,7 +75,10 @@ class _Enter:
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         _drop(module)  # left behind when an interrupt cut the last call short
-        layout = _layout(module, given, self.prefix)
+        if self.around:
+            layout = TokenLayout((), None, module, around=True)
+        else:
+            layout = _layout(module, given, self.prefix)
         if layout.shape or not _is_said():
             STATE.layouts.append(layout)
         if module.training and torch.is_grad_enabled():
@@ -76,18 +86,27 @@ class _Enter:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: pop what :class:`_Enter` pushed."""
-    _drop(module)
+    """Forward hook: pop what :class:`_Enter` pushed, and tell a module around this one, which may
+    not know by itself, how many rows there were."""
+    own = _drop(module)
+    layouts = STATE.layouts
+    if own is not None and layouts and layouts[-1].owner is not None:
+        around = layouts[-1]
+        new = tuple(rows for rows in own.rows if rows not in around.rows)
+        if new:
+            layouts[-1] = dataclasses.replace(around, rows=around.rows + new)
     column_sums.release()
 
 
-def _drop(module: nn.Module) -> None:
-    """Remove the module's layout, and all that was pushed after it."""
+def _drop(module: nn.Module) -> TokenLayout | None:
+    """Remove the module's layout, which is returned, and all that was pushed after it."""
     layouts = STATE.layouts
     for depth in range(len(layouts)):
         if layouts[depth].owner is module:
+            own = layouts[depth]
             del layouts[depth:]
-            break
+            return own
+    return None
 
 
 def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLayout:
@@ -127,7 +146,7 @@ def _tower(module: nn.Module, given: Mapping[str, Any], encoded: Encoded | None)
 
 def _rows(module: nn.Module, given: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
     """How many rows a call has: of tokens, of images and of sounds, which may differ."""
-    found = list(shape[:1]) if len(shape) == 2 else []
+    found = [math.prod(shape[:-1])] if len(shape) > 1 else []
     for name in (*INPUTS, getattr(module, "main_input_name", "")):
         value = given.get(name)
         # A matrix of numbers is patches of all images, but for sounds.
