@@ -26,8 +26,9 @@ help:  ## Show this list
 demo: .venv/.ok $(MODEL)/.ok  ## Generate with SmolLM2-135M, plain and sharpened; writes demo/report.html
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps demo --model-dir $(MODEL)
 
+# A process a core; tests of one file stay together, since they share models and examples.
 test: .venv/.ok  ## Run the tests
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)

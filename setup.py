@@ -41,6 +41,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     "pytest",
     "pytest-benchmark",
+    "pytest-xdist",
     "expecttest",  # of torch.testing._internal
     "numpy",
     "packaging",

@@ -1,6 +1,6 @@
 """A whole model: patched, run, watched, saved. In reading order:
 
-- ``patching``, ``matching``: sharpen the layers that a config names, and take it back
+- ``patching``, ``matching``, ``snapshot``: sharpen the layers that a config names, and take it back
 - ``attention_mask``: the model's tokens and masks, for the statistics of its layers
 - ``capture``, ``statistics``: what layers put out, decide and change
 - ``entropy``: the next token's, for the policy
