@@ -278,3 +278,11 @@ def test_compiled_transforms(dtype, builder):
         compiled = torch.compile(call, backend="eager")(*arguments)
         torch.testing.assert_close(compiled, call(*arguments), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.func.functionalize(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_by_the_weights_of_an_adapter_is_refused():
+    layer, x = made("adapter", VPSConfig(), torch.float64)
+    weights = {n: p.detach() for n, p in layer.named_parameters() if "lora" in n}
+    call = lambda weights: torch.func.functional_call(layer, weights, (x,))  # noqa: E731
+    with pytest.raises(NotImplementedError, match="tangent of forward-mode"):
+        torch.func.jvp(call, (weights,), (weights,))

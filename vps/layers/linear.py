@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
-from vps.functional import FLOATING, vps_linear
+from vps.functional import FLOATING, refuse_tangents, vps_linear
 from vps.layers import adapters
 from vps.layers.opaque import OpaqueProjection, opaque_vps_linear
 from vps.layers.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
@@ -139,6 +140,8 @@ class SharpenedLayer:
     def projection(self, x: Tensor, inside: bool = False) -> OpaqueProjection:
         """The layer for :func:`vps.layers.opaque.opaque_vps_linear`."""
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
+        if forward_ad._current_level >= 0:
+            refuse_tangents(*self.module.parameters())
         base = self.own_forward(x, inside)
         return OpaqueProjection(base, self.gradient, self.memory, self.gamma, trains)
 
