@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vps.packing import Packed, Packing, Patches, TimeFirst
 
@@ -39,7 +39,7 @@ class TokenLayout:
 
     shape: tuple[int, ...]
     mask: Tensor | None
-    owner: nn.Module | None = None
+    owner: object | None = None
     encoded: Encoded | None = None
     rows: tuple[int, ...] = ()
     packed: Packed | Patches | None = None

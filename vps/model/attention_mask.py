@@ -30,12 +30,14 @@ def attach(model: nn.Module) -> None:
         names = _parameters(module)
         takes_tokens = "input_ids" in names or "inputs_embeds" in names
         is_model = hasattr(type(module), "main_input_name")
-        around = found and module is model
-        if is_model or around or (takes_tokens and "attention_mask" in names):
+        if is_model or (takes_tokens and "attention_mask" in names):
             found = True
-            around = around and not is_model and not takes_tokens
-            module.register_forward_pre_hook(_Enter(names, around), with_kwargs=True)
+            module.register_forward_pre_hook(_Enter(names), with_kwargs=True)
             module.register_forward_hook(_leave, always_call=True)
+        elif found and module is model and "_orig_mod" not in model._modules:  # not compiled
+            around = _Around()
+            module.register_forward_pre_hook(around.enter)
+            module.register_forward_hook(around.leave, always_call=True)
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
@@ -50,11 +52,11 @@ def detach(model: nn.Module) -> None:
     """Remove what :func:`attach` and later forward passes left."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Enter):
+            if isinstance(hook, _Enter) or isinstance(getattr(hook, "__self__", None), _Around):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key, hook in list(module._forward_hooks.items()):
-            if hook is _leave:
+            if hook is _leave or isinstance(getattr(hook, "__self__", None), _Around):
                 del module._forward_hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
         checkpoint = vars(module).get("_gradient_checkpointing_func")
@@ -65,9 +67,8 @@ def detach(model: nn.Module) -> None:
 class _Enter:
     """Forward pre-hook: push the layout of the call."""
 
-    def __init__(self, names: tuple[str, ...], around: bool = False) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self.around = around
         # Of the arguments that describe the tokens of the module's own layers.
         self.prefix = "decoder_" if "decoder_input_ids" in names else ""
 
@@ -75,10 +76,7 @@ class _Enter:
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         _drop(module)  # left behind when an interrupt cut the last call short
-        if self.around:
-            layout = TokenLayout((), None, module, around=True)
-        else:
-            layout = _layout(module, given, self.prefix)
+        layout = _layout(module, given, self.prefix)
         if layout.shape or not _is_said():
             STATE.layouts.append(layout)
         if module.training and torch.is_grad_enabled():
@@ -86,23 +84,33 @@ class _Enter:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: pop what :class:`_Enter` pushed, and tell a module around this one, which may
+    """Forward hook: pop what :class:`_Enter` pushed, and tell a module around this one, which does
     not know by itself, how many rows there were."""
     own = _drop(module)
     layouts = STATE.layouts
-    if own is not None and layouts and layouts[-1].owner is not None:
-        around = layouts[-1]
-        new = tuple(rows for rows in own.rows if rows not in around.rows)
-        if new:
-            layouts[-1] = dataclasses.replace(around, rows=around.rows + new)
+    if own is not None and layouts and layouts[-1].around:
+        layouts[-1] = dataclasses.replace(layouts[-1], rows=layouts[-1].rows + own.rows)
     column_sums.release()
 
 
-def _drop(module: nn.Module) -> TokenLayout | None:
-    """Remove the module's layout, which is returned, and all that was pushed after it."""
+class _Around:
+    """Hooks of a module around models: push a layout that the models tell their rows."""
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        _drop(self)
+        if not _is_said():
+            STATE.layouts.append(TokenLayout((), None, self, around=True))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _drop(self)
+        column_sums.release()
+
+
+def _drop(owner: object) -> TokenLayout | None:
+    """Remove the layout of an owner, which is returned, and all that was pushed after it."""
     layouts = STATE.layouts
     for depth in range(len(layouts)):
-        if layouts[depth].owner is module:
+        if layouts[depth].owner is owner:
             own = layouts[depth]
             del layouts[depth:]
             return own
