@@ -16,11 +16,12 @@ from vps import (
     RefineResult,
     VPSConfig,
     clear_calibration,
+    cli,
     disabled,
     patch,
     set_config,
 )
-from vps.cli.demo import calibrated, heatmap
+from vps.cli.demo import calibrated, comparison, heatmap
 from vps.cli.demo.comparison import CONFIG, Answer, DemoRun, Refined, compare, run_demo
 from vps.cli.demo.report import write_report
 from vps.fitting import Example, check_apart
@@ -145,7 +146,7 @@ def test_heat_maps_take_what_a_model_may_give(tmp_path):
         assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_text_of_the_model_is_escaped_and_its_difference_marked(tmp_path):
+def test_text_of_the_model_is_escaped_and_its_difference_marked(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "p.png"
     picture.write_bytes(b"\x89PNG")
     hostile = "<script>alert(1)</script>"
@@ -169,6 +170,10 @@ def test_text_of_the_model_is_escaped_and_its_difference_marked(tmp_path):
     assert "same <mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark>" in page
     assert "same <mark>&amp; other</mark>" in page and "They part at token 2." in page
     assert "25.0% of 2" in page and re.search(r"\b2\.00 times", page)
+    monkeypatch.setattr(comparison, "run_demo", lambda *_: run)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "refined, gold answer 7" in said and "loss 4" in said and str(run.report) in said
 
 
 def test_demo_without_a_model_or_matplotlib(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vps.cli.options import UsageError, positive
-from vps.cli.refine import report
+from vps.cli.refine import report as told_iterations
 from vps.cli.terminal import Progress, difference_line, muted, quiet_transformers, side_by_side
 
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(side_by_side(answer.plain.text, answer.sharpened.text))
         print(difference_line(answer.first_difference))
     print(f"\n> {run.refined.prompt}\n\nrefined, gold answer {run.refined.gold}:\n")
-    print(report(run.refined.result))
+    print(told_iterations(run.refined.result))
     if run.calibrated is not None:
         print(f"\n{run.calibrated}")
     print(
