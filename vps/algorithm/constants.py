@@ -6,7 +6,8 @@ as much as the operation itself when the tensor is small.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -17,6 +18,21 @@ Value = float | tuple[float, ...] | tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Keep what is made inside out of the graph of ``torch.jit.trace``, which has it as a constant
+    the next time."""
+    state = torch._C._get_tracing_state()
+    if state is None:  # nothing to pause, where it may not be set either
+        yield
+        return
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 def kept(function: F) -> F:
     """``function`` with its results kept by arguments, except while a tracer runs.
 
@@ -25,15 +41,9 @@ def kept(function: F) -> F:
 
     @lru_cache(maxsize=4096)
     def keep(*arguments: Any) -> Any:
-        # Outside of inference mode, of vmap (which would not let a seed draw), and of the graph of
-        # torch.jit.trace, which has them as constants the next time.
-        traced = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-        try:
-            with torch.inference_mode(False), torch._C._DisableFuncTorch():
-                return function(*arguments)
-        finally:
-            torch._C._set_tracing_state(traced)  # type: ignore[attr-defined]
+        # Outside of inference mode, and of vmap, which would not let a seed draw.
+        with torch.inference_mode(False), torch._C._DisableFuncTorch(), _untraced():
+            return function(*arguments)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
