@@ -120,12 +120,12 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Output ``[G, T, d_out]`` and ``I_in`` ``[G, r]`` by the backend of that name."""
     compiling = torch.compiler.is_compiling()
-    if compiling and tracing.is_compiled_transform():
+    if compiling and tracing.is_compiled_transform(compiling):
         return torch_backend.by_autograd(
             inputs, settings, _forward("torch", inputs.x, pairs), pairs
         )
     if not compiling and _transform_running() is not None:
-        if tracing.is_compiled_transform():
+        if tracing.is_compiled_transform(compiling):
             forward = _forward("torch", inputs.x, pairs)
             return torch_backend.by_autograd(inputs, settings, forward, pairs)
         return transforms.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)

@@ -23,13 +23,16 @@ def is_transforming() -> bool:
     )
 
 
-def is_compiled_transform() -> bool:
-    """Whether a transform runs that a compiler follows, or one that makes edits functional."""
+def is_compiled_transform(compiling: bool) -> bool:
+    """Whether a transform runs that a compiler follows, or one that makes edits functional.
+
+    ``compiling`` says whether a compiler does, which this cannot ask: it is run as it is.
+    """
     stack = torch._C._functorch.get_interpreter_stack()
     if not stack:
         return False
     functional = torch._C._functorch.TransformType.Functionalize
-    return torch.compiler.is_compiling() or any(each.key() == functional for each in stack)
+    return compiling or any(each.key() == functional for each in stack)
 
 
 # A compiler asks while it traces, where the transforms run for it, too.
