@@ -15,7 +15,7 @@ VLLM := .cache/vllm
 OLDEST := .cache/oldest
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
 UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,scores select features couple factors delta decode entropy)
+KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features couple factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
 .PHONY: demo test test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu clean help
@@ -37,7 +37,7 @@ test-oldest: $(OLDEST)/.ok  ## Run the tests on the oldest supported torch, trit
 	@OMP_WAIT_POLICY=PASSIVE $(OLDEST)/bin/python -m pytest -q
 
 test-vllm: $(VLLM)/.ok  ## Run the plugin of vLLM on tiny models (first installs vLLM's CPU build, 3.5 GB)
-	@$(VLLM)/bin/python -m pytest -q tests/vllm_plugin
+	@$(VLLM)/bin/python -m pytest -q tests/serving/vllm_plugin
 
 sanitize: .venv/.ok  ## Run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@csrc/sanitize.sh $(BIN)/python

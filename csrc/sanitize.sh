@@ -26,4 +26,4 @@ libasan=$(${CXX:-g++} -print-file-name=libasan.so)
 libstdcxx=$(${CXX:-g++} -print-file-name=libstdc++.so)
 VPS_CPP_LIBRARY="$build/_cpp_sanitized.so" LD_PRELOAD="$libasan:$libstdcxx" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  "$python" -m pytest -q -p no:cacheprovider tests/test_csrc.py tests/test_coupling.py "$@"
+  "$python" -m pytest -q -p no:cacheprovider tests/backends/test_csrc.py tests/algorithm/test_coupling.py "$@"

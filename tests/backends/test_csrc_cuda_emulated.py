@@ -15,7 +15,7 @@ import torch
 from vps import VPSConfig, reference
 from vps.algorithm import policy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).with_name("emulator")
 
 

@@ -75,7 +75,7 @@ print("done")
 def test_two_processes(tmp_path):
     here = Path(__file__).parent
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (here, *here.parents[:2]))),
         "OMP_NUM_THREADS": "1",
     }
     started = [

@@ -18,7 +18,7 @@ from torch import nn
 import vps
 from vps.layers.shards import sharding, tensor_parallel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WHOLE = 5e-15  # of logits of about 4, in float64
 
 
@@ -26,10 +26,11 @@ WHOLE = 5e-15  # of logits of about 4, in float64
 def launched(tmp_path_factory):
     """Results by number of ranks: one mapping from case to result for each rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = map(str, (ROOT, ROOT / "tests", ROOT / "tests/evaluation"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     environment.pop("VPS_BACKEND", None)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/tensor_parallel_cases.py"), str(folder)],
+        [sys.executable, str(ROOT / "tests/layers/tensor_parallel_cases.py"), str(folder)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]

@@ -191,7 +191,7 @@ def run(source):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     ) as process:
         output, errors = process.communicate(timeout=60)
     return output.split(), errors, process.returncode

@@ -18,7 +18,7 @@ from vps.evaluation.report import FILES
 from vps.evaluation.runs import read_run
 from vps.model.patching import sharpened_layers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class StubHarness:
@@ -185,7 +185,7 @@ def test_failed_cells_end_with_1(capsys, tmp_path, folder, stub, monkeypatch):
 
 LAUNCHED = """
 import sys, types
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_cli_ablate import StubHarness
 module = types.ModuleType("vps.evaluation.harness")
 module.Harness = StubHarness
@@ -197,7 +197,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_torchrun_gives_what_one_process_gives(capsys, tmp_path, folder, stub):
     script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED.format(tests=str(ROOT / "tests")))
+    script.write_text(LAUNCHED.format(tests=[str(ROOT / "tests/cli"), str(ROOT / "tests")]))
     arguments = [str(a) for a in ablation(tmp_path, folder)]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

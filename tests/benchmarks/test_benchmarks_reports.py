@@ -11,7 +11,7 @@ from benchmarks import common, machine, plot, regress, results, scaling, targets
 from benchmarks.common import Variant
 from benchmarks.results import AGAIN
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = {"cpu": "X", "threads": 2, "gpu": None, "torch": "2.13.0", "commit": "abc"}
 GPU = CPU | {"gpu": "NVIDIA H200"}
 

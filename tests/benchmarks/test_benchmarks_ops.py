@@ -12,7 +12,7 @@ from benchmarks.results import AGAIN
 from benchmarks.variants import BACKENDS, GEMV
 from vps.algorithm.torch_backend import Outputs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def problem(dtype, device):

@@ -7,7 +7,7 @@ import pytest
 from vps import VPSConfig
 from vps.evaluation.grid import CONTROLS, Cell, GridError, make_grid, read_grid
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_grid_makes_the_cells_it_says(tmp_path):

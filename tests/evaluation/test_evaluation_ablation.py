@@ -20,7 +20,7 @@ from vps.evaluation.grid import make_grid
 from vps.evaluation.outcome import Outcome
 from vps.evaluation.runs import RunError, read_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"model": "m", "tasks": ["t"], "limit": None}
 
 
@@ -162,7 +162,7 @@ def test_a_cut_last_line_is_dropped(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_evaluation_ablation import SETTINGS, evaluate, grid
 from vps.evaluation.ablation import ablate
 
@@ -180,7 +180,7 @@ ablate(grid(*(i / 10 for i in range(1, 10))), slow, Path(folder), SETTINGS,
 
 
 def start(folder, log, pause=0.0, rank=0, world=1):
-    code = textwrap.dedent(SCRIPT.format(tests=str(ROOT / "tests")))
+    code = textwrap.dedent(SCRIPT.format(tests=[str(ROOT / "tests/evaluation"), str(ROOT / "tests")]))
     arguments = map(str, (folder, log, pause, rank, world))
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,

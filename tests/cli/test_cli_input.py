@@ -11,7 +11,7 @@ from test_cli import folder, generate, run  # noqa: F401
 
 from vps import VPSConfig, cli
 
-ROOT = os.path.dirname(os.path.dirname(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 TERMINALS = {  # encoding and what Python does with letters outside it
     "ascii": ("ascii", "strict"),

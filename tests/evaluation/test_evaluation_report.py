@@ -23,7 +23,7 @@ from vps.evaluation.report import FILES, write_report
 from vps.evaluation.runs import RunError, read_run
 from vps.evaluation.summary import summarise
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"model": "a/model", "tasks": ["sums", "units"], "limit": 80}
 RESAMPLES = 200
 

@@ -17,7 +17,7 @@ from vps.evaluation.harness import VARIANTS, Scores, evaluate
 from vps.evaluation.outcome import Outcome
 from vps.model.loading import load_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = ["--set", "gamma=0.5", "--set", "scope=sequence"]
 CONFIG = VPSConfig(gamma=0.5, adaptive_gamma=False)
 

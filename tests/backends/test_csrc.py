@@ -14,7 +14,7 @@ from vps import VPSConfig, reference
 from vps.algorithm import policy
 from vps.backends import cpp
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     cpp.why_missing() is not None,
     reason=f"no C++ backend: {cpp.why_missing()}",
