@@ -1,31 +1,58 @@
 """``vps_linear``: one sharpened linear layer, ``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)``.
 
-The only door to the backends.
+The only door to the backends, for one layer or for a query and a key that select together, whatever
+their weights are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vps import masking, reference
-from vps.algorithm import constants, policy, selection, torch_backend, tracing
-from vps.algorithm.lbfgs import CurvatureMemory, Pair
-from vps.algorithm.torch_backend import Inputs, Outputs
-from vps.backends import cuda, dispatch, one_group, operator, sharing, transforms
+from vps import masking
+from vps.algorithm import constants, policy, selection, tracing
+from vps.algorithm.flow import Given, Layer
+from vps.algorithm.lbfgs import CurvatureMemory
+from vps.algorithm.weight import FLOATING, Matrix, Weight, cast
+from vps.backends import dispatch, reference_backend, sharing, torch_backend
+from vps.backends.call import Call, Kind
 from vps.config import VPSConfig
+from vps.masking import STATE
 from vps.packing import Packing
 
 # Of every call, so found once.
 _transform_running = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NOTHING = Given()
+
+
+class Projection(NamedTuple):
+    """A layer to sharpen.
+
+    Args:
+        weight: ``[d_out, d_in]``, or what else is known of W.
+        bias: ``[d_out]`` or ``None``.
+        gradient: as for :func:`vps_linear`.
+        memory: as for :func:`vps_linear`.
+        gamma: γ of this layer in place of the config's.
+    """
+
+    weight: Tensor | Weight
+    bias: Tensor | None = None
+    gradient: bool = False
+    memory: CurvatureMemory | None = None
+    gamma: policy.LayerGamma | None = None
+
+    def is_plain(self) -> bool:
+        """Return whether its own γ is 0, so that it takes part in a joint selection alone."""
+        return self.gamma is not None and self.gamma.is_zero
 
 
 def vps_linear(
@@ -60,7 +87,8 @@ def vps_linear(
         ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and, by any
         backend but ``triton`` and ``cuda``, which add b after rounding and have products of their
         own for a few tokens, for a group without a counted token. Differentiable in x, weight and
-        bias, twice and under the transforms of ``torch.func``, too (SPEC §6).
+        bias, twice and under the transforms of ``torch.func``, too (SPEC §6), where torch computes
+        whatever the backend.
 
     Raises:
         TypeError: x or weight no floating-point tensor, or a mask that is not bool.
@@ -70,108 +98,269 @@ def vps_linear(
 
     Source: SPEC §2–§6, §8.
     """
+    layer = Projection(weight, bias, gradient, memory, own_gamma(gamma))
     config = VPSConfig() if config is None else config
-    gamma = own_gamma(gamma)
-    if config.is_off if gamma is None else gamma.is_zero:
-        return F.linear(x, weight, bias)
-    check(x, weight, mask)
+    (y,) = sharpen(x, (layer,), config, mask=mask, state=state)
+    return F.linear(x, weight, bias) if y is None else y
+
+
+def coupled_vps_linear(
+    x: Tensor,
+    query: Projection,
+    key: Projection,
+    heads: int,
+    kv_heads: int,
+    config: VPSConfig | None = None,
+    *,
+    mask: Tensor | None = None,
+    state: policy.PolicyState | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sharpen the query and the key projection of one attention block together.
+
+    They share one policy decision, and selections that rank channels by what they add to the
+    attention logits. With ``qk_coupling=False`` or ``builder="random"`` each is sharpened by itself.
+
+    Args:
+        x: input of both, ``[..., d_in]``.
+        query: the projection to ``[..., heads * d]``, with its weight as a matrix.
+        key: the projection to ``[..., kv_heads * d]``.
+        heads: query heads.
+        kv_heads: key-value heads; ``heads`` is a multiple.
+        config: the settings; defaults of :class:`VPSConfig` when ``None``.
+        mask: as for :func:`vps.vps_linear`.
+        state: entropy and improvement history.
+
+    Returns:
+        Both outputs, each as of :func:`vps.vps_linear`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`vps.vps_linear`.
+        ValueError: head counts that do not fit the weights.
+
+    Source: SPEC §7.
+    """
+    config = VPSConfig() if config is None else config
+    both: Any = (query, key)
+    reason = why_not_heads(query.weight.shape[0], key.weight.shape[0], heads, kv_heads)  # type: ignore[union-attr]
+    if reason is not None:
+        raise ValueError(f"coupled_vps_linear: {reason}")
+    if config.qk_coupling and config.builder != "random":
+        ys = sharpen(x, both, config, heads=(heads, kv_heads), mask=mask, state=state)
+    else:
+        ys = [sharpen(x, (each,), config, mask=mask, state=state)[0] for each in both]
+    y_q, y_k = (
+        F.linear(x, *layer[:2]) if y is None else y for y, layer in zip(ys, both, strict=True)
+    )
+    return y_q, y_k
+
+
+def why_not_heads(d_q: int, d_k: int, heads: int, kv_heads: int) -> str | None:
+    """Return why projections of these widths are none of so many heads, or ``None``."""
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        return f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}"
+    if d_q % heads or d_k % kv_heads or d_q // heads != d_k // kv_heads:
+        return (
+            f"query and key features must be heads and kv_heads of one size, got {d_q} in {heads} "
+            f"and {d_k} in {kv_heads}"
+        )
+    return None
+
+
+def sharpen(
+    x: Tensor,
+    layers: tuple[Projection, ...],
+    config: VPSConfig,
+    *,
+    heads: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+    state: policy.PolicyState | None = None,
+    given: Given = NOTHING,
+) -> list[Tensor | None]:
+    """Sharpen one layer, or a query and a key layer together.
+
+    Args:
+        x: input ``[..., d_in]``.
+        layers: one, or query and key.
+        config: the settings.
+        heads: query and key-value heads, with two layers.
+        mask, state: as for :func:`vps_linear`.
+        given: features and energy of one layer that are not to be selected here, for x
+            ``[G, T, d_in]``.
+
+    Returns:
+        For each layer its output ``[..., d_out]``, differentiable in x and in what the layer
+        trains, or ``None`` where γ is 0 whatever the input, for the caller to use the layer as it
+        is.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as for :func:`vps_linear`.
+    """
+    if all(config.is_off if one.gamma is None else one.gamma.is_zero for one in layers):
+        return [None] * len(layers)
+    check_input(x)
+    weights = [Matrix(W) if isinstance(W, Tensor) else W for W in (one.weight for one in layers)]
+    for weight in weights:
+        weight.check(x)
+    if mask is not None:
+        check_mask(x, mask)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = cast(x, dtype), cast(weight, dtype)
-        bias = None if bias is None else cast(bias, dtype)
+        x, found = cast(x, dtype), []
+        for one, weight in zip(layers, weights, strict=True):
+            bias = None if one.bias is None else cast(one.bias, dtype)
+            found.append(one._replace(weight=weight.cast(dtype), bias=bias))
         with torch.autocast(x.device.type, enabled=False):
-            return vps_linear(
-                x, weight, bias, config,
-                mask=mask, state=state, gradient=gradient, memory=memory, gamma=gamma,
-            )  # fmt: skip
+            return sharpen(
+                x, tuple(found), config, heads=heads, mask=mask, state=state, given=given
+            )
+    plan = prepare(layers, weights, config, state, x, heads)
+    if plan is None or weights[0].is_empty(x) or x.is_meta and not plan.kind.is_matrix:
+        return [None] * len(layers)
+    return compute(x, plan, mask, given)
+
+
+class Plan(NamedTuple):
+    """What is settled before the input comes.
+
+    Args:
+        layers: as the flow takes them.
+        config: the settings.
+        state: of the policy, or ``None``.
+        heads: query and key-value heads, with two layers.
+        drawn: I_in and I_out ``[r]`` of the random builder, or ``None``.
+        kind: what backends choose by.
+        backend: the one that computes unless another is asked for.
+    """
+
+    layers: tuple[Layer, ...]
+    config: VPSConfig
+    state: policy.PolicyState | None
+    heads: tuple[int, int] | None
+    drawn: tuple[Tensor, Tensor] | None
+    kind: Kind
+    backend: ModuleType
+
+
+def prepare(
+    layers: Sequence[Projection],
+    weights: Sequence[Weight],
+    config: VPSConfig,
+    state: policy.PolicyState | None,
+    x: Tensor,
+    heads: tuple[int, int] | None = None,
+) -> Plan | None:
+    """Return the plan for inputs of the dtype and on the device of x.
+
+    ``None`` where γ is 0 whatever the input.
+    """
     factor = 1.0 if state is None else state.factor()
-    d_out, d_in = weight.shape
-    plan = plan_for(config, gradient, factor, d_out, d_in, x.device, x.dtype, gamma is not None)
-    if plan is None or x.numel() == 0 or plan.settings.r == 0:
-        return F.linear(x, weight, bias)
-    grouped, mask, counted, packing = arrange(x, mask, config.scope)
-    if packing is not None:
-        part = partial(
-            vps_linear, weight=weight, bias=bias, config=config,
-            state=state, gradient=gradient, memory=memory, gamma=gamma,
-        )  # fmt: skip
-        return packing.apply(x, part)
-    pairs = memory.pairs if memory is not None and config.lbfgs else ()
-    name = dispatch.choose_with_memory() if pairs else dispatch.asked(x) or plan.fastest
-    if name == "reference":
-        y = _reference(grouped, weight, bias, config, counted, state, gradient, pairs, gamma)
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    I_in = I_out = None
-    if plan.drawn is None:
-        I_in = sharing.find(x, mask, grouped.shape, plan.settings.r)
-    else:
-        I_in, I_out = (index.expand(grouped.shape[0], -1) for index in plan.drawn)
-    entropy = None if state is None else state.entropy_on(x.device)
-    inputs = Inputs(grouped, weight, bias, counted, I_in, I_out, plan.numbers(gamma), entropy)
-    y, selected = run(name, inputs, plan.settings, pairs)
-    if I_in is None:
-        sharing.remember(x, mask, grouped.shape, selected)
-    return y if grouped is x else y.view(*x.shape[:-1], weight.shape[0])
-
-
-def run(
-    name: str, inputs: Inputs, settings: policy.Settings, pairs: tuple[Pair, ...]
-) -> tuple[Tensor, Tensor]:
-    """Output ``[G, T, d_out]`` and ``I_in`` ``[G, r]`` by the backend of that name."""
-    compiling = torch.compiler.is_compiling()
-    if compiling and tracing.is_compiled_transform(compiling):
-        return torch_backend.by_autograd(
-            inputs, settings, _forward("torch", inputs.x, pairs), pairs
+    (_, d_in), d_out = weights[0].widths, min(weight.widths[0] for weight in weights)
+    calibrated = any(one.gamma is not None for one in layers)
+    found, drawn, has_pairs = [], None, False
+    for one, weight in zip(layers, weights, strict=True):
+        own = plan_for(config, one.gradient, factor, d_out, d_in, x.device, calibrated)
+        if own is None or own.settings.r == 0:
+            return None
+        drawn = own.drawn
+        pairs = one.memory.pairs if one.memory is not None and config.lbfgs else ()
+        has_pairs = has_pairs or bool(pairs)
+        found.append(
+            Layer(
+                weight,
+                one.bias,
+                own.settings,
+                own.numbers(one.gamma),
+                pairs,
+                one.is_plain(),
+                one.gamma,
+            )  # fmt: skip
         )
-    if not compiling and _transform_running() is not None:
-        if tracing.is_compiled_transform(compiling):
-            forward = _forward("torch", inputs.x, pairs)
-            return torch_backend.by_autograd(inputs, settings, forward, pairs)
-        return transforms.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)
-    if pairs:
-        return torch_backend.sharpen(inputs, settings, _forward(name, inputs.x, pairs), pairs)
-    if name == "torch":
-        result = one_group.sharpen(inputs, settings)
-        if result is not None:
-            return result
-        return torch_backend.sharpen(inputs, settings, torch_backend.forward)
-    if name == "cuda":
-        return torch_backend.sharpen(inputs, settings, cuda.forward)
-    if name == "triton" and not inputs.x.is_cuda:
-        return _interpreted(inputs, settings)
-    return operator.sharpen(inputs, settings, compiling or _is_tracing())
+    is_matrix = all(isinstance(weight, Matrix) for weight in weights)
+    kind = Kind(x.device.type, x.dtype, is_matrix, has_pairs)
+    return Plan(tuple(found), config, state, heads, drawn, kind, dispatch.fastest(kind))
 
 
-def _forward(
-    name: str, x: Tensor, pairs: tuple[Pair, ...] = ()
-) -> Callable[[Inputs, policy.Settings], Outputs]:
-    """What a backend computes without a gradient."""
-    if pairs:
-        return partial(torch_backend.forward, pairs=pairs)
-    if name == "torch":
-        return torch_backend.forward
-    if name == "cuda":
-        return cuda.forward
-    if name == "triton" and not x.is_cuda:
-        from vps.backends import triton_backend
+def compute(
+    x: Tensor, plan: Plan, mask: Tensor | None = None, given: Given = NOTHING
+) -> list[Tensor | None]:
+    """Return the output ``[..., d_out]`` of each layer of a plan; ``None`` for one that is plain."""
+    if forward_ad._current_level >= 0:
+        refuse_tangents(x, *(W for layer in plan.layers for W in layer.weight.parameters()))
+    grouped, mask, counted, packing = arrange(x, mask, plan.config.scope)
+    if packing is not None:
+        return packing.apply_all(x, partial(compute, plan=plan))
+    backend = plan.backend
+    if STATE.backends or dispatch.FROM_ENVIRONMENT is not None:
+        backend = dispatch.asked(plan.kind) or backend
+    shared, r = False, plan.layers[0].settings.r
+    if given is NOTHING:
+        if plan.drawn is not None:
+            given = Given(*(index.expand(grouped.shape[0], -1) for index in plan.drawn))
+        elif plan.layers[0].weight.reads_whole_input:
+            shared = True
+            I_in = sharing.find(x, mask, grouped.shape, r)
+            if I_in is not None:
+                given, shared = Given(I_in), False
+    state = plan.state
+    entropy = None if state is None or state.entropy is None else state.entropy_on(x.device)
+    traced = torch.compiler.is_compiling()
+    if _transform_running() is not None or traced and tracing.is_compiled_transform(traced):
+        if backend is not reference_backend:
+            backend = torch_backend
+            if not tracing.is_compiled_transform(traced):
+                plan, grouped = _reverse_only(plan, grouped)
+    call = Call(
+        grouped, plan.layers, counted, entropy, plan.heads, given, traced or _is_tracing(),
+        plan.config, () if state is None else state.outcomes,
+    )  # fmt: skip
+    ys, I_in = backend.run(call)
+    if shared and backend is not reference_backend:
+        sharing.remember(x, mask, grouped.shape, I_in)
+    if grouped is x:
+        return ys
+    return [None if y is None else y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
-        return triton_backend.forward
-    return operator.forward
+
+def _reverse_only(plan: Plan, x: Tensor) -> tuple[Plan, Tensor]:
+    """Return a plan and its input, inside a transform, such that forward mode is refused."""
+    layers = []
+    for layer in plan.layers:
+        weight, bias = layer.weight, layer.bias
+        if isinstance(weight, Matrix):
+            weight = Matrix(_ReverseOnly.apply(weight.W))
+        bias = None if bias is None else _ReverseOnly.apply(bias)
+        layers.append(layer._replace(weight=weight, bias=bias))
+    return plan._replace(layers=tuple(layers)), _ReverseOnly.apply(x)
 
 
-def _interpreted(inputs: Inputs, settings: policy.Settings) -> tuple[Tensor, Tensor]:
-    """The Triton kernels in Triton's interpreter, which is no device of the operator."""
-    return torch_backend.sharpen(inputs, settings, _forward("triton", inputs.x))
+class _ReverseOnly(torch.autograd.Function):
+    """A tensor through which forward mode, which SPEC §6 does not define, is refused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        raise NotImplementedError(tracing.NO_FORWARD_MODE)
 
 
-class _Plan(NamedTuple):
-    """What is settled before the input comes."""
+class _Own(NamedTuple):
+    """What is settled of one layer before the input comes."""
 
     settings: policy.Settings
     bounds: Tensor  # of the policy, float64 [9]
     drawn: tuple[Tensor, Tensor] | None  # I_in and I_out [r] of the random builder
-    fastest: str  # backend, unless another is asked for
 
     def numbers(self, gamma: policy.LayerGamma | None) -> Tensor:
         """The policy ``[9]``, or with the γ of a layer ``[9]`` or ``[9 + r]``."""
@@ -186,10 +375,9 @@ def plan_for(
     d_out: int,
     d_in: int,
     device: torch.device,
-    dtype: torch.dtype,
     calibrated: bool = False,
-) -> _Plan | None:
-    """``None`` when γ is 0 whatever the input."""
+) -> _Own | None:
+    """Return what is settled of a layer of this shape; ``None`` when γ is 0 whatever the input."""
     settings = policy.settings(config, gradient, d_in, d_out, calibrated)
     if settings is None:
         return None
@@ -199,85 +387,23 @@ def plan_for(
         I_in, I_out = (constants.vector(index, torch.int64, device) for index in features)
         drawn = I_in, I_out
     numbers = constants.vector(policy.bounds(config, factor), torch.float64, device)
-    return _Plan(settings, numbers, drawn, dispatch.fastest(device.type, dtype))
+    return _Own(settings, numbers, drawn)
 
 
 def own_gamma(
     gamma: policy.LayerGamma | float | Sequence[float] | Tensor | None,
 ) -> policy.LayerGamma | None:
-    """``gamma`` as the layers hold it."""
+    """Return ``gamma`` as the layers hold it."""
     if gamma is None or isinstance(gamma, policy.LayerGamma):
         return gamma
     return policy.LayerGamma(gamma)
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    config: VPSConfig,
-    mask: Tensor | None,
-    state: policy.PolicyState | None,
-    gradient: bool,
-    pairs: tuple[Pair, ...],
-    gamma: policy.LayerGamma | None,
-) -> Tensor:
-    """The literal algorithm for x ``[G, T, d_in]``, without a gradient."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        raise RuntimeError(
-            "vps backend 'reference' has no gradient: expected torch.no_grad() around the layer"
-        )
-    entropy = None if state is None else state.entropy
-    return reference.vps_linear(
-        x,
-        weight,
-        bias,
-        config=config.replace(scope="sequence"),
-        mask=mask,
-        entropy=None if entropy is None else float(entropy),
-        outcomes=() if state is None else state.outcomes,
-        gradient=gradient,
-        memory=[(pair.s, pair.y) for pair in pairs],
-        gamma=plain_gamma(gamma),
-    ).y
-
-
-def plain_gamma(gamma: policy.LayerGamma | None) -> float | list[float] | None:
-    """As the reference takes it."""
-    if gamma is None:
-        return None
-    numbers: list[float] = gamma.numbers.tolist()
-    return numbers if gamma.by_column else numbers[0]
-
-
-def check(x: Tensor, weight: Tensor, mask: Tensor | None) -> None:
-    check_input(x)
-    refuse_tangents(x, weight)
-    if weight.dim() != 2 or weight.dtype not in FLOATING:
-        raise TypeError(
-            "vps_linear: weight must be a floating-point matrix [d_out, d_in], "
-            f"got {weight.dtype} {tuple(weight.shape)}"
-        )
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"vps_linear: x must be [..., {weight.shape[1]}] to fit weight "
-            f"{tuple(weight.shape)}, got {tuple(x.shape)}"
-        )
-    if mask is not None:
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"vps_linear: mask must be bool, got {mask.dtype}")
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(
-                f"vps_linear: mask must be {tuple(x.shape[:-1])}, x without its last dim, "
-                f"got {tuple(mask.shape)}"
-            )
-
-
 def check_input(x: Tensor) -> None:
-    """What holds for the input of every layer, whatever its weight.
+    """Raise where x is no dense floating-point tensor.
 
     Raises:
-        TypeError: no dense floating-point tensor.
+        TypeError: saying what it is.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"vps: x must be a tensor, got {type(x).__name__}")
@@ -287,8 +413,19 @@ def check_input(x: Tensor) -> None:
         raise TypeError(f"vps: x must be floating point (16 to 64 bits), got {x.dtype}")
 
 
+def check_mask(x: Tensor, mask: Tensor) -> None:
+    """Raise where a mask is none for x ``[..., d_in]``."""
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"vps_linear: mask must be bool, got {mask.dtype}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"vps_linear: mask must be {tuple(x.shape[:-1])}, x without its last dim, "
+            f"got {tuple(mask.shape)}"
+        )
+
+
 def refuse_tangents(*tensors: Tensor) -> None:
-    """Forward mode is not defined (SPEC §6) and would lose the tangents.
+    """Refuse forward mode, which is not defined (SPEC §6) and would lose the tangents.
 
     Raises:
         NotImplementedError: a tensor carries one.
@@ -300,28 +437,23 @@ def refuse_tangents(*tensors: Tensor) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts to on the device of x, where it is on."""
+    """Return what autocast casts to on the device of x, where it is on."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return None  # without the name of the device, which takes longer
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast does to an argument of F.linear: all but float64 takes its dtype."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
 def arrange(
     x: Tensor, mask: Tensor | None, scope: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Packing | None]:
-    """x as ``[G, T, d_in]``, the mask that applies, and that mask as ``[G, T]`` on x's device; or x
-    as it is and the packing of rows that hold several sequences, each part of which is to be
-    arranged by itself, with its mask.
+    """Return x as ``[G, T, d_in]``, the mask that applies, and that mask as ``[G, T]`` on x's
+    device; or x as it is and the packing of rows that hold several sequences, each part of which is
+    to be arranged by itself, with its mask.
     """
     if mask is None:
         if scope == "sequence" and x.dim() == 3:
-            layouts = masking.STATE.layouts
+            layouts = STATE.layouts
             if not layouts:
                 return x, None, None, None
             last = layouts[-1]  # nearly always of just these tokens
@@ -343,7 +475,7 @@ def arrange(
 
 
 def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
-    """x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
+    """Return x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
     if scope == "sequence" and x.dim() == 3:
         return x
     tokens = masking.count(dims)

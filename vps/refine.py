@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vps.backends import dispatch
+from vps.backends.call import Kind
 from vps.config import VPSConfig
 from vps.model import ephemeral
 from vps.model.entropy import EntropyProcessor, token_entropy
@@ -292,7 +293,7 @@ def _usable(weights: Mapping[str, float] | None, gold: str | None) -> Mapping[st
 
 def _check_backend(model: Any) -> None:
     if any(layer.config.lbfgs for layer in ephemeral.layers_of(model)):
-        dispatch.choose_with_memory()
+        dispatch.asked(Kind("cpu", torch.float32, has_pairs=True))
 
 
 def _mean(values: list[float]) -> float:

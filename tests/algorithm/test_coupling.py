@@ -12,11 +12,11 @@ from cases import HEADS, coupled_case, coupled_in_float32, coupled_reference_of,
 from torch import nn
 
 import vps
-from vps import VPSConfig, coupled, reference
+from vps import VPSConfig, reference
 from vps.algorithm import coupling, policy
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.backends import operator
-from vps.coupled import Projection, coupled_vps_linear
+from vps.functional import Projection, coupled_vps_linear
 from vps.layers import pairing
 
 needs_cpp = pytest.mark.skipif(
@@ -148,7 +148,7 @@ def test_both_layers_in_one_call_are_those_of_two(shape):
             pair = Projection(W_q, b_q), Projection(W_k)
             together = coupled_vps_linear(x, *pair, 4, 2, config, mask=mask)
             monkey = pytest.MonkeyPatch()
-            monkey.setattr(coupled, "_is_plain_call", lambda *arguments: False)
+            monkey.setattr(torch.jit, "is_tracing", lambda: True)
             apart = coupled_vps_linear(x, *pair, 4, 2, config, mask=mask)
             monkey.undo()
         for one, other in zip(together, apart, strict=True):
@@ -240,9 +240,10 @@ def calls(monkeypatch):
 
     def counting(*arguments, **named):
         seen.append(arguments[0])
-        return coupled_vps_linear(*arguments, **named)
+        return sharpen(*arguments, **named)
 
-    monkeypatch.setattr(pairing, "coupled_vps_linear", counting)
+    sharpen = pairing.sharpen
+    monkeypatch.setattr(pairing, "sharpen", counting)
     return seen
 
 

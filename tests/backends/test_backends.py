@@ -7,6 +7,7 @@ from cases import in_float32, random_case, reference_of
 import vps
 from vps import VPSConfig, functional, reference, vps_linear
 from vps.backends import operator
+from vps.backends.call import Inputs
 
 CASES = {"torch": 400, "cpp": 400, "triton": 80}
 NARROW = [torch.float16, torch.bfloat16]
@@ -103,8 +104,8 @@ def test_triton_decodes_under_a_mask_in_its_own_kernels(groups, monkeypatch):
     expected = reference.vps_linear(
         x.double(), W.double(), b.double(), config=VPSConfig(), mask=mask
     ).y
-    plan = functional.plan_for(VPSConfig(), False, 1.0, 40, 24, x.device, x.dtype)
-    inputs = functional.Inputs(x, W, b, mask, None, None, plan.numbers(None), None)
+    plan = functional.plan_for(VPSConfig(), False, 1.0, 40, 24, x.device)
+    inputs = Inputs(x, W, b, mask, None, None, plan.numbers(None), None)
     monkeypatch.setattr(triton_backend.F, "linear", lambda *_: pytest.fail("a product of torch"))
     monkeypatch.setattr(torch, "stack", lambda *_: pytest.fail("features are copied"))
     y = operator._triton(*inputs, *plan.settings)[0]

@@ -301,7 +301,7 @@ def test_extreme_scales(monkeypatch, scale):
 
 CHILD = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests/backends", "tests"]
 import test_csrc as own
 from vps import VPSConfig
 threads = [int(n) for n in sys.argv[2].split(",")]

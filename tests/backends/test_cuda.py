@@ -17,7 +17,7 @@ from torch import nn
 
 import vps
 from vps import VPSConfig, VPSLinear, vps_linear
-from vps.coupled import Projection, coupled_vps_linear
+from vps.functional import Projection, coupled_vps_linear
 
 pytestmark = [
     pytest.mark.cuda,

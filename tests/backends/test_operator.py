@@ -12,9 +12,9 @@ from torch import nn
 
 import vps
 from vps import VPSConfig, VPSLinear, vps_linear
-from vps.algorithm import policy, torch_backend
-from vps.algorithm.torch_backend import Inputs
-from vps.backends import dispatch, operator
+from vps.algorithm import policy
+from vps.backends import dispatch, operator, torch_backend
+from vps.backends.call import Inputs, differentiable
 
 SETTINGS = [
     {},
@@ -61,7 +61,7 @@ def test_without_a_gradient_y_and_features_are_the_same(settings):
 def test_gradient_equals_that_of_the_torch_backend(settings, mask):
     config = VPSConfig(**settings)
     gradients = []
-    in_torch = partial(torch_backend.sharpen, forward=torch_backend.forward)
+    in_torch = partial(differentiable, forward=torch_backend.forward)
     for sharpen in (operator.sharpen, in_torch):
         inputs, static = inputs_of(config, grad=True, mask=mask)
         y, _ = sharpen(inputs, static)

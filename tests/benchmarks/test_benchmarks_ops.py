@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from vps.algorithm.torch_backend import Outputs
 
 from benchmarks import common, ops, roofline, shapes
 from benchmarks.results import AGAIN
 from benchmarks.variants import BACKENDS, GEMV
-from vps.algorithm.torch_backend import Outputs
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import vps
-from vps import functional
-from vps.backends import operator
+from vps.backends import operator, triton
 from vps.model import attention_mask
 from vps.model.patching import sharpened_layers
 
@@ -62,11 +61,11 @@ class Launches(TorchDispatchMode):
 def model(monkeypatch):
     """A patched block that is computed as on a GPU: by the operator, and no mask is read."""
 
-    def by_operator(inputs, settings):
+    def by_operator(inputs, settings, traced):
         y, features, *_ = operator._triton(*inputs, *settings)
         return y, features[:, 0]
 
-    monkeypatch.setattr(functional, "_interpreted", by_operator)
+    monkeypatch.setattr(triton, "_interpreted", by_operator)
     monkeypatch.setattr(attention_mask, "is_read_freely", lambda _: False)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(

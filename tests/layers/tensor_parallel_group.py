@@ -20,9 +20,8 @@ from transformers import (
 )
 
 import vps
-from vps import functional
-from vps.algorithm import torch_backend
-from vps.layers.shards import column_wise, row_wise
+from vps.algorithm import flow
+from vps.algorithm.weight import Matrix
 
 HIDDEN, VOCABULARY = 32, 64
 RANKS = (2, 4)
@@ -107,26 +106,21 @@ def recorded():
     """Selections, γ and columns in use of every layer, of the plain and of the split model."""
     plain, split = [], []
 
-    def keep(kept, out):
-        used = (out.core != 0).any(1)
-        kept.append([out.I_in.tolist(), out.I_out.tolist(), out.gamma.tolist(), used.tolist()])
-
-    def wrap(function, kept):
-        def wrapped(*args, **kwargs):
-            out = function(*args, **kwargs)
-            for each in out if isinstance(out, list) else [out]:
-                keep(kept, each)
-            return out
+    def keeping(function):
+        def wrapped(x, layers, *args, **kwargs):
+            outcomes, I_in = function(x, layers, *args, **kwargs)
+            kept = plain if isinstance(layers[0].weight, Matrix) else split
+            for out in outcomes:
+                used = (out.core.matrix != 0).any(1)
+                numbers = (I_in, out.I_out, out.core.gamma, used)
+                kept.append([each.tolist() for each in numbers])
+            return outcomes, I_in
 
         return wrapped
 
     with (
         vps.backend("torch"),
-        mock.patch.object(functional.one_group, "sharpen", lambda *_: None),
-        mock.patch.object(functional.one_group, "sharpen_pair", lambda *_: None),
-        mock.patch.object(torch_backend, "forward", wrap(torch_backend.forward, plain)),
-        mock.patch.object(column_wise, "forward", wrap(column_wise.forward, split)),
-        mock.patch.object(row_wise, "forward", wrap(row_wise.forward, split)),
+        mock.patch.object(flow, "sharpen", keeping(flow.sharpen)),
     ):
         yield plain, split
 

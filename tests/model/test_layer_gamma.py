@@ -18,8 +18,7 @@ import vps
 from vps import VPSConfig, reference, vps_linear
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma
-from vps.coupled import Projection, coupled_vps_linear
-from vps.functional import plan_for
+from vps.functional import Projection, coupled_vps_linear, plan_for
 from vps.model.patching import sharpened_layers
 
 CASES = {"torch": 300, "cpp": 300, "triton": 30}
@@ -35,7 +34,7 @@ def backend(request):
 
 
 def columns_of(config, gradient, W):
-    plan = plan_for(config, gradient, 1.0, *W.shape, W.device, W.dtype, True)
+    plan = plan_for(config, gradient, 1.0, *W.shape, W.device, True)
     return plan.settings.r
 
 
@@ -234,14 +233,14 @@ def test_layers_of_a_model_do_not_compile_anew():
 def test_a_layer_keeps_what_it_passes_on():
     """One tensor for one policy, so that a call costs no more than with the config's γ."""
     config = VPSConfig()
-    plan = plan_for(config, False, 1.0, 30, 24, torch.device("cpu"), torch.float32, True)
+    plan = plan_for(config, False, 1.0, 30, 24, torch.device("cpu"), True)
     gamma = LayerGamma([0.1, 0.2, 0.3, 0.4])
     assert plan.numbers(gamma) is plan.numbers(gamma)
     with torch.inference_mode():
         fresh = LayerGamma(0.3)
         assert plan.numbers(fresh) is plan.numbers(fresh)
     assert not plan.numbers(fresh).is_inference()
-    other = plan_for(config, False, 1.3, 30, 24, torch.device("cpu"), torch.float32, True)
+    other = plan_for(config, False, 1.3, 30, 24, torch.device("cpu"), True)
     assert other.numbers(gamma)[0] == 1.3 and plan.numbers(gamma)[0] == 1.0
 
 

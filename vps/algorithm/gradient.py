@@ -1,8 +1,7 @@
-"""The backward pass of a sharpened layer, one for all backends (SPEC §6).
+"""The backward pass of a layer that a compiled backend computed (SPEC §6).
 
 ``∂L/∂x = (g + scatter of γ (g ∘ mask) B Cᵀ into the columns I_out) W``: selection, core, B, γ and
-W are constants, and B is ``B′`` of SPEC §8 with L-BFGS pairs. ``∂L/∂W = gᵀx`` and ``∂L/∂b = Σ g``,
-as of the base layer.
+W are constants. ``∂L/∂W = gᵀx`` and ``∂L/∂b = Σ g``, as of the base layer.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vps.algorithm import tracing
-from vps.algorithm.lbfgs import Pair, precondition
 
 
 def of_input(
@@ -24,9 +22,8 @@ def of_input(
     gamma: Tensor,
     t: Tensor | None,
     clamp: float | None,
-    pairs: tuple[Pair, ...] = (),
 ) -> Tensor:
-    """``∂L/∂x``, ``[G, T, d_in]``.
+    """Return ``∂L/∂x``, ``[G, T, d_in]``.
 
     Args:
         g: ``∂L/∂y``, ``[G, T, d_out]``.
@@ -37,55 +34,20 @@ def of_input(
         gamma: ``[G]``.
         t: ``H[:, I_out]``, ``[G, T, r]``; needed with a clamp.
         clamp: bound of δ, or ``None``.
-        pairs: of the layer's L-BFGS memory.
     """
-    if tracing.is_differentiated() and not torch.compiler.is_compiling():
-        return _differentiably(g, weight, I_in, I_out, core, gamma, t, clamp, pairs)
-    if clamp is None and not pairs and I_out.numel() < len(weight):
+    differentiated = tracing.is_differentiated() and not torch.compiler.is_compiling()
+    if clamp is None and not differentiated and I_out.numel() < len(weight):
         return _by_rows(g, weight, I_in, I_out, core, gamma)
-    grad_t = _of_selected(g, weight, I_in, core, gamma, t, clamp, pairs)
-    return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight
-
-
-def _differentiably(
-    g: Tensor,
-    weight: Tensor,
-    I_in: Tensor,
-    I_out: Tensor,
-    core: Tensor,
-    gamma: Tensor,
-    t: Tensor | None,
-    clamp: float | None,
-    pairs: tuple[Pair, ...],
-) -> Tensor:
-    """Compute :func:`of_input` in a way that can be differentiated: by g, and by W where the base
-    product is (as that of ``nn.Linear``); in the update W is a constant."""
-    constant = weight.detach()
-    grad_t = _of_selected(g, constant, I_in, core, gamma, t, clamp, pairs)
-    return g @ weight + grad_t @ constant[I_out]
-
-
-def _of_selected(
-    g: Tensor,
-    weight: Tensor,
-    I_in: Tensor,
-    core: Tensor,
-    gamma: Tensor,
-    t: Tensor | None,
-    clamp: float | None,
-    pairs: tuple[Pair, ...],
-) -> Tensor:
-    """``∂L/∂t`` ``[G, T, r]`` of the update alone."""
+    constant = weight.detach() if differentiated else weight
     grad_delta = g
     if clamp is not None:
         assert t is not None
-        delta = expand(mix(t, core), weight, I_in)
-        delta = precondition(pairs, delta) if pairs else delta
-        grad_delta = g * (delta.abs() <= clamp)
-    if pairs:
-        grad_delta = precondition(pairs, grad_delta)
-    grad_u = contract(grad_delta, weight, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
-    return mix(grad_u, core if core.shape[1] == 1 else core.mT)
+        grad_delta = g * (expand(mix(t, core), constant, I_in).abs() <= clamp)
+    grad_u = contract(grad_delta, constant, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
+    grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
+    if differentiated:  # by W where the base product is; in the update W is a constant
+        return g @ weight + grad_t @ constant[I_out]
+    return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight
 
 
 def _by_rows(

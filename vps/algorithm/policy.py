@@ -149,6 +149,11 @@ class LayerGamma:
         self._of: Tensor | None = None
         self._result: Tensor | None = None
 
+    def plain(self) -> float | list[float]:
+        """The number, or the list of them."""
+        numbers: list[float] = self.numbers.tolist()
+        return numbers if self.by_column else numbers[0]
+
     def in_policy(self, policy: Tensor, r: int) -> Tensor:
         """``policy`` ``[9]`` with this γ in place of its bounds; ``[9 + r]`` for one a column.
 
@@ -199,6 +204,11 @@ class Settings(NamedTuple):
     tau: float | None
     spectral: bool
     clamp: float | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether C is the diagonal of the component clip: SK of the first order."""
+        return not (self.coupled or self.second_order or self.spectral)
 
 
 def settings(

@@ -23,6 +23,11 @@ def is_transforming() -> bool:
     )
 
 
+def is_eager() -> bool:
+    """Whether no tracer, compiler or transform of ``torch.func`` looks on."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transforming())
+
+
 def is_compiled_transform(compiling: bool) -> bool:
     """Whether a transform runs that a compiler follows, or one that makes edits functional.
 

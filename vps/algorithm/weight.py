@@ -1,72 +1,341 @@
-"""What the core of an update asks of W at the selected rows and columns (SPEC §4).
+"""What a sharpened layer asks of W (SPEC §2–§4): the contract between the flow and a kind of weight.
 
-Norms, Gram matrices and the entries where they cross: read from a matrix in memory here, found
-through a layer's own forward in :mod:`vps.layers.riding`.
+Four kinds exist: :class:`Matrix` here; in :mod:`vps.layers` a weight known by its forward alone, and
+a weight of which each rank holds some rows or some columns. Policy, clip, SC, order 2 and the update
+read nothing of a layer but what stands here, so a rule is written once for all of them.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vps.algorithm import coupling, gradient, selection, tracing
+from vps.algorithm.policy import Settings
 from vps.algorithm.selection import accumulation_dtype
 
-
-class Weight(Protocol):
-    """W as the core sees it, for G groups of r selected inputs; all in the accumulation dtype."""
-
-    def norm_in(self) -> Tensor:
-        """``‖W[:, I_in]‖`` of each column, ``[G, r]``."""
-
-    def norm_out(self, I_out: Tensor) -> Tensor:
-        """``‖W[I_out]‖`` of each row, ``[G, r]``."""
-
-    def gram_in(self) -> Tensor:
-        """Inner products of the columns I_in, ``[G, r, r]``."""
-
-    def gram_out(self, I_out: Tensor) -> Tensor:
-        """Inner products of the rows I_out, ``[G, r, r]``."""
-
-    def crossing(self, I_out: Tensor) -> Tensor:
-        """``W[I_out, I_in]``, ``[G, r, r]``."""
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class WeightMatrix:
-    """W in memory.
+class Products(NamedTuple):
+    """The numbers of which the core is made; ``None`` where the settings do not ask for them.
 
     Args:
-        W: ``[d_out, d_in]``.
-        I_in: ``[G, r]``.
-        B: the columns I_in, ``[d_out, G, r]``, or ``None`` to read all of W instead.
+        t: ``H[:, I_out]``, ``[G, T, r]``.
+        X_A: ``x[:, I_in]``, ``[G, T, r]``, for SC.
+        norm_A: ``‖W[I_out[c]]‖``, ``[G, r]``, for the component clip of SK.
+        gram_A: inner products of the rows I_out of W, ``[G, r, r]``, for the other clips.
+        norm_B: ``‖W[:, I_in[c]]‖``, ``[G, r]``, for the component clip.
+        gram_B: inner products of the columns I_in of W, ``[G, r, r]``, for the spectral clip.
+        B_selected: ``W[I_out, I_in]``, ``[G, r, r]``, for the second order.
     """
 
-    def __init__(self, W: Tensor, I_in: Tensor, B: Tensor | None) -> None:
-        self.W, self.I_in, self.B = W, I_in, B
-        self.dtype = accumulation_dtype(W.dtype)
+    t: Tensor
+    X_A: Tensor | None = None
+    norm_A: Tensor | None = None
+    gram_A: Tensor | None = None
+    norm_B: Tensor | None = None
+    gram_B: Tensor | None = None
+    B_selected: Tensor | None = None
 
-    def norm_in(self) -> Tensor:
-        norm = torch.linalg.vector_norm
-        if self.B is not None:
-            return norm(self.B, 2, dim=0, dtype=self.dtype)
-        return norm(self.W, 2, dim=0, dtype=self.dtype)[self.I_in]
 
-    def norm_out(self, I_out: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm
+class Projection:
+    """Tokens through a weight, with the columns I_in of W; for one call.
+
+    Args:
+        H: base product of what this process holds, ``[G, T, held]``, with its graph.
+        output: what the update is added to, H or H with a constant of the layer's own.
+    """
+
+    H: Tensor
+    output: Tensor
+
+    def base(self) -> Tensor:
+        """Return ``H + b`` ``[G, T, held]``, bit-identical to that of the unsharpened layer."""
+        raise NotImplementedError
+
+    def bias(self) -> Tensor | None:
+        """Return what is to be added to H, ``[held]``, or ``None``."""
+        raise NotImplementedError
+
+    def selected(self, I_out: Tensor) -> Tensor:
+        """Return ``H[:, I_out]`` ``[G, T, r]``, whose gradient reaches x but no parameter."""
+        raise NotImplementedError
+
+    def products(self, I_out: Tensor, settings: Settings) -> Products:
+        """Return what the core asks for, without a graph."""
+        raise NotImplementedError
+
+    def expand(self, u: Tensor) -> Tensor:
+        """Return ``u Bᵀ``: ``[G, T, r]`` to ``[G, T, held]``."""
+        raise NotImplementedError
+
+    def add(self, u: Tensor) -> Tensor:
+        """Return the output with ``u Bᵀ`` added."""
+        return self.output + self.expand(u)
+
+
+class Weight:
+    """W of one layer, in whichever form this process has it.
+
+    Args:
+        widths: d_out and d_in of the whole layer.
+        reads_whole_input: whether layers that read the same x may share ``I_in``.
+    """
+
+    reads_whole_input = True
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def check(self, x: Tensor) -> None:
+        """Raise a ValueError where x ``[..., d_in]`` does not fit."""
+        d_in = self.widths[1]
+        if x.dim() == 0 or x.shape[-1] != d_in:
+            raise ValueError(f"vps: x must be [..., {d_in}] to fit the layer, got {tuple(x.shape)}")
+
+    def cast(self, dtype: torch.dtype) -> Weight:
+        """Return the weight as autocast to ``dtype`` has it."""
+        raise NotImplementedError
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return what the layer could train."""
+        raise NotImplementedError
+
+    def is_empty(self, x: Tensor) -> bool:
+        """Return whether x ``[..., d_in]`` holds no token."""
+        return x.numel() == 0
+
+    def release(self) -> None:
+        """Let go of what a call brought into memory."""
+
+    def select_inputs(self, x: Tensor, mask: Tensor | None, r: int) -> Tensor:
+        """Return ``I_in`` ``[G, r]`` for x ``[G, T, d_in]`` and a bool mask ``[G, T]``."""
+        return selection.top_k(statistics(x, mask, False)[0], r)
+
+    def project(self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None) -> Any:
+        """Return the :class:`Projection` of x, by one pass over W unless H is known."""
+        raise NotImplementedError
+
+    def select_outputs(
+        self,
+        weights: Sequence[Any],
+        scores: Sequence[Tensor],
+        r: int,
+        heads: tuple[int, int] | None,
+    ) -> list[Tensor]:
+        """Return ``I_out`` ``[G, r]`` of each layer, from the scores of what this process holds.
+
+        Args:
+            weights: of one layer, or of a query and a key, this one first.
+            scores: ``[G, held]`` of each.
+            r: columns.
+            heads: query and key-value heads of two, which select together (SPEC §7).
+        """
+        if heads is None:
+            return [selection.top_k(scores[0], r)]
+        return list(coupling.select(scores[0], scores[1], r, *heads))
+
+    def complete(
+        self,
+        projections: Sequence[Any],
+        outputs: Sequence[Tensor],
+        settings: Sequence[Settings],
+        energies: Sequence[Tensor],
+    ) -> tuple[list[Products], Tensor | None]:
+        """Return the products of every layer, and the energy ``[G]`` pooled over them.
+
+        A weight that is split over ranks adds up here what each of them holds.
+
+        Args:
+            projections: of each layer.
+            outputs: ``I_out`` ``[G, r]`` of each.
+            settings: of each.
+            energies: ``[G]`` of what this process holds of each, or one that is pooled already, or
+                none where nothing is adaptive.
+        """
+        triples = zip(projections, outputs, settings, strict=True)
+        found = [one.products(I_out, own) for one, I_out, own in triples]
+        if len(energies) < 2:
+            return found, energies[0] if energies else None
+        widths = [one.H.shape[-1] for one in projections]
+        total = energies[0] * widths[0] + energies[1] * widths[1]
+        return found, total / sum(widths)
+
+
+class Matrix(Weight):
+    """W in memory, ``[d_out, d_in]``."""
+
+    def __init__(self, W: Tensor) -> None:
+        self.W = W
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        d_out, d_in = self.W.shape
+        return d_out, d_in
+
+    def check(self, x: Tensor) -> None:
+        W = self.W
+        if W.dim() != 2 or W.dtype not in FLOATING:
+            raise TypeError(
+                "vps_linear: weight must be a floating-point matrix [d_out, d_in], "
+                f"got {W.dtype} {tuple(W.shape)}"
+            )
+        if x.dim() == 0 or x.shape[-1] != W.shape[1]:
+            raise ValueError(
+                f"vps_linear: x must be [..., {W.shape[1]}] to fit weight {tuple(W.shape)}, "
+                f"got {tuple(x.shape)}"
+            )
+
+    def parameters(self) -> Iterable[Tensor]:
+        return (self.W,)
+
+    def cast(self, dtype: torch.dtype) -> Matrix:
+        return Matrix(cast(self.W, dtype))
+
+    def project(
+        self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None
+    ) -> MatrixProjection:
+        H = F.linear(x, self.W) if H is None else H
+        return MatrixProjection(x, self.W, bias, H, I_in)
+
+
+class MatrixProjection(Projection):
+    """Tokens through a matrix.
+
+    Args:
+        x: ``[G, T, d_in]``.
+        W: ``[d_out, d_in]``.
+        b: ``[d_out]`` or ``None``.
+        H: ``x Wᵀ``.
+        I_in: ``[G, r]``.
+    """
+
+    def __init__(self, x: Tensor, W: Tensor, b: Tensor | None, H: Tensor, I_in: Tensor) -> None:
+        self.x, self.W, self.b, self.H, self.I_in = x, W, b, H, I_in
+        self.output = H
+        self.frozen = W.detach()
+        # The columns, [d_out, G, r]; where the groups ask for more of them than W has, W itself.
+        self.B = gradient.columns(self.frozen, I_in) if gradient.reads_columns(W, I_in) else None
+
+    def base(self) -> Tensor:
+        return self.H if self.b is None else F.linear(self.x, self.W, self.b)
+
+    def bias(self) -> Tensor | None:
+        return self.b
+
+    def selected(self, I_out: Tensor) -> Tensor:
+        if not self._trains():
+            return gather(self.H, I_out)
+        if tracing.is_eager():
+            t = gather(self.H.detach(), I_out)
+            through: Tensor = _ThroughRows.apply(self.x, t, self.frozen[I_out])
+            return through
+        return gather(F.linear(self.x, self.frozen), I_out)
+
+    def _trains(self) -> bool:
+        """Return whether W may be asked for a gradient, which that of the update is no part of."""
+        compiling = torch.compiler.is_compiling()
+        if compiling and tracing.is_compiled_transform(compiling):
+            return True  # inside, tensors do not say so
+        # A trace is made with gradients and checked without.
+        return self.W.requires_grad and (torch.is_grad_enabled() or torch.jit.is_tracing())
+
+    def products(self, I_out: Tensor, settings: Settings) -> Products:
+        x, H = self.x.detach(), self.H.detach()
+        return matrix_products(x, self.frozen, H, self.I_in, I_out, self.B, settings)
+
+    def expand(self, u: Tensor) -> Tensor:
         if self.B is None:
-            return norm(self.W, 2, dim=1, dtype=self.dtype)[I_out]
-        rows = self.W.index_select(0, I_out.reshape(-1))
-        return norm(rows, 2, dim=1, dtype=self.dtype).view(I_out.shape)
+            return gradient.expand(u, self.frozen, self.I_in)
+        return u @ self.B.permute(1, 2, 0)
 
-    def gram_in(self) -> Tensor:
-        B = self.W[:, self.I_in] if self.B is None else self.B
-        B = B.to(self.dtype)
-        return torch.einsum("ogc,oge->gce", B, B)
+    def add(self, u: Tensor) -> Tensor:
+        if self.B is None:
+            return self.output + self.expand(u)
+        if u.shape[0] == 1 and not torch.jit.is_tracing():  # whose graph holds for any number
+            return torch.addmm(self.output[0], u[0], self.B.squeeze(1).t()).unsqueeze(0)
+        return torch.baddbmm(self.output, u, self.B.permute(1, 2, 0))
 
-    def gram_out(self, I_out: Tensor) -> Tensor:
-        rows = self.W[I_out].to(self.dtype)
-        return rows @ rows.mT
 
-    def crossing(self, I_out: Tensor) -> Tensor:
-        return self.W[I_out.unsqueeze(2), self.I_in.unsqueeze(1)].to(self.dtype)
+def matrix_products(
+    x: Tensor,
+    W: Tensor,
+    H: Tensor,
+    I_in: Tensor,
+    I_out: Tensor,
+    B: Tensor | None,
+    settings: Settings,
+) -> Products:
+    """Return what the core asks of W in memory.
+
+    Args:
+        x, H: ``[G, T, d_in]`` and ``[G, T, d_out]``.
+        W: ``[d_out, d_in]``, no constant is kept of it: it may be edited between calls.
+        I_in, I_out: ``[G, r]``.
+        B: the columns I_in, ``[d_out, G, r]``, or ``None`` to read all of W instead.
+        settings: which products are needed.
+    """
+    dtype, norm = accumulation_dtype(W.dtype), torch.linalg.vector_norm
+    norm_A = gram_A = norm_B = gram_B = None
+    if needs_gram_of_rows(settings):
+        rows = W[I_out].to(dtype)
+        gram_A = rows @ rows.mT
+    elif settings.tau is not None and B is None:
+        norm_A = norm(W, 2, dim=1, dtype=dtype)[I_out]
+    elif settings.tau is not None:
+        rows = W.index_select(0, I_out.reshape(-1))
+        norm_A = norm(rows, 2, dim=1, dtype=dtype).view(I_out.shape)
+    if settings.tau is not None and settings.spectral:
+        columns = (W[:, I_in] if B is None else B).to(dtype)
+        gram_B = torch.einsum("ogc,oge->gce", columns, columns)
+    elif settings.tau is not None:
+        found = norm(W if B is None else B, 2, dim=0, dtype=dtype)
+        norm_B = found[I_in] if B is None else found
+    crossing = None
+    if settings.second_order:
+        crossing = W[I_out.unsqueeze(2), I_in.unsqueeze(1)].to(dtype)
+    X_A = gather(x, I_in) if settings.coupled else None
+    return Products(gather(H, I_out), X_A, norm_A, gram_A, norm_B, gram_B, crossing)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what autocast makes of an argument of F.linear: all but float64 takes its dtype."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def needs_gram_of_rows(settings: Settings) -> bool:
+    """Return whether the clip needs ``gram_A`` instead of ``norm_A``."""
+    return settings.tau is not None and (settings.coupled or settings.spectral)
+
+
+def statistics(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor | None]:
+    """Return scores and energy of the counted tokens, see :func:`selection.statistics`."""
+    count = None if mask is None else mask.sum(1).clamp_(min=1)
+    return selection.statistics(values, mask, count, energy)
+
+
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """Return ``values[g, :, index[g]]``: ``[G, T, d]`` and ``[G, r]`` to a new ``[G, T, r]``."""
+    if values.shape[0] == 1 and not torch.jit.is_tracing():  # whose graph holds for any number
+        return values.index_select(-1, index[0])
+    return values.gather(-1, index.unsqueeze(1).expand(-1, values.shape[1], -1))
+
+
+class _ThroughRows(torch.autograd.Function):
+    """The values ``t`` ``[G, T, r]`` as a function of x alone: ``x W[I_out]ᵀ``, W a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return g @ rows, None, None

@@ -1,4 +1,4 @@
-"""Finds and loads the C++ operator for CPUs, built from csrc.
+"""C++ as a backend: finds and loads the operator for CPUs, built from csrc.
 
 ``VPS_CPP_LIBRARY`` names another library than the installed one, such as one with sanitizers.
 """
@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from vps.backends import operator
+from vps.backends.call import Call, Kind, Result, why_not_native
 
 
 @cache
@@ -27,6 +30,20 @@ def why_missing() -> str | None:
     return None
 
 
+def why_not(kind: Kind) -> str | None:
+    """Return why the operator does not take calls of a kind, or ``None``."""
+    return why_not_native(kind, "cpu")
+
+
+def run(call: Call) -> Result:
+    """Run a call through the operator."""
+    return operator.run(call)
+
+
 def _library() -> Path | None:
     named = os.environ.get("VPS_CPP_LIBRARY")
     return Path(named) if named else next(Path(__file__).parents[1].glob("_cpp*.so"), None)
+
+
+if why_missing() is not None:  # graphs hold the operator, which then is computed by torch
+    operator.implement_in_torch()

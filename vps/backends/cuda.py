@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from vps.algorithm.policy import Settings
-from vps.algorithm.torch_backend import Inputs, Outputs
+from vps.backends import operator
+from vps.backends.call import (
+    Call,
+    Inputs,
+    Kind,
+    Outputs,
+    Result,
+    differentiable,
+    run_native,
+    why_not_native,
+)
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 
@@ -31,6 +41,20 @@ def why_missing() -> str | None:
     return None
 
 
+def why_not(kind: Kind) -> str | None:
+    """Return why no call of a kind is taken, or ``None``."""
+    return why_not_native(kind, "cuda")
+
+
+def run(call: Call) -> Result:
+    """Run a call: a query and a key together by the Triton kernels."""
+    return run_native(call, _linear, operator.pair, operator.couple)
+
+
+def _linear(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tensor, Tensor]:
+    return differentiable(inputs, settings, forward)
+
+
 def takes(inputs: Inputs, settings: Settings) -> bool:
     """Whether this call is one token of plain selection, component clip and first order."""
     x, weight = inputs.x, inputs.weight
@@ -38,7 +62,7 @@ def takes(inputs: Inputs, settings: Settings) -> bool:
         x.shape[:2] == (1, 1)
         and inputs.H is None
         and settings.r <= 8
-        and not (settings.coupled or settings.spectral or settings.second_order)
+        and settings.is_plain
         and x.dtype == weight.dtype != torch.float64
         and weight.stride(1) == 1
         and weight.stride(0) >= weight.shape[1]

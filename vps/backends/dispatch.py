@@ -16,23 +16,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from vps.backends import cpp, cuda
+from vps.backends import cpp, cuda, reference_backend, torch_backend, triton
+from vps.backends.call import Kind
 from vps.masking import STATE
 
-NAMES = ("torch", "cpp", "triton", "cuda", "reference")
+BACKENDS: dict[str, Any] = {
+    "torch": torch_backend,
+    "cpp": cpp,
+    "triton": triton,
+    "cuda": cuda,
+    "reference": reference_backend,
+}
 VARIABLE = "VPS_BACKEND"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_FROM_ENVIRONMENT = os.environ.get(VARIABLE) or None
+FROM_ENVIRONMENT = os.environ.get(VARIABLE) or None
 
 
 def backends() -> dict[str, str | None]:
     """Backend names, each with ``None`` when it can run or the reason why it cannot."""
-    return {name: _why_missing(name) for name in NAMES}
+    return {name: _why_missing(name) for name in BACKENDS}
 
 
 @contextmanager
@@ -57,65 +61,39 @@ def backend(name: str) -> Iterator[None]:
         STATE.backends.pop()
 
 
-def asked(x: Tensor) -> str | None:
-    """The backend that was asked for, for a layer with input ``x``; ``None`` for the fastest.
+def asked(kind: Kind) -> ModuleType | None:
+    """Return the backend that was asked for, for calls of a kind; ``None`` for the fastest.
 
     Raises:
-        RuntimeError: it cannot run or cannot take x.
+        RuntimeError: it cannot run or does not take them.
     """
     if STATE.backends:
         name = STATE.backends[-1]
-    elif _FROM_ENVIRONMENT is None:
+    elif FROM_ENVIRONMENT is None:
         return None
     else:
-        name = _FROM_ENVIRONMENT
+        name = FROM_ENVIRONMENT
         _check(name, VARIABLE)
-    if name == "torch":  # takes every input
-        return name
-    reason = _why_not(name, x.device.type, x.dtype)
+    reason = why_not(name, kind)
     if reason is not None:
         raise RuntimeError(f"vps backend {name!r} cannot run this layer: {reason}")
-    return name
+    return BACKENDS[name]
 
 
-def choose_with_memory() -> str:
-    """The backend for a layer that holds L-BFGS pairs: torch, or the reference.
-
-    Raises:
-        RuntimeError: another backend was asked for.
-    """
-    name = STATE.backends[-1] if STATE.backends else _FROM_ENVIRONMENT or "torch"
-    if name not in ("torch", "reference"):
-        raise RuntimeError(
-            f"vps backend {name!r} cannot run this layer: it holds L-BFGS pairs, which only "
-            "'torch' and 'reference' compute; set lbfgs=False in the config to go without them"
-        )
-    return name
+def fastest(kind: Kind) -> ModuleType:
+    """Return the backend that takes calls of a kind where none is asked for."""
+    names = ("triton", "torch") if kind.device == "cuda" else ("cpp", "torch")
+    return BACKENDS[next(name for name in names if why_not(name, kind) is None)]
 
 
-def choose_opaque() -> None:
-    """Check that torch may compute a layer that is known by its forward alone.
-
-    Raises:
-        RuntimeError: another backend was asked for.
-    """
-    name = STATE.backends[-1] if STATE.backends else _FROM_ENVIRONMENT or "torch"
-    if name != "torch":
-        raise RuntimeError(
-            f"vps backend {name!r} cannot run this layer: its weight is no plain matrix in memory, "
-            "and such layers are computed by 'torch' alone"
-        )
-
-
-def fastest(device: str, dtype: torch.dtype) -> str:
-    """The backend that a layer takes by itself."""
-    names = ("triton", "torch") if device == "cuda" else ("cpp", "torch")
-    return next(name for name in names if _why_not(name, device, dtype) is None)
+def why_not(name: str, kind: Kind) -> str | None:
+    """Return why a backend cannot run calls of a kind here, or ``None``."""
+    return BACKENDS[name].why_not(kind) or _why_missing(name)
 
 
 def _check(name: str, origin: str) -> None:
-    if name not in NAMES:
-        raise ValueError(f"{origin}: unknown backend {name!r}, expected one of {NAMES}")
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}: unknown backend {name!r}, expected one of {tuple(BACKENDS)}")
     reason = _why_missing(name)
     if reason is not None:
         raise RuntimeError(f"{origin}: backend {name!r} cannot run here: {reason}")
@@ -130,29 +108,4 @@ _why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see
 
 @cache
 def _reasons() -> dict[str, str | None]:
-    reasons: dict[str, str | None] = dict.fromkeys(NAMES)
-    reasons["cuda"] = cuda.why_missing()
-    reasons["cpp"] = cpp.why_missing()
-    if find_spec("triton") is None:
-        reasons["triton"] = "triton is not installed: pip install 'vps-kernels[gpu]'"
-    elif not (torch.cuda.is_available() or INTERPRETED):
-        reasons["triton"] = "no CUDA or ROCm device (TRITON_INTERPRET=1 runs it slowly on a CPU)"
-    return reasons
-
-
-def _why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot take such an input, or ``None``."""
-    if name == "cuda":
-        if device != "cuda":
-            return f"x is on {device!r}, expected 'cuda'"
-    elif name == "triton":
-        if device != "cuda" and not (INTERPRETED and device == "cpu"):
-            return f"x is on {device!r}, expected 'cuda'"
-    elif name == "cpp":
-        if device != "cpu":
-            return f"x is on {device!r}, expected 'cpu'"
-    else:
-        return None
-    if dtype == torch.float64:
-        return "x is float64, expected float32, bfloat16 or float16"
-    return _why_missing(name)
+    return {name: module.why_missing() for name, module in BACKENDS.items()}

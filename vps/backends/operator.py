@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps.algorithm import coupling, gradient, torch_backend, tracing
+from vps.algorithm import coupling, gradient, tracing
+from vps.algorithm.core import square
 from vps.algorithm.policy import Settings
 from vps.algorithm.selection import accumulation_dtype
-from vps.algorithm.torch_backend import Inputs, Outputs, needs_gradient
-from vps.backends import cpp, traced_sharing
+from vps.backends import torch_backend, traced_sharing
+from vps.backends.call import Call, Inputs, Outputs, Result, needs_gradient, run_native
 
 LIBRARY = torch.library.Library("vps", "DEF")
 ARGUMENTS = (
@@ -50,7 +51,7 @@ LIBRARY.define(
 traced_sharing.register(LIBRARY)
 LINEAR_ONLY = torch.ops.vps.linear_only.default
 LINEAR_PAIR = torch.ops.vps.linear_pair.default
-Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def sharpen(inputs: Inputs, settings: Settings, traced: bool = False) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,34 @@ def sharpen(inputs: Inputs, settings: Settings, traced: bool = False) -> tuple[T
             return y, I_in
         y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
     return y, features[:, 0]
+
+
+def run(call: Call) -> Result:
+    """Run a call through the operators."""
+    return run_native(call, sharpen, pair, couple)
+
+
+def pair(
+    query: Inputs,
+    key: Inputs,
+    of_query: Settings,
+    of_key: Settings,
+    heads: tuple[int, int],
+    call: Any = LINEAR_PAIR,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both outputs of a query and a key, and ``I_in`` ``[G, r]``, without a gradient."""
+    settings = (*of_query[1:3], of_key.coupled, *of_query[3:])
+    policy_k = None if key.policy is query.policy else key.policy
+    arguments = (
+        *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
+        of_query.r, *heads, *settings, policy_k,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        found: tuple[Tensor, Tensor, Tensor] = call(*arguments)
+        return found
+    with torch._C._AutoDispatchBelowAutograd():
+        y_q, y_k, I_in = call(*arguments)
+    return y_q, y_k, I_in
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
@@ -147,7 +176,7 @@ def _fake(
     H: Tensor | None,
     energy: Tensor | None,
     *settings: Any,
-) -> Result:
+) -> Results:
     r, clamp = settings[0], settings[-1]
     groups, length = x.shape[:2]
     dtype = accumulation_dtype(x.dtype)
@@ -171,7 +200,7 @@ def _fake_only(*arguments: Any) -> tuple[Tensor, Tensor]:
     return y, y.new_empty(len(y), features.shape[-1], dtype=torch.int64)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     x, weight = inputs[:2]
     ctx.clamp = inputs[-1]
     ctx.set_materialize_grads(False)
@@ -218,15 +247,15 @@ def _torch_backward(
     return gradient.of_input(g, weight, *selected, None, None)
 
 
-def _torch(*arguments: Any) -> Result:
+def _torch(*arguments: Any) -> Results:
     """The torch backend as an implementation, where there is no other."""
     inputs, settings = _unpacked(arguments)
     out = torch_backend.forward(inputs, settings)
-    core, gamma = torch_backend.square(out.core), out.gamma.clone()
+    core, gamma = square(out.core), out.gamma.clone()
     return _packed(out._replace(core=core, gamma=gamma), settings)
 
 
-def _triton(*arguments: Any) -> Result:
+def _triton(*arguments: Any) -> Results:
     """The Triton kernels, imported at the first call."""
     from vps.backends.triton_backend import linear
 
@@ -238,7 +267,7 @@ def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:
     return Inputs(*arguments[:count]), Settings(*arguments[count:])
 
 
-def _packed(out: Outputs, settings: Settings) -> Result:
+def _packed(out: Outputs, settings: Settings) -> Results:
     features = torch.stack([out.I_in, out.I_out], 1)
     if settings.clamp is None:
         return out.y, features, out.core, out.gamma, out.y.new_empty(0)
@@ -262,7 +291,10 @@ LIBRARY.impl("linear", _triton, "CUDA")
 LIBRARY.impl("linear_pair", _triton_pair, "CUDA")
 LIBRARY.impl("couple", _triton_joint, "CUDA")
 LIBRARY.impl("linear_backward", _torch_backward, "CUDA")
-if cpp.why_missing() is not None:
+
+
+def implement_in_torch() -> None:
+    """Implement the operators in torch on a CPU that has no other implementation."""
     LIBRARY.impl("linear", _torch, "CPU")
     LIBRARY.impl("couple", coupling.couple, "CPU")
     LIBRARY.impl("linear_backward", _torch_backward, "CPU")

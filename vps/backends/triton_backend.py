@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps.algorithm import coupling, gradient, torch_backend
+from vps.algorithm import core as cores
+from vps.algorithm import coupling, gradient
 from vps.algorithm.policy import Settings
-from vps.algorithm.torch_backend import Inputs, Outputs
+from vps.algorithm.weight import matrix_products
+from vps.backends.call import Inputs, Outputs
 from vps.kernels import couple as couple_kernels
 from vps.kernels import decode, delta, factors, features, scores, select
 
@@ -36,17 +38,16 @@ def linear(inputs: Inputs, settings: Settings) -> Result:
         I_out, energy = features.launch(H, mask, settings.r, energy=True)
     else:
         I_out = _top_k(H, mask, settings.r)
-    if _is_plain(settings):
+    if settings.is_plain:
         selected, core, gamma, active = factors.launch(
             W, I_in, I_out, numbers, energy, entropy, settings.tau, mask
         )
         y, t = delta.launch(H, bias, W, I_in, I_out, core, gamma, active, settings.clamp)
         return y, selected, core, gamma, t
     B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
-    if energy is not None and not measuring:
-        energy = energy.clone()  # the policy of torch works in place
-    core, gamma, _, inactive = torch_backend.build(inputs, H, energy, I_in, I_out, B, settings)
-    core, gamma = torch_backend.square(core), gamma.clone()
+    products = matrix_products(x, W, H, I_in, I_out, B, settings)
+    core, gamma, inactive = cores.build(products, numbers, energy, entropy, mask, settings)
+    core, gamma = cores.square(core), gamma.clone()
     taking_part = None if inactive is None else (~inactive).sum(1, dtype=torch.int32)
     y, t = delta.launch(H, bias, W, I_in, I_out, core, gamma, taking_part, settings.clamp)
     if mask is not None:  # where a core may hold NaN
@@ -63,14 +64,9 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
 
 def _decodes(inputs: Inputs, settings: Settings) -> bool:
     """Whether the kernels of a few tokens take the call."""
-    if not _is_plain(settings) or inputs.H is not None:
+    if not settings.is_plain or inputs.H is not None:
         return False
     return decode.refusal(inputs.x, inputs.weight, settings.r) is None
-
-
-def _is_plain(settings: Settings) -> bool:
-    """Whether kernels alone compute the core."""
-    return not (settings.coupled or settings.spectral or settings.second_order)
 
 
 def couple(
@@ -133,7 +129,7 @@ def pair(
          Settings(r, adaptive, coupled_k, *others)),
     )  # fmt: skip
     few = couple_kernels.refusal(len(W_k), r) is None and all(
-        _is_plain(settings) and decode.refusal(x, W, r) is None for W, _, _, settings in both
+        settings.is_plain and decode.refusal(x, W, r) is None for W, _, _, settings in both
     )
     if not few:
         H_q, H_k, pooled, selected = couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from vps import masking
 from vps.algorithm import coupling, policy, selection
-from vps.algorithm.torch_backend import Inputs
-from vps.functional import arrange, group, plan_for, run
-from vps.layers.opaque import Given, opaque_vps_linear
+from vps.algorithm.flow import Given
+from vps.algorithm.weight import statistics
+from vps.backends.dispatch import backend
+from vps.functional import arrange, group, sharpen
 from vps.masking import STATE
 from vps.model.patching import disabled, sharpened_layers
 
@@ -141,50 +142,32 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         chosen.clear()
 
     def hook(name: str, part: int, layer: Any, x: Tensor, y: Tensor) -> Tensor | None:
-        W = layer.matrix()
         if torch.is_autocast_enabled(x.device.type):
             raise RuntimeError("shuffled_selection: expected to run outside torch.autocast")
         d_out, d_in = layer.widths
-        factor = layer.state.factor()
-        own_gamma = layer.gamma
-        plan = plan_for(
-            layer.config, layer.gradient, factor, d_out, d_in, x.device, x.dtype,
-            own_gamma is not None,
-        )  # fmt: skip
-        if plan is None or x.numel() == 0 or plan.settings.r == 0:
+        settings = _settings(layer)
+        if settings is None or x.numel() == 0 or settings.r == 0:
             return None
-        if own_gamma is not None and own_gamma.is_zero:
-            return None
-        r = plan.settings.r
+        r = settings.r
         grouped, _, counted, _ = arrange(x, None, layer.config.scope)
-        H: Tensor | None = None
         energy: Tensor | None = None
         own_seed, donated = seed, None
-        if plan.drawn is not None:
+        if layer.config.builder == "random":
             own_seed = _own_seed(seed, order[name])
         else:
             with torch.no_grad():
-                own, H, energy = _own_selection(layer, grouped, counted, r)
+                own, energy = _own_selection(layer, grouped, counted, r)
             chosen[name, part] = own
             donated = chosen.get((donors.get(name, ""), part))
         if donated is None or donated[0].shape != (len(grouped), r):
             drawn = selection.random_features(own_seed, d_in, d_out, r)
             I_in, I_out = (torch.tensor(i, device=x.device).expand(len(grouped), r) for i in drawn)
             donated = I_in, I_out
-        pooled = energy if plan.settings.adaptive else None
-        if W is None:
-            given = Given(*donated, pooled)
-            own_layer = (layer.projection(x),)
-            return opaque_vps_linear(x, own_layer, layer.config, state=layer.state, given=given)[0]
-        inputs = Inputs(
-            grouped, W, layer.bias, counted, *donated,
-            plan.numbers(own_gamma), layer.state.entropy_on(x.device),
-            None if torch.is_grad_enabled() else H,
-            pooled,
-        )  # fmt: skip
-        memory = layer.memory
-        pairs = memory.pairs if memory is not None and layer.config.lbfgs else ()
-        return run("torch", inputs, plan.settings, pairs)[0].view(y.shape)
+        given = Given(*donated, energy if settings.adaptive else None)
+        with backend("torch"):
+            return sharpen(x, (layer.projection(x),), layer.config, state=layer.state, given=given)[
+                0
+            ]
 
     handle = model.register_forward_pre_hook(begin)
     try:
@@ -272,21 +255,19 @@ def _settings(layer: Any) -> policy.Settings | None:
 
 def _own_selection(
     layer: Any, x: Tensor, mask: Tensor | None, r: int
-) -> tuple[Features, Tensor, Tensor | None]:
-    """Features ``[G, r]`` that the layer selects for x ``[G, T, d_in]``, its base product
-    ``[G, T, d_out]``, and its policy's energy where that is pooled with its peer's.
+) -> tuple[Features, Tensor | None]:
+    """Features ``[G, r]`` that the layer selects for x ``[G, T, d_in]``, and its policy's energy
+    where that is pooled with its peer's.
     """
     deciding = layer.deciding()
     flat = x.reshape(-1, x.shape[-1])
-    products = [one.base_product(flat).view(*x.shape[:-1], -1) for one in deciding]
-    if len(deciding) == 2:
+    H, *of_key = (one.base_product(flat).view(*x.shape[:-1], -1) for one in deciding)
+    if of_key:
         pair = layer.coupling
-        H_q, H_k = products
-        joint = coupling.decide(x, H_q, H_k, mask, None, r, pair.heads, pair.kv_heads)
+        joint = coupling.decide(x, H, of_key[0], mask, None, r, pair.heads, pair.kv_heads)
         index = 0 if layer is deciding[0] else 1
-        return (joint.features[:, 0], joint.features[:, index + 1]), joint[index], joint.energy
-    count = None if mask is None else mask.sum(1).clamp_(min=1)
-    H = products[0]
-    scores = (selection.statistics(values, mask, count, False)[0] for values in (x, H))
-    I_in, I_out = (selection.top_k(score, r) for score in scores)
-    return (I_in, I_out), H, None
+        return (joint.features[:, 0], joint.features[:, index + 1]), joint.energy
+    I_in, I_out = (
+        selection.top_k(statistics(values, mask, False)[0], r) for values in (x, H)
+    )
+    return (I_in, I_out), None

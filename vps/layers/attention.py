@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from vps.coupled import why_not
+from vps.functional import why_not_heads
 from vps.layers import pairing
 from vps.layers.linear import SharpenedLayer
 from vps.layers.opaque_layer import sharpened_by
@@ -84,7 +84,7 @@ def _pair(
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         if not isinstance(heads, int) or not isinstance(kv_heads, int):
             return "neither the block nor the model's config says how many heads there are"
-    reason = why_not(d_q, d_k, heads, kv_heads)
+    reason = why_not_heads(d_q, d_k, heads, kv_heads)
     if reason is not None:
         return reason
     if isinstance(query, TensorParallelLinear) and isinstance(key, TensorParallelLinear):

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
+from vps.algorithm.weight import FLOATING
 from vps.config import VPSConfig
-from vps.functional import FLOATING, refuse_tangents, vps_linear
+from vps.functional import Projection, sharpen
 from vps.layers import adapters
-from vps.layers.opaque import OpaqueProjection, opaque_vps_linear
 from vps.layers.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
 from vps.layers.pairing import Coupling
+from vps.layers.riding import ForwardWeight
 from vps.layers.weight_rows import RowNorms
 from vps.masking import STATE
 
@@ -137,13 +137,17 @@ class SharpenedLayer:
         """The layer as it is known by its forward, for tokens like x."""
         return OwnForward(self, x, inside)  # type: ignore[arg-type]
 
-    def projection(self, x: Tensor, inside: bool = False) -> OpaqueProjection:
-        """The layer for :func:`vps.layers.opaque.opaque_vps_linear`."""
+    def projection(self, x: Tensor, inside: bool = False) -> Projection:
+        """The layer for :func:`vps.functional.sharpen`, with a matrix where W is one.
+
+        ``inside`` says that this is asked while the module's forward runs.
+        """
+        W = self.matrix()
+        if W is not None:
+            return Projection(W, self.vector(), self.gradient, self.memory, self.gamma)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
-        if forward_ad._current_level >= 0:
-            refuse_tangents(*self.module.parameters())
-        base = self.own_forward(x, inside)
-        return OpaqueProjection(base, self.gradient, self.memory, self.gamma, trains)
+        weight = ForwardWeight(self.own_forward(x, inside), trains)
+        return Projection(weight, None, self.gradient, self.memory, self.gamma)
 
     def plain_output(self, x: Tensor) -> Tensor:
         """``H + b`` as the unsharpened layer has it; hooks of the module do not see the call."""
@@ -190,20 +194,7 @@ class SharpenedLayer:
                 return None
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
-        W = self.matrix()
-        if W is not None:
-            return vps_linear(
-                x,
-                W,
-                self.vector(),
-                self.config,
-                state=self.state,
-                gradient=self.gradient,
-                memory=self.memory,
-                gamma=self.gamma,
-            )
-        layers = (self.projection(x, inside=True),)
-        return opaque_vps_linear(x, layers, self.config, state=self.state)[0]
+        return sharpen(x, (self.projection(x, inside=True),), self.config, state=self.state)[0]
 
     def answer(self, x: Tensor) -> Tensor:
         """What the forward of the module gives for x: sharpened, or plain where that is asked."""

@@ -17,8 +17,7 @@ from vps.algorithm import tracing
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
-from vps.coupled import Projection, coupled_vps_linear
-from vps.layers.opaque import OpaqueProjection, opaque_vps_linear
+from vps.functional import Projection, sharpen
 
 
 class Layer(Protocol):
@@ -41,7 +40,7 @@ class Layer(Protocol):
 
     def vector(self) -> Tensor | None: ...
 
-    def projection(self, x: Tensor, inside: bool = False) -> OpaqueProjection: ...
+    def projection(self, x: Tensor, inside: bool = False) -> Projection: ...
 
 
 class _Waiting(threading.local):
@@ -89,9 +88,9 @@ class Coupling:
         waits = self._may_wait(x)
         if waits and _WAITING.layer is layer:
             unchanged = x._version == _WAITING.version and _WAITING.x is x
-            y = _WAITING.y if unchanged else None
+            y = _WAITING.y
             _WAITING.clear()
-            if y is not None:
+            if unchanged:
                 return y
         ys = self.outputs(layer, x)
         own, other = ys if layer is self.query else ys[::-1]
@@ -100,24 +99,15 @@ class Coupling:
             _WAITING.x, _WAITING.version, _WAITING.y = x, x._version, other
         return own
 
-    def outputs(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor] | list[Tensor | None]:
+    def outputs(self, layer: Layer, x: Tensor) -> list[Tensor | None]:
         """Both outputs, the query's first, while the forward of ``layer`` runs; ``None`` where one
         is that of the base layer."""
-        W_q, W_k = self.query.matrix(), self.key.matrix()
-        if W_q is not None and W_k is not None:
-            query, key = (
-                Projection(W, each.vector(), each.gradient, each.memory, each.gamma)
-                for W, each in ((W_q, self.query), (W_k, self.key))
-            )
-            return coupled_vps_linear(
-                x, query, key, self.heads, self.kv_heads, layer.config, state=layer.state
-            )
         both = (
             self.query.projection(x, inside=layer is self.query),
             self.key.projection(x, inside=layer is self.key),
         )
         heads = self.heads, self.kv_heads
-        return opaque_vps_linear(x, both, layer.config, heads=heads, state=layer.state)
+        return sharpen(x, both, layer.config, heads=heads, state=layer.state)
 
     def _may_wait(self, x: Tensor) -> bool:
         """Whether this runs in its block, eagerly, with an x whose changes show."""

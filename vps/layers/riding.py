@@ -7,12 +7,25 @@ the norms of the selected rows, or the rows themselves for SC and the spectral c
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from vps.algorithm import tracing
+from vps.algorithm.policy import Settings
 from vps.algorithm.selection import accumulation_dtype, is_read_freely
+from vps.algorithm.weight import (
+    MatrixProjection,
+    Projection,
+    Weight,
+    gather,
+    needs_gram_of_rows,
+)
+from vps.algorithm.weight import Products as Numbers
 
 RIDERS = 256  # rows that ride along; more go in calls of their own
 
@@ -35,11 +48,13 @@ class Base(Protocol):
     Args:
         d_in, d_out: its features.
         offset: whether its product may carry a bias that only a row of zeros shows.
+        module: the layer in the model.
     """
 
     d_in: int
     d_out: int
     offset: bool
+    module: nn.Module
 
     def product(self, rows: Tensor) -> Tensor:
         """``rows Wᵀ``, ``[M, d_out]`` for ``[M, d_in]``, plus a constant row if ``offset``."""
@@ -166,39 +181,140 @@ def check(output: object, count: int, d_out: int) -> None:
         )
 
 
-class RiddenWeight:
-    """What the core asks of W (:class:`weight.Weight`), of a layer known by its forward.
+class ForwardWeight(Weight):
+    """W of a layer that is known by its forward alone, for one call.
 
     Args:
         base: the layer.
-        known: the riders' columns.
-        place: where those of each group are, ``[G, r]``.
+        trains: whether a parameter of the layer asks for a gradient.
+        autocast: what autocast casts to where it is on, or ``None``.
     """
 
-    def __init__(self, base: Base, known: Columns, place: Tensor) -> None:
-        self.base, self.known, self.place = base, known, place
-        self.table = known.table
-        self.dtype = accumulation_dtype(known.table.dtype)
+    def __init__(self, base: Base, trains: bool, autocast: torch.dtype | None = None) -> None:
+        self.base, self.trains, self.autocast = base, trains, autocast
 
-    def norm_in(self) -> Tensor:
-        return torch.linalg.vector_norm(self.table, 2, dim=1, dtype=self.dtype)[self.place]
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.base.d_out, self.base.d_in
 
-    def norm_out(self, I_out: Tensor) -> Tensor:
-        return self.base.row_norms(I_out, self.dtype, self.known)
+    def parameters(self) -> Iterable[Tensor]:
+        return self.base.module.parameters()
 
-    def gram_in(self) -> Tensor:
-        return _gram(self.table.to(self.dtype), self.place)
+    def cast(self, dtype: torch.dtype) -> ForwardWeight:
+        return ForwardWeight(self.base, self.trains, dtype)
 
-    def gram_out(self, I_out: Tensor) -> Tensor:
+    def release(self) -> None:
+        self.base.release()
+
+    def project(self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None) -> Any:
+        with self._as_outside(x):
+            if tracing.is_transforming() or torch.jit.is_tracing():
+                return self._through_matrix(x, I_in)
+            chosen = riders(I_in, self.base.d_in)
+            products = ride(self.base, x.reshape(-1, x.shape[-1]), chosen.features)
+        return ForwardProjection(self, x, products, chosen, I_in)
+
+    def _as_outside(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Return autocast as it is where the layer is called."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(x.device.type, dtype=self.autocast)
+
+    def _through_matrix(self, x: Tensor, I_in: Tensor) -> Projection:
+        """Return the projection inside a transform of ``torch.func`` or a trace, where no backward
+        pass can be asked for rows of W: all of W is read by one-hot rows."""
+        base = self.base
+        rows = x.reshape(-1, base.d_in)
+        output = base.product(rows)
+        offset = None
+        if base.offset:
+            zeros = torch.zeros(1, base.d_in, dtype=x.dtype, device=x.device)
+            offset = base.steady_product(zeros)[0]
+        every = torch.arange(base.d_in, device=x.device)
+        W = columns(base, every, x.dtype, offset).detach().t()
+        return _InTransform(x, W, output.view(*x.shape[:-1], -1), offset, base.bias(), I_in)
+
+
+class _InTransform(MatrixProjection):
+    """Tokens through a layer whose whole W was read, with the output of the layer itself."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        W: Tensor,
+        output: Tensor,
+        offset: Tensor | None,
+        bias: Tensor | None,
+        I_in: Tensor,
+    ) -> None:
+        super().__init__(x, W, bias, F.linear(x, W), I_in)
+        self.output = output
+
+    def base(self) -> Tensor:
+        return self.output if self.b is None else self.output + self.b
+
+
+class ForwardProjection(Projection):
+    """Tokens through a layer known by its forward, with the columns that rode along.
+
+    Args:
+        weight: of the layer.
+        x: ``[G, T, d_in]``.
+        products: what the call of the layer gave.
+        chosen: the riders.
+        I_in: ``[G, r]``.
+    """
+
+    def __init__(
+        self, weight: ForwardWeight, x: Tensor, products: Products, chosen: Riders, I_in: Tensor
+    ) -> None:
+        self.weight, self.x, self.ridden, self.I_in = weight, x, products, I_in
+        self.H = products.H.view(*x.shape[:2], -1)
+        self.output = products.output[: len(products.H)].view_as(self.H)
+        self.table, self.place = products.table, chosen.place
+        self.known = Columns(chosen.features, products.table)
+
+    def base(self) -> Tensor:
+        bias = self.bias()
+        return self.output if bias is None else self.output + bias
+
+    def bias(self) -> Tensor | None:
+        return self.weight.base.bias()
+
+    def selected(self, I_out: Tensor) -> Tensor:
+        H, ridden = self.H, self.ridden
+        if self.weight.trains and torch.is_grad_enabled() and ridden.output.requires_grad:
+            H = _through_input(ridden).view_as(H)
+        return gather(H, I_out)
+
+    def expand(self, u: Tensor) -> Tensor:
+        return expand(u, self.table, self.place)
+
+    def products(self, I_out: Tensor, settings: Settings) -> Numbers:
+        dtype, table, place = accumulation_dtype(self.table.dtype), self.table, self.place
+        base = self.weight.base
+        norm_A = gram_A = norm_B = gram_B = crossing = None
+        if needs_gram_of_rows(settings):
+            gram_A = self._gram_of_rows(I_out, dtype)
+        elif settings.tau is not None:
+            norm_A = base.row_norms(I_out, dtype, self.known)
+        if settings.tau is not None and settings.spectral:
+            gram_B = _gram(table.to(dtype), place)
+        elif settings.tau is not None:
+            norm_B = torch.linalg.vector_norm(table, 2, dim=1, dtype=dtype)[place]
+        if settings.second_order:
+            crossing = table[place.unsqueeze(1), I_out.unsqueeze(2)].to(dtype)
+        X_A = gather(self.x.detach(), self.I_in) if settings.coupled else None
+        t = gather(self.H.detach(), I_out)
+        return Numbers(t, X_A, norm_A, gram_A, norm_B, gram_B, crossing)
+
+    def _gram_of_rows(self, I_out: Tensor, dtype: torch.dtype) -> Tensor:
         if len(I_out) > 1 and is_read_freely(I_out):
             index, place = torch.unique(I_out, return_inverse=True)
         else:
             index = I_out.reshape(-1)
             place = torch.arange(len(index), device=index.device).view(I_out.shape)
-        return _gram(self.base.rows(index, self.known).to(self.dtype), place)
-
-    def crossing(self, I_out: Tensor) -> Tensor:
-        return self.table[self.place.unsqueeze(1), I_out.unsqueeze(2)].to(self.dtype)
+        return _gram(self.weight.base.rows(index, self.known).to(dtype), place)
 
 
 def _gram(vectors: Tensor, place: Tensor) -> Tensor:
@@ -217,3 +333,27 @@ def expand(u: Tensor, table: Tensor, place: Tensor) -> Tensor:
     index = place.unsqueeze(1).expand_as(u)
     dense = u.new_zeros(*u.shape[:2], len(table)).scatter_add(-1, index, u)
     return dense @ table
+
+
+def _through_input(products: Products) -> Tensor:
+    """Return H of the tokens whose gradient reaches x but no parameter, a constant in the update."""
+    if not products.rows.requires_grad:
+        return products.H.detach()
+    output: Tensor = _ThroughInput.apply(products.rows, [products.output])
+    H = output[: len(products.H)]
+    return H if products.offset is None else H - products.offset
+
+
+class _ThroughInput(torch.autograd.Function):
+    """The output of a layer as a function of its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, output: list[Tensor]) -> Tensor:
+        ctx.graph = rows, output[0]
+        return output[0].detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+        rows, output = ctx.graph
+        twice = torch.is_grad_enabled()
+        return torch.autograd.grad(output, rows, g, retain_graph=True, create_graph=twice)[0], None

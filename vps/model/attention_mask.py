@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vps import packing
 from vps.algorithm.selection import is_read_freely
-from vps.backends import column_sums
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
 
 # Arguments of which each row is one input, beside a model's own main one.
@@ -90,7 +89,6 @@ def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     layouts = STATE.layouts
     if own is not None and layouts and layouts[-1].around:
         layouts[-1] = dataclasses.replace(layouts[-1], rows=layouts[-1].rows + own.rows)
-    column_sums.release()
 
 
 class _Around:
@@ -103,7 +101,6 @@ class _Around:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _drop(self)
-        column_sums.release()
 
 
 def _drop(owner: object) -> TokenLayout | None:

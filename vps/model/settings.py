@@ -14,7 +14,6 @@ from torch import nn
 from vps import jsonl
 from vps.algorithm.policy import LayerGamma
 from vps.config import VPSConfig
-from vps.functional import plain_gamma
 from vps.layers import forms
 from vps.model.calibration import FORMAT as CALIBRATION
 from vps.model.calibration import Calibration, device_of, fingerprint
@@ -49,7 +48,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     if any(own.gamma is not None for own in layers.values()):
         values["weights"] = fingerprint(model)
         values["gamma"] = {
-            name: plain_gamma(own.gamma) for name, own in layers.items() if own.gamma is not None
+            name: own.gamma.plain() for name, own in layers.items() if own.gamma is not None
         }
     jsonl.replace(Path(path), json.dumps(values, indent=2))
 

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps.coupled import Projection, coupled_vps_linear
-from vps.functional import vps_linear
+from vps.functional import Projection, coupled_vps_linear, vps_linear
 from vps.serving.parts import Fused
 
 
@@ -78,13 +77,14 @@ def _parts(x: Tensor, weight: Tensor, bias: Tensor | None, fused: Fused) -> Tens
     layers = []
     for part in fused.parts:
         rows = slice(part.start, part.stop)
-        layers.append(Projection(weight[rows], None if bias is None else bias[rows]))
+        layers.append((weight[rows], None if bias is None else bias[rows]))
     outputs: list[Tensor] = []
     if fused.heads is not None:
-        outputs += coupled_vps_linear(x, layers[0], layers[1], *fused.heads, fused.config)
+        query, key = (Projection(*layer) for layer in layers[:2])
+        outputs += coupled_vps_linear(x, query, key, *fused.heads, fused.config)
     for part, layer in list(zip(fused.parts, layers, strict=True))[len(outputs) :]:
         if part.sharpened:
-            outputs.append(vps_linear(x, layer.weight, layer.bias, fused.config))
+            outputs.append(vps_linear(x, *layer, fused.config))
         else:
-            outputs.append(F.linear(x, layer.weight, layer.bias))
+            outputs.append(F.linear(x, *layer))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

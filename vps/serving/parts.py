@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from vps.config import VPSConfig
-from vps.coupled import why_not
+from vps.functional import why_not_heads
 from vps.model.matching import select_names
 
 
@@ -99,5 +99,5 @@ def couple(fused: Fused, heads: int, kv_heads: int) -> Fused | str:
     if not (parts[0].sharpened and parts[1].sharpened):
         return "query and key are not both sharpened"
     d_q, d_k = (part.stop - part.start for part in parts[:2])
-    reason = why_not(d_q, d_k, heads, kv_heads)
+    reason = why_not_heads(d_q, d_k, heads, kv_heads)
     return dataclasses.replace(fused, heads=(heads, kv_heads)) if reason is None else reason

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vps.algorithm.policy import Settings
-
 
 class Shard(NamedTuple):
     """One dim of a weight, split over the ranks of a group in their order.
@@ -52,25 +50,6 @@ class Shard(NamedTuple):
         local = index - self.offset
         held = (local >= 0) & (local < self.size)
         return local.clamp(0, max(0, self.size - 1)), held
-
-
-class Projection(NamedTuple):
-    """What this rank holds of a layer, and how the whole layer is sharpened.
-
-    Args:
-        weight: its rows ``[held, d_in]`` where outputs are split, else its columns
-            ``[d_out, held]``.
-        bias: ``[held]`` where outputs are split, else ``[d_out]``; or ``None``.
-        shard: of the dim that is split.
-        settings: of the whole layer.
-        numbers: of :func:`vps.algorithm.policy.bounds`, ``[9]``, or with a factor of each column.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    shard: Shard
-    settings: Settings
-    numbers: Tensor
 
 
 def split_evenly(features: int, ranks: int) -> tuple[int, ...]:
@@ -148,6 +127,45 @@ def add_up(parts: Sequence[Tensor | None], shard: Shard) -> list[Tensor | None]:
     dist.all_reduce(flat, group=shard.group)
     sums = iter(flat.split([part.numel() for part in given]))
     return [None if part is None else next(sums).view(part.shape).to(part.dtype) for part in parts]
+
+
+def reduced(own: Tensor, total: Tensor) -> Tensor:
+    """Return ``total``, the sum of every rank's ``own``, whose gradient is that of each summand."""
+    if not (torch.is_grad_enabled() and own.requires_grad):
+        return total
+    result: Tensor = _Reduced.apply(own, total)
+    return result
+
+
+def copied(values: Tensor, shard: Shard) -> Tensor:
+    """Return values that are the same on every rank, whose gradient is added up over the ranks."""
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return values
+    result: Tensor = _Copied.apply(values, shard.group)
+    return result
+
+
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, total: Tensor) -> Tensor:
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        total = g.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return reduced(g, total), None
 
 
 def products_of_rows(

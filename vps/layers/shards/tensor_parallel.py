@@ -8,9 +8,7 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -18,16 +16,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps import masking
 from vps.algorithm.policy import PolicyState
-from vps.backends import dispatch, sharing
+from vps.algorithm.weight import FLOATING
 from vps.config import VPSConfig
-from vps.functional import FLOATING, arrange, cast, plan_for
+from vps.functional import Projection, sharpen
 from vps.layers import pairing
 from vps.layers.linear import SharpenedLayer
 from vps.layers.own_forward import OwnForward
-from vps.layers.shards import column_wise, row_wise, sharding
-from vps.layers.shards.sharding import Projection, Shard, split_evenly
+from vps.layers.shards import sharding
+from vps.layers.shards.column_wise import ColumnShard
+from vps.layers.shards.row_wise import RowShard
+from vps.layers.shards.sharding import Shard, split_evenly
 
 STYLES = {"ColwiseParallel": 0, "RowwiseParallel": 1}  # and the dim of the weight that they split
 
@@ -122,9 +121,20 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
             return self.base_forward(input)
         if self.coupling is not None and self.coupling.applies():
             y = self.coupling.sharpen(self, input)
-            assert y is not None
-            return y
-        return sharpen((self,), input)[0]
+        else:
+            (y,) = _sharpen((self,), input)
+        return self.base_forward(input) if y is None else y
+
+    def projection(self, x: Tensor, inside: bool = False) -> Projection:
+        if self.memory and self.config.lbfgs:
+            raise RuntimeError(
+                "a tensor-parallel layer holds L-BFGS pairs, which it cannot compute with; set "
+                "lbfgs=False in the config"
+            )
+        kind = RowShard if self.splits_inputs else ColumnShard
+        bias = None if self.bias is None else _local(self.bias)
+        weight = kind(_local(self.weight), self.shard)
+        return Projection(weight, bias, self.gradient, None, self.gamma)
 
     def extra_repr(self) -> str:
         """Sizes, the part that this rank holds, and the main settings."""
@@ -145,125 +155,30 @@ class TensorParallelCoupling(pairing.Coupling):
         super().__init__(query, key, heads, kv_heads)
         self.layers = (query, key)
 
-    def outputs(self, layer: pairing.Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-        y_q, y_k = sharpen(self.layers, x, self.layers[1].out_features // self.kv_heads)
-        return y_q, y_k
+    def outputs(self, layer: pairing.Layer, x: Tensor) -> list[Tensor | None]:
+        return _sharpen(self.layers, x, (self.heads, self.kv_heads))
 
 
-def sharpen(
-    layers: tuple[TensorParallelLinear, ...], x: Tensor, kv_head_size: int | None = None
-) -> list[Tensor]:
-    """Outputs of one layer, or of a query and a key layer that are coupled, for the same x.
+def _sharpen(
+    layers: tuple[TensorParallelLinear, ...], x: Tensor, heads: tuple[int, int] | None = None
+) -> list[Tensor | None]:
+    """Return outputs of one layer, or of a query and a key layer that are coupled, for the same x.
 
     Args:
         layers: one, or two that split their outputs.
         x: as the base layers take it.
-        kv_head_size: channels of a head of coupled layers.
+        heads: query and key-value heads of coupled layers.
 
     Raises:
         TypeError: x is no plain floating-point tensor.
         ValueError: x has another number of features than this rank takes.
         RuntimeError: a layer that holds L-BFGS pairs, or another backend asked for than torch.
     """
-    first = layers[0]
-    config, state = first.config, first.state
-    dispatch.choose_opaque()
-    for layer in layers:
-        if layer.memory and config.lbfgs:
-            raise RuntimeError(
-                "a tensor-parallel layer holds L-BFGS pairs, which it cannot compute with; set "
-                "lbfgs=False in the config"
-            )
-    d_in, d_out = first.in_features, min(layer.out_features for layer in layers)
-    factor = state.factor()
-    calibrated = any(layer.gamma is not None for layer in layers)
-    plans = [
-        plan_for(config, one.gradient, factor, d_out, d_in, x.device, x.dtype, calibrated)
-        for one in layers
-    ]
-    settled = [plan for plan in plans if plan is not None and plan.settings.r > 0]
-    plain = [layer.gamma is not None and layer.gamma.is_zero for layer in layers]
-    if len(settled) < len(layers) or all(plain) or math.prod(x.shape[:-1]) == 0:
-        return [layer.base_forward(x) for layer in layers]
-    part = _own_input(first, x)
-    weights = [_local(layer.weight) for layer in layers]
-    biases = [None if layer.bias is None else _local(layer.bias) for layer in layers]
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        part, weights = cast(part, dtype), [cast(W, dtype) for W in weights]
-        biases = [None if b is None else cast(b, dtype) for b in biases]
-    projections = tuple(
-        Projection(W, bias, layer.shard, plan.settings, plan.numbers(layer.gamma))
-        for W, bias, layer, plan in zip(weights, biases, layers, settled, strict=True)
-    )
-    by_ranks = _by_inputs if first.splits_inputs else _by_outputs
-    compute = partial(by_ranks, projections, settled[0].drawn, config.scope, state, kv_head_size)
-    packing = masking.groups_of(part, config.scope)[2]
-    with torch.autocast(kind, enabled=False):
-        ys: Any = compute(part) if packing is None else packing.apply_all(part, compute)
-    # One of two with γ = 0 takes part in the selection alone, and keeps the bits of its base.
-    return [
-        layer.base_forward(x) if off else _own_output(layer, y.view(*x.shape[:-1], y.shape[-1]))
-        for y, off, layer in zip(ys, plain, layers, strict=True)
-    ]
-
-
-def _by_outputs(
-    projections: tuple[Projection, ...],
-    drawn: tuple[Tensor, Tensor] | None,
-    scope: str,
-    state: PolicyState,
-    kv_head_size: int | None,
-    x: Tensor,
-    mask: Tensor | None = None,
-) -> list[Tensor]:
-    """What this rank holds of the outputs, ``[G, T, held]`` each."""
-    grouped, mask, counted, _ = arrange(x, mask, scope)
-    settings = projections[0].settings
-    I_in, I_out = _expanded(drawn, len(grouped))
-    found = sharing.find(x, mask, grouped.shape, settings.r) if I_in is None else I_in
-    outs = column_wise.forward(
-        grouped, counted, projections, found, I_out, state.entropy_on(x.device), kv_head_size
-    )
-    if found is None:
-        sharing.remember(x, mask, grouped.shape, outs[0].I_in)
-    return [
-        column_wise.Backward.apply(grouped, p.weight, p.bias, out, settings.clamp, p.shard)
-        if _needs_gradient(grouped, p.weight, p.bias)
-        else out.y
-        for out, p in zip(outs, projections, strict=True)
-    ]
-
-
-def _by_inputs(
-    projections: tuple[Projection, ...],
-    drawn: tuple[Tensor, Tensor] | None,
-    scope: str,
-    state: PolicyState,
-    kv_head_size: int | None,
-    x: Tensor,
-    mask: Tensor | None = None,
-) -> list[Tensor]:
-    """The output of one layer, ``[G, T, d_out]``, from what this rank holds of its inputs."""
-    (own,) = projections
-    grouped, _, counted, _ = arrange(x, mask, scope)
-    result = row_wise.forward(
-        grouped, own, counted, *_expanded(drawn, len(grouped)), state.entropy_on(x.device)
-    )
-    if not _needs_gradient(grouped, own.weight, own.bias):
-        return [result.y]
-    clamp = own.settings.clamp
-    return [row_wise.Backward.apply(grouped, own.weight, own.bias, result, clamp)]
-
-
-def _expanded(
-    drawn: tuple[Tensor, Tensor] | None, groups: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """``I_in`` and ``I_out`` ``[G, r]`` of the random builder."""
-    if drawn is None:
-        return None, None
-    return drawn[0].expand(groups, -1), drawn[1].expand(groups, -1)
+    first, part = layers[0], _own_input(layers[0], x)
+    both = tuple(layer.projection(part) for layer in layers)
+    ys = sharpen(part, both, first.config, heads=heads, state=first.state)
+    each = zip(layers, ys, strict=True)
+    return [None if y is None else _own_output(layer, y) for layer, y in each]
 
 
 def pair(
@@ -391,7 +306,3 @@ def _own_output(layer: TensorParallelLinear, y: Tensor) -> Tensor:
     mesh: Any = layer.weight.device_mesh  # type: ignore[attr-defined]
     gathered: Tensor = layer.style.transform_output_post_forward(layer, y, mesh)
     return gathered
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,175 @@
+"""The flow of a sharpened layer, or of a query and a key that select together, in torch.
+
+Select inputs, project, select outputs, decide, build the core, update:
+``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)`` by the identities of SPEC §4. All but H is a constant of
+the backward pass, so autograd gives SPEC §6. Nothing waits for the device, and nothing is kept
+between calls: what is read of W is right after any edit of it, of ``weight.data`` too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vps.algorithm import core as cores
+from vps.algorithm import gradient, selection
+from vps.algorithm.core import Core
+from vps.algorithm.lbfgs import Pair, precondition
+from vps.algorithm.policy import LayerGamma, Settings
+from vps.algorithm.weight import Projection, Weight, statistics
+
+
+class Layer(NamedTuple):
+    """One layer as the flow takes it.
+
+    Args:
+        weight: W.
+        bias: ``[held]`` or ``None``.
+        settings: the choices that shape the code.
+        numbers: of the policy, ``[9]`` or ``[9 + r]``.
+        pairs: of the layer's L-BFGS memory, oldest first.
+        is_plain: whether its own γ is 0, so that it takes part in a joint selection alone.
+        gamma: γ of the layer itself, which ``numbers`` hold already, or ``None``.
+    """
+
+    weight: Weight
+    bias: Tensor | None
+    settings: Settings
+    numbers: Tensor
+    pairs: tuple[Pair, ...] = ()
+    is_plain: bool = False
+    gamma: LayerGamma | None = None
+
+
+class Given(NamedTuple):
+    """What is decided elsewhere: drawn features, those of a control, or shared ones.
+
+    Args:
+        I_in: ``[G, r]``, or ``None`` to select them.
+        I_out: of a single layer, ``[G, r]``, or ``None`` to select them.
+        energy: ``[G]``, or ``None`` to take that of the layers.
+    """
+
+    I_in: Tensor | None = None
+    I_out: Tensor | None = None
+    energy: Tensor | None = None
+
+
+class Outcome(NamedTuple):
+    """What the flow gives for one layer.
+
+    Args:
+        y: ``[G, T, held]``; ``None`` for a layer that is plain.
+        I_out: ``[G, r]``.
+        core: what was decided, or ``None`` for a layer that is plain.
+        t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out, or ``None`` likewise.
+    """
+
+    y: Tensor | None
+    I_out: Tensor
+    core: Core | None
+    t: Tensor | None
+
+
+def sharpen(
+    x: Tensor,
+    layers: tuple[Layer, ...],
+    mask: Tensor | None,
+    entropy: Tensor | None,
+    heads: tuple[int, int] | None = None,
+    given: Given = Given(),  # noqa: B008  # a constant
+    products: tuple[Tensor, ...] | None = None,
+) -> tuple[list[Outcome], Tensor]:
+    """Sharpen one layer, or a query and a key.
+
+    Args:
+        x: ``[G, T, d_in]``, G groups of T tokens that share a selection.
+        layers: one, or query and key.
+        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all do.
+        entropy: ℋ in nats, one element, or ``None``.
+        heads: query and key-value heads, with two layers.
+        given: what is not to be selected here.
+        products: H of each layer, ``[G, T, d_out]``, where it is known.
+
+    Returns:
+        What came of each layer, and ``I_in`` ``[G, r]``.
+    """
+    first, I_in = layers[0], given.I_in
+    r = first.settings.r
+    if I_in is None:
+        with torch.no_grad():
+            I_in = first.weight.select_inputs(x.detach(), mask, r)
+    projections = []
+    for at, layer in enumerate(layers):  # no comprehension, where a compiler could not break
+        known = () if products is None else (products[at],)
+        projections.append(layer.weight.project(x, layer.bias, I_in, *known))
+    with torch.no_grad():
+        outputs, energies = _select(projections, layers, mask, heads, given)
+        settings = [layer.settings for layer in layers]
+        found, energy = first.weight.complete(projections, outputs, settings, energies)
+        decided: list[Core | None] = [
+            None
+            if layer.is_plain
+            else cores.build(
+                numbers, layer.numbers, energy if layer.settings.adaptive else None, entropy, mask,
+                layer.settings,
+            )
+            for layer, numbers in zip(layers, found, strict=True)
+        ]  # fmt: skip
+    outcomes = []
+    for layer, own, I_out, core in zip(layers, projections, outputs, decided, strict=True):
+        y, t = (None, None) if core is None else _update(layer, own, I_out, core, mask)
+        outcomes.append(Outcome(y, I_out, core, t))
+    return outcomes, I_in
+
+
+def _select(
+    projections: list[Projection],
+    layers: tuple[Layer, ...],
+    mask: Tensor | None,
+    heads: tuple[int, int] | None,
+    given: Given,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return ``I_out`` ``[G, r]`` of each layer, and energies ``[G]`` of what is held of each."""
+    settings = layers[0].settings
+    measuring = settings.adaptive and given.energy is None
+    energies = [] if given.energy is None else [given.energy]
+    if given.I_out is not None and not measuring:
+        return [given.I_out], energies
+    scores = []
+    for projection in projections:
+        found, energy = statistics(projection.H.detach(), mask, measuring)
+        scores.append(found)
+        if energy is not None:
+            energies.append(energy)
+    if given.I_out is not None:
+        return [given.I_out], energies
+    weights = [layer.weight for layer in layers]
+    return weights[0].select_outputs(weights, scores, settings.r, heads), energies
+
+
+def _update(
+    layer: Layer, projection: Projection, I_out: Tensor, core: Core, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return ``H + b + γ · clamp(t C Bᵀ)``, the base's own bits in a group without a token, and t."""
+    clamp, t = layer.settings.clamp, projection.selected(I_out)
+    if core.inactive is not None:  # not even NaN of a column that is left out
+        t = t.masked_fill(core.inactive.unsqueeze(1), 0.0)
+    gamma = core.gamma.view(-1, 1, 1)
+    if clamp is None and not layer.pairs:
+        y = projection.add(gradient.mix(t, core.matrix * gamma))
+    else:
+        delta = projection.expand(gradient.mix(t, core.matrix))
+        if layer.pairs:
+            delta = precondition(layer.pairs, delta)
+        if clamp is not None:
+            delta = delta.clamp(-clamp, clamp)
+        y = projection.output + delta * gamma.to(delta.dtype)
+    bias = projection.bias()
+    if bias is not None:
+        y = y + bias
+    if mask is None or selection.is_read_freely(mask) and mask.any(1).all():
+        return y, t
+    return torch.where(mask.any(1)[:, None, None], y, projection.base()), t

@@ -1,0 +1,221 @@
+"""What travels to a backend, and what each backend must answer (the contract of this folder).
+
+A backend is a module with three functions: ``why_missing()``, why it cannot run on this machine;
+``why_not(kind)``, why it does not take calls of a kind; and ``run(call)``. A rule that a backend does
+not know is named in its ``why_not``, so that the layer falls to torch by declaration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vps.algorithm import gradient
+from vps.algorithm.flow import Given, Layer
+from vps.algorithm.policy import Settings
+from vps.algorithm.weight import Matrix
+from vps.config import VPSConfig
+
+NOT_A_MATRIX = (
+    "its weight is no plain matrix in memory, and such layers are computed by 'torch' alone"
+)
+
+
+class Kind(NamedTuple):
+    """What backends choose by, which holds as long as a layer and its config stay.
+
+    Args:
+        device: of x, as in ``torch.device.type``.
+        dtype: of x.
+        is_matrix: whether W is a plain matrix in memory.
+        has_pairs: whether the layer holds L-BFGS pairs.
+    """
+
+    device: str
+    dtype: torch.dtype
+    is_matrix: bool = True
+    has_pairs: bool = False
+
+
+class Call(NamedTuple):
+    """One layer, or a query and a key that select together, with their input.
+
+    Args:
+        x: ``[G, T, d_in]``, G groups of T tokens that share a selection.
+        layers: one, or query and key.
+        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all do.
+        entropy: ℋ in nats, one element, or ``None``.
+        heads: query and key-value heads, with two layers.
+        given: what is decided elsewhere.
+        traced: whether a graph is made, which may be differentiated later.
+        config, outcomes: what the layers and the policy state were given, for the reference.
+    """
+
+    x: Tensor
+    layers: tuple[Layer, ...]
+    mask: Tensor | None = None
+    entropy: Tensor | None = None
+    heads: tuple[int, int] | None = None
+    given: Given = Given()
+    traced: bool = False
+    config: VPSConfig = VPSConfig()
+    outcomes: tuple[bool, ...] = ()
+
+    def inputs(self, at: int = 0) -> Inputs:
+        """Return what the operator takes of the layer of that number."""
+        layer, given = self.layers[at], self.given
+        assert isinstance(layer.weight, Matrix)
+        return Inputs(
+            self.x, layer.weight.W, layer.bias, self.mask, given.I_in, given.I_out, layer.numbers,
+            self.entropy, None, given.energy,
+        )  # fmt: skip
+
+    def needs_gradient(self) -> bool:
+        """Return whether a backward pass may follow, of layers whose weights are matrices."""
+        return any(needs_gradient(self.inputs(at)) for at in range(len(self.layers)))
+
+
+Result = tuple[list[Tensor | None], Tensor]  # y [G, T, d_out] of each layer, and I_in [G, r]
+
+
+class Inputs(NamedTuple):
+    """The tensors that the operator takes, in its order.
+
+    Args:
+        x: ``[G, T, d_in]``.
+        weight: ``[d_out, d_in]``.
+        bias: ``[d_out]`` or ``None``.
+        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all do.
+        I_in: selected inputs ``[G, r]`` where they are known, or ``None``.
+        I_out: selected outputs ``[G, r]`` where they are known, or ``None``.
+        policy: the numbers of :func:`policy.bounds`, float64 ``[9]``, and a factor of each
+            column, ``[9 + r]``, where the layer has them (:class:`policy.LayerGamma`).
+        entropy: ℋ in nats, one element, or ``None``.
+        H: base product ``[G, T, d_out]`` where it is known, or ``None``.
+        energy: ``[G]`` where it is known, or ``None``.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    I_in: Tensor | None
+    I_out: Tensor | None
+    policy: Tensor
+    entropy: Tensor | None
+    H: Tensor | None = None
+    energy: Tensor | None = None
+
+
+class Outputs(NamedTuple):
+    """The output of one layer and what its backward pass needs.
+
+    Args:
+        y: ``[G, T, d_out]``.
+        I_in: ``[G, r]``.
+        I_out: ``[G, r]``.
+        core: ``C`` without γ, a diagonal ``[G, 1, r]`` or ``[G, r, r]``; 0 where left out.
+        gamma: ``[G]``, 0 for a group without a counted token.
+        t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out; needed with a clamp alone.
+    """
+
+    y: Tensor
+    I_in: Tensor
+    I_out: Tensor
+    core: Tensor
+    gamma: Tensor
+    t: Tensor | None
+
+
+def needs_gradient(inputs: Inputs) -> bool:
+    """Return whether a backward pass may follow."""
+    if not torch.is_grad_enabled():
+        return False
+    x, weight, bias = inputs[:3]
+    return x.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad
+
+
+def why_not_native(kind: Kind, device: str) -> str | None:
+    """Return why a compiled backend of that device does not take calls of a kind, or ``None``."""
+    if kind.has_pairs:
+        return (
+            "it holds L-BFGS pairs, which only 'torch' and 'reference' compute; set lbfgs=False in "
+            "the config to go without them"
+        )
+    if not kind.is_matrix:
+        return NOT_A_MATRIX
+    if kind.device != device:
+        return f"x is on {kind.device!r}, expected {device!r}"
+    if kind.dtype == torch.float64:
+        return "x is float64, expected float32, bfloat16 or float16"
+    return None
+
+
+def run_native(call: Call, linear: Any, pair: Any, couple: Any) -> Result:
+    """Run a call by the three functions of a compiled backend.
+
+    Args:
+        call: whose weights are matrices.
+        linear: ``(inputs, settings, traced)`` to y, differentiable, and I_in.
+        pair: both layers of a query and a key without a gradient, and I_in.
+        couple: what a query and a key decide together, without a gradient.
+    """
+    layers = call.layers
+    if call.heads is None:
+        y, I_in = linear(call.inputs(), layers[0].settings, call.traced)
+        return [y], I_in
+    query, key = call.inputs(0), call.inputs(1)
+    if not torch.jit.is_tracing() and not (needs_gradient(query) or needs_gradient(key)):
+        y_q, y_k, I_in = pair(query, key, layers[0].settings, layers[1].settings, call.heads)
+        return [None if layers[0].is_plain else y_q, None if layers[1].is_plain else y_k], I_in
+    r = layers[0].settings.r
+    joint = couple(query.x, query.weight, key.weight, call.mask, query.I_in, r, *call.heads)
+    energy = joint.energy if layers[0].settings.adaptive else None
+    I_in, *outputs = joint.features.unbind(1)
+    found: list[Tensor | None] = []
+    for at, own in enumerate((query, key)):
+        if layers[at].is_plain:
+            found.append(None)
+            continue
+        own = own._replace(I_in=I_in, I_out=outputs[at], H=joint[at], energy=energy)
+        found.append(linear(own, layers[at].settings, call.traced)[0])
+    return found, I_in
+
+
+def differentiable(
+    inputs: Inputs, settings: Settings, forward: Callable[[Inputs, Settings], Outputs]
+) -> tuple[Tensor, Tensor]:
+    """Return y ``[G, T, d_out]``, differentiable, and ``I_in``, with ``forward`` of a backend."""
+    if needs_gradient(inputs):
+        y, I_in = _Differentiable.apply(*inputs, settings, forward)
+        return y, I_in
+    return forward(inputs, settings)[:2]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The output of a compiled backend with the gradient of :mod:`vps.algorithm.gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        inputs, (settings, forward) = Inputs(*arguments[:-2]), arguments[-2:]
+        out = forward(inputs, settings)
+        ctx.clamp = settings.clamp
+        t = None if settings.clamp is None else out.t
+        x = inputs.x if inputs.weight.requires_grad else None
+        ctx.save_for_backward(x, inputs.weight, *out[1:5], t)
+        ctx.mark_non_differentiable(out.I_in)
+        return out.y, out.I_in
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, *constants = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            gradient.of_input(g, *constants, ctx.clamp) if wanted[0] else None,
+            gradient.of_weight(g, x) if wanted[1] else None,
+            gradient.of_bias(g) if wanted[2] else None,
+            *[None] * (len(wanted) - 3),
+        )

@@ -1,0 +1,70 @@
+"""Triton as a backend: which calls it takes, and how they run on a GPU or in the interpreter.
+
+:mod:`vps.backends.triton_backend` puts the kernels together; it is imported at the first call.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vps.algorithm.policy import Settings
+from vps.backends import operator
+from vps.backends.call import (
+    Call,
+    Inputs,
+    Kind,
+    Result,
+    differentiable,
+    run_native,
+    why_not_native,
+)  # fmt: skip
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_missing() -> str | None:
+    """Return why Triton cannot run on this machine, or ``None``."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'vps-kernels[gpu]'"
+    if not (torch.cuda.is_available() or INTERPRETED):
+        return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs it slowly on a CPU)"
+    return None
+
+
+def why_not(kind: Kind) -> str | None:
+    """Return why the kernels do not take calls of a kind, or ``None``."""
+    interpreted = INTERPRETED and kind.device == "cpu"
+    return why_not_native(kind, "cpu" if interpreted else "cuda")
+
+
+def run(call: Call) -> Result:
+    """Run a call through the operator; on a CPU in the interpreter, which is no device of it."""
+    if call.x.is_cuda:
+        return operator.run(call)
+    return run_native(call, _interpreted, _pair, _couple)
+
+
+def _interpreted(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tensor, Tensor]:
+    from vps.backends import triton_backend
+
+    return differentiable(inputs, settings, triton_backend.forward)
+
+
+def _pair(
+    query: Inputs, key: Inputs, of_query: Settings, of_key: Settings, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    from vps.backends import triton_backend
+
+    return operator.pair(query, key, of_query, of_key, heads, triton_backend.pair)
+
+
+def _couple(*arguments: Any) -> Any:
+    from vps.backends import triton_backend
+
+    with torch.no_grad():
+        return triton_backend.couple(*arguments)
