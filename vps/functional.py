@@ -304,7 +304,7 @@ def compute(
     state = plan.state
     entropy = None if state is None or state.entropy is None else state.entropy_on(x.device)
     traced = torch.compiler.is_compiling()
-    if _transform_running() is not None or traced and tracing.is_compiled_transform(traced):
+    if tracing.is_compiled_transform(traced) if traced else _transform_running() is not None:
         if backend is not reference_backend:
             backend = torch_backend
             if not tracing.is_compiled_transform(traced):
