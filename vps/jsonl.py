@@ -152,19 +152,25 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a whole file so that a reader sees the old one or the new one, never a part.
+    """Write a whole file durably, so that a reader sees the old one or the new one, never a part.
 
     Raises:
-        OSError: it cannot be written, or what is there is no file.
+        OSError: it cannot be written, or what is there is no file; the message names it.
     """
     check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: not written", str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

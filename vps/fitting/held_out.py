@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vps.evaluation.comparison import Comparison, compare
-from vps.evaluation.outcome import Outcome
+from vps.evaluation.paired import Outcome
 from vps.fitting.descent import each_nll
 from vps.fitting.examples import Encoded
 from vps.fitting.forms import Form
