@@ -10,7 +10,7 @@ from test_evaluation_ablation import SETTINGS, by_an_earlier_version, evaluate, 
 
 from vps import Calibration, cli, jsonl
 from vps.evaluation.runs import RunError, ablate, read_run
-from vps.fitting.kept import Kept
+from vps.fitting.calibrate import Kept
 
 FOREIGN = {
     "a note": b"remember the milk",

@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _claim(out: Path, partial: Path, gradient_only: bool) -> None:
     """Refuse to replace, at the end, what an earlier call of the same kind did not write."""
-    from vps.fitting.kept import left
+    from vps.fitting.calibrate import left
 
     where = f"--out {out}"
     if not out.absolute().parent.is_dir() or (out.exists() and not out.is_file()):
