@@ -298,7 +298,7 @@ def differentiable(
         y = H + _Expanded.apply(gradient.mix(t, core * factor), W, I_in)
     else:
         delta = _Expanded.apply(gradient.mix(t, core), W, I_in)
-        y = H + factor.to(H.dtype) * delta.clamp(-settings.clamp, settings.clamp)
+        y = H + (factor * delta.clamp(-settings.clamp, settings.clamp)).to(H.dtype)
     return y if bias is None else y + bias
 
 
