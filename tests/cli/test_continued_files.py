@@ -8,7 +8,7 @@ from test_cli_calibrate import FAST, rows, write
 from test_cli_refine import folder, run  # noqa: F401
 from test_evaluation_ablation import SETTINGS, by_an_earlier_version, evaluate, grid
 
-from vps import Calibration, cli, jsonl
+from vps import Calibration, cli, files
 from vps.evaluation.runs import RunError, ablate, read_run
 from vps.fitting.calibrate import Kept
 
@@ -56,16 +56,16 @@ def row(**values):
 def test_every_cut_of_a_row_is_cut_off(tmp_path):
     """kill -9 may come after any byte."""
     path = tmp_path / "rows.jsonl"
-    jsonl.append(path, row())
+    files.append(path, row())
     whole = path.read_bytes()
-    assert jsonl.read_objects(path, '{"row": ')[1] == len(whole)
+    assert files.read_objects(path, '{"row": ')[1] == len(whole)
     for before in (b"", whole, whole + b"\n\r\n", b"\xef\xbb\xbf" + whole):
         for length in range(1, len(whole) - 1):
             for end in (b"", b"\n") if length % 9 == 0 else (b"",):
                 path.write_bytes(before + whole[:length] + end)
-                found, kept = jsonl.read_objects(path, '{"row": ')
+                found, kept = files.read_objects(path, '{"row": ')
                 assert len(found) == (before.strip(b"\xef\xbb\xbf\r\n") != b"")
-                jsonl.cut(path, kept)
+                files.cut(path, kept)
                 assert path.read_bytes() == before
                 if before and length > 40:
                     break
@@ -73,11 +73,11 @@ def test_every_cut_of_a_row_is_cut_off(tmp_path):
 
 def test_only_the_end_of_a_row_is_missing(tmp_path):
     path = tmp_path / "rows.jsonl"
-    jsonl.append(path, row())
+    files.append(path, row())
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    found, kept = jsonl.read_objects(path, '{"row": ')
-    jsonl.cut(path, kept)
+    found, kept = files.read_objects(path, '{"row": ')
+    files.cut(path, kept)
     assert len(found) == 1 and path.read_bytes() == whole
 
 
@@ -148,7 +148,7 @@ def test_what_is_no_file_is_no_output(capsys, tmp_path, no_file):
         assert cli.main([str(each) for each in arguments]) == 2
         assert "expected a file in a folder that exists" in capsys.readouterr().err
     with pytest.raises(OSError, match="not a regular file"):
-        jsonl.replace(no_file, "text")
+        files.replace(no_file, "text")
     with pytest.raises(ValueError, match="holds no interrupted calibration"):
         Kept(no_file, {})
     assert os.stat(no_file).st_mode == kind

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vps import jsonl
+from vps import files
 from vps.evaluation import runs
 from vps.evaluation.grid import make_grid
 from vps.evaluation.paired import Outcome
@@ -351,7 +351,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, monkeypatch):
     assert ablate(grid(), evaluate, tmp_path, SETTINGS).skipped == 2
 
 
-@pytest.mark.parametrize("write", [jsonl.append, lambda path, row: jsonl.replace(path, row["a"])])
+@pytest.mark.parametrize("write", [files.append, lambda path, row: files.replace(path, row["a"])])
 def test_a_file_that_may_not_grow(tmp_path, write):
     """The same by the kernel: a limit on the size of files stops the write in the midst."""
     path = tmp_path / "rows.jsonl"
@@ -374,7 +374,7 @@ def test_a_file_that_may_not_grow(tmp_path, write):
 
 def test_a_disk_that_takes_half_of_a_row(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
-    jsonl.append(path, {"row": 1})
+    files.append(path, {"row": 1})
     write, full = os.write, []
 
     def little(file, data):
@@ -385,7 +385,7 @@ def test_a_disk_that_takes_half_of_a_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "write", little)
     with pytest.raises(OSError, match=r"No space left on device: a row was not.*rows.jsonl"):
-        jsonl.append(path, {"row": 2})
+        files.append(path, {"row": 2})
     assert path.read_text() == '{"row": 1}\n'
 
 

@@ -11,7 +11,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from vps import jsonl
+from vps import files
 from vps.evaluation import summary
 from vps.evaluation.comparison import (
     LOWER_IS_BETTER,
@@ -55,9 +55,9 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     forest(analysis, out / "forest.png")
     cost(analysis, out / "cost.png")
-    jsonl.replace(out / "report.csv", csv_text(analysis))
+    files.replace(out / "report.csv", csv_text(analysis))
     for name in ("report.html", "report.md"):
-        jsonl.replace(out / name, _filled(name, analysis))
+        files.replace(out / name, _filled(name, analysis))
     return analysis
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from vps import jsonl
+from vps import files
 from vps.doctor import package_version, processor_name
 from vps.evaluation.grid import BASELINE, FORMAT, Cell, Grid, definition_of, differences
 from vps.evaluation.paired import Outcome, check_outcomes, grouped, weighted_mean
@@ -190,7 +190,7 @@ def ablate(
             else:
                 first = evaluated + failed == 0
                 record = _evaluated(grid.cells[index], evaluate, first, facts or {})
-                jsonl.replace(_file_of(folder, index), json.dumps(record.as_dict()) + "\n")
+                files.replace(_file_of(folder, index), json.dumps(record.as_dict()) + "\n")
                 _show(folder)
                 failed += record.error is not None
                 evaluated += record.error is None
@@ -233,9 +233,9 @@ def fingerprint(model: str) -> str | None:
     path = Path(model).expanduser()
     if not path.exists():
         return None
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    parts = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     digest = hashlib.sha256()
-    for each in files:
+    for each in parts:
         with each.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 2**20))
@@ -270,7 +270,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _definition(path: Path) -> dict[str, Any]:
-    found = jsonl.parse_object(path.read_bytes())
+    found = files.parse_object(path.read_bytes())
     keys = {"title", "settings", "cells"}
     if found is None or found.get("format") not in (FORMAT, EARLIER) or not keys <= set(found):
         raise RunError(f"{path} is not of the format {FORMAT} or {EARLIER}")
@@ -281,13 +281,13 @@ def _results(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every result of a cell, and where it is from; those of an earlier version come first."""
     for shard in sorted(folder.glob("cells-*.jsonl")):
         try:
-            rows, _ = jsonl.read_objects(shard, BEGINNING)
-        except jsonl.BrokenLineError as error:
+            rows, _ = files.read_objects(shard, BEGINNING)
+        except files.BrokenLineError as error:
             raise RunError(str(error)) from None
         for number, values in enumerate(rows, 1):
             yield f"{shard}: row {number}", values
     for path in sorted(folder.glob("cells/*.json")):
-        found = jsonl.parse_object(path.read_bytes()) or {}
+        found = files.parse_object(path.read_bytes()) or {}
         yield str(path), found if path.stem == str(found.get("cell")) else {}
 
 
@@ -370,7 +370,7 @@ def _check(folder: Path, definition: Mapping[str, Any]) -> None:
         raise RunError(f"{folder} holds cells but no run.json")
     if (folder / "table.md").exists():
         raise RunError(f"{folder} holds table.md, but no run.json that it would be of")
-    jsonl.replace(path, json.dumps(definition) + "\n")
+    files.replace(path, json.dumps(definition) + "\n")
 
 
 def _show(folder: Path) -> Run:
@@ -384,5 +384,5 @@ def _show(folder: Path) -> Run:
         for index, record in run.finished.items()
     }
     columns = list(dict.fromkeys(key for each in means.values() for key in each))
-    jsonl.replace(folder / "table.md", render("table.md", run=run, means=means, columns=columns))
+    files.replace(folder / "table.md", render("table.md", run=run, means=means, columns=columns))
     return run

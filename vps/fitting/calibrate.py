@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vps import jsonl
+from vps import files
 from vps.config import VPSConfig
 from vps.fitting.controls import Scale, frequent_features, lora, random_features
 from vps.fitting.descent import Fit, Options, each_nll, fit, mean_nll
@@ -326,7 +326,7 @@ def left(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        jsonl.check_regular(path)
+        files.check_regular(path)
         values = parse_json(read_text(path))
         if set(values) == {"key", "states"} and all(isinstance(values[n], dict) for n in values):
             return dict(values)
@@ -360,4 +360,4 @@ class Kept:
         """Leave the state of a form."""
         self.states[name] = state
         if self.path is not None:
-            jsonl.replace(self.path, json.dumps({"key": self.key, "states": self.states}))
+            files.replace(self.path, json.dumps({"key": self.key, "states": self.states}))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps import jsonl
+from vps import files
 from vps.model.generation import encode
 
 STOP_SHARE = 0.25
@@ -105,10 +105,10 @@ def read_examples(path: Path) -> list[Example]:
         TypeError, ValueError: a line that is no example; the message names file and line.
     """
     found = []
-    for number, line in jsonl.lines(path):
-        values = jsonl.parse_object(line)
+    for number, line in files.lines(path):
+        values = files.parse_object(line)
         if values is None:
-            raise ValueError(f"{path}, line {number}: {jsonl.why_none(line)}")
+            raise ValueError(f"{path}, line {number}: {files.why_none(line)}")
         found.append(parse(values, f"{path}, line {number}", empty=True))
     return found
 

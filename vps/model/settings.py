@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from vps import jsonl
+from vps import files
 from vps.algorithm.policy import LayerGamma
 from vps.config import VPSConfig
 from vps.functional import plain_gamma
@@ -51,7 +51,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         values["gamma"] = {
             name: plain_gamma(own.gamma) for name, own in layers.items() if own.gamma is not None
         }
-    jsonl.replace(Path(path), json.dumps(values, indent=2))
+    files.replace(Path(path), json.dumps(values, indent=2))
 
 
 def load(model: nn.Module, path: str | Path) -> PatchReport:
