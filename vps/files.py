@@ -175,6 +175,6 @@ def replace(path: Path, text: str) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}: not written", str(path)) from error
+        raise OSError(error.errno, f"{error.strerror or error}: not written", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
