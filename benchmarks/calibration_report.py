@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from vps import Calibration, jsonl
+from vps import Calibration, files
 
 if TYPE_CHECKING:
     from benchmarks.calibration import Cell
@@ -54,7 +54,7 @@ def write_report(folder: Path, cells: Sequence[Cell]) -> str:
     """Write ``report.md`` and ``held-out.png`` of the finished cells; returns the text."""
     groups = finished(folder, cells)
     text = f"{overview(groups)}\n{summary(groups)}"
-    jsonl.replace(folder / "report.md", text)
+    files.replace(folder / "report.md", text)
     if groups:
         draw(groups, folder / "held-out.png")
     return text

@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 # A room, a module or a folder of vps, may import those of its own level and of those above it here.
 LEVELS = [
     {"reading", "packing"},
-    {"config", "reference", "masking", "jsonl", "verify"},
+    {"config", "reference", "masking", "files", "verify"},
     {"algorithm", "kernels"},
     {"backends"},
     {"functional", "coupled", "doctor"},

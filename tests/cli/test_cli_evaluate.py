@@ -12,9 +12,8 @@ import pytest
 from evaluation_cases import plain_model, tokenizer, write_tasks
 
 from vps import VPSConfig, cli
-from vps.evaluation import table
-from vps.evaluation.harness import VARIANTS, Scores, evaluate
-from vps.evaluation.outcome import Outcome
+from vps.evaluation.harness import VARIANTS, Scores, evaluate, table_rows
+from vps.evaluation.paired import Outcome
 from vps.model.loading import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +69,7 @@ def test_json_and_files(capsys, folder, tmp_path):
     for name, each in scores.items():
         assert values["variants"][name]["results"] == each.results
         assert values["variants"][name]["scopes"] == each.scopes
-    assert values["rows"] == json.loads(json.dumps(table.rows(scores)))
+    assert values["rows"] == json.loads(json.dumps(table_rows(scores)))
     assert VPSConfig.from_json(json.dumps(values["config"])) == CONFIG
     assert set(values["kept"]) == {"local_choice"}
     assert set(values["kept"]["local_choice"]) == set(VARIANTS) - {"baseline"}
@@ -118,7 +117,7 @@ def test_rows():
             "sharpened", ("acc", 0, 1), ("acc", 1, 1), ("nll", 1.0, 3), ("nll", 1.0, 1)
         ),
     }
-    found = {(row["metric"], row["variant"]): row for row in table.rows(both)}
+    found = {(row["metric"], row["variant"]): row for row in table_rows(both)}
     assert found["acc", "sharpened"] == {
         "task": "t", "metric": "acc", "variant": "sharpened", "n": 2, "value": 0.5,
         "difference": 0.0, "gained": 1, "lost": 1,
@@ -126,13 +125,13 @@ def test_rows():
     assert found["nll", "baseline"]["value"] == 1.75
     assert math.isclose(found["nll", "sharpened"]["difference"], -0.75)
     assert found["nll", "sharpened"]["gained"] is None
-    assert "difference" not in table.rows({"sharpened": both["sharpened"]})[0]
+    assert "difference" not in table_rows({"sharpened": both["sharpened"]})[0]
     both["sharpened"].outcomes.pop()
     with pytest.raises(ValueError, match="sharpened must have the documents .* 1 are in one"):
-        table.rows(both)
+        table_rows(both)
     both["baseline"].outcomes.append(both["baseline"].outcomes[0])
     with pytest.raises(ValueError, match="document '0' of 't' comes twice for 'acc'"):
-        table.rows(both)
+        table_rows(both)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ import os
 import pytest
 from test_cli_calibrate import FAST, rows, write
 from test_cli_refine import folder, run  # noqa: F401
-from test_evaluation_ablation import SETTINGS, evaluate, grid
+from test_evaluation_ablation import SETTINGS, by_an_earlier_version, evaluate, grid
 
-from vps import Calibration, cli, jsonl
-from vps.evaluation.ablation import ablate
-from vps.evaluation.runs import RunError, read_run
-from vps.fitting.kept import Kept
+from vps import Calibration, cli, files
+from vps.evaluation.runs import RunError, ablate, read_run
+from vps.fitting.calibrate import Kept
 
 FOREIGN = {
     "a note": b"remember the milk",
@@ -57,16 +56,16 @@ def row(**values):
 def test_every_cut_of_a_row_is_cut_off(tmp_path):
     """kill -9 may come after any byte."""
     path = tmp_path / "rows.jsonl"
-    jsonl.append(path, row())
+    files.append(path, row())
     whole = path.read_bytes()
-    assert jsonl.read_objects(path, '{"row": ')[1] == len(whole)
+    assert files.read_objects(path, '{"row": ')[1] == len(whole)
     for before in (b"", whole, whole + b"\n\r\n", b"\xef\xbb\xbf" + whole):
         for length in range(1, len(whole) - 1):
             for end in (b"", b"\n") if length % 9 == 0 else (b"",):
                 path.write_bytes(before + whole[:length] + end)
-                found, kept = jsonl.read_objects(path, '{"row": ')
+                found, kept = files.read_objects(path, '{"row": ')
                 assert len(found) == (before.strip(b"\xef\xbb\xbf\r\n") != b"")
-                jsonl.cut(path, kept)
+                files.cut(path, kept)
                 assert path.read_bytes() == before
                 if before and length > 40:
                     break
@@ -74,11 +73,11 @@ def test_every_cut_of_a_row_is_cut_off(tmp_path):
 
 def test_only_the_end_of_a_row_is_missing(tmp_path):
     path = tmp_path / "rows.jsonl"
-    jsonl.append(path, row())
+    files.append(path, row())
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    found, kept = jsonl.read_objects(path, '{"row": ')
-    jsonl.cut(path, kept)
+    found, kept = files.read_objects(path, '{"row": ')
+    files.cut(path, kept)
     assert len(found) == 1 and path.read_bytes() == whole
 
 
@@ -149,7 +148,7 @@ def test_what_is_no_file_is_no_output(capsys, tmp_path, no_file):
         assert cli.main([str(each) for each in arguments]) == 2
         assert "expected a file in a folder that exists" in capsys.readouterr().err
     with pytest.raises(OSError, match="not a regular file"):
-        jsonl.replace(no_file, "text")
+        files.replace(no_file, "text")
     with pytest.raises(ValueError, match="holds no interrupted calibration"):
         Kept(no_file, {})
     assert os.stat(no_file).st_mode == kind
@@ -204,10 +203,35 @@ def test_calibrate_writes_over_its_own_files_alone(capsys, folder, tmp_path):  #
     assert code == 2 and ".png is the heat map" in err
 
 
-def test_an_ablation_cuts_its_own_rows_alone(tmp_path):
+def test_an_ablation_writes_over_its_own_cells_alone(tmp_path):
     ablate(grid(), evaluate, tmp_path, SETTINGS)
+    path = tmp_path / "cells/2.json"
+    whole = path.read_bytes()
+    other = whole.replace(b'"cell": 2', b'"cell": 1')
+    for text in (
+        *FOREIGN.values(),
+        b"",
+        whole[:-9],
+        whole + b"notes",
+        b"{}",
+        b'{"cell": 2}',
+        other,
+    ):
+        path.write_bytes(text)
+        for read in (read_run, lambda path: ablate(grid(), evaluate, path, SETTINGS)):
+            with pytest.raises(RunError, match="cells/2.json is no result of a cell"):
+                read(tmp_path)
+        assert path.read_bytes() == text
+    path.unlink()
+    (tmp_path / "cells/7.json").write_bytes(whole.replace(b'"cell": 2', b'"cell": 7'))
+    with pytest.raises(RunError, match="cells/7.json is of no cell of .*run.json"):
+        ablate(grid(), evaluate, tmp_path, SETTINGS)
+
+
+def test_an_ablation_leaves_the_rows_of_an_earlier_version(tmp_path):
+    ablate(grid(), evaluate, tmp_path, SETTINGS)
+    whole = b"".join(by_an_earlier_version(tmp_path))
     shard = tmp_path / "cells-0.jsonl"
-    whole = shard.read_bytes()
     for text in (*FOREIGN.values(), whole + b"notes", whole + b'{"row": 1', whole + b'{"cell": x'):
         if text != FOREIGN["the names of cells"]:
             shard.write_bytes(text)
@@ -225,8 +249,9 @@ def test_an_ablation_cuts_its_own_rows_alone(tmp_path):
                 read(tmp_path)
         assert shard.read_bytes() == text
     shard.write_bytes(whole.replace(b"\n", b"\r\n\r\n") + b'{"cell": 2, "sec')
+    before = shard.read_bytes()
     assert ablate(grid(), None, tmp_path, SETTINGS).skipped == 3
-    assert shard.read_bytes() == whole.replace(b"\n", b"\r\n\r\n")
+    assert shard.read_bytes() == before
 
 
 def test_an_ablation_takes_no_table_of_somebody_else(tmp_path):

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from vps import jsonl
-from vps.evaluation import ablation, runs
-from vps.evaluation.ablation import Evaluation, ablate
+from vps import files
+from vps.evaluation import runs
 from vps.evaluation.grid import make_grid
-from vps.evaluation.outcome import Outcome
-from vps.evaluation.runs import RunError, read_run
+from vps.evaluation.paired import Outcome
+from vps.evaluation.runs import Evaluation, RunError, ablate, read_run
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"model": "m", "tasks": ["t"], "limit": None}
@@ -138,25 +137,65 @@ def test_the_table_holds_cells_back_until_their_controls_are_there(tmp_path):
     assert "| gamma=0.3 | done | 0." in (tmp_path / "table.md").read_text()
 
 
-def test_a_cut_last_line_is_dropped(tmp_path):
+def by_an_earlier_version(folder):
+    """Make a finished run what version 0.1 left, all cells as lines of one file; those lines."""
+    definition = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(definition | {"format": "vps-ablation-1"}))
+    lines = []
+    for path in sorted(folder.glob("cells/*.json"), key=lambda path: int(path.stem)):
+        values = json.loads(path.read_text())
+        for group in values["outcomes"]:
+            group["margin"] = None
+            group["weight"] = None if set(group["weight"]) == {1.0} else group["weight"]
+        lines.append(json.dumps(values).encode() + b"\n")
+        path.unlink()
+    (folder / "cells").rmdir()
+    (folder / "cells-0.jsonl").write_bytes(b"".join(lines))
+    return lines
+
+
+def test_a_folder_of_an_earlier_version_is_continued(tmp_path):
+    """Also one that was cut in the midst of a line, which nobody writes to any more."""
     made = grid()
     ablate(made, evaluate, tmp_path, SETTINGS)
+    expected = results(tmp_path)
+    lines = by_an_earlier_version(tmp_path)
     shard = tmp_path / "cells-0.jsonl"
-    whole = shard.read_bytes()
-    lines = whole.splitlines(keepends=True)
+    assert results(tmp_path) == expected and ablate(made, None, tmp_path, SETTINGS).skipped == 3
+    shard.write_bytes(b"".join(lines)[:-1])  # only the end of the line is missing: it is there
+    assert results(tmp_path) == expected and ablate(made, None, tmp_path, SETTINGS).skipped == 3
     for kept in (len(lines[2]) - 2, len(lines[2]) // 2, 1):
-        shard.write_bytes(lines[0] + lines[1] + lines[2][:kept])
+        cut = lines[0] + lines[1] + lines[2][:kept]
+        shard.write_bytes(cut)
         assert sorted(read_run(tmp_path).records) == [0, 1]
         done = ablate(made, evaluate, tmp_path, SETTINGS)
-        assert (done.evaluated, done.skipped) == (1, 2) and len(
-            shard.read_bytes().splitlines()
-        ) == 3
-    shard.write_bytes(whole[:-1])  # only the end of the line is missing: the cell is there
-    assert sorted(read_run(tmp_path).records) == [0, 1, 2]
-    assert ablate(made, None, tmp_path, SETTINGS).skipped == 3 and shard.read_bytes() == whole
+        assert (done.evaluated, done.skipped) == (1, 2) and results(tmp_path) == expected
+        assert shard.read_bytes() == cut
+        (tmp_path / "cells/2.json").unlink()
+    failed = lines[2].replace(b'"error": null', b'"error": "ValueError: x"')
+    shard.write_bytes(lines[0] + lines[1] + failed)
+    assert ablate(made, evaluate, tmp_path, SETTINGS).evaluated == 1
+    assert results(tmp_path) == expected
     shard.write_bytes(lines[0] + b"{broken\n" + lines[2])
     with pytest.raises(RunError, match=r"cells-0.jsonl: line 2 is no JSON object"):
         ablate(made, evaluate, tmp_path, SETTINGS)
+    with pytest.raises(RunError, match="model is 'm' there, 'n' here"):
+        ablate(made, evaluate, tmp_path, SETTINGS | {"model": "n"})
+
+
+def test_what_a_killed_write_left_is_taken_away(tmp_path):
+    made = grid()
+    ablate(made, evaluate, tmp_path, SETTINGS)
+    whole = (tmp_path / "cells/2.json").read_bytes()
+    (tmp_path / "cells/2.json").unlink()
+    part, foreign = tmp_path / "cells/.2.json.4711", tmp_path / "cells/.notes"
+    part.write_bytes(whole[:50])
+    foreign.write_text("mine")
+    assert sorted(read_run(tmp_path).records) == [0, 1]
+    assert ablate(made, evaluate, tmp_path, SETTINGS, rank=1, world=2).skipped == 1
+    assert part.exists()  # of a cell of the other process
+    assert ablate(made, evaluate, tmp_path, SETTINGS).evaluated == 1
+    assert not part.exists() and foreign.read_text() == "mine"
 
 
 SCRIPT = """
@@ -164,7 +203,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = {tests!r}
 from test_evaluation_ablation import SETTINGS, evaluate, grid
-from vps.evaluation.ablation import ablate
+from vps.evaluation.runs import ablate
 
 folder, log, pause, rank, world = sys.argv[1:]
 
@@ -217,8 +256,7 @@ def test_kill_9_loses_and_repeats_no_finished_cell(tmp_path):
     process = start(folder, log)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
-    rows = [json.loads(line) for line in (folder / "cells-0.jsonl").read_text().splitlines()]
-    assert [row["cell"] for row in rows] == list(range(10))
+    assert sorted(folder.glob("cells/*")) == sorted(folder / f"cells/{i}.json" for i in range(10))
     times = begun(log)
     assert set(times) == set(range(10)) and len(times) <= 12  # one cell begun anew for each kill
     ablate(grid(*(i / 10 for i in range(1, 10))), evaluate, tmp_path / "y", SETTINGS)
@@ -235,17 +273,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for process in processes:
         _, error = process.communicate(timeout=60)
         assert process.returncode == 0, error
-    assert begun(tmp_path / "log0") == [0, 2, 4, 6, 8] and begun(tmp_path / "log1") == [
-        1,
-        3,
-        5,
-        7,
-        9,
-    ]
+    assert begun(tmp_path / "log0") == [0, 2, 4, 6, 8]
+    assert begun(tmp_path / "log1") == [1, 3, 5, 7, 9]
     made = grid(*(i / 10 for i in range(1, 10)))
     ablate(made, evaluate, tmp_path / "one", SETTINGS)
     assert results(tmp_path / "two") == results(tmp_path / "one")
-    assert (tmp_path / "two/cells-1.jsonl").exists()
     done = ablate(made, None, tmp_path / "two", SETTINGS, rank=2, world=3)
     assert (done.evaluated, done.skipped) == (0, 3)  # merged, whatever wrote it
     with pytest.raises(ValueError, match="rank is 2 of 2 processes, expected 0 to 1"):
@@ -270,7 +302,7 @@ def test_launches_of_other_sizes_are_refused_too(tmp_path):
 
 def test_a_changed_run_is_refused_with_the_difference(tmp_path):
     ablate(grid(0.3, 0.5), evaluate, tmp_path, SETTINGS)
-    before = (tmp_path / "cells-0.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.glob("cells/*")}
     for made, settings, messages in (
         (grid(), SETTINGS | {"model": "n"}, ["model is 'm' there, 'n' here"]),
         (grid(), SETTINGS | {"tasks": ["t", "u"]}, [r"tasks is \['t'\] there, \['t', 'u'\] here"]),
@@ -288,12 +320,12 @@ def test_a_changed_run_is_refused_with_the_difference(tmp_path):
         for message in messages:
             with pytest.raises(RunError, match=message):
                 ablate(made, evaluate, tmp_path, settings)
-    assert (tmp_path / "cells-0.jsonl").read_bytes() == before
+    assert {path: path.read_bytes() for path in tmp_path.glob("cells/*")} == before
     with pytest.raises(RunError, match=r"and \d+ more"):
         many = {str(i): i for i in range(12)}
         ablate(grid(), evaluate, tmp_path, SETTINGS | many)
     (tmp_path / "run.json").write_text('{"format": "other"}')
-    with pytest.raises(RunError, match="not of the format vps-ablation-1"):
+    with pytest.raises(RunError, match="not of the format vps-ablation-2"):
         ablate(grid(), evaluate, tmp_path, SETTINGS)
     (tmp_path / "run.json").unlink()
     with pytest.raises(RunError, match="holds cells but no run.json"):
@@ -303,29 +335,27 @@ def test_a_changed_run_is_refused_with_the_difference(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, monkeypatch):
-    """The disk takes half of the third row."""
-    write, full = os.write, []
+    """The disk takes the third cell, and cannot keep it."""
+    sync = os.fsync
 
-    def little(file, data):
-        if b'"cell": 2' in bytes(data[:20]):
-            full.append(file)
-            return write(file, data[: len(data) // 2])
-        if file in full:
+    def full(file):
+        if "/cells/.2.json" in os.readlink(f"/proc/self/fd/{file}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(file, data)
+        sync(file)
 
-    monkeypatch.setattr(os, "write", little)
-    with pytest.raises(OSError, match=r"No space left on device: a row was not.*cells-0.jsonl"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: not written.*cells/2.json"):
         ablate(grid(), evaluate, tmp_path, SETTINGS)
     monkeypatch.undo()
-    assert full and len((tmp_path / "cells-0.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.glob("cells/*")) == ["0.json", "1.json"]
     assert ablate(grid(), evaluate, tmp_path, SETTINGS).skipped == 2
 
 
-def test_a_file_that_may_not_grow(tmp_path):
+@pytest.mark.parametrize("write", [files.append, lambda path, row: files.replace(path, row["a"])])
+def test_a_file_that_may_not_grow(tmp_path, write):
     """The same by the kernel: a limit on the size of files stops the write in the midst."""
     path = tmp_path / "rows.jsonl"
-    jsonl.append(path, {"a": "x" * 600})
+    write(path, {"a": "x" * 600})
     before = path.read_bytes()
     process = os.fork()
     if not process:
@@ -333,28 +363,47 @@ def test_a_file_that_may_not_grow(tmp_path):
         try:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            jsonl.append(path, {"a": "y" * 600})
+            write(path, {"a": "y" * 1100})
         except OSError as error:
             code = 0 if error.errno == errno.EFBIG and str(path) in str(error) else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_every_row_is_on_the_disk_before_the_next_begins(tmp_path, monkeypatch):
+def test_a_disk_that_takes_half_of_a_row(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    files.append(path, {"row": 1})
+    write, full = os.write, []
+
+    def little(file, data):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        full.append(file)
+        return write(file, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", little)
+    with pytest.raises(OSError, match=r"No space left on device: a row was not.*rows.jsonl"):
+        files.append(path, {"row": 2})
+    assert path.read_text() == '{"row": 1}\n'
+
+
+def test_every_cell_is_on_the_disk_before_the_next_begins(tmp_path, monkeypatch):
+    """Its file and its name in the folder."""
     synced, sync = [], os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or sync(file)
     )
-    rows = []
+    seen = []
 
     def watching(cell):
-        rows.append(sum(name.endswith("cells-0.jsonl") for name in synced))
+        names = [name.removeprefix(f"{tmp_path}/") for name in synced]
+        seen.append([name.split(".json")[0] for name in names if name.startswith("cells")])
         return evaluate(cell)
 
     ablate(grid(), watching, tmp_path, SETTINGS)
-    assert rows == [0, 1, 2]
+    assert seen == [[], ["cells/.0", "cells"], ["cells/.0", "cells", "cells/.1", "cells"]]
 
 
 def test_wait_for_others(tmp_path):
@@ -367,8 +416,8 @@ def test_wait_for_others(tmp_path):
 
 def test_fingerprint_tells_weights_apart(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"1" * 3000000)
-    first = ablation.fingerprint(str(tmp_path))
-    assert first == ablation.fingerprint(str(tmp_path)) and len(first) == 16
+    first = runs.fingerprint(str(tmp_path))
+    assert first == runs.fingerprint(str(tmp_path)) and len(first) == 16
     (tmp_path / "a.bin").write_bytes(b"1" * 2999999 + b"2")
-    assert ablation.fingerprint(str(tmp_path)) != first
-    assert ablation.fingerprint("org/name") is None
+    assert runs.fingerprint(str(tmp_path)) != first
+    assert runs.fingerprint("org/name") is None

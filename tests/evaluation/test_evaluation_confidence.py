@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from vps.evaluation.confidence import Null, confidence_filtered
-from vps.evaluation.outcome import Outcome
+from vps.evaluation.paired import Outcome
 
 
 def outcomes(margins, metric="acc", task="t"):

@@ -18,8 +18,8 @@ from evaluation_cases import (
 import vps
 from vps import VPSConfig
 from vps.evaluation.harness import VARIANTS, Harness, evaluate
-from vps.evaluation.outcome import Outcome
-from vps.evaluation.samples import outcomes_of
+from vps.evaluation.lm import outcomes_of
+from vps.evaluation.paired import Outcome
 from vps.model.patching import sharpened_layers
 
 pytest.importorskip("lm_eval")

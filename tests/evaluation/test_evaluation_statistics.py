@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vps.evaluation import statistics
+from vps.evaluation import paired
 
 
 @pytest.mark.parametrize("gained", range(0, 9))
@@ -19,18 +19,18 @@ def test_mcnemar_is_the_sum_over_all_flips(gained, lost):
     signs = itertools.product((0, 1), repeat=min(d, 12))
     if d <= 12:
         extreme = [abs(2 * sum(s) - d) >= abs(gained - lost) for s in signs]
-        assert statistics.mcnemar(gained, lost) == pytest.approx(sum(extreme) / len(extreme))
+        assert paired.mcnemar(gained, lost) == pytest.approx(sum(extreme) / len(extreme))
     else:
         tail = sum(math.comb(d, k) for k in range(min(gained, lost) + 1)) / 2**d
-        assert statistics.mcnemar(gained, lost) == pytest.approx(min(1, 2 * tail))
-    assert statistics.mcnemar(gained, lost) == statistics.mcnemar(lost, gained)
+        assert paired.mcnemar(gained, lost) == pytest.approx(min(1, 2 * tail))
+    assert paired.mcnemar(gained, lost) == paired.mcnemar(lost, gained)
 
 
 def test_mcnemar_of_the_author():
     """Six to right and four to wrong of 80: the paper's only result says nothing."""
-    assert statistics.mcnemar(6, 4) == pytest.approx(0.7539, abs=1e-4)
+    assert paired.mcnemar(6, 4) == pytest.approx(0.7539, abs=1e-4)
     with pytest.raises(ValueError, match="lost is -1, expected at least 0"):
-        statistics.mcnemar(1, -1)
+        paired.mcnemar(1, -1)
 
 
 def holm_by_definition(p):
@@ -52,15 +52,15 @@ def test_holm():
     for m in (1, 2, 3, 7, 40):
         for _ in range(30):
             p = [draw.choice((draw.random() ** 4, draw.random())) for _ in range(m)]
-            corrected = statistics.holm(p)
+            corrected = paired.holm(p)
             assert corrected == pytest.approx(holm_by_definition(p))
             assert all(q >= raw for q, raw in zip(corrected, p, strict=True))
             bonferroni = [min(1, m * raw) for raw in p]
             assert all(q <= b + 1e-15 for q, b in zip(corrected, bonferroni, strict=True))
-    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert statistics.holm([]) == []
+    assert paired.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert paired.holm([]) == []
     with pytest.raises(ValueError, match=r"p is nan, expected 0 to 1"):
-        statistics.holm([0.5, math.nan])
+        paired.holm([0.5, math.nan])
 
 
 def test_holm_keeps_its_promise():
@@ -68,8 +68,8 @@ def test_holm_keeps_its_promise():
     draw = np.random.default_rng(1)
     alarms = careless = 0
     for _ in range(400):
-        p = [statistics.mcnemar(*draw.multinomial(60, [0.5, 0.5])) for _ in range(12)]
-        alarms += min(statistics.holm(p)) < 0.05
+        p = [paired.mcnemar(*draw.multinomial(60, [0.5, 0.5])) for _ in range(12)]
+        alarms += min(paired.holm(p)) < 0.05
         careless += min(p) < 0.05
     assert alarms / 400 < 0.08 and careless / 400 > 0.2
 
@@ -80,20 +80,20 @@ def test_interval_is_the_distribution_of_resampled_means():
     w = np.array([1.0, 3.0, 2.0, 1.0, 0.5])
     every = np.array(list(itertools.product(range(5), repeat=5)))
     means = (d * w)[every].sum(1) / w[every].sum(1)
-    low, high = statistics.difference_interval(d, w, resamples=40000)
+    low, high = paired.difference_interval(d, w, resamples=40000)
     assert low == pytest.approx(np.percentile(means, 2.5), abs=0.02)
     assert high == pytest.approx(np.percentile(means, 97.5), abs=0.02)
-    assert (low, high) == statistics.difference_interval(d, w, resamples=40000)
+    assert (low, high) == paired.difference_interval(d, w, resamples=40000)
 
 
 def test_interval_draws_within_tasks():
     """Where documents of a task agree, all that is left to vary is nothing."""
     d = np.array([1.0] * 30 + [0.0] * 10)
     tasks = ["a"] * 30 + ["b"] * 10
-    assert statistics.difference_interval(d, groups=tasks) == (0.75, 0.75)
-    low, high = statistics.difference_interval(d)
+    assert paired.difference_interval(d, groups=tasks) == (0.75, 0.75)
+    low, high = paired.difference_interval(d)
     assert low < 0.7 and high > 0.8
-    singles = statistics.difference_interval([1.0, 0.0, 1.0], groups=["a", "a", "alone"])
+    singles = paired.difference_interval([1.0, 0.0, 1.0], groups=["a", "a", "alone"])
     assert singles == pytest.approx((1 / 3, 1.0))
 
 
@@ -102,20 +102,20 @@ def test_interval_covers():
     hits = 0
     for seed in range(200):
         d = draw.choice([-1, 0, 1], p=[0.1, 0.7, 0.2], size=120)
-        low, high = statistics.difference_interval(d, resamples=400, seed=seed)
+        low, high = paired.difference_interval(d, resamples=400, seed=seed)
         hits += low <= 0.1 <= high
     assert 0.89 <= hits / 200 <= 0.99
 
 
 def test_interval_of_too_little():
-    assert statistics.difference_interval([0.0, 0.0]) == (0.0, 0.0)
-    assert all(map(math.isnan, statistics.difference_interval([1.0])))
+    assert paired.difference_interval([0.0, 0.0]) == (0.0, 0.0)
+    assert all(map(math.isnan, paired.difference_interval([1.0])))
     with pytest.raises(ValueError, match="1 groups for 2 differences"):
-        statistics.difference_interval([1.0, 0.0], groups=["a"])
+        paired.difference_interval([1.0, 0.0], groups=["a"])
     with pytest.raises(ValueError, match="shape .2,. and weights of shape .3,."):
-        statistics.difference_interval([1.0, 0.0], [1, 1, 1])
+        paired.difference_interval([1.0, 0.0], [1, 1, 1])
     with pytest.raises(ValueError, match="finite values and positive weights"):
-        statistics.difference_interval([1.0, 0.0], [1, 0])
+        paired.difference_interval([1.0, 0.0], [1, 0])
 
 
 def test_paired_t_against_sign_flips():
@@ -126,10 +126,10 @@ def test_paired_t_against_sign_flips():
         w = draw.uniform(0.5, 2, 14)
         signs = np.array(list(itertools.product((-1, 1), repeat=14)))
         exact = (np.abs(signs @ (terms * w)) >= abs((terms * w).sum()) - 1e-12).mean()
-        assert statistics.paired_t(terms, w) == pytest.approx(exact, abs=0.01 + 0.05 * exact)
-    assert statistics.paired_t([0.0, 0.0, 0.0]) == 1.0
-    assert statistics.paired_t([0.1, 0.1, 0.1]) == 0.0
-    assert statistics.paired_t([5.0]) == 1.0
+        assert paired.paired_t(terms, w) == pytest.approx(exact, abs=0.01 + 0.05 * exact)
+    assert paired.paired_t([0.0, 0.0, 0.0]) == 1.0
+    assert paired.paired_t([0.1, 0.1, 0.1]) == 0.0
+    assert paired.paired_t([5.0]) == 1.0
 
 
 def simulated_power(n, discordance, effect, alpha, draw, times=4000):
@@ -139,7 +139,7 @@ def simulated_power(n, discordance, effect, alpha, draw, times=4000):
     rejected = 0
     for gained, lost, _ in counts.tolist():
         if (gained, lost) not in table:
-            table[gained, lost] = statistics.mcnemar(gained, lost) <= alpha
+            table[gained, lost] = paired.mcnemar(gained, lost) <= alpha
         rejected += table[gained, lost]
     return rejected / times
 
@@ -148,13 +148,13 @@ def simulated_power(n, discordance, effect, alpha, draw, times=4000):
 @pytest.mark.parametrize("discordance", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("alpha", [0.05, 0.05 / 60])
 def test_minimum_detectable_effect_is_found_as_often_as_it_says(n, discordance, alpha):
-    effect = statistics.minimum_detectable_effect(n, discordance, alpha)
+    effect = paired.minimum_detectable_effect(n, discordance, alpha)
     draw = np.random.default_rng(4)
     share = max(effect, discordance)
     assert simulated_power(n, share, effect, alpha, draw) == pytest.approx(0.8, abs=0.03)
-    exact = statistics.mcnemar_power(n, share, effect, alpha)
+    exact = paired.mcnemar_power(n, share, effect, alpha)
     assert exact == pytest.approx(0.8, abs=1e-3)
-    assert statistics.mcnemar_power(n, share, 0.8 * effect, alpha) < 0.75
+    assert paired.mcnemar_power(n, share, 0.8 * effect, alpha) < 0.75
 
 
 def test_power_by_enumeration():
@@ -164,28 +164,28 @@ def test_power_by_enumeration():
         total = 0.0
         for gained in range(10):
             for lost in range(10 - gained):
-                if statistics.mcnemar(gained, lost) <= 0.05:
+                if paired.mcnemar(gained, lost) <= 0.05:
                     total += stats.multinomial.pmf(
                         [gained, lost, 9 - gained - lost], 9, [gain, loss, 1 - gain - loss]
                     )
-        assert statistics.mcnemar_power(9, discordance, effect) == pytest.approx(total)
+        assert paired.mcnemar_power(9, discordance, effect) == pytest.approx(total)
 
 
 def test_what_cannot_be_detected():
     """Five documents, all turned right, give p = 1/16: no effect is large enough."""
-    assert statistics.minimum_detectable_effect(5, 0.1) == math.inf
-    assert 0 < statistics.minimum_detectable_effect(6, 0.1) <= 1
-    assert statistics.mcnemar_power(100, 0.0, 0.0) == 0.0
+    assert paired.minimum_detectable_effect(5, 0.1) == math.inf
+    assert 0 < paired.minimum_detectable_effect(6, 0.1) <= 1
+    assert paired.mcnemar_power(100, 0.0, 0.0) == 0.0
     with pytest.raises(ValueError, match="discordance 1.5, expected"):
-        statistics.minimum_detectable_effect(10, 1.5)
+        paired.minimum_detectable_effect(10, 1.5)
     with pytest.raises(ValueError, match="expected .effect. ≤ discordance"):
-        statistics.mcnemar_power(10, 0.1, 0.2)
+        paired.mcnemar_power(10, 0.1, 0.2)
 
 
 def test_minimum_detectable_mean():
     draw = np.random.default_rng(5)
-    effect = statistics.minimum_detectable_mean(80, 2.0)
-    found = [statistics.paired_t(draw.normal(effect, 2.0, 80)) < 0.05 for _ in range(1000)]
+    effect = paired.minimum_detectable_mean(80, 2.0)
+    found = [paired.paired_t(draw.normal(effect, 2.0, 80)) < 0.05 for _ in range(1000)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.04)
 
 
@@ -194,15 +194,15 @@ def test_perplexity():
     draw = np.random.default_rng(6)
     tokens = draw.integers(20, 400, 300)
     nll = draw.normal(2.5, 0.4, 300) + 20 / tokens
-    found = statistics.perplexity(nll, tokens)
+    found = paired.perplexity(nll, tokens)
     assert found.nll == pytest.approx((nll * tokens).sum() / tokens.sum())
     assert found.value == pytest.approx(math.exp(found.nll))
     drawn = draw.integers(0, 300, (4000, 300))
     resampled = np.exp((nll * tokens)[drawn].sum(1) / tokens[drawn].sum(1))
     assert found.error == pytest.approx(resampled.std(), rel=0.06)
-    plain = statistics.perplexity(nll)
+    plain = paired.perplexity(nll)
     assert plain.nll_error == pytest.approx(stats.sem(nll))
-    assert math.isnan(statistics.perplexity([1.0]).error)
-    assert statistics.perplexity([800.0, 801.0]).value == math.inf
+    assert math.isnan(paired.perplexity([1.0]).error)
+    assert paired.perplexity([800.0, 801.0]).value == math.inf
     with pytest.raises(ValueError, match="finite values"):
-        statistics.perplexity([1.0, math.nan])
+        paired.perplexity([1.0, math.nan])

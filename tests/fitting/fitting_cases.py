@@ -6,6 +6,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from vps.fitting.descent import nlls
 from vps.fitting.examples import encoded, parse
 
 WORDS = 40
@@ -50,3 +51,8 @@ def pairs(count, seed=0):
 
 def every(tokenizer, examples):
     return [encoded(tokenizer, parse(each), chat=False, longest=64) for each in examples]
+
+
+def nll(model, example):
+    """Sum over the scored tokens, without dims."""
+    return nlls(model, [example])[0]

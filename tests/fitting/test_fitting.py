@@ -7,16 +7,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from fitting_cases import WORDS, every, pairs, texts, tiny, word_tokenizer
+from fitting_cases import WORDS, every, nll, pairs, texts, tiny, word_tokenizer
 
 from vps import Calibration, VPSConfig, calibrate, disabled, fitting, patch, sensitivity
 from vps.fitting import Example, Options, descent
-from vps.fitting.calibrate import prepared
+from vps.fitting.controls import Scale, frequent_features, lora, random_features
 from vps.fitting.descent import fit, gradients, mean_nll
 from vps.fitting.examples import check_apart, parse, read_examples, split
-from vps.fitting.forms import Scale, Sharpening, frequent_features, random_features
-from vps.fitting.lora import lora
-from vps.fitting.loss import nll
+from vps.fitting.forms import Sharpening
+from vps.fitting.sensitivity import prepared
 from vps.model.calibration import columns_of
 from vps.model.patching import sharpened_layers
 

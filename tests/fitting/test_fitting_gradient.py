@@ -5,16 +5,16 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from fitting_cases import every, pairs, texts, tiny, word_tokenizer
+from fitting_cases import every, nll, pairs, texts, tiny, word_tokenizer
 
 import vps
 from vps import Calibration, VPSConfig, patch
-from vps.fitting import descent, update
-from vps.fitting.calibrate import prepared
-from vps.fitting.descent import each_nll, gradients, mean_nll
+from vps.fitting import descent, forms
+from vps.fitting.controls import random_features
+from vps.fitting.descent import BUNDLE_TOKENS, bundles, each_nll, gradients, mean_nll
 from vps.fitting.examples import encoded, parse
-from vps.fitting.forms import Sharpening, random_features
-from vps.fitting.loss import BUNDLE_TOKENS, bundles, nll
+from vps.fitting.forms import Sharpening
+from vps.fitting.sensitivity import prepared
 from vps.model.patching import sharpened_layers
 
 
@@ -74,7 +74,7 @@ class Held:
 
     def record(self, model, examples):
         original = self.form._selected
-        build = update.torch_backend.selection.coupling
+        build = forms.selection.coupling
 
         def selected(inputs, settings):
             key = (id(inputs.weight), tuple(self.example))
@@ -83,7 +83,8 @@ class Held:
                 self.seen[key] = found._replace(energy=found.energy.clone())
                 return found
             held = self.seen[key]
-            return held._replace(H=F.linear(inputs.x, inputs.weight), energy=held.energy.clone())
+            H = F.linear(inputs.x, inputs.weight)
+            return held._replace(x=inputs.x, H=H, energy=held.energy.clone())
 
         calls = iter(())
 
@@ -97,7 +98,7 @@ class Held:
 
         self.mixings = []
         self.form._selected = selected
-        self.patched = update.torch_backend.selection
+        self.patched = forms.selection
         self.original = build
         self.mixing = mixing
         self.loss(model, examples)
@@ -223,8 +224,11 @@ def test_nothing_wide_is_kept_for_the_backward_pass():
     gamma = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     settings = vps.algorithm.policy.settings(VPSConfig(), False, d_in, d_out, True)
     numbers = torch.tensor(vps.algorithm.policy.bounds(VPSConfig(), 1.0), dtype=torch.float64)
-    inputs = vps.algorithm.torch_backend.Inputs(x, W, None, None, None, None, numbers, None)
     index = torch.randint(0, 50, (G, r))
+    H = F.linear(x, W).detach()
+    inputs = vps.backends.call.Inputs(
+        x, W, None, None, index, index, numbers, None, H, torch.ones(G)
+    )
     kept = []
 
     def pack(tensor):
@@ -232,8 +236,7 @@ def test_nothing_wide_is_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        chosen = update.Selection(F.linear(x, W).detach(), torch.ones(G), index, index)
-        update.sharpened(inputs, chosen, gamma, settings, update.norms(W))
+        forms.differentiable(inputs, gamma, settings, forms.norms(W))
     assert kept and all(t.data_ptr() == W.data_ptr() or t.numel() <= G * r for t in kept)
 
 

@@ -260,7 +260,7 @@ def test_mixtures_of_transformers(family):
 
 @torch.no_grad()
 def test_an_evaluation_keeps_experts_to_scope_token():
-    from vps.evaluation.harness import _configured
+    from vps.evaluation.controls import configured
     from vps.evaluation.lm import scoped
 
     model = Mixture()
@@ -270,7 +270,7 @@ def test_an_evaluation_keeps_experts_to_scope_token():
         with scoped(model, "sequence"):
             pass
     with pytest.warns(UserWarning, match="refused"):
-        with _configured(model, config.replace(scope="sequence")):  # without them
+        with configured(model, config.replace(scope="sequence")):  # without them
             assert len(vps.model.patching.sharpened_layers(model)) == 3
             with scoped(model, "token"):
                 assert len(vps.model.patching.sharpened_layers(model)) == 3

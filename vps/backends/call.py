@@ -211,10 +211,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, *constants = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
+        constants: Any = (*kept, ctx.clamp)
         wanted = ctx.needs_input_grad
         return (
-            gradient.of_input(g, *constants, ctx.clamp) if wanted[0] else None,
+            gradient.of_input(g, *constants) if wanted[0] else None,
             gradient.of_weight(g, x) if wanted[1] else None,
             gradient.of_bias(g) if wanted[2] else None,
             *[None] * (len(wanted) - 3),

@@ -21,8 +21,8 @@ from vps.cli.processes import Process, own_device, take_process
 from vps.cli.terminal import Progress, muted, quiet_transformers
 
 if TYPE_CHECKING:
-    from vps.evaluation.ablation import AblationResult, Evaluator
     from vps.evaluation.grid import Grid
+    from vps.evaluation.runs import AblationResult, Evaluator
 
 DESCRIPTION = """A grid file, in YAML or JSON:
 
@@ -79,7 +79,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate what is missing and say what was done."""
-    from vps.evaluation import ablation, runs
+    from vps.evaluation import runs
     from vps.evaluation.grid import GridError, read_grid
 
     process = take_process(os.environ)
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {
         "version": __version__,
         "model": arguments.model,
-        "weights": ablation.fingerprint(arguments.model),
+        "weights": runs.fingerprint(arguments.model),
         "dtype": arguments.dtype,
         "tasks": arguments.tasks,
         "limit": arguments.limit,
@@ -115,14 +115,14 @@ def run(arguments: argparse.Namespace) -> None:
             evaluate = _evaluator(arguments, grid, process, progress)
         progress.step("evaluating", len(own))
         with muted(arguments.debug):
-            result = ablation.ablate(
+            result = runs.ablate(
                 grid,
                 evaluate or _nothing,
                 arguments.out,
                 settings,
                 rank=process.rank,
                 world=process.world,
-                facts=ablation.machine_facts(own_device(arguments.device, process)),
+                facts=runs.machine_facts(own_device(arguments.device, process)),
                 advance=progress.advance,
             )
     except runs.RunError as error:
@@ -147,7 +147,7 @@ def _evaluator(
     arguments: argparse.Namespace, grid: Grid, process: Process, progress: Progress
 ) -> Evaluator:
 
-    from vps.evaluation.ablation import harness_evaluator
+    from vps.evaluation.harness import harness_evaluator
 
     device = usable_device(own_device(arguments.device, process))
     progress.step("loading the model")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vps import jsonl
+from vps import files
 from vps.config import VPSConfig
 from vps.refine import refine
 
@@ -50,7 +50,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         OSError: the file cannot be read.
     """
-    return [_row(number, line) for number, line in jsonl.lines(path)]
+    return [_row(number, line) for number, line in files.lines(path)]
 
 
 def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> set[int]:
@@ -63,8 +63,8 @@ def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> s
     if not path.exists():
         return set()
     try:
-        records, end = jsonl.read_objects(path, BEGINNING)
-    except jsonl.BrokenLineError as error:
+        records, end = files.read_objects(path, BEGINNING)
+    except files.BrokenLineError as error:
         raise ContinuationError(str(error)) from None
     finished, known = set(), {row.number: row for row in rows}
     wanted = json.loads(json.dumps(settings))
@@ -80,7 +80,7 @@ def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> s
                     f"{path}: line {place} was made with {name} {came!r}, not {value!r}"
                 )
         finished.add(row.number)
-    jsonl.cut(path, end)
+    files.cut(path, end)
     return finished
 
 
@@ -130,7 +130,7 @@ def refine_rows(
             record = _refined(model, tokenizer, row, options)
             failed += "error" in record
             refined += "error" not in record
-            jsonl.append(out, record | {"settings": settings})
+            files.append(out, record | {"settings": settings})
         say()
     return BatchResult(refined, failed, len(finished))
 
@@ -156,9 +156,9 @@ def _refined(model: Any, tokenizer: Any, row: Row, options: Mapping[str, Any]) -
 
 
 def _row(number: int, line: bytes) -> Row:
-    values = jsonl.parse_object(line)
+    values = files.parse_object(line)
     if values is None:
-        return Row(number, error=jsonl.why_none(line))
+        return Row(number, error=files.why_none(line))
     prompt, gold = values.get("prompt"), values.get("gold")
     found = Row(
         number,

@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _claim(out: Path, partial: Path, gradient_only: bool) -> None:
     """Refuse to replace, at the end, what an earlier call of the same kind did not write."""
-    from vps.fitting.kept import left
+    from vps.fitting.calibrate import left
 
     where = f"--out {out}"
     if not out.absolute().parent.is_dir() or (out.exists() and not out.is_file()):
@@ -232,7 +232,7 @@ def _gradients(
     order: list[str],
 ) -> None:
     """Write and draw the ranking, print its head; the picture is in the order of the model."""
-    from vps import jsonl
+    from vps import files
     from vps.cli.demo.heatmap import Panel, draw_panels
     from vps.fitting import agreement
 
@@ -250,7 +250,7 @@ def _gradients(
         "layers": [{key: _finite(value) for key, value in row.items()} for row in rows],
     }
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    jsonl.replace(arguments.out, text)
+    files.replace(arguments.out, text)
     picture, unit = arguments.out.with_suffix(".png"), "nats per token"
     names = [each.name for each in found]
     drawn = sorted(found, key=lambda each: order.index(each.name))

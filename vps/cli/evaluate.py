@@ -160,7 +160,7 @@ def _report(
     arguments: argparse.Namespace, config: Any, tasks: list[str], scores: dict[str, Any]
 ) -> None:
     """Print and write."""
-    from vps.evaluation import table
+    from vps.evaluation import harness
 
     filtered = {} if arguments.keep is None else _filtered(scores, arguments)
     values = {
@@ -182,7 +182,7 @@ def _report(
             }
             for name, each in scores.items()
         },
-        "rows": table.rows(scores),
+        "rows": harness.table_rows(scores),
         "kept": {
             task: {name: found.as_dict() for name, found in each.items()}
             for task, each in filtered.items()
@@ -201,7 +201,7 @@ def _report(
     if arguments.json:
         print(json.dumps(values, ensure_ascii=False))
         return
-    print(table.text(scores))
+    print(harness.table_text(scores))
     for task, each in filtered.items():
         for name, found in each.items():
             print(f"\n{task}, {name} against the baseline:\n{found}")

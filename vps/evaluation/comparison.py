@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vps.evaluation import statistics
+from vps.evaluation import paired
 from vps.evaluation.grid import BASELINE, Cell
-from vps.evaluation.outcome import Outcome
-from vps.evaluation.overview import waiting
+from vps.evaluation.paired import Outcome
 from vps.evaluation.runs import Run, RunError
 
 ALL_TASKS = "all tasks"
@@ -62,7 +61,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """``"better"``, ``"worse"`` or ``"no difference"``, by the corrected p alone."""
-        if not self.corrected < statistics.LEVEL:
+        if not self.corrected < paired.LEVEL:
             return NO_DIFFERENCE
         up = self.difference > 0
         return "better" if up != (self.metric in LOWER_IS_BETTER) else "worse"
@@ -137,7 +136,7 @@ def analyse(run: Run, *, without_controls: bool = False, resamples: int = 9999) 
     if 0 not in finished:
         reason = run.records[0].error if 0 in run.records else "not evaluated yet"
         raise RunError(f"the baseline is not finished ({reason}): nothing can be compared")
-    held = {} if without_controls else waiting(run)
+    held = {} if without_controls else run.waiting
     shown = [
         cell
         for cell in run.cells
@@ -252,16 +251,16 @@ def _compare(
                 "weights; they cannot be paired"
             )
         d = own.values - base.values
-        low, high = statistics.difference_interval(d, own.weights, own.groups, resamples=resamples)
-        value, value_error = statistics.weighted_mean(own.values, own.weights)
-        mean, mean_error = statistics.weighted_mean(base.values, base.weights)
+        low, high = paired.difference_interval(d, own.weights, own.groups, resamples=resamples)
+        value, value_error = paired.weighted_mean(own.values, own.weights)
+        mean, mean_error = paired.weighted_mean(base.values, base.weights)
         terms = d * own.weights / own.weights.mean()
         gained = lost = None
         if own.binary and base.binary:
             gained, lost = int((d > 0).sum()), int((d < 0).sum())
-            p = statistics.mcnemar(gained, lost)
+            p = paired.mcnemar(gained, lost)
         else:
-            p = statistics.paired_t(d, own.weights)
+            p = paired.paired_t(d, own.weights)
         found.append(
             Comparison(
                 name,
@@ -286,7 +285,7 @@ def _compare(
 
 
 def _corrected(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
-    corrected = statistics.holm([each.p for each in comparisons])
+    corrected = paired.holm([each.p for each in comparisons])
     return tuple(
         dataclasses.replace(each, corrected=p)
         for each, p in zip(comparisons, corrected, strict=True)
@@ -299,16 +298,16 @@ def _detectable(family: Sequence[Comparison]) -> tuple[Detectable, ...]:
         groups.setdefault((each.task, each.metric), []).append(each)
     found = []
     for (task, metric), group in groups.items():
-        n, alpha = group[0].n, statistics.LEVEL / len(family)
+        n, alpha = group[0].n, paired.LEVEL / len(family)
         shares = [
             (c.gained + c.lost) / n for c in group if c.gained is not None and c.lost is not None
         ]
         binary = len(shares) == len(group)
         if binary:
             spread = sum(shares) / len(shares)
-            effect = statistics.minimum_detectable_effect(n, spread, alpha)
+            effect = paired.minimum_detectable_effect(n, spread, alpha)
         else:
             spread = sum(each.deviation for each in group) / len(group)
-            effect = statistics.minimum_detectable_mean(n, spread, alpha)
+            effect = paired.minimum_detectable_mean(n, spread, alpha)
         found.append(Detectable(task, metric, n, spread, effect, binary))
     return tuple(found)

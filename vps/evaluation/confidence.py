@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy
 
-from vps.evaluation.outcome import Outcome
+from vps.evaluation.paired import Outcome
 
 ORDERS = ("uncertain", "hardest")
 

@@ -21,11 +21,14 @@ from vps.algorithm import coupling, policy, selection
 from vps.algorithm.flow import Given
 from vps.algorithm.weight import statistics
 from vps.backends.dispatch import backend
+from vps.config import VPSConfig
 from vps.functional import arrange, group, sharpen
+from vps.layers.forms import experts
 from vps.masking import STATE
-from vps.model.patching import disabled, sharpened_layers
+from vps.model.patching import disabled, patch, policy_state, sharpened_layers
 
 SHARPENED = "sharpened"
+SELECTING = ("target_modules", "exclude_modules", "layers_to_transform")
 Hook = Callable[[str, int, Any, Tensor, Tensor], Tensor | None]  # name and part of the tokens, x, y
 Features = tuple[Tensor, Tensor]  # I_in and I_out, [G, r]
 
@@ -65,15 +68,12 @@ def random_indices(model: nn.Module, seed: int = 0) -> Iterator[None]:
     Policy, clip and factors stay. Features that carry little make smaller updates; see
     :func:`random_noise` for a control of equal size.
     """
-    layers = _layers(model)
-    before = [(layer, layer.config) for layer in layers.values()]
-    try:
-        for number, layer in enumerate(layers.values()):
-            layer.config = layer.config.replace(builder="random", seed=_own_seed(seed, number))
+
+    def drawn(number: int, config: VPSConfig) -> VPSConfig:
+        return config.replace(builder="random", seed=_own_seed(seed, number))
+
+    with with_configs(model, drawn):
         yield
-    finally:
-        for layer, config in before:
-            layer.config = config
 
 
 @contextmanager
@@ -185,6 +185,72 @@ CONTROLS: dict[str, Callable[[nn.Module, int], AbstractContextManager[None]]] = 
 }
 
 
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode without entropy and history, then back as it was."""
+    state, training = policy_state(model), {m: m.training for m in model.modules()}
+    entropy, outcomes = state.entropy, state.outcomes
+    state.reset()
+    model.eval()
+    try:
+        yield
+    finally:
+        state.entropy, state.outcomes = entropy, outcomes
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def with_configs(model: nn.Module, change: Callable[[int, VPSConfig], VPSConfig]) -> Iterator[None]:
+    """Give every layer the config that ``change`` makes of its number and its own, for the time."""
+    layers = list(_layers(model).values())
+    before = [layer.config for layer in layers]
+    try:
+        for number, (layer, config) in enumerate(zip(layers, before, strict=True)):
+            layer.config = change(number, config)
+        yield
+    finally:
+        for layer, config in zip(layers, before, strict=True):
+            layer.config = config
+
+
+@contextmanager
+def configured(model: nn.Module, config: VPSConfig | None) -> Iterator[None]:
+    """Put every layer under ``config``, patching anew where that selects other layers.
+
+    Raises:
+        TypeError: no ``VPSConfig`` and not ``None``, which leaves all as it is.
+        ValueError: other layers than those of the one config there is, or of unequal ones.
+    """
+    before = [layer.config for layer in _layers(model).values()]
+    if config is None:
+        yield
+        return
+    if not isinstance(config, VPSConfig):
+        raise TypeError(f"evaluation: config must be a VPSConfig, got {type(config).__name__}")
+    if any(_selects_otherwise(model, old, config) for old in before):
+        if any(old != before[0] for old in before):
+            raise ValueError(
+                "evaluation: a config with other target modules needs layers of one config, got "
+                f"{len(set(before))}"
+            )
+        patch(model, config)
+        try:
+            yield
+        finally:
+            patch(model, before[0])
+        return
+    with with_configs(model, lambda number, old: config):
+        yield
+
+
+def _selects_otherwise(model: nn.Module, old: VPSConfig, new: VPSConfig) -> bool:
+    """Whether other layers are sharpened under another config, as experts are by their scope."""
+    if any(getattr(old, name) != getattr(new, name) for name in SELECTING):
+        return True
+    return (old.scope == "token") != (new.scope == "token") and bool(experts(model))
+
+
 def _layers(model: nn.Module) -> dict[str, Any]:
     layers: dict[str, Any] = sharpened_layers(model) if isinstance(model, nn.Module) else {}
     if not layers:
@@ -267,7 +333,5 @@ def _own_selection(
         joint = coupling.decide(x, H, of_key[0], mask, None, r, pair.heads, pair.kv_heads)
         index = 0 if layer is deciding[0] else 1
         return (joint.features[:, 0], joint.features[:, index + 1]), joint.energy
-    I_in, I_out = (
-        selection.top_k(statistics(values, mask, False)[0], r) for values in (x, H)
-    )
+    I_in, I_out = (selection.top_k(statistics(values, mask, False)[0], r) for values in (x, H))
     return (I_in, I_out), None

@@ -40,6 +40,7 @@ BASELINE = "baseline"
 CONTROLS = ("random_indices", "random_noise", "shuffled_selection")
 KEYS = ("title", "fixed", "grid", "cells", "controls", "draws")
 MOST_CELLS = 10_000
+FORMAT = "vps-ablation-2"  # of a run's definition
 
 
 class GridError(ValueError):
@@ -144,6 +145,45 @@ def make_grid(values: Any, default_title: str = "ablation") -> Grid:
     if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= 100:
         raise GridError(f"draws is {draws!r}, expected an integer 1 to 100")
     return Grid(title, _with_controls(names, _controls(values.get("controls", True)), draws))
+
+
+def definition_of(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run the same run, as it stands in ``run.json``."""
+    return {
+        "format": FORMAT,
+        "title": grid.title,
+        "settings": json.loads(json.dumps(settings)),
+        "cells": [cell.as_dict() for cell in grid.cells],
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two definitions of a run differ in, in words."""
+
+    def changed(there: Mapping[str, Any], here: Mapping[str, Any], verb: str = "") -> list[str]:
+        names = dict.fromkeys([*there, *here])
+        pairs = ((name, there.get(name), here.get(name)) for name in names)
+        return [f"{name} {verb}{a!r} there, {b!r} here" for name, a, b in pairs if a != b]
+
+    found = changed(before["settings"], now["settings"], "is ")
+    cells = [{cell["name"]: _flat(cell) for cell in each["cells"]} for each in (before, now)]
+    for place, one, other in (("there", *cells), ("here", *reversed(cells))):
+        names = [name for name in one if name not in other]
+        if names:
+            listed = ", ".join(repr(name) for name in names[:3]) + (", …" if names[3:] else "")
+            found.append(f"{len(names)} cells only {place}: {listed}")
+    for name in cells[0]:
+        own = changed(cells[0][name], cells[1].get(name, cells[0][name]))
+        if own:
+            found.append(f"cell {name!r}: {', '.join(own)}")
+    if not found and list(cells[0]) != list(cells[1]):
+        found.append("the cells are in another order")
+    return found + changed({"title": before["title"]}, {"title": now["title"]}, "is ")
+
+
+def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
+    values = {key: cell[key] for key in ("control", "draw", "of")}
+    return values | dict(cell["config"] or {})
 
 
 def _asked(values: Mapping[str, Any]) -> Iterable[tuple[str, str | None, dict[str, Any]]]:

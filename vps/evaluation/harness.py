@@ -6,13 +6,12 @@ All variants see the same documents. Requests that score given continuations run
 
 from __future__ import annotations
 
-import difflib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,16 @@ import torch
 from torch import nn
 
 from vps.config import VPSConfig
-from vps.evaluation import tasks as offline
-from vps.evaluation.controls import CONTROLS, SHARPENED, control
-from vps.evaluation.lm import language_model
-from vps.evaluation.outcome import Outcome
-from vps.evaluation.samples import outcomes_of
-from vps.layers.forms import experts
+from vps.evaluation.controls import CONTROLS, SHARPENED, as_it_was, configured, control
+from vps.evaluation.grid import BASELINE, Cell
+from vps.evaluation.lm import language_model, outcomes_of
+from vps.evaluation.paired import Outcome, grouped
+from vps.evaluation.runs import Evaluation, Evaluator
+from vps.evaluation.tasks import load
 from vps.model.patching import patch, policy_state, sharpened_layers, unpatch
 
 VARIANTS = (SHARPENED, *CONTROLS)
-SELECTING = ("target_modules", "exclude_modules", "layers_to_transform")
+COUNTED = "Differences are counted, not tested: few documents show large ones by chance."
 SCOPES = ("token", "sequence", "batch", "config")
 
 
@@ -122,9 +121,9 @@ class Harness:
         self.limit = limit
         self.chat = chat
         self.seed = seed
-        with _as_it_was(model):
+        with as_it_was(model):
             self._lm = language_model(model, tokenizer, batch_size, scoring_scope, group)
-        self._tasks = _load(tasks, [Path(path) for path in include_path], num_fewshot, seed)
+        self._tasks = load(tasks, [Path(path) for path in include_path], num_fewshot, seed)
 
     def documents(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """Every document that a run sees: its task, and question and answer as the task puts them,
@@ -162,10 +161,10 @@ class Harness:
         for task in self._tasks["tasks"].values():
             task.set_fewshot_seed(self.seed)
         with ExitStack() as stack:
-            stack.enter_context(_as_it_was(self.model))
+            stack.enter_context(as_it_was(self.model))
             stack.enter_context(_seeded(self.seed))
-            stack.enter_context(_configured(self.model, config))
-            configs = {layer.config for layer in _layers(self.model)}
+            stack.enter_context(configured(self.model, config))
+            configs = {layer.config for layer in sharpened_layers(self.model).values()}
             stack.enter_context(control(self.model, variant, seed))
             found = evaluator.evaluate(
                 lm=self._lm,
@@ -262,25 +261,6 @@ def evaluate(
             unpatch(model)
 
 
-def _layers(model: nn.Module) -> list[Any]:
-    return list(sharpened_layers(model).values())
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Without the entropy and history of an earlier prompt; then as before, training mode too."""
-    state, training = policy_state(model), {m: m.training for m in model.modules()}
-    entropy, outcomes = state.entropy, state.outcomes
-    state.reset()
-    model.eval()
-    try:
-        yield
-    finally:
-        state.entropy, state.outcomes = entropy, outcomes
-        for module, mode in training.items():
-            module.training = mode
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Fixed random numbers for sampled generation; the caller's go on where they were."""
@@ -295,85 +275,113 @@ def _seeded(seed: int) -> Iterator[None]:
             random.setstate(before)
 
 
-@contextmanager
-def _configured(model: nn.Module, config: VPSConfig | None) -> Iterator[None]:
-    """Every layer under ``config``, patched anew where it selects other layers."""
-    layers = _layers(model)
-    before = [layer.config for layer in layers]
-    if config is None:
-        yield
-        return
-    if not isinstance(config, VPSConfig):
-        raise TypeError(f"evaluation: config must be a VPSConfig, got {type(config).__name__}")
-    if any(_selects_otherwise(model, old, config) for old in before):
-        if any(old != before[0] for old in before):
-            raise ValueError(
-                "evaluation: a config with other target modules needs layers of one config, got "
-                f"{len(set(before))}"
-            )
-        patch(model, config)
-        try:
-            yield
-        finally:
-            patch(model, before[0])
-        return
-    try:
-        for layer in layers:
-            layer.config = config
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.config = old
+def harness_evaluator(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    num_fewshot: int | None = None,
+    include_path: Sequence[Path] = (),
+    chat: bool = False,
+) -> Evaluator:
+    """Evaluation of cells by lm-eval: the one place that knows how the harness is called.
 
-
-def _selects_otherwise(model: nn.Module, old: VPSConfig, new: VPSConfig) -> bool:
-    """Whether other layers are sharpened under another config, as experts are by their scope."""
-    if any(getattr(old, name) != getattr(new, name) for name in SELECTING):
-        return True
-    return (old.scope == "token") != (new.scope == "token") and bool(experts(model))
-
-
-def _load(
-    wanted: Sequence[Any], include_path: list[Path], num_fewshot: int | None, seed: int
-) -> dict[str, Any]:
-    """Tasks by lm-eval's loader, set as its ``simple_evaluate`` sets them.
-
-    lm-eval's own index takes 10 s, so it is read only for names that are found nowhere else.
+    Given continuations are scored under the scope of the cell, which is causal unless the grid
+    asks for another. The arguments are those of :class:`vps.evaluation.harness.Harness`.
     """
-    from lm_eval.tasks import TaskManager
+    harness = Harness(
+        model,
+        tokenizer,
+        tasks,
+        limit=limit,
+        batch_size=batch_size,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+        chat=chat,
+        scoring_scope="config",
+    )
 
-    for path in include_path:
-        if not path.is_dir():
-            raise ValueError(f"evaluation: include_path must be a folder, got {path}")
-    specs = [
-        offline.task(spec) if isinstance(spec, str) and spec in offline.names() else spec
-        for spec in wanted
-    ]
-    paths: list[str | Path] = list(include_path)
-    manager = TaskManager(include_path=paths or None, include_defaults=False)
+    def evaluate(cell: Cell) -> Evaluation:
+        variant = BASELINE if cell.config is None else cell.control or "sharpened"
+        scores = harness.run(cell.config, variant, seed=cell.draw)
+        return Evaluation(scores.outcomes, scores.scopes)
 
-    def missing() -> list[str]:
-        return [
-            spec
-            for spec in specs
-            if isinstance(spec, str)
-            and spec not in manager.task_index
-            and not (spec.endswith((".yaml", ".yml")) and Path(spec).is_file())
-        ]
+    return evaluate
 
-    names = list(offline.names())
-    if any(not name.startswith("vps_") for name in missing()):
-        manager = TaskManager(include_path=paths or None)
-    for name in missing():
-        close = difflib.get_close_matches(name, [*names, *manager.all_tasks], n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ValueError(f"evaluation: no task {name!r}{hint}")
-    loaded: dict[str, Any] = manager.load(specs)
-    for task in loaded["tasks"].values():
-        default = task.get_config("num_fewshot")
-        if default is None:
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        elif num_fewshot is not None and default != 0:
-            task.set_config(key="num_fewshot", value=num_fewshot)
-        task.set_fewshot_seed(seed)
-    return loaded
+
+def table_rows(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
+    """One row for every task, metric and variant.
+
+    Returns:
+        Dicts of ``task``, ``metric``, ``variant``, ``n`` (documents) and ``value`` (weighted mean);
+        with a baseline among the variants also ``difference`` from it and, where all values are 0
+        or 1, ``gained`` and ``lost`` documents, else ``None``.
+
+    Raises:
+        ValueError: variants of unequal documents.
+    """
+    groups = {name: grouped(each.outcomes) for name, each in scores.items()}
+    found = []
+    for task, metric in dict.fromkeys(key for group in groups.values() for key in group):
+        own = {name: _by_document(group.get((task, metric), [])) for name, group in groups.items()}
+        base = own.get(BASELINE)
+        for variant, documents in own.items():
+            row = {"task": task, "metric": metric, "variant": variant, "n": len(documents)}
+            row["value"] = _mean(documents)
+            if base is not None:
+                if base.keys() != documents.keys():
+                    raise ValueError(
+                        f"table: {variant} must have the documents of the baseline in {task!r}, "
+                        f"{metric!r}, {len(base.keys() ^ documents.keys())} are in one of them only"
+                    )
+                row["difference"] = _mean(documents) - _mean(base)
+                row["gained"], row["lost"] = _flips(base, documents)
+            found.append(row)
+    return found
+
+
+def table_text(scores: Mapping[str, Scores]) -> str:
+    """The rows as a table, and under which scope they ran."""
+    lines: list[str] = []
+    for (task, metric, n), group in groupby(
+        table_rows(scores), lambda row: (row["task"], row["metric"], row["n"])
+    ):
+        lines += [*([""] if lines else []), f"{task}, {metric}, {n} documents"]
+        for row in group:
+            line = f"  {row['variant']:<20} {row['value']:9.4f}"
+            if "difference" in row and row["variant"] != BASELINE:
+                line += f"  {row['difference']:+9.4f}"
+                if row["gained"] is not None:
+                    line += f"  +{row['gained']} −{row['lost']}"
+            lines.append(line)
+    ran = {f"{kind} under scope {s}" for each in scores.values() for kind, s in each.scopes.items()}
+    return "\n".join([*lines, "", *([f"ran: {', '.join(sorted(ran))}"] if ran else []), COUNTED])
+
+
+def _by_document(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
+    found: dict[str, Outcome] = {}
+    for each in outcomes:
+        if each.document in found:
+            raise ValueError(
+                f"table: document {each.document!r} of {each.task!r} comes twice for "
+                f"{each.metric!r}"
+            )
+        found[each.document] = each
+    return found
+
+
+def _mean(documents: Mapping[str, Outcome]) -> float:
+    total = sum(each.weight for each in documents.values())
+    above = sum(each.value * each.weight for each in documents.values())
+    return above / total if total else float("nan")
+
+
+def _flips(
+    before: Mapping[str, Outcome], after: Mapping[str, Outcome]
+) -> tuple[int | None, int | None]:
+    pairs = [(each.value, after[key].value) for key, each in before.items()]
+    if any(value not in (0, 1) for pair in pairs for value in pair):
+        return None, None
+    return sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)

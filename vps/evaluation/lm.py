@@ -14,14 +14,17 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vps.evaluation.controls import with_configs
+from vps.evaluation.paired import Outcome
 from vps.masking import token_mask
 from vps.model.patching import check_scope, sharpened_layers
 
-SCORING = ("loglikelihood", "loglikelihood_rolling")
+ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 def language_model(
@@ -61,16 +64,9 @@ def scoped(model: nn.Module, scope: str) -> Iterator[None]:
         ValueError: one of another scope than ``"token"`` for sharpened experts.
     """
     check_scope(model, scope, "evaluation")
-    layers: list[Any] = list(sharpened_layers(model).values())
-    before = [layer.config for layer in layers]
-    changed = {id(config): config.replace(scope=scope) for config in before}
-    try:
-        for layer, config in zip(layers, before, strict=True):
-            layer.config = changed[id(config)]
+    other = cache(lambda config: config.replace(scope=scope))
+    with with_configs(model, lambda number, config: other(config)):
         yield
-    finally:
-        for layer, config in zip(layers, before, strict=True):
-            layer.config = config
 
 
 def shared(
@@ -187,3 +183,62 @@ def _counted(inputs: Tensor, waiting: Counter[tuple[int, ...]]) -> Tensor | None
         return None
     ends = torch.tensor(lengths, device=inputs.device).unsqueeze(1)
     return torch.arange(width, device=inputs.device) < ends
+
+
+def outcomes_of(task: Any, samples: list[dict[str, Any]], tokens: Callable[[str], int]) -> list:
+    """Outcomes of the samples that lm-eval logged for a task, in their order.
+
+    A metric keeps its name; one of a named filter is ``"metric,filter"``. Log-likelihoods become
+    ``"nll"`` in nats: per token, weighted by the tokens, for whole texts; per target for
+    ``perplexity``. Metrics that are no number per document (F1, Matthews) are left out.
+
+    Args:
+        task: the lm-eval task.
+        samples: what it logged.
+        tokens: counts the tokens of a text.
+
+    Raises:
+        ValueError: none of the task's metrics is a number per document.
+    """
+    outcomes: list[Outcome] = []
+    for sample in samples:
+        document = f"{sample['doc_id']}:{sample['doc_hash'][:8]}"
+        margin = _margin(task, sample)
+        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        seen: dict[str, tuple[float, float]] = {}
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            if metric in ROLLING:
+                count = tokens(sample["arguments"][0][0])
+                seen["nll"] = (-float(value[0]) / max(1, count), float(max(1, count)))
+            elif metric == "perplexity":
+                seen["nll"] = (-float(value), 1.0)
+            elif isinstance(value, (bool, int, float, numpy.number, numpy.bool_)):
+                seen[metric] = (float(value), 1.0)
+        outcomes += [
+            Outcome(task.task_name, document, metric + suffix, value, margin, weight)
+            for metric, (value, weight) in seen.items()
+        ]
+    if not outcomes:
+        metrics = sorted({metric for sample in samples for metric in sample["metrics"]})
+        raise ValueError(
+            f"evaluation: task {task.task_name!r} has no metric that is a number per document, "
+            f"got {', '.join(metrics) or 'none'}"
+        )
+    return outcomes
+
+
+def _margin(task: Any, sample: dict[str, Any]) -> float | None:
+    """Log-likelihood of the right choice less that of the best wrong one."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    document = sample["doc"]
+    choices = task.doc_to_choice(document)
+    gold = task.doc_to_text(document) if task.multiple_input else sample["target"]
+    if isinstance(gold, str):
+        gold = choices.index(gold) if gold in choices else -1
+    right = set(gold) if isinstance(gold, list) else {gold}
+    scores = [float(response[0]) for response in sample["filtered_resps"][: len(choices)]]
+    good = [score for index, score in enumerate(scores) if index in right]
+    bad = [score for index, score in enumerate(scores) if index not in right]
+    return max(good) - max(bad) if good and bad else None

@@ -1,33 +1,63 @@
-"""The folder of an ablation: what was asked for, and one line a finished cell, safe to kill.
+"""Evaluate the cells of a grid into a folder that can be killed, continued and shared.
 
-``run.json`` holds the definition of the run, ``cells-RANK.jsonl`` what the process of that rank
-finished, ``lock`` nothing: its bytes are locked, one a cell, by the process that works on it.
+``run.json`` holds the definition of the run, ``cells/INDEX.json`` what came of one cell, and
+``table.md`` what is finished. ``lock`` is held while a process begins, and ``lock-RANK-of-WORLD``
+by the process of that rank until its end. A folder of version 0.1 has its cells as lines of
+``cells-RANK.jsonl``, which are read and never written to.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vps import jsonl
-from vps.evaluation.grid import Cell, Grid
-from vps.evaluation.outcome import Outcome
+import torch
+from filelock import FileLock, Timeout
 
-FORMAT = "vps-ablation-1"
-BEGINNING = '{"cell": 0, "seconds": '  # of every line of a shard
+from vps import files
+from vps.doctor import package_version, processor_name
+from vps.evaluation.grid import BASELINE, FORMAT, Cell, Grid, definition_of, differences
+from vps.evaluation.paired import Outcome, check_outcomes, grouped, weighted_mean
+from vps.evaluation.templates import render
+
+EARLIER = "vps-ablation-1"
+BEGINNING = '{"cell": 0, "seconds": '  # of every line of an earlier version
+PACKAGES = ("vps-kernels", "torch", "transformers", "lm-eval", "reasoning-gym")
 MOST_DIFFERENCES = 6
-OPENING = 2**40  # the byte of the lock, past those of all cells, held while run.json is compared
 
 
 class RunError(ValueError):
     """The folder holds another run, or none, or another process works on it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of one variant: its outcomes, and the scope that ran by kind of request."""
+
+    outcomes: Sequence[Outcome]
+    scopes: Mapping[str, str] = field(default_factory=dict)
+
+
+Evaluator = Callable[[Cell], Evaluation]
+
+
+@dataclass(frozen=True)
+class AblationResult:
+    """How many cells this process evaluated, that failed, and that had been finished before."""
+
+    evaluated: int
+    failed: int
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +82,42 @@ class Record:
     scopes: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; outcomes are columns, one group a task and metric."""
+        columns = ("document", "value", "margin", "weight")
+        return {
+            **{name: value for name, value in vars(self).items() if name != "outcomes"},
+            "seconds": round(self.seconds, 3),
+            "outcomes": [
+                {"task": task, "metric": metric}
+                | {name: [getattr(each, name) for each in group] for name in columns}
+                for (task, metric), group in grouped(self.outcomes).items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """What :meth:`as_dict` gave, also that of an earlier version.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are of something else.
+        """
+        outcomes = []
+        for group in values["outcomes"]:
+            count = len(group["document"])
+            columns = (
+                group["document"],
+                group["value"],
+                group["margin"] or [None] * count,
+                group["weight"] or [1.0] * count,
+            )
+            outcomes += [
+                Outcome(group["task"], document, group["metric"], *numbers)
+                for document, *numbers in zip(*columns, strict=True)
+            ]
+        names = ("seconds", "first", "facts", "scopes", "error")
+        return cls(values["cell"], tuple(outcomes), *(values[name] for name in names))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,20 +128,119 @@ class Run:
     definition: Mapping[str, Any]
     records: Mapping[int, Record]
 
-    @property
+    @cached_property
     def finished(self) -> dict[int, Record]:
         """The records of cells that did not fail."""
         return {index: record for index, record in self.records.items() if record.error is None}
 
+    @cached_property
+    def waiting(self) -> dict[str, list[str]]:
+        """Finished cells that must not be shown yet, with the controls that they wait for."""
+        missing: dict[str, list[str]] = {}
+        for cell in self.cells:
+            if cell.control is not None and cell.index not in self.finished:
+                for name in cell.of:
+                    missing.setdefault(name, []).append(cell.name)
+        done = [cell.name for cell in self.cells if cell.index in self.finished]
+        return {name: missing[name] for name in done if name in missing}
 
-def definition_of(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run the same run, as it stands in ``run.json``."""
+
+def ablate(
+    grid: Grid,
+    evaluate: Evaluator,
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    facts: Mapping[str, Any] | None = None,
+    advance: Callable[[], None] | None = None,
+) -> AblationResult:
+    """Evaluate the cells that ``folder`` does not hold, those of one process of several.
+
+    Killed at any moment and called again, it loses no finished cell and repeats none. A cell that
+    fails is written with its error and tried again by the next call; a failed baseline ends the
+    run, since nothing can be compared with it.
+
+    Args:
+        grid: of :func:`vps.evaluation.grid.read_grid`.
+        evaluate: gives the outcomes of a cell, the same documents for each.
+        folder: made if it is not there, continued if it is.
+        settings: whatever else the numbers depend on, for JSON: model, tasks, limit, seed. A folder
+            made with others is refused.
+        rank, world: this process takes the cells ``rank``, ``rank + world``, …
+        facts: machine and versions, written to each cell.
+        advance: called after every cell of this process, finished ones too.
+
+    Raises:
+        RunError: the folder holds another run, or another process works on it.
+        OSError: the folder cannot be written, such as for a full disk; what was finished stays.
+        RuntimeError: the baseline failed.
+        ValueError: a rank that does not fit.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"ablate: rank is {rank} of {world} processes, expected 0 to {world - 1}")
+    say = advance or (lambda: None)
+    evaluated = failed = skipped = 0
+    with writing(folder, definition_of(grid, settings), rank, world):
+        done = _show(folder).finished
+        for index in own_cells(len(grid.cells), rank, world):
+            if index in done:
+                skipped += 1
+            else:
+                first = evaluated + failed == 0
+                record = _evaluated(grid.cells[index], evaluate, first, facts or {})
+                files.replace(_file_of(folder, index), json.dumps(record.as_dict()) + "\n")
+                _show(folder)
+                failed += record.error is not None
+                evaluated += record.error is None
+                if record.error is not None and grid.cells[index].name == BASELINE:
+                    raise RuntimeError(f"the baseline failed: {record.error}")
+            say()
+    return AblationResult(evaluated, failed, skipped)
+
+
+def _evaluated(cell: Cell, evaluate: Evaluator, first: bool, facts: Mapping[str, Any]) -> Record:
+    start = time.perf_counter()
+    error = None
+    found = Evaluation(())
+    try:
+        found = evaluate(cell)
+        check_outcomes(found.outcomes)
+    except Exception as problem:  # whatever a cell brings up must not end the others
+        found = Evaluation(())
+        error = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    seconds = time.perf_counter() - start
+    return Record(
+        cell.index, tuple(found.outcomes), seconds, first, facts, dict(found.scopes), error
+    )
+
+
+def machine_facts(device: str = "cpu") -> dict[str, Any]:
+    """Machine and versions, as they are written to each cell."""
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else processor_name()
     return {
-        "format": FORMAT,
-        "title": grid.title,
-        "settings": json.loads(json.dumps(settings)),
-        "cells": [cell.as_dict() for cell in grid.cells],
+        "device": f"{kind}: {name}",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: package_version(package) for package in PACKAGES},
     }
+
+
+def fingerprint(model: str) -> str | None:
+    """Tell weights of a local file or folder apart by names, sizes and last MiB; else ``None``."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return None
+    parts = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    digest = hashlib.sha256()
+    for each in parts:
+        with each.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2**20))
+            digest.update(f"{each.name}:{size}:".encode() + file.read())
+    return digest.hexdigest()[:16]
 
 
 def read_run(folder: Path) -> Run:
@@ -86,28 +251,48 @@ def read_run(folder: Path) -> Run:
         OSError: a file cannot be read.
     """
     path = folder / "run.json"
-    try:
-        definition = jsonl.parse_object(path.read_bytes())
-    except FileNotFoundError:
-        raise RunError(f"{folder} holds no run: expected {path}, which `vps ablate` makes") from (
-            None
-        )
-    if definition is None or definition.get("format") != FORMAT:
-        raise RunError(f"{path} is not of the format {FORMAT}")
+    if not path.exists():
+        raise RunError(f"{folder} holds no run: expected {path}, which `vps ablate` makes")
+    definition = _definition(path)
     cells = tuple(Cell.from_dict(values) for values in definition["cells"])
     records: dict[int, Record] = {}
-    for shard in sorted(folder.glob("cells-*.jsonl")):
-        for number, values in enumerate(_rows(shard)[0], 1):
-            try:
-                record = _record(values)
-            except (KeyError, TypeError, ValueError):
-                raise RunError(f"{shard}: row {number} is no result of a cell") from None
-            if record.cell not in range(len(cells)):
-                raise RunError(f"{shard}: row {number} is of no cell of {path}")
-            kept = records.get(record.cell)
-            if kept is None or kept.error is not None:
-                records[record.cell] = record
+    for where, values in _results(folder):
+        try:
+            record = Record.from_dict(values)
+        except (KeyError, TypeError, ValueError):
+            raise RunError(f"{where} is no result of a cell") from None
+        if record.cell not in range(len(cells)):
+            raise RunError(f"{where} is of no cell of {path}")
+        kept = records.get(record.cell)
+        if kept is None or kept.error is not None:
+            records[record.cell] = record
     return Run(definition["title"], cells, definition["settings"], dict(sorted(records.items())))
+
+
+def _definition(path: Path) -> dict[str, Any]:
+    found = files.parse_object(path.read_bytes())
+    keys = {"title", "settings", "cells"}
+    if found is None or found.get("format") not in (FORMAT, EARLIER) or not keys <= set(found):
+        raise RunError(f"{path} is not of the format {FORMAT} or {EARLIER}")
+    return found
+
+
+def _results(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every result of a cell, and where it is from; those of an earlier version come first."""
+    for shard in sorted(folder.glob("cells-*.jsonl")):
+        try:
+            rows, _ = files.read_objects(shard, BEGINNING)
+        except files.BrokenLineError as error:
+            raise RunError(str(error)) from None
+        for number, values in enumerate(rows, 1):
+            yield f"{shard}: row {number}", values
+    for path in sorted(folder.glob("cells/*.json")):
+        found = files.parse_object(path.read_bytes()) or {}
+        yield str(path), found if path.stem == str(found.get("cell")) else {}
+
+
+def _file_of(folder: Path, index: int) -> Path:
+    return folder / f"cells/{index}.json"
 
 
 def own_cells(count: int, rank: int, world: int) -> range:
@@ -118,186 +303,86 @@ def own_cells(count: int, rank: int, world: int) -> range:
 @contextlib.contextmanager
 def writing(
     folder: Path, definition: Mapping[str, Any], rank: int = 0, world: int = 1
-) -> Iterator[Path]:
-    """Hold the cells of a rank, in a folder that is of this run; gives the file to append to.
+) -> Iterator[None]:
+    """Hold the cells of a rank, in a folder that is of this run.
 
     Raises:
         RunError: another process works on one of these cells, or the folder holds another run, with
             what differs.
         OSError: the folder cannot be written.
     """
+    count = len(definition["cells"])
+    own = own_cells(count, rank, world)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("ab") as lock:  # released by its end, of whatever kind
-        for index in own_cells(len(definition["cells"]), rank, world):
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
-            except (BlockingIOError, PermissionError):
-                raise RunError(
-                    f"another process is writing to {folder} (it works on cell {index}); wait for "
-                    "its end, or choose another folder"
-                ) from None
-        fcntl.lockf(lock, fcntl.LOCK_EX, 1, OPENING)
-        _check(folder, definition)
-        fcntl.lockf(lock, fcntl.LOCK_UN, 1, OPENING)
-        shard = folder / f"cells-{rank}.jsonl"
-        if shard.exists():
-            jsonl.cut(shard, _rows(shard)[1])
-        else:
-            shard.touch()
-            _sync(folder)
-        yield shard
+    with contextlib.ExitStack() as held:
+        with FileLock(folder / "lock"):
+            for other in _working(folder):
+                both = set(own) & set(own_cells(count, *other))
+                if both:
+                    raise RunError(
+                        f"another process is writing to {folder} (it works on cell {min(both)}); "
+                        "wait for its end, or choose another folder"
+                    )
+            _check(folder, definition)
+            (folder / "cells").mkdir(exist_ok=True)
+            lock = FileLock(folder / f"lock-{rank}-of-{world}")  # released by its end of any kind
+            held.enter_context(lock.acquire(blocking=False))
+        for part in folder.glob("cells/.*.json.*"):  # left by a process that was killed
+            if part.name.split(".")[1] in map(str, own):
+                part.unlink()
+        yield
 
 
 def wait_for_others(folder: Path) -> None:
     """Return once no process works on a cell of the folder; this one must hold none."""
-    with (folder / "lock").open("ab") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX, OPENING, 0)
+    while True:
+        with FileLock(folder / "lock"):
+            if not any(_working(folder)):
+                return
+        time.sleep(0.1)
 
 
-def line_of(record: Record) -> dict[str, Any]:
-    """A record as a line of a shard; outcomes are columns, one group a task and metric."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in record.outcomes:
-        groups.setdefault((outcome.task, outcome.metric), []).append(outcome)
-    return {
-        "cell": record.cell,
-        "seconds": round(record.seconds, 3),
-        "first": record.first,
-        "error": record.error,
-        "facts": dict(record.facts),
-        "scopes": dict(record.scopes),
-        "outcomes": [
-            {
-                "task": task,
-                "metric": metric,
-                "document": [each.document for each in group],
-                "value": [each.value for each in group],
-                "margin": _unless(None, [each.margin for each in group]),
-                "weight": _unless(1.0, [each.weight for each in group]),
-            }
-            for (task, metric), group in groups.items()
-        ],
-    }
-
-
-def check_outcomes(outcomes: Sequence[Outcome]) -> None:
-    """Refuse what no statistics can be made of.
-
-    Raises:
-        ValueError: none at all, a document twice, or a value that is not finite.
-    """
-    if not outcomes:
-        raise ValueError("the evaluation gave no outcome")
-    seen = set()
-    for each in outcomes:
-        where = f"{each.metric} of document {each.document!r} of {each.task}"
-        if (each.task, each.metric, each.document) in seen:
-            raise ValueError(f"{where} comes twice")
-        seen.add((each.task, each.metric, each.document))
-        if not math.isfinite(each.value) or not math.isfinite(each.weight) or each.weight <= 0:
-            raise ValueError(
-                f"{where} is {each.value} with weight {each.weight}, expected finite numbers and a "
-                "positive weight"
-            )
-
-
-def _unless(usual: float | None, values: list[Any]) -> list[Any] | None:
-    return None if all(value == usual for value in values) else values
-
-
-def _record(values: Mapping[str, Any]) -> Record:
-    outcomes = []
-    for group in values["outcomes"]:
-        count = len(group["document"])
-        columns = (
-            group["document"],
-            group["value"],
-            group["margin"] or [None] * count,
-            group["weight"] or [1.0] * count,
-        )
-        for document, value, margin, weight in zip(*columns, strict=True):
-            outcomes.append(
-                Outcome(group["task"], document, group["metric"], value, margin, weight)
-            )
-    return Record(
-        values["cell"],
-        tuple(outcomes),
-        values["seconds"],
-        values["first"],
-        values["facts"],
-        values["scopes"],
-        values["error"],
-    )
-
-
-def _rows(shard: Path) -> tuple[list[dict[str, Any]], int]:
-    try:
-        return jsonl.read_objects(shard, BEGINNING)
-    except jsonl.BrokenLineError as error:
-        raise RunError(str(error)) from None
+def _working(folder: Path) -> Iterator[tuple[int, int]]:
+    """Rank and world of every process that works on the folder."""
+    for path in folder.glob("lock-*-of-*"):
+        named = re.fullmatch(r"lock-(\d+)-of-(\d+)", path.name)
+        if named is not None:
+            try:
+                FileLock(path).acquire(blocking=False).lock.release()
+            except Timeout:
+                yield int(named[1]), int(named[2])
 
 
 def _check(folder: Path, definition: Mapping[str, Any]) -> None:
     """Make ``run.json``, or compare with the one that is there."""
     path = folder / "run.json"
-    if not path.exists():
-        if next(folder.glob("cells-*.jsonl"), None) is not None:
-            raise RunError(f"{folder} holds cells but no run.json")
-        if (folder / "table.md").exists():
-            raise RunError(f"{folder} holds table.md, but no run.json that it would be of")
-        jsonl.replace(path, json.dumps(definition, ensure_ascii=False) + "\n")
-        _sync(folder)
+    if path.exists():
+        found = differences(_definition(path), definition)
+        if found:
+            shown = "; ".join(found[:MOST_DIFFERENCES])
+            more = len(found) - MOST_DIFFERENCES
+            raise RunError(
+                f"{folder} holds another run: {shown}{f'; and {more} more' if more > 0 else ''}. "
+                "Choose another folder, or take the change back"
+            )
         return
-    before = jsonl.parse_object(path.read_bytes())
-    if before is None or before.get("format") != FORMAT or not set(definition) <= set(before):
-        raise RunError(f"{path} is not of the format {FORMAT}")
-    found = differences(before, definition)
-    if found:
-        shown = "; ".join(found[:MOST_DIFFERENCES])
-        more = len(found) - MOST_DIFFERENCES
-        raise RunError(
-            f"{folder} holds another run: {shown}{f'; and {more} more' if more > 0 else ''}. "
-            "Choose another folder, or take the change back"
-        )
+    if any(True for pattern in ("cells-*.jsonl", "cells/*.json") for _ in folder.glob(pattern)):
+        raise RunError(f"{folder} holds cells but no run.json")
+    if (folder / "table.md").exists():
+        raise RunError(f"{folder} holds table.md, but no run.json that it would be of")
+    files.replace(path, json.dumps(definition) + "\n")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two definitions of a run differ in, in words."""
-    found = []
-    settings = [each["settings"] for each in (before, now)]
-    for name in dict.fromkeys([*settings[0], *settings[1]]):
-        there, here = (each.get(name) for each in settings)
-        if there != here:
-            found.append(f"{name} is {there!r} there, {here!r} here")
-    cells = [{cell["name"]: cell for cell in each["cells"]} for each in (before, now)]
-    for place, one, other in (("there", *cells), ("here", *reversed(cells))):
-        names = [name for name in one if name not in other]
-        if names:
-            listed = ", ".join(repr(name) for name in names[:3]) + (", …" if names[3:] else "")
-            found.append(f"{len(names)} cells only {place}: {listed}")
-    both = [name for name in cells[0] if name in cells[1]]
-    for name in both:
-        there, here = (_flat(each[name]) for each in cells)
-        changed = [f"{key} {there[key]!r} there, {here.get(key)!r} here"
-                   for key in there if there[key] != here.get(key)]  # fmt: skip
-        if changed:
-            found.append(f"cell {name!r}: {', '.join(changed)}")
-    if not found and list(cells[0]) != list(cells[1]):
-        found.append("the cells are in another order")
-    if before["title"] != now["title"]:
-        found.append(f"title is {before['title']!r} there, {now['title']!r} here")
-    return found
-
-
-def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
-    values = {key: cell[key] for key in ("control", "draw", "of")}
-    return values | dict(cell["config"] or {})
-
-
-def _sync(folder: Path) -> None:
-    """Make the folder's own entries durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _show(folder: Path) -> Run:
+    """Write ``table.md``, for whoever looks in before the end or after an interrupt."""
+    run = read_run(folder)
+    means = {
+        index: {
+            key: weighted_mean([o.value for o in group], [o.weight for o in group])[0]
+            for key, group in grouped(record.outcomes).items()
+        }
+        for index, record in run.finished.items()
+    }
+    columns = list(dict.fromkeys(key for each in means.values() for key in each))
+    files.replace(folder / "table.md", render("table.md", run=run, means=means, columns=columns))
+    return run

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from vps.config import VPSConfig
-from vps.evaluation import statistics
+from vps.evaluation import paired
 from vps.evaluation.comparison import (
     LOWER_IS_BETTER,
     NO_DIFFERENCE,
@@ -229,7 +229,7 @@ def _methods(analysis: Analysis) -> list[str]:
 
 def _detectable(each: Detectable, family: int) -> str:
     unit = unit_name(each.task, each.metric)
-    alpha = f"p < {statistics.LEVEL:g}/{family}, Holm's strictest step"
+    alpha = f"p < {paired.LEVEL:g}/{family}, Holm's strictest step"
     if each.binary:
         spread = f"when {number(100 * each.spread, 1)} % of the answers change, as they did"
         effect = f"{number(100 * each.effect, 1)} points"

@@ -6,11 +6,13 @@ Each kind comes in two forms: ``vps_KIND`` generates and compares the answer in 
 
 from __future__ import annotations
 
+import difflib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vps.verify import extract_number
@@ -140,6 +142,58 @@ def task(name: str, size: int = SIZE, seed: int = SEED) -> Any:
             },
         }  # fmt: skip
     return ConfigurableTask(config=config)
+
+
+def load(
+    wanted: Sequence[Any], include_path: Sequence[Path], num_fewshot: int | None, seed: int
+) -> dict[str, Any]:
+    """Load tasks as lm-eval's ``simple_evaluate`` does, the offline ones too.
+
+    lm-eval's own index takes 10 s, so it is read only for names that are found nowhere else.
+
+    Args:
+        wanted: names of tasks or groups, paths of YAML files, or lm-eval task objects.
+        include_path: folders of YAML tasks.
+        num_fewshot: examples before each question; ``None`` for the task's own number.
+        seed: of those examples.
+
+    Raises:
+        ValueError: a task that is not found, with the nearest names, or a path that is no folder.
+    """
+    from lm_eval.tasks import TaskManager
+
+    for path in include_path:
+        if not path.is_dir():
+            raise ValueError(f"evaluation: include_path must be a folder, got {path}")
+    own = names()
+    specs = [task(spec) if isinstance(spec, str) and spec in own else spec for spec in wanted]
+    paths: list[str | Path] = list(include_path)
+    manager = TaskManager(include_path=paths or None, include_defaults=False)
+
+    def missing() -> list[str]:
+        return [
+            spec
+            for spec in specs
+            if isinstance(spec, str)
+            and spec not in manager.task_index
+            and not (spec.endswith((".yaml", ".yml")) and Path(spec).is_file())
+        ]
+
+    if any(not name.startswith("vps_") for name in missing()):
+        manager = TaskManager(include_path=paths or None)
+    for name in missing():
+        close = difflib.get_close_matches(name, [*own, *manager.all_tasks], n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"evaluation: no task {name!r}{hint}")
+    loaded: dict[str, Any] = manager.load(specs)
+    for each in loaded["tasks"].values():
+        default = each.get_config("num_fewshot")
+        if default is None:
+            each.set_config(key="num_fewshot", value=num_fewshot or 0)
+        elif num_fewshot is not None and default != 0:
+            each.set_config(key="num_fewshot", value=num_fewshot)
+        each.set_fewshot_seed(seed)
+    return loaded
 
 
 def right(text: str, answer: str) -> bool:

@@ -4,11 +4,11 @@
 numbers fit them, with everything else frozen and every selection held within its step.
 """
 
-from vps.fitting.calibrate import CONTROLS, calibrate, sensitivity
+from vps.fitting.calibrate import CONTROLS, calibrate
 from vps.fitting.descent import Options
 from vps.fitting.examples import Example, check_apart, read_examples
 from vps.fitting.report import text
-from vps.fitting.sensitivity import Sensitivity, agreement
+from vps.fitting.sensitivity import Sensitivity, agreement, sensitivity
 
 __all__ = [
     "CONTROLS",

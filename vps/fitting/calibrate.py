@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,23 +12,27 @@ from typing import Any
 
 from torch import nn
 
+from vps import files
 from vps.config import VPSConfig
-from vps.fitting import held_out as reported
+from vps.fitting.controls import Scale, frequent_features, lora, random_features
 from vps.fitting.descent import Fit, Options, each_nll, fit, mean_nll
-from vps.fitting.examples import LONGEST, Encoded, Example, parse, split, told, usable
-from vps.fitting.forms import Form, Plain, Scale, Sharpening, frequent_features, random_features
-from vps.fitting.kept import Kept
-from vps.fitting.lora import lora
-from vps.fitting.loss import device_of
-from vps.fitting.sensitivity import Sensitivity, sensitivities
-from vps.fitting.texts import OTHER_TEXTS
+from vps.fitting.examples import LONGEST, OTHER_TEXTS, Encoded, parse_all, split, told, usable
+from vps.fitting.forms import Form, Sharpening
+from vps.fitting.report import (
+    HELD_OUT,
+    SHARPENING,
+    SIDE,
+    as_dict,
+    comparisons,
+    improves,
+    outcomes,
+)
+from vps.fitting.sensitivity import prepared, sensitivities
 from vps.model.calibration import Calibration, fingerprint, model_id
-from vps.model.ephemeral import restored
 from vps.model.matching import matches
-from vps.model.patching import check_scope, patch, policy_state, sharpened_layers, unpatch
+from vps.model.patching import sharpened_layers
+from vps.reading import parse_json, read_text
 
-SHARPENING = reported.SHARPENING
-PLAIN = reported.PLAIN
 CONTROLS = ("scale", "random-1", "random-2", "static", "lora")
 PER = ("layer", "column")
 LORA_EXAMPLES = 12  # by which the layers of the control are chosen
@@ -108,15 +111,15 @@ def calibrate(
     names = _controls(controls)
     if per not in PER:
         raise ValueError(f"calibrate: per must be one of {PER}, got {per!r}")
-    given = {"examples": _parsed("example", examples)}
+    given = {"examples": parse_all("example", examples)}
     if held_out is not None:
-        given["held-out examples"] = _parsed("held-out example", held_out)
-    given["other texts"] = _parsed(
+        given["held-out examples"] = parse_all("held-out example", held_out)
+    given["other texts"] = parse_all(
         "other text", OTHER_TEXTS if other_texts is None else other_texts
     )
     step, say = progress or (lambda message, total: None), advance or (lambda: None)
     with prepared(model, config, scope) as own:
-        device = device_of(model)
+        device = next(model.parameters()).device
         settings: dict[str, Any] = {"chat": chat, "longest": longest, "device": device}
         found_in = {of: usable(tokenizer, of, all_, **settings) for of, all_ in given.items()}
         codes = {of: dict(own) for of, (own, _) in found_in.items()}
@@ -154,7 +157,7 @@ def calibrate(
         found, gamma = _run(model, chosen, per, names, use, options, seed, kept, step, say)
         families = {}
         if parts.held_out:
-            families = reported.comparisons({n: each["outcomes"] for n, each in found.items()})
+            families = comparisons({n: each["outcomes"] for n, each in found.items()})
         result = Calibration(
             config=own,
             model=model_id(model),
@@ -168,7 +171,7 @@ def calibrate(
             report=_plain(
                 {
                     "forms": {name: each["summary"] for name, each in found.items()},
-                    "comparisons": reported.as_dict(families),
+                    "comparisons": as_dict(families),
                     "controls": list(names),
                     "layers": len(chosen),
                     "examples": {n: len(getattr(parts, n)) for n in ("fit", "stop", "held_out")},
@@ -178,83 +181,13 @@ def calibrate(
                 }
             ),
         )
-    kept.remove()
+    if kept.path is not None:
+        kept.path.unlink(missing_ok=True)
     if result.found is None:
         warnings.warn(f"vps.calibrate: {NOT_MEASURED}", stacklevel=2)
     elif not result.found:
         warnings.warn(f"vps.calibrate: {NOTHING_FOUND}", stacklevel=2)
     return result
-
-
-def sensitivity(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Any],
-    *,
-    config: VPSConfig | None = None,
-    scope: str = "token",
-    chat: bool = True,
-    longest: int = LONGEST,
-    progress: Progress | None = None,
-    advance: Callable[[], None] | None = None,
-) -> list[Sensitivity]:
-    """``∂L/∂γ`` of every layer at γ = 0 with its noise; nothing is fitted, the largest first.
-
-    Args: as for :func:`calibrate`.
-
-    Raises:
-        TypeError, ValueError: as for :func:`calibrate`.
-
-    Warns:
-        UserWarning: examples were left out.
-    """
-    parsed = _parsed("example", examples)
-    if not parsed:
-        raise ValueError("calibrate: expected at least one example, got none")
-    with prepared(model, config, scope):
-        settings: dict[str, Any] = {"chat": chat, "longest": longest, "device": device_of(model)}
-        codes, left_out = usable(tokenizer, "examples", parsed, **settings)
-        if left_out:
-            warnings.warn(f"vps.calibrate: {told(left_out, len(parsed))}", stacklevel=2)
-        use = [code for _, code in codes]
-        if progress is not None:
-            progress("taking gradients", len(use))
-        form = Sharpening(model, list(sharpened_layers(model)), False)
-        return sensitivities(model, form, use, advance or (lambda: None))
-
-
-@contextmanager
-def prepared(model: nn.Module, config: VPSConfig | None, scope: str) -> Iterator[VPSConfig]:
-    """``model`` sharpened, frozen and scored under ``scope``; its config. Then as it was.
-
-    Raises:
-        ValueError: layers of several configs, or of another than ``config``.
-    """
-    if scope not in VPSConfig.CHOICES["scope"]:
-        allowed = VPSConfig.CHOICES["scope"]
-        raise ValueError(f"calibrate: scope must be one of {allowed}, got {scope!r}")
-    patched_here = not sharpened_layers(model)
-    if patched_here:
-        patch(model, config)
-    try:
-        held: dict[str, Any] = sharpened_layers(model)
-        configs = list(dict.fromkeys(layer.config for layer in held.values()))
-        if len(configs) > 1:
-            raise ValueError(f"calibrate: the layers have {len(configs)} configs, expected one")
-        if config is not None and config != configs[0]:
-            raise ValueError(
-                "calibrate: the model is sharpened with another config than the one given"
-            )
-        check_scope(model, scope, "calibrate")
-        with restored(model):
-            policy_state(model).reset()
-            for layer in held.values():
-                layer.gradient, layer.memory = False, None
-                layer.config = layer.config.replace(scope=scope)
-            yield configs[0]
-    finally:
-        if patched_here:
-            unpatch(model)
 
 
 def _run(
@@ -270,7 +203,7 @@ def _run(
     say: Callable[[], None],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Every form's outcomes and summary, and γ."""
-    parts = {reported.HELD_OUT: use["held_out"], reported.SIDE: use["other"]}
+    parts = {HELD_OUT: use["held_out"], SIDE: use["other"]}
     size = sum(map(len, parts.values())) if use["held_out"] else 0
     found: dict[str, dict[str, Any]] = {}
     gamma: dict[str, Any] = {}
@@ -278,14 +211,14 @@ def _run(
     def measure(form: Form, done: Fit | None) -> None:
         if size:
             step(f"measuring: {form.name}", size)
-        outcomes = reported.outcomes(model, form, parts, say) if size else []
+        own = outcomes(model, form, parts, say) if size else []
         summary: dict[str, Any] = {"numbers": 0 if done is None else form.count}
         if done is not None:
             summary |= {name: value for name, value in vars(done).items() if name != "values"}
-        found[form.name] = {"outcomes": outcomes, "summary": summary}
+        found[form.name] = {"outcomes": own, "summary": summary}
 
     by_column = per == "column"
-    base = Plain(model, chosen, False)
+    base = Form(model, chosen, False)
     measure(base, None)
     plain = mean_nll(model, base, use["stop"])
     for name in (SHARPENING, *controls):
@@ -293,7 +226,7 @@ def _run(
         step(f"fitting: {name}", options.looks - len(options.learning_rates))
         done = fit(
             model, form, use["fit"], use["stop"], options, plain,
-            advance=say, state=kept.state(name), save=partial(kept.keep, name),
+            advance=say, state=kept.states.get(name), save=partial(kept.keep, name),
         )  # fmt: skip
         if isinstance(form, Sharpening) and name == SHARPENING:
             gamma = form.gammas()
@@ -372,7 +305,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _found(found: Mapping[str, dict[str, Any]], families: dict[str, list[Any]]) -> bool | None:
     if found[SHARPENING]["summary"]["step"] == 0:
         return False
-    return reported.improves(families)
+    return improves(families)
 
 
 def _controls(controls: Sequence[str] | bool) -> tuple[str, ...]:
@@ -384,5 +317,47 @@ def _controls(controls: Sequence[str] | bool) -> tuple[str, ...]:
     return tuple(name for name in CONTROLS if name in wanted)
 
 
-def _parsed(name: str, values: Sequence[Any]) -> list[Example]:
-    return [parse(each, f"{name} {number}", empty=True) for number, each in enumerate(values, 1)]
+def left(path: Path) -> dict[str, Any] | None:
+    """What an interrupted call left in a file: its key and its states; ``None`` without a file.
+
+    Raises:
+        ValueError: the file holds something else, or is none.
+    """
+    if not path.exists():
+        return None
+    try:
+        files.check_regular(path)
+        values = parse_json(read_text(path))
+        if set(values) == {"key", "states"} and all(isinstance(values[n], dict) for n in values):
+            return dict(values)
+    except (OSError, ValueError, TypeError):
+        pass
+    raise ValueError(
+        f"calibrate: {path} holds no interrupted calibration; expected one, or no such file"
+    )
+
+
+class Kept:
+    """What an interrupted call left by the name of a form, and what this one leaves.
+
+    Raises:
+        ValueError: a file of another call; the message says what differs.
+    """
+
+    def __init__(self, path: str | Path | None, key: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.key = _plain(key)
+        before = None if self.path is None else left(self.path)
+        self.states: dict[str, Any] = {} if before is None else before["states"]
+        if before is not None and before["key"] != self.key:
+            names = [name for name in self.key if before["key"].get(name) != self.key[name]]
+            raise ValueError(
+                f"calibrate: {self.path} is of a calibration with other {', '.join(names)}; "
+                "remove it to start anew"
+            )
+
+    def keep(self, name: str, state: dict[str, Any]) -> None:
+        """Leave the state of a form."""
+        self.states[name] = state
+        if self.path is not None:
+            files.replace(self.path, json.dumps({"key": self.key, "states": self.states}))

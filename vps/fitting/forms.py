@@ -1,36 +1,41 @@
 """The forms that are fitted: sharpening, and what it has to beat with as many numbers.
 
-A form holds its numbers, all 0 at first, which leaves the model as it is; inside :meth:`applied`
-the patched model computes with them, differentiably.
+A form holds its numbers, all 0 at first, which leaves the model as it is; inside
+:meth:`Form.applied` the patched model computes with them, differentiably. Selections are constants,
+and autograd does the rest of SPEC §6: what the core owes to γ is made of r × r numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vps.algorithm import coupling, selection
-from vps.algorithm.policy import LayerGamma, Settings
-from vps.algorithm.torch_backend import Inputs
+from vps.algorithm import core as cores
+from vps.algorithm import coupling, gradient, selection
+from vps.algorithm.flow import Given, Layer
+from vps.algorithm.policy import NUMBERS, LayerGamma, Settings
+from vps.algorithm.weight import Matrix, Products, gather, matrix_products, needs_gram_of_rows
 from vps.backends import dispatch, sharing
-from vps.coupled import couple_by
-from vps.fitting.update import Norms, Selection, norms, sharpened
-from vps.functional import arrange, plan_for, run
+from vps.backends.call import Call, Inputs, Kind
+from vps.functional import arrange, plan_for
 from vps.masking import token_mask
 from vps.model.calibration import columns_of
 from vps.model.patching import sharpened_layers
 
 Features = tuple[Tensor, Tensor]  # I_in and I_out, [r]
-Compute = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor | None]
+Norms = tuple[Tensor, Tensor]  # of the rows [d_out] and the columns [d_in] of W
 
 
 class Form:
     """One float64 tensor of numbers ``[n]``, a number a layer or one a column.
+
+    By itself it is the plain model, whose numbers do nothing.
 
     Args:
         model: a patched model.
@@ -38,7 +43,7 @@ class Form:
         by_column: as many numbers a layer as its update can have columns.
     """
 
-    name = "form"
+    name = "plain"
 
     def __init__(self, model: nn.Module, names: list[str], by_column: bool) -> None:
         self.layers: dict[str, Any] = sharpened_layers(model)
@@ -77,16 +82,16 @@ class Form:
         own = self.values[part[1]]
         return own if self.by_column else own[0]
 
-    def compute(self, layer: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+    def compute(self, layer: Any, x: Tensor) -> Tensor | None:
         """Output of ``layer`` for x ``[..., d_in]``; ``None`` for that of its base."""
-        raise NotImplementedError
+        return None
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model computes with the numbers inside."""
         try:
             for layer in self.layers.values():
-                layer.sharpen = _Bound(self.compute, layer)
+                layer.sharpen = partial(self.compute, layer)
             yield
         finally:
             for layer in self.layers.values():
@@ -101,42 +106,6 @@ class Form:
         """Take the numbers of :meth:`state`."""
         for parameter, values in zip(self.parameters, state, strict=True):
             parameter.copy_(torch.tensor(values, dtype=torch.float64).view_as(parameter))
-
-
-class _Bound:
-    """What stands in for a layer's method ``sharpen``."""
-
-    def __init__(self, compute: Compute, layer: Any) -> None:
-        self.compute = compute
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        return self.compute(self.layer, x, self.layer.matrix(), self.layer.bias)
-
-
-class Plain(Form):
-    """The model without sharpening; its numbers do nothing."""
-
-    name = "plain"
-
-    def compute(self, layer: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
-        return None
-
-
-class Scale(Form):
-    """``(1 + a) · H``; with a number a column, as many blocks of output features have their own."""
-
-    name = "scale"
-
-    def compute(self, layer: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
-        own = self.own(layer)
-        if own is None:
-            return None
-        if self.by_column:
-            index = torch.arange(len(W), device=W.device) * len(own) // len(W)
-            own = own[index]
-        y = F.linear(x, W) * (1 + own).to(x.dtype)
-        return y if bias is None else y + bias
 
 
 class Sharpening(Form):
@@ -173,22 +142,23 @@ class Sharpening(Form):
             found[name] = own if self.by_column else own[0]
         return found
 
-    def compute(self, layer: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+    def compute(self, layer: Any, x: Tensor) -> Tensor | None:
         own = self.own(layer)
         if own is None:
             return None
         d_out, d_in = min(one.widths for one in layer.deciding())
         factor = layer.state.factor()
-        plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, x.dtype, True)
+        plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, True)
         assert plan is not None
         name = self.parts[id(layer)][0]
-        backend = dispatch.asked(x) or plan.fastest
+        kind = Kind(x.device.type, x.dtype)
+        backend = dispatch.asked(kind) or dispatch.fastest(kind)
         grouped, mask, counted, packing = arrange(x, None, layer.config.scope)
         if packing is not None:
 
             def part(x: Tensor, mask: Tensor) -> Tensor:
                 with token_mask(mask):
-                    y = self.compute(layer, x, W, bias)
+                    y = self.compute(layer, x)
                 assert y is not None
                 return y
 
@@ -200,20 +170,25 @@ class Sharpening(Form):
         else:
             I_in, I_out = (index.expand(len(grouped), -1) for index in features)
         entropy = layer.state.entropy_on(x.device)
-        inputs = Inputs(grouped, W, bias, counted, I_in, I_out, plan.bounds, entropy)
+        inputs = Inputs(
+            grouped, layer.matrix(), layer.bias, counted, I_in, I_out, plan.bounds, entropy
+        )
         with torch.no_grad():
             if len(layer.deciding()) == 2:
-                inputs = self._jointly(layer, inputs, plan.settings, backend)
-        if torch.is_grad_enabled() or self.counts is not None or backend == "reference":
+                inputs = self._jointly(layer, inputs, plan.settings)
+        literal = backend is dispatch.BACKENDS["reference"]
+        if torch.is_grad_enabled() or self.counts is not None or literal:
             y, selected = self._differentiable(name, inputs, own, plan.settings)
         else:
             numbers = LayerGamma(own).in_policy(plan.bounds, plan.settings.r)
-            y, selected = run(backend, inputs._replace(policy=numbers), plan.settings, ())
+            own_layer = Layer(Matrix(inputs.weight), inputs.bias, plan.settings, numbers)
+            given = Given(inputs.I_in, inputs.I_out, inputs.energy)
+            (y,), selected = backend.run(Call(grouped, (own_layer,), counted, entropy, None, given))
         if I_in is None:
             sharing.remember(x, mask, grouped.shape, selected)
-        return y.view(*x.shape[:-1], len(W))
+        return y.view(*x.shape[:-1], -1)
 
-    def _jointly(self, layer: Any, inputs: Inputs, settings: Settings, backend: str) -> Inputs:
+    def _jointly(self, layer: Any, inputs: Inputs, settings: Settings) -> Inputs:
         """``inputs`` of a coupled query or key, with what it decides together with its peer."""
         query, key = layer.deciding()
         pair, x = layer.coupling, inputs.x.detach()
@@ -221,9 +196,8 @@ class Sharpening(Form):
         if held is not None and _same(held, x):
             joint, self._joint = held[2], None
         else:
-            name = "torch" if backend == "reference" else backend
-            joint = couple_by(
-                name, x, query.matrix(), key.matrix(), inputs.mask, inputs.I_in,
+            joint = coupling.couple(
+                x, query.matrix(), key.matrix(), inputs.mask, inputs.I_in,
                 settings.r, pair.heads, pair.kv_heads,
             )  # fmt: skip
             self._joint = x, x._version, joint
@@ -240,18 +214,20 @@ class Sharpening(Form):
         """Output ``[G, T, d_out]`` of the layer of that name, and ``I_in`` ``[G, r]``."""
         with torch.no_grad():
             chosen = self._selected(inputs, settings)
+            I_in, I_out = chosen.I_in, chosen.I_out
+            assert I_in is not None and I_out is not None
             if self.counts is not None:
                 mask = inputs.mask
-                for count, index in zip(self.counts[name], chosen[2:], strict=True):
+                for count, index in zip(self.counts[name], (I_in, I_out), strict=True):
                     flat = (index if mask is None else index[mask.any(1)]).reshape(-1)
                     count.index_add_(0, flat, count.new_ones(len(flat)))
             if name not in self._norms:
                 self._norms[name] = norms(inputs.weight)
-        return sharpened(inputs, chosen, own, settings, self._norms[name]), chosen.I_in
+        return differentiable(chosen, own, settings, self._norms[name]), I_in
 
     @staticmethod
-    def _selected(inputs: Inputs, settings: Settings) -> Selection:
-        """What a layer chooses where it is not known."""
+    def _selected(inputs: Inputs, settings: Settings) -> Inputs:
+        """``inputs`` with all that a layer chooses: H, energy, ``I_in`` and ``I_out``."""
         x, mask, I_in, I_out = inputs.x.detach(), inputs.mask, inputs.I_in, inputs.I_out
         H, energy = inputs.H, inputs.energy
         if H is None:
@@ -262,8 +238,7 @@ class Sharpening(Form):
                 I_in = selection.top_k(selection.statistics(x, mask, count, False)[0], settings.r)
             if I_out is None:
                 I_out = selection.top_k(s_out, settings.r)
-        assert I_in is not None and I_out is not None
-        return Selection(H, energy, I_in, I_out)
+        return inputs._replace(I_in=I_in, I_out=I_out, H=H, energy=energy)
 
     @contextmanager
     def counting(self) -> Iterator[dict[str, Features]]:
@@ -288,27 +263,99 @@ def _same(held: tuple[Tensor, int, Any], x: Tensor) -> bool:
     return alike and other.stride() == x.stride() and version == x._version
 
 
-def random_features(form: Form, seed: int) -> dict[str, Features]:
-    """Features of every layer of ``form`` drawn by ``seed``, others in every layer."""
-    found = {}
-    for number, name in enumerate(form.names):
-        layer = form.layers[name]
-        d_out, d_in = layer.widths
-        own = seed * 1_000_003 + number
-        drawn = selection.random_features(own, d_in, d_out, columns_of(layer))
-        found[name] = tuple(torch.tensor(index, device=form.values.device) for index in drawn)
-    return found  # type: ignore[return-value]
+def norms(weight: Tensor) -> Norms:
+    """Norms of the rows and columns of W, which is frozen, in the accumulation dtype."""
+    dtype = selection.accumulation_dtype(weight.dtype)
+    rows, columns = (torch.linalg.vector_norm(weight, 2, dim=d, dtype=dtype) for d in (1, 0))
+    return rows, columns
 
 
-def frequent_features(form: Form, counts: Mapping[str, Features]) -> dict[str, Features]:
-    """The features that every layer selected most often, best first, ties to the lower index."""
-    found = {}
-    for name in form.names:
-        r = columns_of(form.layers[name])
-        found[name] = tuple(
-            torch.sort(count, descending=True, stable=True).indices[:r] for count in counts[name]
-        )
-    return found  # type: ignore[return-value]
+def differentiable(
+    chosen: Inputs, gamma: Tensor, settings: Settings, weight_norms: Norms
+) -> Tensor:
+    """Output ``[G, T, d_out]``, differentiable by x and γ (SPEC §6).
+
+    Without a clamp nothing wider than ``[N, r]`` is kept for the backward pass.
+
+    Args:
+        chosen: of the layer, with its selection, H and energy; the policy ``[9]`` of the config.
+        gamma: float64 without dims, or ``[r]`` for one a column.
+        settings: the rest.
+        weight_norms: of :func:`norms`.
+    """
+    x, W, bias, _, I_in, I_out, given, *_ = chosen
+    assert I_in is not None and I_out is not None and chosen.H is not None
+    if gamma.dim():
+        numbers = torch.cat([given[:1], given.new_ones(2), given[3:NUMBERS], gamma])
+    else:
+        numbers = torch.cat([given[:1], gamma.expand(2), given[3:NUMBERS]])
+    products = _products(chosen, settings, weight_norms)
+    core, scale, inactive = cores.build(
+        products, numbers, chosen.energy, chosen.entropy, chosen.mask, settings
+    )
+    H, t = _Base.apply(x, chosen.H, W, I_out)
+    if inactive is not None:
+        t = t.masked_fill(inactive.unsqueeze(1), 0.0)
+    factor = scale.view(-1, 1, 1)
+    if settings.clamp is None:
+        y = H + _Expanded.apply(gradient.mix(t, core * factor), W, I_in)
+    else:
+        delta = _Expanded.apply(gradient.mix(t, core), W, I_in)
+        y = H + (factor * delta.clamp(-settings.clamp, settings.clamp)).to(H.dtype)
+    return y if bias is None else y + bias
+
+
+def _products(chosen: Inputs, settings: Settings, weight_norms: Norms) -> Products:
+    """What the core asks of W, whose norms are known."""
+    x, W, _, _, I_in, I_out, _, _, H, _ = chosen
+    assert I_in is not None and I_out is not None and H is not None
+    if settings.tau is None or settings.spectral:
+        return matrix_products(x.detach(), W, H, I_in, I_out, None, settings)
+    found = matrix_products(x.detach(), W, H, I_in, I_out, None, settings._replace(tau=None))
+    rows, columns = weight_norms
+    if not needs_gram_of_rows(settings):
+        return found._replace(norm_A=rows[I_out], norm_B=columns[I_in])
+    chosen_rows = W[I_out].to(rows.dtype)
+    return found._replace(gram_A=chosen_rows @ chosen_rows.mT, norm_B=columns[I_in])
+
+
+class _Base(torch.autograd.Function):
+    """``H = x Wᵀ``, which is known, and ``H[:, I_out]``, keeping W and I_out alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, H: Tensor, W: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(W, I_out)
+        return H.view_as(H), gather(H, I_out)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, g_t: Tensor) -> tuple[Tensor | None, ...]:
+        W, I_out = ctx.saved_tensors
+        return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(g_t), g_t) @ W, None, None, None
+
+
+class _Expanded(torch.autograd.Function):
+    """``u Bᵀ``, ``[G, T, r]`` to ``[G, T, d_out]``, keeping W and I_in alone.
+
+    Tokens that select alike share the columns of W, so B is read by its distinct columns.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, W: Tensor, I_in: Tensor) -> Tensor:
+        ctx.save_for_backward(W, I_in)
+        B, slots = _Expanded.columns(W, I_in)
+        dense = u.new_zeros(*u.shape[:2], B.shape[1])
+        return dense.scatter_add_(-1, slots.expand_as(u), u) @ B.mT
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        B, slots = _Expanded.columns(*ctx.saved_tensors)
+        return (g @ B).gather(-1, slots.expand(-1, g.shape[1], -1)), None, None
+
+    @staticmethod
+    def columns(W: Tensor, I_in: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct columns ``[d_out, u]``, and where each of B is, ``[G, 1, r]``."""
+        features, slots = torch.unique(I_in, return_inverse=True)
+        return W.index_select(1, features), slots.unsqueeze(1)
 
 
 def matrix_of(name: str, layer: Any) -> Tensor:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from vps.config import VPSConfig
 from vps.fitting.descent import gradients
-from vps.fitting.examples import Encoded
+from vps.fitting.examples import LONGEST, Encoded, parse_all, told, usable
 from vps.fitting.forms import Sharpening
+from vps.model.ephemeral import restored
+from vps.model.patching import check_scope, patch, policy_state, sharpened_layers, unpatch
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,79 @@ class Sensitivity:
     def agrees(self) -> bool:
         """Whether both halves have the sign of the whole."""
         return all(half * self.gradient > 0 for half in self.halves)
+
+
+def sensitivity(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Any],
+    *,
+    config: VPSConfig | None = None,
+    scope: str = "token",
+    chat: bool = True,
+    longest: int = LONGEST,
+    progress: Callable[[str, int], None] | None = None,
+    advance: Callable[[], None] | None = None,
+) -> list[Sensitivity]:
+    """``∂L/∂γ`` of every layer at γ = 0 with its noise; nothing is fitted, the largest first.
+
+    Args: as for :func:`calibrate`.
+
+    Raises:
+        TypeError, ValueError: as for :func:`calibrate`.
+
+    Warns:
+        UserWarning: examples were left out.
+    """
+    parsed = parse_all("example", examples)
+    if not parsed:
+        raise ValueError("calibrate: expected at least one example, got none")
+    with prepared(model, config, scope):
+        device = next(model.parameters()).device
+        codes, left_out = usable(
+            tokenizer, "examples", parsed, chat=chat, longest=longest, device=device
+        )
+        if left_out:
+            warnings.warn(f"vps.calibrate: {told(left_out, len(parsed))}", stacklevel=2)
+        use = [code for _, code in codes]
+        if progress is not None:
+            progress("taking gradients", len(use))
+        form = Sharpening(model, list(sharpened_layers(model)), False)
+        return sensitivities(model, form, use, advance or (lambda: None))
+
+
+@contextmanager
+def prepared(model: nn.Module, config: VPSConfig | None, scope: str) -> Iterator[VPSConfig]:
+    """``model`` sharpened, frozen and scored under ``scope``; its config. Then as it was.
+
+    Raises:
+        ValueError: layers of several configs, or of another than ``config``.
+    """
+    if scope not in VPSConfig.CHOICES["scope"]:
+        allowed = VPSConfig.CHOICES["scope"]
+        raise ValueError(f"calibrate: scope must be one of {allowed}, got {scope!r}")
+    patched_here = not sharpened_layers(model)
+    if patched_here:
+        patch(model, config)
+    try:
+        held: dict[str, Any] = sharpened_layers(model)
+        configs = list(dict.fromkeys(layer.config for layer in held.values()))
+        if len(configs) > 1:
+            raise ValueError(f"calibrate: the layers have {len(configs)} configs, expected one")
+        if config is not None and config != configs[0]:
+            raise ValueError(
+                "calibrate: the model is sharpened with another config than the one given"
+            )
+        check_scope(model, scope, "calibrate")
+        with restored(model):
+            policy_state(model).reset()
+            for layer in held.values():
+                layer.gradient, layer.memory = False, None
+                layer.config = layer.config.replace(scope=scope)
+            yield configs[0]
+    finally:
+        if patched_here:
+            unpatch(model)
 
 
 def sensitivities(

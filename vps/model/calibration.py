@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vps import jsonl
+from vps import files
 from vps.algorithm.policy import LayerGamma, settings
 from vps.config import VPSConfig
 from vps.model.patching import patch, sharpened_layers, unpatch
@@ -132,7 +132,7 @@ class Calibration:
         Raises:
             OSError: it cannot be written.
         """
-        jsonl.replace(Path(path), self.to_json())
+        files.replace(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

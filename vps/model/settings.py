@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from vps import jsonl
+from vps import files
 from vps.algorithm.policy import LayerGamma
 from vps.config import VPSConfig
 from vps.layers import forms
@@ -50,7 +50,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         values["gamma"] = {
             name: own.gamma.plain() for name, own in layers.items() if own.gamma is not None
         }
-    jsonl.replace(Path(path), json.dumps(values, indent=2))
+    files.replace(Path(path), json.dumps(values, indent=2))
 
 
 def load(model: nn.Module, path: str | Path) -> PatchReport:

@@ -1,4 +1,7 @@
-"""LoRA of equal parameter count, through PEFT: a static update of rank 1 as a control.
+"""The controls that are fitted beside sharpening, each to as many numbers.
+
+An output scale, and a LoRA of rank 1 through PEFT; sharpening of features that are drawn at random
+or were selected most often is :class:`Sharpening` with ``features``.
 
 A LoRA of rank 1 on all layers has thousands of numbers for each γ. So it gets as many as there are
 γ, on the layers whose ``B`` has the largest mean square gradient on the fitting examples: of each
@@ -7,19 +10,38 @@ all of ``B``, then all of ``A``, and of the last only so many as are left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vps.algorithm import selection
 from vps.fitting.descent import gradients
 from vps.fitting.examples import Encoded
-from vps.fitting.forms import Form, matrix_of
+from vps.fitting.forms import Features, Form, matrix_of
+from vps.model.calibration import columns_of
 from vps.model.patching import disabled
 
 ADAPTER = "default"
+
+
+class Scale(Form):
+    """``(1 + a) · H``; with a number a column, as many blocks of output features have their own."""
+
+    name = "scale"
+
+    def compute(self, layer: Any, x: Tensor) -> Tensor | None:
+        own, W = self.own(layer), layer.matrix()
+        if own is None:
+            return None
+        if self.by_column:
+            index = torch.arange(len(W), device=W.device) * len(own) // len(W)
+            own = own[index]
+        y = F.linear(x, W) * (1 + own).to(x.dtype)
+        return y if layer.bias is None else y + layer.bias
 
 
 class LoRA(Form):
@@ -70,9 +92,6 @@ class LoRA(Form):
     @property
     def count(self) -> int:
         return self._count
-
-    def compute(self, layer: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
-        return None
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -132,6 +151,29 @@ def lora(
         if left <= 0:
             break
     return LoRA(model, chosen, count, seed)
+
+
+def random_features(form: Form, seed: int) -> dict[str, Features]:
+    """Features of every layer of ``form`` drawn by ``seed``, others in every layer."""
+    found = {}
+    for number, name in enumerate(form.names):
+        layer = form.layers[name]
+        d_out, d_in = layer.widths
+        own = seed * 1_000_003 + number
+        drawn = selection.random_features(own, d_in, d_out, columns_of(layer))
+        found[name] = tuple(torch.tensor(index, device=form.values.device) for index in drawn)
+    return found  # type: ignore[return-value]
+
+
+def frequent_features(form: Form, counts: Mapping[str, Features]) -> dict[str, Features]:
+    """The features that every layer selected most often, best first, ties to the lower index."""
+    found = {}
+    for name in form.names:
+        r = columns_of(form.layers[name])
+        found[name] = tuple(
+            torch.sort(count, descending=True, stable=True).indices[:r] for count in counts[name]
+        )
+    return found  # type: ignore[return-value]
 
 
 def _peft() -> Any:

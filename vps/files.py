@@ -1,4 +1,7 @@
-"""Files of one JSON object a line that survive being cut off: read whole lines, append durably."""
+"""Write files that survive a crash: a whole file at once, or one JSON object a line.
+
+A reader of lines leaves out a last one that was cut off, and refuses whatever else is no row.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class BrokenLineError(ValueError):
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line, or ``None``."""
+    """Return the JSON object of a line, or ``None``."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
@@ -31,7 +34,7 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 
 
 def lines(path: Path) -> list[tuple[int, bytes]]:
-    """Every line of a file that is not blank, and its number from 1.
+    """Return every line of a file that is not blank, with its number from 1.
 
     Raises:
         OSError: the file cannot be read.
@@ -41,7 +44,7 @@ def lines(path: Path) -> list[tuple[int, bytes]]:
 
 
 def why_none(line: bytes) -> str:
-    """Why :func:`parse_object` gives nothing for a line."""
+    """Say why :func:`parse_object` gives nothing for a line."""
     try:
         line.decode()
     except UnicodeDecodeError as error:
@@ -50,7 +53,7 @@ def why_none(line: bytes) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is there and is no file: a folder, a pipe, a device.
+    """Refuse a path that holds something other than a file: a folder, a pipe, a device.
 
     Raises:
         OSError: the message names it.
@@ -60,14 +63,15 @@ def check_regular(path: Path) -> None:
 
 
 def read_objects(path: Path, beginning: str) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file in order, and the bytes they take; a cut last row is left out.
+    """Read the objects of a file in order, with the bytes that they take.
 
-    Blank lines are none. A last line counts as cut where it begins as every row does, as far as it
-    goes, and breaks off; whatever else is no object belongs to somebody.
+    Blank lines are passed over, and a last line that was cut off is left out: one that begins as
+    every row does, as far as it goes, and breaks off. Anything else belongs to somebody.
 
     Args:
         path: the file.
-        beginning: of every row, such as ``{"row": 0, "id": ``, in which 0 is for any number.
+        beginning: text that every row begins with, such as ``{"row": 0, "id": ``; 0 stands for
+            any number.
 
     Raises:
         BrokenLineError: a line is neither an object nor a row cut off at the end of the file.
@@ -92,7 +96,7 @@ def read_objects(path: Path, beginning: str) -> tuple[list[dict[str, Any]], int]
 
 
 def _is_cut(line: bytes, beginning: str) -> bool:
-    """Whether a line is a row without its end."""
+    """Tell whether a line is a row without its end."""
     head = beginning.encode()
     alike = re.sub(rb'^(\{"\w+": )[0-9]+', rb"\g<1>0", line)
     if len(alike) < len(head):
@@ -113,7 +117,7 @@ def _is_cut(line: bytes, beginning: str) -> bool:
 
 
 def cut(path: Path, end: int) -> None:
-    """Leave the first ``end`` bytes, and end the last line where only its end is missing."""
+    """Cut a file to its first ``end`` bytes, and end its last line where that is all it lacks."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         if end == size:
@@ -127,7 +131,7 @@ def cut(path: Path, end: int) -> None:
 
 
 def append(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one line and wait until it is on the disk; on a failure nothing of it stays.
+    """Add one line and wait until it is on the disk; a failure leaves nothing of it.
 
     Raises:
         OSError: it cannot be written, such as for a full disk; the message names the file.
@@ -152,19 +156,25 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a whole file so that a reader sees the old one or the new one, never a part.
+    """Write a whole file durably, so that a reader sees the old one or the new one, never a part.
 
     Raises:
-        OSError: it cannot be written, or what is there is no file.
+        OSError: it cannot be written, or what is there is no file; the message names it.
     """
     check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}: not written", str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

@@ -1,9 +1,12 @@
-"""Paired statistics of two variants over the same documents; all by scipy but Holm's few lines."""
+"""Outcomes of documents, and statistics of two variants paired by document.
+
+scipy computes them, but for Holm's correction, which it lacks.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +18,36 @@ POWER = 0.8  # with which an effect counts as detectable
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """One document of a task under one variant of a model.
+
+    Args:
+        task: name of the task.
+        document: identity of the document within the task, the same in every run.
+        metric: what is measured, such as ``"acc"``, ``"exact_match"`` or ``"nll"``.
+        value: of the metric; 0 or 1 where the answer is right or wrong.
+        margin: log-likelihood of the right choice less that of the best wrong one, in nats;
+            ``None`` where there are no choices.
+        weight: what the value is averaged by, such as the tokens of a text for ``"nll"``.
+    """
+
+    task: str
+    document: str
+    metric: str
+    value: float
+    margin: float | None = None
+    weight: float = 1.0
+
+
+def grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """Outcomes by task and metric, in their order."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for each in outcomes:
+        groups.setdefault((each.task, each.metric), []).append(each)
+    return groups
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """Perplexity of texts, its standard error, and the same of the mean nll per token in nats."""
 
@@ -22,6 +55,27 @@ class Perplexity:
     error: float
     nll: float
     nll_error: float
+
+
+def check_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """Refuse outcomes that allow no statistics.
+
+    Raises:
+        ValueError: none at all, a document twice, or a value that is not finite.
+    """
+    if not outcomes:
+        raise ValueError("the evaluation gave no outcome")
+    seen = set()
+    for each in outcomes:
+        where = f"{each.metric} of document {each.document!r} of {each.task}"
+        if (each.task, each.metric, each.document) in seen:
+            raise ValueError(f"{where} comes twice")
+        seen.add((each.task, each.metric, each.document))
+        if not math.isfinite(each.value) or not math.isfinite(each.weight) or each.weight <= 0:
+            raise ValueError(
+                f"{where} is {each.value} with weight {each.weight}, expected finite numbers and a "
+                "positive weight"
+            )
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -1,0 +1,38 @@
+"""Templates of the tables and reports, for jinja2: HTML and Markdown escape what is filled in.
+
+``table.md`` is the state of a run, ``report.md`` and ``report.html`` what it found.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+
+def render(name: str, **values: Any) -> str:
+    """Fill the template of that name; a value that it asks for must be there."""
+    return _environment(name.endswith(".html")).get_template(name).render(values)
+
+
+@cache
+def _environment(html: bool) -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=html,
+        finalize=None if html else _in_markdown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _in_markdown(value: object) -> str:
+    """Escape text so that it stays in its place in Markdown and becomes no markup."""
+    text = str(value)
+    for mark in "\\|`*_<>[]":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
