@@ -30,6 +30,7 @@ from vps.packing import Packing
 # Of every call, so found once.
 _transform_running = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 NOTHING = Given()
 
 
@@ -280,6 +281,82 @@ def prepare(
     return Plan(tuple(found), config, state, heads, drawn, kind, dispatch.fastest(kind))
 
 
+class Kept:
+    """A plan that layers keep, and what it was made for; neither copied nor pickled.
+
+    Args:
+        layers: whose weights are their parameters; not held.
+        plan: of these.
+        x: an input of theirs.
+    """
+
+    def __init__(self, layers: tuple[Any, ...], plan: Plan, x: Tensor) -> None:
+        self.plan, self.dtype, self.device, self.width = plan, x.dtype, x.device, x.shape[-1]
+        self.state = layers[0].state
+        self.outcomes = self.state.outcomes
+        self.parts = [self._part(layer) for layer in layers]
+
+    @staticmethod
+    def _part(layer: Any) -> tuple[Any, ...]:
+        own, memory = layer._parameters, layer.memory
+        pairs = None if memory is None else memory.pairs
+        weight = own["weight"]
+        of_layer = layer.config, layer.gradient, layer.gamma
+        return weight, weight.shape, own["bias"], *of_layer, pairs
+
+    def fits(self, layers: tuple[Any, ...], x: Tensor) -> bool:
+        """Return whether the plan is right for this input, of layers as they are now."""
+        if (
+            type(x) is not Tensor
+            or x.dtype is not self.dtype
+            or x.device != self.device
+            or x.shape[-1:] != (self.width,)
+            or not x.numel()
+            or _is_any_autocast_enabled()
+        ):
+            return False
+        for layer, part in zip(layers, self.parts, strict=True):
+            weight, shape, bias, config, gradient, gamma, pairs = part
+            own, memory = layer._parameters, layer.memory
+            if (
+                own.get("weight") is not weight
+                or weight.shape != shape
+                or own.get("bias") is not bias
+                or layer.config is not config
+                or layer.state is not self.state
+                or layer.gradient is not gradient
+                or layer.gamma is not gamma
+                or (None if memory is None else memory.pairs) is not pairs
+            ):
+                return False
+        return self.state.outcomes is self.outcomes
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def keep(
+    x: Tensor, layers: tuple[Any, ...], projections: tuple[Projection, ...], heads: Any = None
+) -> Kept | None:
+    """Return the plan of layers with an input like x, where it may be kept.
+
+    A weight that is made anew at each call, such as a transposed one, is not kept; nor is anything
+    while a tracer, a mode or a transform looks on, or where autocast casts.
+    """
+    first = layers[0]
+    for layer, one in zip(layers, projections, strict=True):
+        own = layer.__dict__.get("_parameters", {})
+        if not isinstance(one.weight, Tensor) or own.get("weight") is not one.weight:
+            return None
+        if "bias" not in own:
+            return None
+    if type(x) is not Tensor or not tracing.is_alone() or _is_any_autocast_enabled():
+        return None
+    weights = [Matrix(one.weight) for one in projections]  # type: ignore[arg-type]
+    plan = prepare(projections, weights, first.config, first.state, x, heads)
+    return None if plan is None else Kept(layers, plan, x)
+
+
 def compute(
     x: Tensor, plan: Plan, mask: Tensor | None = None, given: Given = NOTHING
 ) -> list[Tensor | None]:
@@ -438,7 +515,7 @@ def refuse_tangents(*tensors: Tensor) -> None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return what autocast casts to on the device of x, where it is on."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not _is_any_autocast_enabled():
         return None  # without the name of the device, which takes longer
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -28,6 +28,11 @@ def is_eager() -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transforming())
 
 
+def is_alone() -> bool:
+    """Whether no tracer, compiler, mode or transform looks on: what is made now may be kept."""
+    return is_eager() and torch._C._len_torch_dispatch_stack() == 0
+
+
 def is_compiled_transform(compiling: bool) -> bool:
     """Whether a transform runs that a compiler follows, or one that makes edits functional.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from vps.backends import operator
-from vps.backends.call import Call, Kind, Result, why_not_native
+from vps.backends.call import Kind, why_not_native
 
 
 @cache
@@ -35,9 +35,7 @@ def why_not(kind: Kind) -> str | None:
     return why_not_native(kind, "cpu")
 
 
-def run(call: Call) -> Result:
-    """Run a call through the operator."""
-    return operator.run(call)
+run = operator.run
 
 
 def _library() -> Path | None:

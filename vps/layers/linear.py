@@ -13,7 +13,7 @@ from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.algorithm.weight import FLOATING
 from vps.config import VPSConfig
-from vps.functional import Projection, sharpen
+from vps.functional import Kept, Projection, compute, keep, sharpen
 from vps.layers import adapters
 from vps.layers.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
 from vps.layers.pairing import Coupling
@@ -30,8 +30,8 @@ class SharpenedLayer:
     ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer, ``outer``
     where an adapter wraps the layer and is sharpened in its place. During a refinement also
     ``gradient``, whether the last verification pass brought one here (Hybrid turns to SC), and the
-    L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``offset`` and
-    ``norms`` are of :mod:`own_forward`; ``is_whole`` says whether this process holds all of the
+    L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``kept`` is the plan of
+    the last call, for as long as nothing of the layer changes. ``offset`` and ``norms`` are of :mod:`own_forward`; ``is_whole`` says whether this process holds all of the
     layer.
     """
 
@@ -46,6 +46,7 @@ class SharpenedLayer:
     norms: RowNorms | None = None
     keeps_bias: bool = False
     displaced: dict[str, Any] | None = None
+    kept: Kept | None = None
     is_whole = True
     plain_class = nn.Module  # that of a layer that :meth:`plain` turns back
 
@@ -189,12 +190,21 @@ class SharpenedLayer:
 
     def sharpen(self, x: Tensor) -> Tensor | None:
         """The output for x, or ``None`` where it is that of the base layer."""
+        if not torch.compiler.is_compiling() and not STATE.disabled:
+            kept = self.kept
+            if kept is not None and self.coupling is None and kept.fits((self,), x):
+                return compute(x, kept.plan)[0]
         if STATE.disabled or self.gamma is not None or self.config.is_off:
             if self.is_off():
                 return None
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
-        return sharpen(x, (self.projection(x, inside=True),), self.config, state=self.state)[0]
+        layers = (self.projection(x, inside=True),)
+        if not torch.compiler.is_compiling():
+            kept = keep(x, (self,), layers)
+            if kept is not self.kept:
+                self.kept = kept
+        return sharpen(x, layers, self.config, state=self.state)[0]
 
     def answer(self, x: Tensor) -> Tensor:
         """What the forward of the module gives for x: sharpened, or plain where that is asked."""

@@ -17,7 +17,7 @@ from vps.algorithm import tracing
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
-from vps.functional import Projection, sharpen
+from vps.functional import Kept, Projection, compute, keep, sharpen
 
 
 class Layer(Protocol):
@@ -74,6 +74,7 @@ class Coupling:
         self.key = key
         self.heads = heads
         self.kv_heads = kv_heads
+        self.kept: Kept | None = None
 
     def applies(self) -> bool:
         """Whether both layers are set alike, and to be coupled."""
@@ -102,11 +103,16 @@ class Coupling:
     def outputs(self, layer: Layer, x: Tensor) -> list[Tensor | None]:
         """Both outputs, the query's first, while the forward of ``layer`` runs; ``None`` where one
         is that of the base layer."""
+        layers, kept, compiling = (self.query, self.key), self.kept, torch.compiler.is_compiling()
+        if not compiling and kept is not None and kept.fits(layers, x):
+            return compute(x, kept.plan)
         both = (
             self.query.projection(x, inside=layer is self.query),
             self.key.projection(x, inside=layer is self.key),
         )
         heads = self.heads, self.kv_heads
+        if not compiling:
+            self.kept = keep(x, layers, both, heads)
         return sharpen(x, both, layer.config, heads=heads, state=layer.state)
 
     def _may_wait(self, x: Tensor) -> bool:
