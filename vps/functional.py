@@ -119,7 +119,7 @@ def coupled_vps_linear(
     """Sharpen the query and the key projection of one attention block together.
 
     They share one policy decision, and selections that rank channels by what they add to the
-    attention logits. With ``qk_coupling=False`` or ``builder="random"`` each is sharpened by itself.
+    attention logits. With ``qk_coupling=False`` or ``builder="random"`` each is sharpened alone.
 
     Args:
         x: input of both, ``[..., d_in]``.
@@ -360,7 +360,7 @@ def keep(
 def compute(
     x: Tensor, plan: Plan, mask: Tensor | None = None, given: Given = NOTHING
 ) -> list[Tensor | None]:
-    """Return the output ``[..., d_out]`` of each layer of a plan; ``None`` for one that is plain."""
+    """Return the output ``[..., d_out]`` of each layer of a plan, ``None`` for a plain one."""
     if forward_ad._current_level >= 0:
         refuse_tangents(x, *(W for layer in plan.layers for W in layer.weight.parameters()))
     grouped, mask, counted, packing = arrange(x, mask, plan.config.scope)

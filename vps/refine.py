@@ -18,7 +18,15 @@ from torch import Tensor
 from vps.backends import dispatch
 from vps.backends.call import Kind
 from vps.config import VPSConfig
-from vps.model import ephemeral
+from vps.model.capture import (
+    builder_in_use,
+    forget_gradients,
+    layers_of,
+    pairs_held,
+    restored,
+    start_over,
+    take_gradient,
+)
 from vps.model.entropy import EntropyProcessor, token_entropy
 from vps.model.generation import Generation, encode, generate, input_device, sample
 from vps.model.patching import disabled, policy_state, set_config
@@ -150,12 +158,12 @@ def refine(
     inputs = encode(tokenizer, prompt, chat)
     run = _Run(model, tokenizer, inputs, max_new_tokens, samples, seed, temperature)
     say = progress or (lambda message: None)
-    with ephemeral.restored(model):
+    with restored(model):
         if config is not None:
             set_config(model, config)
         if gold is not None and surrogate and iterations > 2:  # a pair comes of two passes
             _check_backend(model)
-        ephemeral.start_over(model)
+        start_over(model)
         say("answering, plain")
         with disabled(model):
             answer, drawn = run.answer()
@@ -170,14 +178,14 @@ def refine(
             state.set_entropy(entropy)
             loss = run.surrogate(gold) if gold is not None and surrogate else None
             decided = [observation.decided() for observation in observed]
-            builder, pairs = ephemeral.builder_in_use(model), ephemeral.pairs_held(model)
+            builder, pairs = builder_in_use(model), pairs_held(model)
             answer, drawn = run.answer([EntropyProcessor(model)])
             losses = verifier(answer.text, gold, drawn or None)
             before = done[-1].losses
             assert before is not None
             improved = losses.total < before.total
             state.record(improved)
-            ephemeral.forget_gradients(model)
+            forget_gradients(model)
             done.append(
                 Iteration(
                     index=index,
@@ -244,7 +252,7 @@ class _Run:
         count = min(GOLD_TOKENS, ids.shape[1])
         with torch.inference_mode(False), torch.enable_grad():
             text = torch.cat([self.inputs["input_ids"], ids.long()], 1)
-            return ephemeral.take_gradient(self.model, self.logits, text, count)
+            return take_gradient(self.model, self.logits, text, count)
 
     def logits(self, ids: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
         """Logits ``[1, ≥ count, V]`` of the last tokens."""
@@ -292,7 +300,7 @@ def _usable(weights: Mapping[str, float] | None, gold: str | None) -> Mapping[st
 
 
 def _check_backend(model: Any) -> None:
-    if any(layer.config.lbfgs for layer in ephemeral.layers_of(model)):
+    if any(layer.config.lbfgs for layer in layers_of(model)):
         dispatch.asked(Kind("cpu", torch.float32, has_pairs=True))
 
 

@@ -75,10 +75,10 @@ def test_a_patch_that_fails_leaves_the_model_as_it_was(patched, monkeypatch, ids
             raise KeyboardInterrupt
         return None
 
-    monkeypatch.setattr(vps.layers.forms, "check", fails)
+    monkeypatch.setattr(vps.layers.recognise, "check", fails)
     with pytest.raises(KeyboardInterrupt):
         vps.patch(model, VPSConfig(gamma=0.1))
-    monkeypatch.setattr(vps.layers.forms, "check", lambda module: "it is none")
+    monkeypatch.setattr(vps.layers.recognise, "check", lambda module: "it is none")
     with pytest.raises(ValueError, match="none of the .* can be sharpened"):
         vps.patch(model, VPSConfig(gamma=0.1))
     assert {name: type(module) for name, module in model.named_modules()} == before
@@ -141,7 +141,7 @@ def test_a_patch_that_fails_leaves_hooks_and_parts_as_they_were(ids, monkeypatch
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     expected = model(ids, attention_mask=mask).logits
     kinds = {name: type(module) for name, module in model.named_modules()}
-    monkeypatch.setattr(vps.layers.forms, "check", lambda module: "it is none")
+    monkeypatch.setattr(vps.layers.recognise, "check", lambda module: "it is none")
     with pytest.raises(ValueError, match="none of the"):
         vps.patch(model, VPSConfig(gamma=0.1))
     with pytest.raises(ValueError, match="match none of"):

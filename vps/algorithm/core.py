@@ -1,7 +1,7 @@
 """The r × r core ``C`` of an update: policy, SC, clip and second order, from products alone.
 
-``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)`` (SPEC §3–§5); what :class:`vps.algorithm.weight.Products`
-holds is all that is read of a layer.
+``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)`` (SPEC §3–§5). All that is read of a layer is what
+:class:`vps.algorithm.weight.Products` holds.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def _select(
 def _update(
     layer: Layer, projection: Projection, I_out: Tensor, core: Core, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``H + b + γ · clamp(t C Bᵀ)``, the base's own bits in a group without a token, and t."""
+    """Return ``H + b + γ · clamp(t C Bᵀ)`` and t; a group without a token keeps the base's bits."""
     clamp, t = layer.settings.clamp, projection.selected(I_out)
     if core.inactive is not None:  # not even NaN of a column that is left out
         t = t.masked_fill(core.inactive.unsqueeze(1), 0.0)

@@ -1,7 +1,7 @@
-"""What a sharpened layer asks of W (SPEC §2–§4): the contract between the flow and a kind of weight.
+"""What a sharpened layer asks of W (SPEC §2–§4): the contract of the flow with a kind of weight.
 
-Four kinds exist: :class:`Matrix` here; in :mod:`vps.layers` a weight known by its forward alone, and
-a weight of which each rank holds some rows or some columns. Policy, clip, SC, order 2 and the update
+Four kinds exist: :class:`Matrix` here; in :mod:`vps.layers` a weight known by its forward alone,
+and one of which each rank holds some rows or some columns. Policy, clip, SC, order 2 and the update
 read nothing of a layer but what stands here, so a rule is written once for all of them.
 """
 

@@ -1,13 +1,13 @@
 """Who computes a sharpened layer. In reading order:
 
+- ``call``: what travels to a backend, and what each must answer
 - ``dispatch``: which backend takes a call, asked with ``vps.backends()``
-- ``operator``: ``torch.ops.vps.linear``, its fake and its gradient
-- ``cpp``: finds and loads csrc for CPUs
-- ``triton_backend``: calls the kernels of ``vps.kernels``
+- ``torch_backend``, ``reference_backend``: the flow of ``vps.algorithm``; the literal algorithm
+- ``operator``: ``torch.ops.vps.linear``, its fake and its gradient, for compiled backends
+- ``cpp``: csrc, for CPUs
+- ``triton``, ``triton_backend``: which calls the kernels of ``vps.kernels`` take, and their layer
 - ``cuda``, ``cuda_build``: one token in a single launch, and its compilation
-- ``one_group``, ``column_sums``, ``threads``: a CPU without a compiler, one group in few calls
 - ``sharing``, ``traced_sharing``: one input selection for the layers that read one x
-- ``transforms``: layers inside ``torch.func``
 """
 
 import sys

@@ -1,8 +1,8 @@
 """What travels to a backend, and what each backend must answer (the contract of this folder).
 
 A backend is a module with three functions: ``why_missing()``, why it cannot run on this machine;
-``why_not(kind)``, why it does not take calls of a kind; and ``run(call)``. A rule that a backend does
-not know is named in its ``why_not``, so that the layer falls to torch by declaration.
+``why_not(kind)``, why it does not take calls of a kind; and ``run(call)``. What a backend cannot
+compute is named in its ``why_not``, so that the layer falls to torch by declaration.
 """
 
 from __future__ import annotations

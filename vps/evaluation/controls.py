@@ -23,8 +23,8 @@ from vps.algorithm.weight import statistics
 from vps.backends.dispatch import backend
 from vps.config import VPSConfig
 from vps.functional import arrange, group, sharpen
-from vps.layers.forms import experts
 from vps.masking import STATE
+from vps.model.matching import experts
 from vps.model.patching import disabled, patch, policy_state, sharpened_layers
 
 SHARPENED = "sharpened"

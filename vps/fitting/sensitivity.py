@@ -16,7 +16,7 @@ from vps.config import VPSConfig
 from vps.fitting.descent import gradients
 from vps.fitting.examples import LONGEST, Encoded, parse_all, told, usable
 from vps.fitting.forms import Sharpening
-from vps.model.ephemeral import restored
+from vps.model.capture import restored
 from vps.model.patching import check_scope, patch, policy_state, sharpened_layers, unpatch
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from vps.layers import adapters
+from vps.layers.forms import WEIGHT, Form, why_not_sharpenable
 from vps.layers.linear import SharpenedLayer, parameter
 from vps.layers.own_forward import is_matrix
 
@@ -40,3 +41,12 @@ class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
     def __setstate__(self, state: dict[str, Any]) -> None:
         adapters.watch()
         super().__setstate__(state)
+
+
+def recognise(module: nn.Module) -> Form | None:
+    """Return the form of a ``Conv1D`` with its weight in memory; ``None`` for any other."""
+    if not isinstance(module, Conv1D) or why_not_sharpenable(module, Conv1D) is not None:
+        return None
+    if module.weight.is_meta:
+        return None
+    return Form(WEIGHT, VPSConv1D.sharpened)

@@ -11,10 +11,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
-from vps.algorithm.weight import FLOATING
 from vps.config import VPSConfig
 from vps.functional import Kept, Projection, compute, keep, sharpen
 from vps.layers import adapters
+from vps.layers.forms import WEIGHT, Form, is_replaced, why_not_sharpenable
 from vps.layers.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
 from vps.layers.pairing import Coupling
 from vps.layers.riding import ForwardWeight
@@ -30,9 +30,9 @@ class SharpenedLayer:
     ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer, ``outer``
     where an adapter wraps the layer and is sharpened in its place. During a refinement also
     ``gradient``, whether the last verification pass brought one here (Hybrid turns to SC), and the
-    L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``kept`` is the plan of
-    the last call, for as long as nothing of the layer changes. ``offset`` and ``norms`` are of :mod:`own_forward`; ``is_whole`` says whether this process holds all of the
-    layer.
+    L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``kept`` is
+    the plan of the last call, for as long as nothing of the layer changes. ``offset`` and ``norms``
+    are of :mod:`own_forward`; ``is_whole`` says whether this process holds all of the layer.
     """
 
     config: VPSConfig
@@ -332,26 +332,12 @@ def parameter(module: nn.Module, name: str) -> Any:
     return own[name] if name in own else getattr(module, name)
 
 
-def is_replaced(module: nn.Module) -> bool:
-    """Whether the forward of an instance is another than its class's, which accelerate leaves on
-    the instance when it takes its own away."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-
-def why_not_sharpenable(module: nn.Module, expected: type[nn.Module]) -> str | None:
-    """Why ``module`` is not a plain ``expected`` with a floating weight, or ``None``."""
-    if type(module) is not expected:
-        return f"its type is {type(module).__name__}, expected exactly {expected.__name__}"
-    if is_replaced(module):
-        return "its forward is replaced on the instance (accelerate offload or tensor parallel)"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "it has no weight parameter of its own (weight norm or a parametrization)"
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
-    if weight.dtype not in FLOATING:
-        return f"its weight is {weight.dtype}, not a 16- to 64-bit float"
-    if weight.dim() != 2:
-        return f"its weight has shape {tuple(weight.shape)}, expected a matrix"
-    return None
+def recognise(module: nn.Module) -> Form | None:
+    """Return the form of an ``nn.Linear`` with its weight in memory; ``None`` for any other."""
+    if isinstance(module, SharpenedLayer):
+        return Form(WEIGHT, type(module).sharpened)
+    if not isinstance(module, nn.Linear) or why_not_sharpenable(module, nn.Linear) is not None:
+        return None
+    if module.weight.is_meta:
+        return None
+    return Form(WEIGHT, VPSLinear.sharpened)

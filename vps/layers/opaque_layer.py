@@ -7,6 +7,7 @@ on the instance, inside what accelerate put there to bring offloaded weights int
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
 from vps.layers import adapters
+from vps.layers.forms import Form, Refusal, is_replaced, why_not_sharpenable
 from vps.layers.linear import SharpenedLayer
 from vps.layers.own_forward import (
     OwnForward,
+    fsdp_module,
     handle_of,
     innermost,
     is_matrix,
@@ -232,3 +235,57 @@ def detach(module: nn.Module) -> None:
 def _slot(module: nn.Module) -> str:
     """Where the forward of a module is to be replaced: inside accelerate's, if it has one."""
     return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+
+
+def recognise(module: nn.Module) -> Form | Refusal | None:
+    """Return the form of a linear layer without a plain weight in memory: quantized, offloaded,
+    gathered by FSDP2, or computed; ``None`` for what is no linear layer."""
+    conv1d = adapters.loaded("transformers.pytorch_utils", "Conv1D")
+    if isinstance(module, nn.Linear):
+        expected: type[nn.Module] = nn.Linear
+        widths = module.out_features, module.in_features
+    elif conv1d is not None and isinstance(module, conv1d):
+        expected, widths = conv1d, (module.nf, module.nx)
+    else:
+        return None
+    reason = why_not_sharpenable(module, expected)
+    reason = reason or "its weight is on the meta device (offloaded or not yet loaded)"
+
+    def as_form(name: str) -> Form:
+        return Form(name, partial(attach, widths=widths))
+
+    hook = module.__dict__.get("_hf_hook")
+    sharded = fsdp_module()
+    alone = sharded is not None and isinstance(module, sharded)
+    kind = type(module).__mro__[2 if alone else 0].__name__
+    handle = handle_of(module)
+    if is_replaced(module) and hook is None and handle is None:
+        return Refusal(reason)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return Refusal(f"a {kind} without a weight: {reason}")
+    if _is_dtensor(weight):
+        if not getattr(module, "_is_fsdp_managed_module", False):
+            return Refusal(f"its weight is a DTensor, which no FSDP2 module gathers ({kind})")
+        return as_form(f"opaque (FSDP2 {kind})")
+    if weight.device.type == "meta":
+        offloaded = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
+        return as_form(f"opaque (offloaded {kind})") if offloaded else Refusal(reason)
+    if "weight" in module.__dict__:  # torch.nn.utils.weight_norm, of old
+        return as_form(f"opaque ({kind} with a computed weight)")
+    if type(module) is expected:
+        if type(weight) is not nn.Parameter:
+            return as_form(f"opaque ({type(weight).__name__})")
+        if not is_matrix(weight):
+            return Refusal(reason)
+    return as_form(f"opaque ({kind})" if hook is None else f"opaque (dispatched {kind})")
+
+
+def _is_dtensor(weight: Tensor) -> bool:
+    dtensor = adapters.loaded("torch.distributed.tensor", "DTensor")
+    return dtensor is not None and isinstance(weight, dtensor)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a parameter of a module is a DTensor."""
+    return any(_is_dtensor(parameter) for parameter in module.parameters())

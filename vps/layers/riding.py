@@ -336,7 +336,7 @@ def expand(u: Tensor, table: Tensor, place: Tensor) -> Tensor:
 
 
 def _through_input(products: Products) -> Tensor:
-    """Return H of the tokens whose gradient reaches x but no parameter, a constant in the update."""
+    """Return H of the tokens whose gradient reaches x alone: W is a constant in the update."""
     if not products.rows.requires_grad:
         return products.H.detach()
     output: Tensor = _ThroughInput.apply(products.rows, [products.output])

@@ -1,13 +1,27 @@
-"""Which modules of a model a config names, by PEFT's conventions."""
+"""Which modules of a model a config names, by PEFT's conventions, and which must stay plain."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
+
+from torch import nn
 
 from vps.config import VPSConfig
 
 ALL_LINEAR = "all-linear"
+# Names of a list of experts, of what holds one beside a router, and of its class.
+EXPERTS = re.compile(r"(^|_)experts?$", re.IGNORECASE)
+ROUTER = re.compile(r"(^|_)(router|gate|gating|switch|wg)$", re.IGNORECASE)
+MIXTURE = re.compile(r"(^|_)(moe|experts?)$")
+MIXTURE_CLASS = re.compile(r"(MoE|Moe|Experts?)(Block|Layer|MLP|FFN|FeedForward)?$")
+# Modules of torch that read the weights of linear layers in them without calling these, the second
+# in its fast path for inference.
+READERS = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
 
 
 def matches(name: str, patterns: tuple[str, ...] | str) -> bool:
@@ -46,3 +60,58 @@ def select_names(names: Iterable[str], head: str | None, config: VPSConfig) -> l
         if wanted:
             chosen.append(name)
     return chosen
+
+
+def loose_targets(names: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Why modules of these names, which are no linear layers, are refused, by name."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        name: f"its type is {type(modules[name]).__name__}, which is no supported layer"
+        for name in names
+        if next(modules[name].parameters(), None) is not None
+    }
+
+
+def bypassed(model: nn.Module) -> dict[int, str]:
+    """Why layers that are not called whenever their weight is used are refused, by id."""
+    return {
+        id(parent._modules[name]): f"{reader.__name__} reads its weight without calling it"
+        for parent in model.modules()
+        for reader, names in READERS.items()
+        if inspect.getattr_static(type(parent), "forward", None) is reader.forward
+        for name in names
+    }
+
+
+def experts(model: nn.Module) -> dict[int, str]:
+    """Why modules among the experts of a mixture are refused under every scope but ``"token"``, by
+    id.
+
+    A router gives an expert ``[n, d_in]``, gathered from all sequences; one that all tokens share
+    stands in no list of experts.
+    """
+    reason = (
+        "it is an expert, whose tokens a router gathers from all sequences; it is sharpened under "
+        "scope='token' alone"
+    )
+    return {
+        id(module): reason
+        for name, parent in model.named_modules()
+        for key, child in parent._modules.items()
+        if child is not None and _is_of_experts(name.rpartition(".")[2], parent, key, child)
+        for module in child.modules()
+    }
+
+
+def _is_of_experts(name: str, parent: nn.Module, key: str, child: nn.Module) -> bool:
+    """Whether ``child``, the ``key`` of a parent of that name, is a list of experts or one of
+    several that are numbered."""
+    if "shared" in key or "shared" in name:
+        return False
+    if not isinstance(child, nn.ModuleList | nn.ModuleDict):
+        return re.fullmatch(r"experts?_?\d+", key) is not None
+    if EXPERTS.search(key) or "Expert" in type(child).__name__:
+        return True
+    routers = [other for other in parent._modules if ROUTER.search(other)]
+    mixture = MIXTURE.search(name) or MIXTURE_CLASS.search(type(parent).__name__)
+    return bool(routers) and (mixture is not None or any("router" in each for each in routers))

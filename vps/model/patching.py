@@ -19,11 +19,12 @@ from torch.nn.parameter import is_lazy
 
 from vps.algorithm.policy import PolicyState
 from vps.config import VPSConfig
-from vps.layers import adapters, attention, forms, opaque_layer, pairing
+from vps.layers import adapters, attention, opaque_layer, pairing, recognise
+from vps.layers.forms import WEIGHT, Form, Refusal
 from vps.layers.linear import SharpenedLayer
 from vps.layers.own_forward import innermost
 from vps.masking import STATE
-from vps.model import attention_mask
+from vps.model import attention_mask, matching
 from vps.model.matching import select_names
 from vps.model.snapshot import Snapshot
 
@@ -56,7 +57,7 @@ class PatchReport:
         if self.coupled:
             lines[0] += f", query and key coupled in {len(self.coupled)} attention blocks"
         kinds = Counter(self.forms.values())
-        if set(kinds) - {forms.WEIGHT}:
+        if set(kinds) - {WEIGHT}:
             listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             lines.append(f"forms: {listed}")
         for title, reasons in (("refused", self.refused), ("not patched", self.not_patched)):
@@ -98,14 +99,14 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     linears = _linear_layers(model)
     names = select_names(linears, _head_name(model, linears), config)
     others = set(dict(model.named_modules(remove_duplicate=False))) - set(linears)
-    refused = forms.loose_targets(_named_outright(others, linears, config), model)
+    refused = matching.loose_targets(_named_outright(others, linears, config), model)
     if not names and not refused:
         raise ValueError(_nothing_matches(linears, config))
-    found = {name: forms.form_of(linears[name]) for name in names}
-    refused |= {name: form.reason for name, form in found.items() if form.reason is not None}
-    bypassed = forms.bypassed(model)
+    found = {name: recognise.recognise(linears[name]) for name in names}
+    refused |= {n: form.reason for n, form in found.items() if isinstance(form, Refusal)}
+    bypassed = matching.bypassed(model)
     if config.scope != "token":
-        bypassed |= forms.experts(model)
+        bypassed |= matching.experts(model)
     refused |= {name: bypassed[key] for name in names if (key := id(linears[name])) in bypassed}
     wanted = [name for name in names if name not in refused]
     if not wanted:
@@ -133,7 +134,7 @@ def _sharpened(
     config: VPSConfig,
     state: PolicyState,
     linears: dict[str, nn.Module],
-    found: dict[str, forms.Form],
+    found: dict[str, Form | Refusal],
     refused: dict[str, str],
 ) -> PatchReport:
     """Sharpen the layers that are ``found`` and not ``refused``, and what goes with it."""
@@ -141,20 +142,20 @@ def _sharpened(
     wanted = [name for name in found if name not in refused]
     unique = {id(linears[name]): linears[name] for name in wanted}
     for module in unique.values():
-        forms.sharpen(module, config, state)
-    broken = {key: reason for key, new in unique.items() if (reason := forms.check(new))}
+        recognise.sharpen(module, config, state)
+    broken = {key: reason for key, new in unique.items() if (reason := recognise.check(new))}
     refused = refused | {n: broken[key] for n in wanted if (key := id(linears[n])) in broken}
     wanted = [name for name in wanted if name not in refused]
     if not wanted:
         raise ValueError(_all_refused(refused))
     for key in broken:
-        forms.plain(unique[key])
+        recognise.plain(unique[key])
     attention_mask.attach(model)
     coupled, uncoupled = attention.couple_blocks(model)
     not_patched = _fused_experts(model)
     if not config.qk_coupling or config.builder == "random":
         coupled, uncoupled = (), {}
-    names_of_forms = {name: found[name].name for name in wanted}
+    names_of_forms = {name: form.name for name in wanted if isinstance(form := found[name], Form)}
     return PatchReport(tuple(wanted), refused, not_patched | uncoupled, coupled, names_of_forms)
 
 
@@ -169,7 +170,7 @@ def unpatch(model: nn.Module) -> None:
     attention_mask.detach(model)
     pairing.detach(model)
     for layer in layers.values():
-        forms.plain(layer.module)
+        recognise.plain(layer.module)
 
 
 @contextmanager
@@ -225,7 +226,7 @@ def check_scope(model: nn.Module, scope: str, function: str) -> None:
     """
     if scope == "token":
         return
-    experts = forms.experts(model)
+    experts = matching.experts(model)
     for name, layer in sharpened_layers(model).items():
         if id(layer.module) in experts:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import nn
 from vps import files
 from vps.algorithm.policy import LayerGamma
 from vps.config import VPSConfig
-from vps.layers import forms
+from vps.model import matching
 from vps.model.calibration import FORMAT as CALIBRATION
 from vps.model.calibration import Calibration, device_of, fingerprint
 from vps.model.patching import PatchReport, patch, policy_state, sharpened_layers, unpatch
@@ -113,7 +113,7 @@ def _restore(
     if configs and set(configs) != set(layers):
         missing = sorted(set(configs) - set(layers))
         raise ValueError(f"vps.load: {path} names layers that the model lacks: {missing[:3]}")
-    refused = forms.experts(model)
+    refused = matching.experts(model)
     for name, config in configs.items():
         if config.scope != "token" and (reason := refused.get(id(layers[name].module))):
             raise ValueError(f"vps.load: {path} gives {name} scope {config.scope!r}: {reason}")

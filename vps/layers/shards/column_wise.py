@@ -159,7 +159,7 @@ class ColumnProjection(MatrixProjection):
 def _products_of_rows(
     projections: Sequence[ColumnProjection], outputs: Sequence[Tensor], settings: Sequence[Settings]
 ) -> list[Tensor | None]:
-    """Return this rank's summand of ``gram_A`` of each projection; ``None`` where none is needed."""
+    """Return this rank's summand of ``gram_A`` of each, ``None`` where none is needed."""
     wanted = [needs_gram_of_rows(own) for own in settings]
     chosen = [at for at, one in enumerate(wanted) if one]
     if not chosen:

@@ -3,8 +3,8 @@
 What ranks exchange for G groups of T tokens (SPEC §2–5): by one all-gather each rank's best r
 candidates (``2 · G · r`` numbers); with the layer's own all-reduce of H the distinct columns ``B``
 that were selected, at most ``G · r`` rows of d_out; and by one more the norms of the rows of W,
-``G · r``, or their inner products, ``G · r²``, and for SC ``x[:, I_in]``, ``[G, T, r]``. The backward
-pass exchanges nothing: ``∂L/∂y`` is the same on every rank.
+``G · r``, or their inner products, ``G · r²``, and for SC ``x[:, I_in]``, ``[G, T, r]``. The
+backward pass exchanges nothing: ``∂L/∂y`` is the same on every rank.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from vps.algorithm.weight import FLOATING
 from vps.config import VPSConfig
 from vps.functional import Projection, sharpen
 from vps.layers import pairing
+from vps.layers.forms import Form, Refusal
 from vps.layers.linear import SharpenedLayer
 from vps.layers.own_forward import OwnForward
 from vps.layers.shards import sharding
@@ -202,10 +203,18 @@ def is_tensor_parallel(module: nn.Module) -> bool:
     return "install_forward.<locals>" in getattr(forward, "__qualname__", "")
 
 
-def form_of(module: nn.Module) -> str:
-    """The form of a tensor-parallel ``module``, as in a :class:`vps.PatchReport`."""
+def recognise(module: nn.Module) -> Form | Refusal | None:
+    """Return the form of a layer that transformers splits over ranks; ``None`` for any other."""
+    if isinstance(module, TensorParallelLinear):
+        return Form(module.form, TensorParallelLinear.sharpened)
+    if not is_tensor_parallel(module):
+        return None
+    reason = why_not_sharpenable(module)
+    if reason is not None:
+        return Refusal(reason)
     rows = type(_style(module)).__name__ == "RowwiseParallel"
-    return f"tensor parallel ({'row' if rows else 'column'}-wise)"
+    name = f"tensor parallel ({'row' if rows else 'column'}-wise)"
+    return Form(name, TensorParallelLinear.sharpened)
 
 
 def why_not_sharpenable(module: nn.Module) -> str | None:
