@@ -95,5 +95,5 @@ def _forward(backend: str) -> Forward:
 
 def _operator(inputs: Inputs, settings: Settings) -> Outputs:
     with torch._C._AutoDispatchBelowAutograd():
-        y, features, core, gamma, t = torch.ops.vps.linear.default(*inputs, *settings)
+        y, features, core, gamma, t = torch.ops.vps.linear.default(*inputs, *settings.packed())
     return Outputs(y, features[:, 0], features[:, 1], core, gamma, t)

@@ -191,6 +191,7 @@ Shape check(const JointArguments& a) {
 
 Shape check(const Arguments& a) {
   operation = "linear";
+  const Settings& set = a.settings;
   Shape s = check_product(a.x, "weight", a.weight);
   if (a.bias) {
     check_plain("bias", *a.bias);
@@ -213,16 +214,16 @@ Shape check(const Arguments& a) {
         fail("energy", " must not be negative, got ", value);
   }
   const int64_t limit = std::min(s.d_in, s.d_out);
-  if (a.r < 1 || a.r > limit)
-    fail("r", " must be from 1 to min(d_in, d_out) = ", limit, ", got ", a.r);
-  if (a.I_in) check_indices("I_in", *a.I_in, s.groups, a.r, s.d_in);
-  if (a.I_out) check_indices("I_out", *a.I_out, s.groups, a.r, s.d_out);
-  s.policy = read_policy(a.policy, a.r);
+  if (set.r < 1 || set.r > limit)
+    fail("r", " must be from 1 to min(d_in, d_out) = ", limit, ", got ", set.r);
+  if (a.I_in) check_indices("I_in", *a.I_in, s.groups, set.r, s.d_in);
+  if (a.I_out) check_indices("I_out", *a.I_out, s.groups, set.r, s.d_out);
+  s.policy = read_policy(a.policy, set.r);
   if (a.entropy) s.entropy = read_number("entropy", *a.entropy);
-  if (a.coupled && !(a.alpha > 0 && std::isfinite(a.alpha)))
-    fail("alpha", " must be positive and finite, got ", a.alpha);
-  if (a.tau && !(*a.tau > 0)) fail("tau", " must be positive, got ", *a.tau);
-  if (a.clamp && !(*a.clamp >= 0)) fail("clamp", " must not be negative, got ", *a.clamp);
+  if (set.coupled && !(set.alpha > 0 && std::isfinite(set.alpha)))
+    fail("alpha", " must be positive and finite, got ", set.alpha);
+  if (set.tau && !(*set.tau > 0)) fail("tau", " must be positive, got ", *set.tau);
+  if (set.clamp && !(*set.clamp >= 0)) fail("clamp", " must not be negative, got ", *set.clamp);
   return s;
 }
 

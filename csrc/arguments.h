@@ -8,6 +8,7 @@
 
 #include "core.h"
 #include "kernels.h"
+#include "settings.h"
 
 namespace vps {
 
@@ -24,12 +25,7 @@ struct Arguments {
   const std::optional<Tensor>& entropy;  // floating, one element
   const std::optional<Tensor>& H;        // [G, T, d_out], contiguous
   const std::optional<Tensor>& energy;   // float32 [G]
-  int64_t r;
-  bool adaptive, coupled, second_order;
-  double alpha;
-  std::optional<double> tau;
-  bool spectral;
-  std::optional<double> clamp;
+  const Settings settings;
 };
 
 /// What the checks read from the arguments.

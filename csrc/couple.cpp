@@ -158,24 +158,25 @@ Tensor side(const Tensor& features, int64_t side) {
 std::tuple<Tensor, Tensor, Tensor> linear_pair(
     const Tensor& x, const Tensor& W_q, const Optional& b_q, const Tensor& W_k,
     const Optional& b_k, const Optional& mask, const Optional& I_in, const Tensor& policy,
-    const Optional& entropy, int64_t r, int64_t heads, int64_t kv_heads, bool adaptive,
-    bool coupled_q, bool coupled_k, bool second_order, double alpha, std::optional<double> tau,
-    bool spectral, std::optional<double> clamp, const Optional& policy_k) {
+    const Optional& entropy, int64_t heads, int64_t kv_heads, const Rules& rules,
+    const Numbers& numbers, const std::optional<Rules>& rules_k, const Optional& policy_k) {
+  const Settings of_query(rules, numbers), of_key(rules_k ? *rules_k : rules, numbers);
   Workspace workspace;
-  const Joint joint = join({x, W_q, W_k, mask, I_in, r, heads, kv_heads}, true, workspace);
+  const Joint joint =
+      join({x, W_q, W_k, mask, I_in, of_query.r, heads, kv_heads}, true, workspace);
   const Tensor selected = side(joint.features, 0);
   const Optional known(selected), energy(joint.energy), none;
-  const auto layer = [&](const Tensor& W, const Optional& bias, int64_t place, bool coupled,
-                         const Tensor& numbers, const Tensor& H, const void* columns) {
+  const auto layer = [&](const Tensor& W, const Optional& bias, int64_t place,
+                         const Settings& settings, const Tensor& bounds, const Tensor& H,
+                         const void* columns) {
     const Optional I_out(side(joint.features, place));
-    const Arguments arguments{x,      W,       bias, mask,    known,        I_out,
-                              numbers, entropy, none, energy, r,            adaptive,
-                              coupled, second_order, alpha, tau, spectral, clamp};
+    const Arguments arguments{x,      W,       bias, mask,   known,
+                              I_out,  bounds,  entropy, none, energy, settings};
     const Product product{H, columns};
     return sharpen_only(arguments, &product, nullptr);
   };
-  return {layer(W_q, b_q, 1, coupled_q, policy, joint.H_q, joint.columns_q),
-          layer(W_k, b_k, 2, coupled_k, policy_k ? *policy_k : policy, joint.H_k, joint.columns_k),
+  return {layer(W_q, b_q, 1, of_query, policy, joint.H_q, joint.columns_q),
+          layer(W_k, b_k, 2, of_key, policy_k ? *policy_k : policy, joint.H_k, joint.columns_k),
           selected};
 }
 

@@ -24,6 +24,7 @@ class Call {
   /// With `keep` what the gradient needs outlives the call.
   Call(const Arguments& arguments, const Product* given, bool keep)
       : a_(arguments),
+        set_(arguments.settings),
         given_(given),
         s_(check(arguments)),
         kernels_(kernels(s_.dtype)),
@@ -35,15 +36,15 @@ class Call {
         counts_(count_tokens(s_.groups, s_.tokens, counted_, workspace_)),
         all_{s_.groups, s_.tokens, counted_, counts_},
         W_{a_.weight.data_ptr(), s_.d_out, s_.d_in, a_.weight.stride(0), a_.weight.stride(1)},
-        features_(kept(keep, {s_.groups, 2, a_.r}, aoti_torch_dtype_int64())),
-        core_(kept(keep, {s_.groups, a_.r, a_.r}, aoti_torch_dtype_float32())),
+        features_(kept(keep, {s_.groups, 2, set_.r}, aoti_torch_dtype_int64())),
+        core_(kept(keep, {s_.groups, set_.r, set_.r}, aoti_torch_dtype_float32())),
         gamma_(kept(keep, {s_.groups}, aoti_torch_dtype_float32())),
-        features_data_(numbers<int64_t>(features_, s_.groups * 2 * a_.r)),
-        core_data_(numbers<float>(core_, s_.groups * a_.r * a_.r)),
+        features_data_(numbers<int64_t>(features_, s_.groups * 2 * set_.r)),
+        core_data_(numbers<float>(core_, s_.groups * set_.r * set_.r)),
         gamma_data_(numbers<float>(gamma_, s_.groups)) {}
 
   Results keep() {
-    const Tensor t = a_.clamp ? empty({s_.groups, s_.tokens, a_.r}, s_.torch_dtype)
+    const Tensor t = set_.clamp ? empty({s_.groups, s_.tokens, set_.r}, s_.torch_dtype)
                               : empty({0}, s_.torch_dtype);
     return {run(t.data_ptr()), *features_, *core_, *gamma_, t};
   }
@@ -56,35 +57,35 @@ class Call {
       select(x_data_, s_.d_in, 0, nullptr);
     const bool own = !a_.H && !given_ && is_gemv(s_.groups * s_.tokens, W_);
     const bool picked = own || (given_ && given_->columns);
-    if (picked) want_columns(a_.r);
+    if (picked) want_columns(set_.r);
     const Tensor y = own ? own_product() : product();
     void* const H = y.data_ptr();
     double* energy = workspace_.take<double>(s_.groups);
     if (a_.I_out) copy_features(*a_.I_out, 1);
-    if (!a_.I_out || (a_.adaptive && !a_.energy)) select(H, s_.d_out, 1, energy, !a_.I_out);
-    if (!a_.adaptive) std::fill(energy, energy + s_.groups, 0.0);
-    if (a_.adaptive && a_.energy)
+    if (!a_.I_out || (set_.adaptive && !a_.energy)) select(H, s_.d_out, 1, energy, !a_.I_out);
+    if (!set_.adaptive) std::fill(energy, energy + s_.groups, 0.0);
+    if (set_.adaptive && a_.energy)
       for (int64_t g = 0; g < s_.groups; ++g)
         energy[g] = data<float>(*a_.energy)[g * a_.energy->stride(0)];
 
-    const int64_t r = a_.r, most = decide_all(energy);
+    const int64_t r = set_.r, most = decide_all(energy);
     if (!picked) gather(most);
     norms_ = workspace_.take<double>(wanted_.count);
-    if (a_.tau && !a_.spectral) column_norms();
+    if (set_.tau && !set_.spectral) column_norms();
     parallel(s_.groups, r * (s_.d_in + 50 * r) + s_.tokens * r, [&](int64_t g, int64_t end) {
       Workspace scratch;
       for (; g < end; ++g) build(g, H, scratch);
     });
-    update(H, a_.clamp ? t : nullptr);
+    update(H, set_.clamp ? t : nullptr);
     restore(H);
     return y;
   }
 
   /// I_in [G, r].
   Tensor inputs() const {
-    const Tensor I_in = empty({s_.groups, a_.r}, aoti_torch_dtype_int64());
+    const Tensor I_in = empty({s_.groups, set_.r}, aoti_torch_dtype_int64());
     for (int64_t g = 0; g < s_.groups; ++g)
-      std::copy_n(features(g, 0), a_.r, data<int64_t>(I_in) + g * a_.r);
+      std::copy_n(features(g, 0), set_.r, data<int64_t>(I_in) + g * set_.r);
     return I_in;
   }
 
@@ -105,7 +106,7 @@ class Call {
   }
   const void* column(int64_t g, int64_t c) const { return slot_column(slot(g, c)); }
   int64_t* features(int64_t g, int64_t side) const {
-    return features_data_ + (2 * g + side) * a_.r;
+    return features_data_ + (2 * g + side) * set_.r;
   }
   float value(const void* elements, int64_t i) const {
     if (s_.dtype == Dtype::float32) return static_cast<const float*>(elements)[i];
@@ -116,13 +117,13 @@ class Call {
   void copy_features(const Tensor& given, int64_t side) {
     const int64_t* source = data<int64_t>(given);
     for (int64_t g = 0; g < s_.groups; ++g)
-      for (int64_t c = 0; c < a_.r; ++c)
+      for (int64_t c = 0; c < set_.r; ++c)
         features(g, side)[c] = source[g * given.stride(0) + c * given.stride(1)];
   }
 
   /// Best features of values [G, T, width] and, unless null, the energy [G].
   void select(void* values, int64_t width, int64_t side, double* energy, bool top = true) {
-    const int64_t r = a_.r, chunk = groups_at_once(s_.groups, width);
+    const int64_t r = set_.r, chunk = groups_at_once(s_.groups, width);
     float* scores = workspace_.take<float>(chunk * width);
     float* best = workspace_.take<float>(chunk * r);
     for (int64_t first = 0; first < s_.groups; first += chunk) {
@@ -181,7 +182,7 @@ class Call {
     int64_t most = 0;
     for (int64_t g = 0; g < s_.groups; ++g) {
       decisions_[g] = counts_[g]
-                          ? decide(s_.policy, s_.entropy, energy[g], a_.r, a_.second_order)
+                          ? decide(s_.policy, s_.entropy, energy[g], set_.r, set_.second_order)
                           : Decision{0, 0, false};
       most = std::max(most, decisions_[g].active);
     }
@@ -232,50 +233,50 @@ class Call {
       ++n;
     }
     double* T = scratch.take<double>(a * a);
-    couple(X, Y, n, a, a_.alpha, T, scratch.take<double>(couple_work(a)));
+    couple(X, Y, n, a, set_.alpha, T, scratch.take<double>(couple_work(a)));
     return T;
   }
 
   /// s [a] of SPEC §4.
   void clip(int64_t g, int64_t a, const double* T, double* scale, Workspace& scratch) const {
     std::fill(scale, scale + a, 1.0);
-    if (!a_.tau || a == 0) return;
+    if (!set_.tau || a == 0) return;
     const auto at_least_one = [](double s) { return s < 1 ? 1 : s; };
     const void** vectors = scratch.take<const void*>(a);
     for (int64_t c = 0; c < a; ++c) vectors[c] = row(features(g, 1)[c], scratch);
-    if (!a_.spectral && !T) {
+    if (!set_.spectral && !T) {
       for (int64_t c = 0; c < a; ++c) {
         const double norm = std::sqrt(kernels_.dot(vectors[c], vectors[c], s_.d_in));
-        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *a_.tau);
+        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *set_.tau);
       }
       return;
     }
     double* work = scratch.take<double>(2 * a * a);
     double* gram_A = gram(vectors, a, s_.d_in, scratch);
     if (T) mix_gram(T, a, gram_A, work);
-    if (!a_.spectral) {
+    if (!set_.spectral) {
       for (int64_t c = 0; c < a; ++c) {
         const double norm = std::sqrt(std::max(0.0, gram_A[c * a + c]));
-        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *a_.tau);
+        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *set_.tau);
       }
       return;
     }
     for (int64_t c = 0; c < a; ++c) vectors[c] = column(g, c);
     double* gram_B = gram(vectors, a, s_.d_out, scratch);
     std::fill(scale, scale + a,
-              at_least_one(spectral_norm(gram_A, gram_B, a, work) / *a_.tau));
+              at_least_one(spectral_norm(gram_A, gram_B, a, work) / *set_.tau));
   }
 
   /// Clip and core of one group.
   void build(int64_t g, void* H, Workspace& scratch) {
-    const int64_t r = a_.r;
+    const int64_t r = set_.r;
     float* core = core_data_ + g * r * r;
     std::fill(core, core + r * r, 0.0f);
     const Decision& d = decisions_[g];
     gamma_data_[g] = static_cast<float>(d.gamma);
     const int64_t a = d.active;
     if (a == 0) return;
-    const double* T = a_.coupled ? coupling(g, a, H, scratch) : nullptr;
+    const double* T = set_.coupled ? coupling(g, a, H, scratch) : nullptr;
     double* scale = scratch.take<double>(a);
     clip(g, a, T, scale, scratch);
     double* selected = nullptr;
@@ -295,7 +296,7 @@ class Call {
 
   /// t of all tokens first, then y in place on H.
   void update(void* y, void* t) {
-    const int64_t r = a_.r, T = s_.tokens, N = s_.groups * T, d = s_.d_out;
+    const int64_t r = set_.r, T = s_.tokens, N = s_.groups * T, d = s_.d_out;
     float* u = workspace_.take<float>(N * r);
     parallel(N, r * (r + 16), [&](int64_t n, int64_t end) {
       Workspace scratch;
@@ -318,14 +319,14 @@ class Call {
         kernels_.apply(at(y, token * d), std::min(kTokens, T - n), d, begin,
                        std::min(d, begin + kWidth), u + token * r, r, decisions_[g].active,
                        columns + g * r, bias, gamma_data_[g],
-                       a_.clamp ? static_cast<float>(*a_.clamp) : -1.0f);
+                       set_.clamp ? static_cast<float>(*set_.clamp) : -1.0f);
       }
     });
   }
 
   /// u [r] of token n: its selected outputs times the core, times γ where no clamp comes between.
   void mix(int64_t n, void* H, void* t, float* selected, float* u) const {
-    const int64_t r = a_.r, g = n / s_.tokens, a = decisions_[g].active;
+    const int64_t r = set_.r, g = n / s_.tokens, a = decisions_[g].active;
     const float* core = core_data_ + g * r * r;
     for (int64_t c = 0; c < a; ++c)
       selected[c] = value(at(H, n * s_.d_out), features(g, 1)[c]);
@@ -334,7 +335,7 @@ class Call {
       for (int64_t c = 0; c < a; ++c)
         std::memcpy(at(t, n * r + c), at(H, n * s_.d_out + features(g, 1)[c]), s_.element_size);
     }
-    const float scale = a_.clamp ? 1.0f : gamma_data_[g];
+    const float scale = set_.clamp ? 1.0f : gamma_data_[g];
     for (int64_t c = 0; c < a; ++c) {
       float total = 0;
       for (int64_t j = 0; j < a; ++j) total += selected[j] * core[j * r + c];
@@ -353,6 +354,7 @@ class Call {
   }
 
   const Arguments& a_;
+  const Settings& set_;
   const Product* const given_;
   const Shape s_;
   const Kernels& kernels_;

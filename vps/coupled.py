@@ -6,7 +6,6 @@ what they add to the attention logits (SPEC §7).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -182,20 +181,11 @@ def _in_one_call(
     name: str, inputs: list[Inputs], of_query: Settings, of_key: Settings, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both outputs and ``I_in`` ``[G, r]`` by one call of the operator."""
-    query, key = inputs
-    settings = (*of_query[1:3], of_key.coupled, *of_query[3:])
-    policy_k = None if key.policy is query.policy else key.policy
-    call: Callable[..., tuple[Tensor, Tensor, Tensor]] = operator.LINEAR_PAIR
-    if name == "triton" and not query.x.is_cuda:  # interpreted
-        from vps.backends.triton_backend import pair as call
-    arguments = (
-        *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
-        of_query.r, heads, kv_heads, *settings, policy_k,
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return call(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return call(*arguments)
+    if name == "triton" and not inputs[0].x.is_cuda:  # interpreted
+        from vps.backends.triton_backend import pair
+
+        return pair(inputs[0], inputs[1], of_query, of_key, heads, kv_heads)
+    return operator.sharpen_pair(inputs[0], inputs[1], of_query, of_key, heads, kv_heads)
 
 
 def _is_plain_call(x: Tensor, query: Projection, key: Projection) -> bool:

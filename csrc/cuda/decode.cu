@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "../settings.h"
 #include "decode.cuh"
 
 namespace vps {
@@ -96,7 +97,11 @@ std::pair<int, size_t> plan(Kernel kernel, Decode& p, int32_t device) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
     const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& counted,
     const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
-    int64_t r, bool adaptive, std::optional<double> tau, std::optional<double> clamp) {
+    const Rules& rules, const Numbers& numbers) {
+  const Settings settings(rules, numbers);
+  const auto [r, tau, clamp] = std::tuple(settings.r, settings.tau, settings.clamp);
+  require(!settings.coupled && !settings.spectral && !settings.second_order,
+          "rules must be plain selection, component clip and first order");
   require(x.defined() && x.is_cuda() && weight.defined() && weight.dim() == 2,
           "x must be a CUDA tensor [1, 1, d_in] and weight a matrix [d_out, d_in]");
   const int32_t device = x.get_device(), dtype = dtype_of(x);
@@ -150,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
   p.d_out = static_cast<int>(d_out);
   p.r = static_cast<int>(r);
   p.inverse_width = 1.0 / static_cast<double>(d_out);
-  p.adaptive = adaptive;
+  p.adaptive = settings.adaptive;
   p.tau = tau ? static_cast<float>(*tau) : -1.0f;
   p.clamp = clamp ? static_cast<float>(*clamp) : -1.0f;
 
@@ -188,8 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
 STABLE_TORCH_LIBRARY_FRAGMENT(vps, m) {
   m.def(
       "cooperative_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? counted, Tensor? I_in, "
-      "Tensor? I_out, Tensor policy, Tensor? entropy, int r, bool adaptive, float? tau, "
-      "float? clamp) "
+      "Tensor? I_out, Tensor policy, Tensor? entropy, int[] rules, float[] numbers) "
       "-> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)");
 }
 

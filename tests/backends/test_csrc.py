@@ -45,8 +45,9 @@ def call(data, config, mask=None, entropy=None, outcomes=(), gradient=False, **f
     I_in, I_out = features.get("I_in"), features.get("I_out")
     with torch.no_grad():
         out = torch.ops.vps.linear(
-            data.x, data.W, data.b, mask, I_in, I_out, numbers, entropy, None, None, *settings
-        )
+            data.x, data.W, data.b, mask, I_in, I_out, numbers, entropy, None, None,
+            *settings.packed(),
+        )  # fmt: skip
     return SimpleNamespace(**dict(zip(("y", "features", "core", "gamma", "t"), out, strict=True)))
 
 
@@ -301,7 +302,7 @@ def test_extreme_scales(monkeypatch, scale):
 
 CHILD = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/backends")
 import test_csrc as own
 from vps import VPSConfig
 threads = [int(n) for n in sys.argv[2].split(",")]

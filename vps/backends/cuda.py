@@ -61,10 +61,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         _contiguous(I_out),
         policy,
         None if entropy is None else entropy.double(),
-        settings.r,
-        settings.adaptive,
-        settings.tau,
-        settings.clamp,
+        *settings.packed(),
     )
     return Outputs(y, features[:, 0], features[:, 1], core, gamma, t)
 

@@ -81,7 +81,7 @@ def _call(trace: _Trace, operator: Any, given: dict[str, Any]) -> Any:
     """Call ``operator``, with the selection of an earlier call of the same x and mask."""
     if operator is torch.ops.vps.numbers.default:
         return constants.fill(**given)
-    same, r = (id(given["x"]), id(given["mask"])), given["r"]
+    same, r = (id(given["x"]), id(given["mask"])), given["r"] if "r" in given else given["rules"][0]
     if given["I_in"] is not None:
         return operator(**given)
     width, selection = trace.selections.get(same, (0, None))
