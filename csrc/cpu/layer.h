@@ -1,10 +1,9 @@
-// One sharpened layer, for who has part of its work done.
+// One sharpened layer, optionally from a product that is known.
 #pragma once
 
 #include <tuple>
 
 #include "arguments.h"
-#include "tensors.h"
 
 namespace vps {
 
@@ -16,10 +15,10 @@ struct Product {
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-/// y, features [G, 2, r], core [G, r, r], gamma [G] and t: see vps/backends/operator.py. `product` may be null.
-Results sharpen(const Arguments& arguments, const Product* product);
+/// y, features [G, 2, r], core [G, r, r], gamma [G] and t, all that a gradient needs.
+Results sharpen(const Arguments& arguments);
 
-/// y alone, for who needs no gradient; I_in [G, r] goes to `I_in` unless that is null.
+/// y alone; I_in [G, r] goes to `I_in` unless that is null. `product` may be null.
 Tensor sharpen_only(const Arguments& arguments, const Product* product, Optional* I_in);
 
 }  // namespace vps

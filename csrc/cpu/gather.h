@@ -1,8 +1,10 @@
-// Columns of W as rows of their own, and the features that several groups share.
+// Rows and columns of W with unit step, and the features that several groups share.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
+#include "../tensors.h"
 #include "workspace.h"
 
 namespace vps {
@@ -12,6 +14,29 @@ struct Matrix {  // of elements of one dtype, any strides
   int64_t rows, width;
   int64_t stride, step;  // in elements, from row to row and within a row
 };
+
+inline Matrix matrix(const Tensor& W) {
+  return {W.data_ptr(), W.size(0), W.size(1), W.stride(0), W.stride(1)};
+}
+
+/// Row k of W with unit step.
+inline const void* row(const Matrix& W, int64_t k, int64_t element_size, Workspace& workspace) {
+  const auto* source = static_cast<const std::byte*>(W.data) + k * W.stride * element_size;
+  if (W.step == 1) return source;
+  auto* copy = workspace.take<std::byte>(W.width * element_size);
+  for (int64_t j = 0; j < W.width; ++j)
+    std::memcpy(copy + j * element_size, source + j * W.step * element_size, element_size);
+  return copy;
+}
+
+/// Given features [G, r] to features[g * stride + c].
+inline void copy_features(const Tensor& given, int64_t* features, int64_t stride) {
+  const int64_t* source = data<int64_t>(given);
+  const int64_t step[2] = {given.stride(0), given.stride(1)};
+  for (int64_t g = 0; g < given.size(0); ++g)
+    for (int64_t c = 0; c < given.size(1); ++c)
+      features[g * stride + c] = source[g * step[0] + c * step[1]];
+}
 
 /// Distinct features, and which of them each entry of an index [count] is.
 struct Distinct {

@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../simd/kernels.h"
 #include "gather.h"
-#include "kernels.h"
 #include "workspace.h"
 
 namespace vps {
@@ -56,6 +56,26 @@ inline void group_scores(const Kernels& kernels, const void* values, int64_t ele
 /// How many groups to take at once, so that their scores stay cached.
 inline int64_t groups_at_once(int64_t groups, int64_t width) {
   return std::min(groups, std::max<int64_t>(1, (1 << 18) / width));
+}
+
+/// The r best features of values [G, T, width] to features[g * stride ...] unless that is null,
+/// and the energy [G] unless that is null.
+inline void select(const Kernels& kernels, const void* values, int64_t element_size, int64_t width,
+                   const Tokens& tokens, int64_t r, int64_t* features, int64_t stride,
+                   double* energy, Workspace& workspace) {
+  const int64_t chunk = groups_at_once(tokens.groups, width);
+  float* scores = workspace.take<float>(chunk * width);
+  float* best = workspace.take<float>(chunk * r);
+  for (int64_t first = 0; first < tokens.groups; first += chunk) {
+    const int64_t groups = std::min(chunk, tokens.groups - first);
+    group_scores(kernels, values, element_size, width, tokens, first, groups, scores, energy,
+                 workspace);
+    if (features)
+      parallel(groups, width, [&](int64_t i, int64_t end) {
+        for (; i < end; ++i)
+          kernels.top(scores + i * width, width, r, features + (first + i) * stride, best + i * r);
+      });
+  }
 }
 
 /// Whether our own GEMV computes the base product.

@@ -1,4 +1,4 @@
-// The vectorized loops, compiled once per instruction set (variant_*.cpp) and chosen at run time.
+// The vectorized loops, compiled once per instruction set and chosen at run time.
 #pragma once
 
 #include <cstdint>

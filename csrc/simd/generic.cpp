@@ -1,7 +1,9 @@
-// Vec in plain C++: eight floats for the compiler to vectorize as far as the baseline allows.
-#pragma once
+// The loops for any processor: eight floats for the compiler to vectorize as the baseline allows.
+#include <cstdint>
+#include <cstring>
 
 #include "element.h"
+#include "kernels.h"
 
 namespace vps::generic {
 
@@ -23,12 +25,12 @@ inline Vec broadcast(float value) {
 
 template <class T>
 inline Vec load(const T* p) {
-  return map([&](int64_t i) { return to_float(p[i]); });
+  return map([&](int64_t i) { return static_cast<float>(p[i]); });
 }
 
 template <class T>
 inline void store(T* p, Vec v) {
-  for (int64_t i = 0; i < Vec::width; ++i) p[i] = from_float<T>(v.lane[i]);
+  for (int64_t i = 0; i < Vec::width; ++i) p[i] = static_cast<T>(v.lane[i]);
 }
 
 inline Vec add(Vec a, Vec b) {
@@ -69,3 +71,6 @@ inline float sum(Vec v) {
 }
 
 }  // namespace vps::generic
+
+#define VPS_VARIANT generic
+#include "variant.inc"

@@ -1,15 +1,11 @@
-// vps::linear_backward on a CPU: ∂L/∂x = g W + γ (g B) Cᵀ W[I_out], in one pass over g W, whose
+// The backward pass on a CPU: ∂L/∂x = g W + γ (g B) Cᵀ W[I_out], in one pass over g W, whose
 // columns I_in are g B.
-#include <torch/csrc/stable/library.h>
+#include "backward.h"
 
 #include <algorithm>
-#include <cstring>
 
-#include "arguments.h"
-#include "element.h"
-#include "kernels.h"
-#include "tensors.h"
-#include "workspace.h"
+#include "../simd/element.h"
+#include "gather.h"
 
 namespace vps {
 namespace {
@@ -22,21 +18,10 @@ int64_t active(const float* core, int64_t r) {
   return a;
 }
 
-/// Row k of W with unit step.
-const void* row(const Tensor& weight, int64_t k, int64_t element_size, Workspace& workspace) {
-  const auto* source =
-      static_cast<const std::byte*>(weight.data_ptr()) + k * weight.stride(0) * element_size;
-  if (weight.stride(1) == 1) return source;
-  const int64_t d = weight.size(1), step = weight.stride(1) * element_size;
-  auto* copy = workspace.take<std::byte>(d * element_size);
-  for (int64_t j = 0; j < d; ++j)
-    std::memcpy(copy + j * element_size, source + j * step, element_size);
-  return copy;
-}
-
 template <class T>
 Tensor backward(const BackwardArguments& a, const Shape& s) {
-  const Tensor grad_x = product(a.g, a.weight);
+  const Tensor grad_x = torch::stable::contiguous(torch::stable::matmul(a.g, a.weight));
+  const Matrix W = matrix(a.weight);
   const int64_t r = a.features.size(2), N = s.tokens, d = s.d_in;
   const Tensor features = torch::stable::contiguous(a.features);
   const Tensor cores = torch::stable::contiguous(a.core);
@@ -51,7 +36,7 @@ Tensor backward(const BackwardArguments& a, const Shape& s) {
     const int64_t* I = data<int64_t>(features) + 2 * g * r;
     used[g] = gamma == 0 ? 0 : active(data<float>(cores) + g * r * r, r);
     for (int64_t j = 0; j < used[g]; ++j)
-      rows[g * r + j] = row(a.weight, I[r + j], s.element_size, workspace);
+      rows[g * r + j] = row(W, I[r + j], s.element_size, workspace);
   }
   parallel(s.groups * N, r * (r + 16), [&](int64_t n, int64_t end) {
     for (; n < end; ++n) {
@@ -62,7 +47,7 @@ Tensor backward(const BackwardArguments& a, const Shape& s) {
       for (int64_t j = 0; j < used[g]; ++j) {
         float total = 0;
         for (int64_t c = 0; c < used[g]; ++c)
-          total += core[j * r + c] * to_float(out[n * d + I_in[c]]);
+          total += core[j * r + c] * static_cast<float>(out[n * d + I_in[c]]);
         u[n * r + j] = gamma * total;
       }
     }
@@ -79,18 +64,13 @@ Tensor backward(const BackwardArguments& a, const Shape& s) {
   return grad_x;
 }
 
-Tensor linear_backward(const Tensor& g, const Tensor& weight, const Tensor& features,
-                       const Tensor& core, const Tensor& gamma) {
-  const BackwardArguments arguments{g, weight, features, core, gamma};
+}  // namespace
+
+Tensor backward(const BackwardArguments& arguments) {
   const Shape s = check(arguments);
   if (s.dtype == Dtype::float32) return backward<float>(arguments, s);
   if (s.dtype == Dtype::bfloat16) return backward<BFloat16>(arguments, s);
   return backward<Half>(arguments, s);
 }
 
-}  // namespace
 }  // namespace vps
-
-STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) {
-  m.impl("linear_backward", TORCH_BOX(&vps::linear_backward));
-}

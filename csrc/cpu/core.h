@@ -1,28 +1,9 @@
-// What the policy decides for a group, and the r × r core of its update, in double.
+// The r × r core of the update of a group, in double.
 #pragma once
 
 #include <cstdint>
-#include <optional>
-#include <vector>
 
 namespace vps {
-
-/// Policy [9] (SPEC §5): bounds are inclusive, a fixed setting has both equal.
-struct Policy {
-  double factor;
-  double gamma[2], rank[2], topk[2], order[2];
-  std::vector<double> columns;  // w [r], or empty for 1 everywhere
-};
-
-struct Decision {
-  double gamma;
-  int64_t active;  // columns in use, the first ones
-  bool second_order;
-};
-
-/// SPEC §5 from the energy of a group.
-Decision decide(const Policy& policy, std::optional<double> entropy, double energy, int64_t r,
-                bool second_order);
 
 /// T [a, a] of SPEC §3 with rows divided by their norms: Ṽ_c = sum of T[c, j] V_j.
 /// X, Y [n, a] hold selected inputs and outputs of the counted tokens. `work` [couple_work].

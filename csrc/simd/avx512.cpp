@@ -1,9 +1,17 @@
-// Vec of AVX-512 (F, BW, DQ, VL).
-#pragma once
-
+// The loops for x86-64 processors with avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cstdint>
+#include <cstring>
+
 #include "element.h"
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
 
 namespace vps::avx512 {
 
@@ -71,3 +79,10 @@ inline bool any_greater(Vec a, Vec b) {
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v.v); }
 
 }  // namespace vps::avx512
+
+#define VPS_VARIANT avx512
+#include "variant.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,14 +1,12 @@
-// Checks of the arguments of vps::linear: nothing after them can fail or read out of bounds.
+// Checks of arguments: nothing after them can fail or read out of bounds.
 #include "arguments.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
-#include <cstring>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
-#include "element.h"
+#include "../simd/element.h"
 
 namespace vps {
 namespace {
@@ -23,26 +21,12 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-int32_t dtype_of(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-std::string dtype_name(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return "float32";
-  if (dtype == aoti_torch_dtype_float64()) return "float64";
-  if (dtype == aoti_torch_dtype_float16()) return "float16";
-  if (dtype == aoti_torch_dtype_bfloat16()) return "bfloat16";
-  if (dtype == aoti_torch_dtype_int64()) return "int64";
-  if (dtype == aoti_torch_dtype_int32()) return "int32";
-  if (dtype == aoti_torch_dtype_int16()) return "int16";
-  if (dtype == aoti_torch_dtype_int8()) return "int8";
-  if (dtype == aoti_torch_dtype_uint8()) return "uint8";
-  if (dtype == aoti_torch_dtype_bool()) return "bool";
-  if (dtype == aoti_torch_dtype_complex64()) return "complex64";
-  if (dtype == aoti_torch_dtype_complex128()) return "complex128";
-  return "dtype number " + std::to_string(dtype);
+std::string dtype_name(ScalarType dtype) {
+  constexpr const char* names[] = {"uint8",   "int8",    "int16",     "int32",     "int64",      "float16",
+                                   "float32", "float64", "complex32", "complex64", "complex128", "bool"};
+  const size_t number = static_cast<size_t>(dtype);
+  if (number < std::size(names)) return names[number];
+  return dtype == ScalarType::BFloat16 ? "bfloat16" : torch::headeronly::toString(dtype);
 }
 
 std::string shape_of(const Tensor& tensor) {
@@ -63,7 +47,7 @@ void check_plain(const char* name, const Tensor& tensor) {
     fail(name, " must be a dense strided tensor, got layout number ", layout);
 }
 
-void check_dtype(const char* name, const Tensor& tensor, int32_t dtype) {
+void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
   if (dtype_of(tensor) != dtype)
     fail(name, " must be ", dtype_name(dtype), ", got ", dtype_name(dtype_of(tensor)));
 }
@@ -77,53 +61,57 @@ void check_shape(const char* name, const Tensor& tensor, std::initializer_list<i
   fail(name, " must have shape ", expected, "], got ", shape_of(tensor));
 }
 
+void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype,
+                  std::initializer_list<int64_t> sizes) {
+  check_plain(name, tensor);
+  check_dtype(name, tensor, dtype);
+  check_shape(name, tensor, sizes);
+}
+
 void check_indices(const char* name, const Tensor& index, int64_t groups, int64_t r,
                    int64_t limit) {
-  check_plain(name, index);
-  check_dtype(name, index, aoti_torch_dtype_int64());
-  check_shape(name, index, {groups, r});
-  const int64_t* data = static_cast<const int64_t*>(index.data_ptr());
+  check_tensor(name, index, ScalarType::Long, {groups, r});
+  const int64_t* elements = data<int64_t>(index);
   const int64_t stride[2] = {index.stride(0), index.stride(1)};
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t c = 0; c < r; ++c) {
-      const int64_t value = data[g * stride[0] + c * stride[1]];
+      const int64_t value = elements[g * stride[0] + c * stride[1]];
       if (value < 0 || value >= limit)
         fail(name, " must hold features from 0 to ", limit - 1, ", got ", value);
     }
 }
 
-Policy read_policy(const Tensor& tensor, int64_t r) {
-  constexpr int64_t kNumbers = 9;
+/// Reads the policy [9] or [9 + r] into s.
+void read_policy(const Tensor& tensor, int64_t r, Shape& s) {
   check_plain("policy", tensor);
-  check_dtype("policy", tensor, aoti_torch_dtype_float64());
-  const bool by_column = tensor.dim() == 1 && tensor.size(0) == kNumbers + r;
-  if (!by_column) check_shape("policy", tensor, {kNumbers});
-  const double* data = static_cast<const double*>(tensor.data_ptr());
+  check_dtype("policy", tensor, ScalarType::Double);
+  const bool by_column = tensor.dim() == 1 && tensor.size(0) == Policy::kCount + r;
+  if (!by_column) check_shape("policy", tensor, {Policy::kCount});
+  const double* elements = data<double>(tensor);
+  const int64_t stride = tensor.stride(0);
   const auto number = [&](int64_t i) {
-    const double value = data[i * tensor.stride(0)];
+    const double value = elements[i * stride];
     if (!std::isfinite(value)) fail("policy", " must be finite, got ", value);
     return value;
   };
-  Policy policy{number(0),
-                {number(1), number(2)},
-                {number(3), number(4)},
-                {number(5), number(6)},
-                {number(7), number(8)},
-                {}};
-  for (int64_t c = 0; by_column && c < r; ++c) policy.columns.push_back(number(kNumbers + c));
-  return policy;
+  s.policy = {number(0),
+              {number(1), number(2)},
+              {number(3), number(4)},
+              {number(5), number(6)},
+              {number(7), number(8)}};
+  for (int64_t c = 0; by_column && c < r; ++c) s.columns.push_back(number(Policy::kCount + c));
 }
 
 double read_number(const char* name, const Tensor& tensor) {
   check_plain(name, tensor);
   check_shape(name, tensor, {});
-  const void* data = tensor.data_ptr();
-  const int32_t dtype = dtype_of(tensor);
-  if (dtype == aoti_torch_dtype_float64()) return *static_cast<const double*>(data);
-  if (dtype == aoti_torch_dtype_float32()) return *static_cast<const float*>(data);
-  if (dtype == aoti_torch_dtype_float16()) return to_float(*static_cast<const Half*>(data));
-  if (dtype == aoti_torch_dtype_bfloat16()) return to_float(*static_cast<const BFloat16*>(data));
-  fail(name, " must be floating point, got ", dtype_name(dtype));
+  switch (dtype_of(tensor)) {
+    case ScalarType::Double: return *data<double>(tensor);
+    case ScalarType::Float: return *data<float>(tensor);
+    case ScalarType::Half: return *data<Half>(tensor);
+    case ScalarType::BFloat16: return *data<BFloat16>(tensor);
+    default: fail(name, " must be floating point, got ", dtype_name(dtype_of(tensor)));
+  }
 }
 
 /// Checks rows [G, T, width], x or g, and a weight [d_out, d_in], all but the width.
@@ -133,11 +121,11 @@ Shape check_pair(const char* rows_name, const char* width, const Tensor& rows, c
   check_plain(rows_name, rows);
   check_plain(name, weight);
   s.torch_dtype = dtype_of(rows);
-  if (s.torch_dtype == aoti_torch_dtype_float32())
+  if (s.torch_dtype == ScalarType::Float)
     s.dtype = Dtype::float32;
-  else if (s.torch_dtype == aoti_torch_dtype_bfloat16())
+  else if (s.torch_dtype == ScalarType::BFloat16)
     s.dtype = Dtype::bfloat16;
-  else if (s.torch_dtype == aoti_torch_dtype_float16())
+  else if (s.torch_dtype == ScalarType::Half)
     s.dtype = Dtype::float16;
   else
     fail(rows_name, " must be float32, bfloat16 or float16, got ", dtype_name(s.torch_dtype));
@@ -163,11 +151,8 @@ Shape check_product(const Tensor& x, const char* name, const Tensor& weight) {
   return s;
 }
 
-void check_mask(const std::optional<Tensor>& mask, const Shape& s) {
-  if (!mask) return;
-  check_plain("mask", *mask);
-  check_dtype("mask", *mask, aoti_torch_dtype_bool());
-  check_shape("mask", *mask, {s.groups, s.tokens});
+void check_mask(const Optional& mask, const Shape& s) {
+  if (mask) check_tensor("mask", *mask, ScalarType::Bool, {s.groups, s.tokens});
 }
 
 }  // namespace
@@ -193,22 +178,12 @@ Shape check(const Arguments& a) {
   operation = "linear";
   const Settings& set = a.settings;
   Shape s = check_product(a.x, "weight", a.weight);
-  if (a.bias) {
-    check_plain("bias", *a.bias);
-    check_dtype("bias", *a.bias, s.torch_dtype);
-    check_shape("bias", *a.bias, {s.d_out});
-  }
+  if (a.bias) check_tensor("bias", *a.bias, s.torch_dtype, {s.d_out});
   check_mask(a.mask, s);
-  if (a.H) {
-    check_plain("H", *a.H);
-    check_dtype("H", *a.H, s.torch_dtype);
-    check_shape("H", *a.H, {s.groups, s.tokens, s.d_out});
-  }
+  if (a.H) check_tensor("H", *a.H, s.torch_dtype, {s.groups, s.tokens, s.d_out});
   if (a.energy) {
-    check_plain("energy", *a.energy);
-    check_dtype("energy", *a.energy, aoti_torch_dtype_float32());
-    check_shape("energy", *a.energy, {s.groups});
-    const float* energy = static_cast<const float*>(a.energy->data_ptr());
+    check_tensor("energy", *a.energy, ScalarType::Float, {s.groups});
+    const float* energy = data<float>(*a.energy);
     for (int64_t g = 0; g < s.groups; ++g)
       if (const float value = energy[g * a.energy->stride(0)]; !(value >= 0))
         fail("energy", " must not be negative, got ", value);
@@ -218,7 +193,7 @@ Shape check(const Arguments& a) {
     fail("r", " must be from 1 to min(d_in, d_out) = ", limit, ", got ", set.r);
   if (a.I_in) check_indices("I_in", *a.I_in, s.groups, set.r, s.d_in);
   if (a.I_out) check_indices("I_out", *a.I_out, s.groups, set.r, s.d_out);
-  s.policy = read_policy(a.policy, set.r);
+  read_policy(a.policy, set.r, s);
   if (a.entropy) s.entropy = read_number("entropy", *a.entropy);
   if (set.coupled && !(set.alpha > 0 && std::isfinite(set.alpha)))
     fail("alpha", " must be positive and finite, got ", set.alpha);
@@ -236,16 +211,11 @@ Shape check(const BackwardArguments& a) {
   const int64_t r = a.features.size(2), limit = std::min(s.d_in, s.d_out);
   if (r < 1 || r > limit)
     fail("features", " must hold 1 to min(d_in, d_out) = ", limit, " a side, got ", r);
-  check_dtype("features", a.features, aoti_torch_dtype_int64());
-  check_shape("features", a.features, {s.groups, 2, r});
+  check_tensor("features", a.features, ScalarType::Long, {s.groups, 2, r});
   check_indices("features[:, 0]", torch::stable::select(a.features, 1, 0), s.groups, r, s.d_in);
   check_indices("features[:, 1]", torch::stable::select(a.features, 1, 1), s.groups, r, s.d_out);
-  check_plain("core", a.core);
-  check_dtype("core", a.core, aoti_torch_dtype_float32());
-  check_shape("core", a.core, {s.groups, r, r});
-  check_plain("gamma", a.gamma);
-  check_dtype("gamma", a.gamma, aoti_torch_dtype_float32());
-  check_shape("gamma", a.gamma, {s.groups});
+  check_tensor("core", a.core, ScalarType::Float, {s.groups, r, r});
+  check_tensor("gamma", a.gamma, ScalarType::Float, {s.groups});
   return s;
 }
 

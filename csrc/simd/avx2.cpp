@@ -1,9 +1,17 @@
-// Vec of AVX2, FMA and F16C.
-#pragma once
-
+// The loops for x86-64 processors with avx2,fma,f16c.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cstdint>
+#include <cstring>
+
 #include "element.h"
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
 
 namespace vps::avx2 {
 
@@ -74,3 +82,10 @@ inline float sum(Vec v) {
 }
 
 }  // namespace vps::avx2
+
+#define VPS_VARIANT avx2
+#include "variant.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -6,14 +6,7 @@
 namespace vps {
 namespace {
 
-constexpr double kFloorGuard = 0x1p-20;
 constexpr int kSweeps = 30;
-
-int64_t integer(const double bounds[2], double sigma, int64_t limit) {
-  const double steps = std::floor((bounds[1] - bounds[0]) * sigma + kFloorGuard);
-  const double value = bounds[0] + (steps > 0 ? steps : 0);
-  return static_cast<int64_t>(std::clamp(value, 0.0, static_cast<double>(limit)));
-}
 
 /// Solves A Z = R in place of R, [n, n] and [n, m]: Gaussian elimination with partial pivoting.
 void solve(double* A, double* R, int64_t n, int64_t m) {
@@ -81,16 +74,6 @@ void multiply(const double* A, const double* B, int64_t n, double* Z, bool trans
 }
 
 }  // namespace
-
-Decision decide(const Policy& policy, std::optional<double> entropy, double energy, int64_t r,
-                bool second_order) {
-  double sigma = -std::expm1(-energy);
-  if (entropy) sigma = std::max(sigma, std::min(1.0, *entropy / 3));
-  sigma = std::min(1.0, policy.factor * sigma);
-  const double gamma = policy.gamma[0] + (policy.gamma[1] - policy.gamma[0]) * sigma;
-  const int64_t active = std::min(integer(policy.rank, sigma, r), integer(policy.topk, sigma, r));
-  return {gamma, active, second_order && integer(policy.order, sigma, 2) == 2};
-}
 
 int64_t couple_work(int64_t a) { return 2 * a * a; }
 
