@@ -184,7 +184,8 @@ def _in_one_call(
     if name == "triton" and not inputs[0].x.is_cuda:  # interpreted
         from vps.backends.triton_backend import pair
 
-        return pair(inputs[0], inputs[1], of_query, of_key, heads, kv_heads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return pair(inputs[0], inputs[1], of_query, of_key, heads, kv_heads)
     return operator.sharpen_pair(inputs[0], inputs[1], of_query, of_key, heads, kv_heads)
 
 

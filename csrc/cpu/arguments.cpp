@@ -22,8 +22,9 @@ template <class... Parts>
 }
 
 std::string dtype_name(ScalarType dtype) {
-  constexpr const char* names[] = {"uint8",   "int8",    "int16",     "int32",     "int64",      "float16",
-                                   "float32", "float64", "complex32", "complex64", "complex128", "bool"};
+  constexpr const char* names[] = {"uint8",   "int8",      "int16",     "int32",
+                                   "int64",   "float16",   "float32",   "float64",
+                                   "complex32", "complex64", "complex128", "bool"};
   const size_t number = static_cast<size_t>(dtype);
   if (number < std::size(names)) return names[number];
   return dtype == ScalarType::BFloat16 ? "bfloat16" : torch::headeronly::toString(dtype);
@@ -57,7 +58,8 @@ void check_shape(const char* name, const Tensor& tensor, std::initializer_list<i
   for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(i) == sizes.begin()[i];
   if (same) return;
   std::string expected = "[";
-  for (const int64_t size : sizes) expected += (expected.size() > 1 ? ", " : "") + std::to_string(size);
+  for (const int64_t size : sizes)
+    expected += (expected.size() > 1 ? ", " : "") + std::to_string(size);
   fail(name, " must have shape ", expected, "], got ", shape_of(tensor));
 }
 

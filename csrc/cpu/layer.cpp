@@ -41,7 +41,7 @@ class Call {
 
   Results keep() {
     const Tensor t = settings_.clamp ? empty({s_.groups, s_.tokens, settings_.r}, s_.torch_dtype)
-                              : empty({0}, s_.torch_dtype);
+                                     : empty({0}, s_.torch_dtype);
     return {run(t.data_ptr()), *features_, *core_, *gamma_, t};
   }
 
@@ -213,7 +213,8 @@ class Call {
     if (!settings_.tau || a == 0) return;
     const auto at_least_one = [](double s) { return s < 1 ? 1 : s; };
     const void** vectors = scratch.take<const void*>(a);
-    for (int64_t c = 0; c < a; ++c) vectors[c] = row(W_, features(g, 1)[c], s_.element_size, scratch);
+    for (int64_t c = 0; c < a; ++c)
+      vectors[c] = row(W_, features(g, 1)[c], s_.element_size, scratch);
     if (!settings_.spectral && !T) {
       for (int64_t c = 0; c < a; ++c) {
         const double norm = std::sqrt(kernels_.dot(vectors[c], vectors[c], s_.d_in));
@@ -254,8 +255,7 @@ class Call {
       selected = scratch.take<double>(a * a);
       for (int64_t j = 0; j < a; ++j)
         for (int64_t c = 0; c < a; ++c)
-          selected[j * a + c] =
-              value(column(g, c), features(g, 1)[j]);
+          selected[j * a + c] = value(column(g, c), features(g, 1)[j]);
     }
     double* C = scratch.take<double>(a * a);
     const double* columns = s_.columns.empty() ? nullptr : s_.columns.data();
