@@ -1,4 +1,4 @@
-"""What the study of calibration found: means over seeds, every cell, and a picture."""
+"""Report what the study of calibration found: means over seeds, every cell, and a picture."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from vps import Calibration, jsonl
-
-if TYPE_CHECKING:
-    from benchmarks.calibration import Cell
 
 TITLES = {
     "sharpening": "sharpening",
@@ -24,11 +21,30 @@ TITLES = {
 TASKS = {"units": "conversion of units"}
 OTHER_TEXT = "other text"
 Row = dict[str, Any]
-Group = list[tuple["Cell", "Found"]]
+
+
+class Cell(NamedTuple):
+    """Describe one calibration with its controls."""
+
+    task: str = "arithmetic"
+    size: int = 48
+    per: str = "layer"
+    scope: str = "token"
+    builder: str = "sk"
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self))
+
+    @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """Return the controls that the cell which differs in scope or builder alone holds."""
+        return () if (self.scope, self.builder) == ("token", "sk") else ("scale", "lora")
 
 
 class Found:
-    """The comparisons of a finished cell."""
+    """Hold the comparisons of a finished cell."""
 
     def __init__(self, path: Path) -> None:
         self.report = Calibration.load(path).report
@@ -40,12 +56,15 @@ class Found:
 
     @property
     def base(self) -> float:
-        """Held-out nll of the plain model."""
+        """Return the held-out nll of the plain model."""
         return next(iter(self.held_out.values()))["base"]
 
 
+Group = list[tuple[Cell, Found]]
+
+
 def by(rows: Iterable[Row], key: str, other_text: bool) -> dict[str, Row]:
-    """Rows of the held-out examples, or of the other text, in the order of TITLES."""
+    """Return rows of the held-out examples, or of the other text, in the order of TITLES."""
     found = {row[key]: row for row in rows if (row["task"] == OTHER_TEXT) == other_text}
     return {form: found[form] for form in TITLES if form in found}
 
@@ -61,7 +80,7 @@ def write_report(folder: Path, cells: Sequence[Cell]) -> str:
 
 
 def finished(folder: Path, cells: Sequence[Cell]) -> list[Group]:
-    """Finished cells, those together that differ in the seed alone."""
+    """Group finished cells that differ in the seed alone."""
     first = cells[0]
 
     def place(cell: Cell) -> tuple[Any, ...]:
@@ -77,7 +96,7 @@ def finished(folder: Path, cells: Sequence[Cell]) -> list[Group]:
 
 
 def label(cell: Cell) -> str:
-    """In what a cell differs from the one that stands for all."""
+    """Say in what a cell differs from the one that stands for all."""
     if cell.task != "arithmetic":
         return TASKS.get(cell.task, cell.task)
     if cell.per != "layer":
@@ -88,7 +107,7 @@ def label(cell: Cell) -> str:
 
 
 def overview(groups: Sequence[Group]) -> str:
-    """Means over seeds, in Markdown: held-out difference; side effect (verdicts)."""
+    """Write means over seeds, in Markdown: held-out difference; side effect (verdicts)."""
     every = {cell: found for group in groups for cell, found in group}
     used = {form for found in every.values() for form in found.held_out}
     forms = [form for form in TITLES if form in used]
@@ -104,7 +123,7 @@ def overview(groups: Sequence[Group]) -> str:
 
 
 def group_mean(group: Group, form: str, every: dict[Cell, Found]) -> str:
-    """One entry of the overview; a control fitted elsewhere comes from there, without verdict."""
+    """Write one entry of the overview; a control fitted elsewhere comes without verdict."""
     shown: list[Found] = []
     verdicts: list[str] = []
     for cell, found in group:
@@ -126,7 +145,7 @@ def group_mean(group: Group, form: str, every: dict[Cell, Found]) -> str:
 
 
 def summary(groups: Sequence[Group]) -> str:
-    """A table of the held-out and side effects of all finished cells, in Markdown."""
+    """Tabulate the held-out and side effects of all finished cells, in Markdown."""
     lines = [
         "| cell | form | numbers | rate | steps | held-out nll | difference | other text |",
         "|---|---|---|---|---|---|---|---|",
@@ -148,18 +167,18 @@ def summary(groups: Sequence[Group]) -> str:
 
 
 def interval(row: Row) -> str:
-    """A difference with its 95 % interval."""
+    """Write a difference with its 95 % interval."""
     low, high = (row[end] for end in ("low", "high"))
     return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def own(cell: Cell, found: Found) -> dict[str, Row]:
-    """Held-out rows less those that are another cell's."""
+    """Return held-out rows less those that are another cell's."""
     return {form: row for form, row in found.held_out.items() if form not in cell.elsewhere}
 
 
 def draw(groups: Sequence[Group], path: Path) -> None:
-    """Held-out difference of every form from the plain model, a line a seed, as PNG."""
+    """Draw the held-out difference of every form from the plain model, a line a seed, as PNG."""
     from matplotlib.figure import Figure
 
     across = min(2, len(groups))

@@ -1,4 +1,4 @@
-"""The study of calibration: does it matter that it is sharpening which is fitted?
+"""Run the study of calibration: does it matter that it is sharpening which is fitted?
 
 Every cell is a task, a number of examples, a γ a layer or a column, a scope, a builder and a seed.
 It fits sharpening and its controls alike, to convergence with early stopping, each with the
@@ -7,7 +7,7 @@ one that stands for all, those that differ from it in one thing, two more seeds 
 sizes between. What neither scope nor builder changes is left to the cell that stands for all. A
 finished cell is a file in the folder of results; the same command goes on where it was.
 
-    python -m benchmarks.calibration --model .cache/smollm2 --minutes 60
+    python -m benchmarks.study.calibration --model .cache/smollm2 --minutes 60
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import time
 import warnings
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, NamedTuple
+from typing import Any
 
 import vps
-from benchmarks.calibration_report import write_report
+from benchmarks.study.report import Cell, write_report
 from vps import Calibration, VPSConfig
 from vps.evaluation.tasks import PROMPT, documents
 from vps.fitting import CONTROLS, Options
@@ -33,26 +33,6 @@ LARGEST = 256
 HELD_OUT = 60
 SHORTEST_TEXT = 150  # characters
 LONGEST_TEXT = 32  # tokens
-
-
-class Cell(NamedTuple):
-    """One calibration with its controls."""
-
-    task: str = "arithmetic"
-    size: int = 48
-    per: str = "layer"
-    scope: str = "token"
-    builder: str = "sk"
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        return "-".join(map(str, self))
-
-    @property
-    def elsewhere(self) -> tuple[str, ...]:
-        """Controls that are those of the cell which differs in scope or builder alone."""
-        return () if (self.scope, self.builder) == ("token", "sk") else ("scale", "lora")
 
 
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -74,7 +54,7 @@ CELLS = (
 
 
 def examples(task: str, size: int, held_out: int) -> tuple[list[Any], list[Any]]:
-    """The first ``size`` examples of a task to fit and stop by, and others that no size uses.
+    """Return ``size`` examples of a task to fit and stop by, and others that no size uses.
 
     Problems are put as ``vps eval`` puts them. Texts are paragraphs of the Python reference that
     CPython carries, in an order of their own.

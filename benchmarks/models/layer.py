@@ -1,4 +1,4 @@
-"""Linear layers as a decoder meets them, alone and the seven of a block, by every variant.
+"""Time linear layers as a decoder meets them, alone and the seven of a block, by every variant.
 
 On a GPU in CUDA graphs, one a variant, over distinct layers whose weights exceed the cache four
 times, and as a second table call by call; on a CPU call by call. One stream orders the layers.
@@ -17,7 +17,7 @@ from benchmarks.results import Case, Section
 
 
 class Cell(NamedTuple):
-    """One case: shapes of the layers, and sequences × tokens."""
+    """Describe one case: shapes of the layers, and sequences × tokens."""
 
     title: str
     shapes: tuple[tuple[int, int], ...]
@@ -28,7 +28,7 @@ class Cell(NamedTuple):
 
 
 def single_cells(device: str) -> Iterator[list[Cell]]:
-    """Layers by themselves, a list for each mean over shapes."""
+    """Yield layers by themselves, a list for each mean over shapes."""
     for dtype in shapes.DTYPES[device]:
         for groups, tokens in shapes.TOKENS[device]:
             yield [
@@ -41,7 +41,7 @@ def single_cells(device: str) -> Iterator[list[Cell]]:
 
 
 def block_cells(device: str) -> Iterator[Cell]:
-    """The seven projections of one block of every model."""
+    """Yield the seven projections of one block of every model."""
     more = shapes.MORE_TOKENS if device == "cuda" else {}
     for name in sorted(shapes.MODELS, key=lambda name: name not in more):
         model = shapes.MODELS[name]
@@ -53,13 +53,13 @@ def block_cells(device: str) -> Iterator[Cell]:
 
 
 def title(groups: int, tokens: int, dtype: torch.dtype) -> str:
-    """Such as ``"N = 16 (16 × 1), bfloat16"``: tokens in all, and how they are grouped."""
+    """Name tokens and their groups, such as ``"N = 16 (16 × 1), bfloat16"``."""
     split = f" ({groups} × {tokens})" if groups > 1 else ""
     return f"N = {groups * tokens}{split}, {shapes.title(dtype)}"
 
 
 def plan(device: str) -> list[list[Cell]]:
-    """All cells, those that the targets name first; layers alone come in lists to be averaged."""
+    """List all cells, the most important first; layers alone come in lists to be averaged."""
     blocks = [[cell] for cell in block_cells(device)]
     aimed_at = sum(any(f" {name}," in c.title for name in shapes.MORE_TOKENS) for [c] in blocks)
     first = aimed_at if device == "cuda" else 0
@@ -67,7 +67,7 @@ def plan(device: str) -> list[list[Cell]]:
 
 
 def run(seconds: float) -> dict[str, Section]:
-    """Sections ``layer`` and, on a GPU, ``layer, eager``."""
+    """Measure the sections ``layer`` and, on a GPU, ``layer, eager``."""
     device = machine.device()
     before = machine.clocks()
     budget = Budget(seconds)
@@ -98,7 +98,7 @@ def run(seconds: float) -> dict[str, Section]:
 
 
 def why_not(cell: Cell, device: str) -> str | None:
-    """Why a cell is not run on this device, or ``None``."""
+    """Say why a cell is not run on this device, or ``None``."""
     here = cell.single or any(f" {name}," in cell.title for name in shapes.ON_A_CPU)
     if device == "cpu" and not here:
         return "not measured: too large for the time on a CPU"
@@ -106,7 +106,7 @@ def why_not(cell: Cell, device: str) -> str | None:
 
 
 def measure(cell: Cell, device: str, seconds: float) -> dict[str, Case]:
-    """The case in every form; empty when there is no time left."""
+    """Time the case in every form; it is empty when there is no time left."""
     if seconds <= 0:
         return _empty(common.TIME_WAS_UP, device)
     torch.manual_seed(0)
@@ -118,18 +118,11 @@ def measure(cell: Cell, device: str, seconds: float) -> dict[str, Case]:
     budget = Budget(seconds)
     found = variants.of_layers(work)
     calls = len(work.linears) // len(cell.shapes)
-    if device == "cpu":
-        return {"layer": common.measure(found, variants.BASE, budget.left(), work=calls)}
-    graphs = variants.in_graphs(found)
-    in_graphs = common.measure(graphs, variants.BASE, budget.part(2), work=calls)
-    del graphs
-    # Call by call the host takes most of the time, and far more of it.
-    eager = common.measure(found, variants.BASE, budget.left(), work=calls, least=10)
-    return {"layer": in_graphs, "layer, eager": eager}
+    return variants.in_both_forms("layer", found, variants.BASE, device, budget, calls)
 
 
 def _empty(reason: str, device: str) -> dict[str, Case]:
-    case = results.case(variants.BASE, {variants.BASE: results.empty(reason)})
+    case = results.unmeasured(variants.BASE, reason)
     return dict.fromkeys(("layer", "layer, eager") if device == "cuda" else ("layer",), case)
 
 

@@ -1,4 +1,4 @@
-"""What each op must move and compute, against what this machine can: copy bandwidth, GEMM rate.
+"""Compare what an op must move and compute with what this machine can.
 
 ``share = max(bytes / bandwidth, operations / rate) / seconds``, both peaks measured in the same
 run. A copy of n bytes counts 2n, those read and those written. What an op finds in a cache, such
@@ -22,14 +22,14 @@ REPEATS = 9
 
 
 class Cost(NamedTuple):
-    """Bytes and floating-point operations that any implementation must spend."""
+    """Hold the bytes and floating-point operations that any implementation must spend."""
 
     bytes: float
     operations: float
 
 
 def measure_peaks(device: str, scale: float = 1.0) -> dict[str, float]:
-    """Bytes a second of a copy, and operations a second of a GEMM in every dtype that is run.
+    """Measure bytes a second of a copy, and operations a second of a GEMM in every dtype.
 
     Float32 is among them everywhere: it is the dtype of scores.
     """
@@ -45,7 +45,7 @@ def measure_peaks(device: str, scale: float = 1.0) -> dict[str, float]:
 
 
 def least_seconds(cost: Cost, peaks: dict[str, float], dtype: torch.dtype) -> tuple[float, str]:
-    """The time that the machine needs at least, and what bounds it."""
+    """Return the time that the machine needs at least, and what bounds it."""
     moving = cost.bytes / peaks["copy"]
     computing = cost.operations / peaks[f"gemm {shapes.title(dtype)}"]
     return max((moving, "bytes"), (computing, "operations"))
@@ -54,7 +54,7 @@ def least_seconds(cost: Cost, peaks: dict[str, float], dtype: torch.dtype) -> tu
 def shares(
     case: Case, cost: Cost, peaks: dict[str, float], dtype: torch.dtype
 ) -> dict[str, object]:
-    """Bytes, operations, the bound, and each variant's share of it."""
+    """Return bytes, operations, the bound, and each variant's share of it."""
     least, bound = least_seconds(cost, peaks, dtype)
     return {
         "bytes": cost.bytes,
@@ -69,7 +69,7 @@ def shares(
 
 
 def table(cases: dict[str, Case], peaks: dict[str, float]) -> str:
-    """Markdown: an op a row."""
+    """Write Markdown, an op a row."""
     names = ", ".join(
         f"{name} {value / 1e9:,.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}"
         for name, value in peaks.items()

@@ -1,4 +1,4 @@
-"""Peak bytes beyond what was there, for patching, a forward, and a forward and backward pass.
+"""Measure peak bytes beyond what was there, for patching, forward, and forward and backward.
 
 On a GPU the allocator's own peak. On a CPU the allocations that torch's profiler records, added up
 in order: exact for tensors; scratch that C++ takes with malloc (csrc/workspace.h) is not seen.
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import vps
-from benchmarks import baselines, block, checks, common, layer, machine, models, results
+from benchmarks import baselines, checks, common, machine, results
+from benchmarks.models import block, layer, whole
 from benchmarks.results import Case, Row, Section
 from benchmarks.variants import AUTHOR, BACKENDS, CONFIG, why_not
 
@@ -29,13 +30,13 @@ PASSES = ("patching", "forward", "forward and backward")
 
 
 def run(seconds: float) -> Section:
-    """The section ``memory``; it takes as long as it takes, some seconds."""
+    """Measure the section ``memory`` in some seconds, whatever ``seconds`` says."""
     device = machine.device()
     before = machine.clocks()
     found: dict[str, Case] = {}
     for name, dtype, tokens in HERE[device]:
         torch.manual_seed(0)
-        plain = models.random_model(name, dtype, device, layers=1, vocabulary=64)
+        plain = whole.random_model(name, dtype, device, layers=1, vocabulary=64)
         for title, case in measure(plain, tokens, dtype, device).items():
             title = f"{title}, block of {name}, {layer.title(1, tokens, dtype)}"
             found[title] = case
@@ -44,7 +45,7 @@ def run(seconds: float) -> Section:
 
 
 def measure(plain: Any, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Case]:
-    """A case for each pass, with a row for each variant: its peak in bytes.
+    """Measure peak bytes: a case for each pass, with a row for each variant.
 
     The backward pass is that of the mean of the output with respect to the input, and of LoRA's
     factors, which alone are trained.
@@ -57,9 +58,9 @@ def measure(plain: Any, tokens: int, dtype: torch.dtype, device: str) -> dict[st
             for rows in cases.values():
                 rows[name] = results.empty(make)
             continue
-        for title, most in _peaks(models.shared_copy(plain), make, backend, x).items():
+        for title, most in _peaks(whole.shared_copy(plain), make, backend, x).items():
             cases[title][name] = {"bytes": most}
-    return {title: results.case(models.PLAIN, rows) for title, rows in cases.items()}
+    return {title: results.case(whole.PLAIN, rows) for title, rows in cases.items()}
 
 
 def _peaks(
@@ -76,7 +77,7 @@ def _peaks(
 
 
 def peak(call: Callable[[], object]) -> int:
-    """The most bytes that were allocated at once during ``call``, beyond those before it."""
+    """Return the most bytes allocated at once during ``call``, beyond those before it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -98,7 +99,7 @@ def peak(call: Callable[[], object]) -> int:
 def _variants(
     plain: Any, x: Tensor
 ) -> list[tuple[str, Callable[[Any], nn.Module] | str, str | None]]:
-    """Name, how a copy of the model is patched, and the backend to run it with."""
+    """List names, how a copy of the model is patched, and the backend to run it with."""
     first = next(m for m in plain.modules() if isinstance(m, nn.Linear))
     r = baselines.rank(CONFIG, first)
 
@@ -107,7 +108,7 @@ def _variants(
         return model
 
     found: list[tuple[str, Callable[[Any], nn.Module] | str, str | None]] = [
-        (models.PLAIN, lambda model: model, None),
+        (whole.PLAIN, lambda model: model, None),
         (f"peft lora r={r}", lambda model: baselines.lora_in_place(model, r), None),
     ]
     for name in BACKENDS:

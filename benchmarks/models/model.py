@@ -1,4 +1,4 @@
-"""Whole models: greedy tokens and a prefill, by every variant.
+"""Time greedy tokens and a prefill of whole models, by every variant.
 
 On a CPU SmolLM2-135M; on a GPU random weights in the sizes of Qwen2.5-1.5B and 7B, with a static
 cache, not compiled.
@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import common, machine, models, results, shapes
-from benchmarks.common import Budget, Variant
+from benchmarks import common, machine, results, shapes
+from benchmarks.common import Budget
+from benchmarks.models import whole
 from benchmarks.results import Case, Section
 
 PROMPT, PREFILL = 32, 512
 NEW_TOKENS = {"cpu": 64, "cuda": 16}
-HERE = {"cpu": (models.SMOLLM2,), "cuda": ("Qwen2.5-1.5B", "Qwen2.5-7B")}
+HERE = {"cpu": (whole.SMOLLM2,), "cuda": ("Qwen2.5-1.5B", "Qwen2.5-7B")}
 TOO_SLOW = "left out: several times slower; see the prefill"
 
 
 def run(seconds: float, model_dir: Path) -> Section:
-    """The section ``model``."""
+    """Measure the section ``model``."""
     device = machine.device()
     before = machine.clocks()
     budget = Budget(seconds)
@@ -33,8 +34,7 @@ def run(seconds: float, model_dir: Path) -> Section:
     with torch.no_grad():
         for number, name in enumerate(names):
             if budget.left() <= 0:
-                row = results.empty(common.TIME_WAS_UP)
-                found[name] = results.case(models.PLAIN, {models.PLAIN: row})
+                found[name] = results.unmeasured(whole.PLAIN, common.TIME_WAS_UP)
                 continue
             plain, dtype = load(name, device, model_dir)
             part = budget.part(len(names) - number)
@@ -46,11 +46,11 @@ def run(seconds: float, model_dir: Path) -> Section:
 
 
 def load(name: str, device: str, model_dir: Path) -> tuple[Any, torch.dtype]:
-    """A model and its dtype."""
-    if name == models.SMOLLM2:
-        return models.smollm2(model_dir).to(device), torch.float32
+    """Load a model, and return it with its dtype."""
+    if name == whole.SMOLLM2:
+        return whole.smollm2(model_dir).to(device), torch.float32
     torch.manual_seed(0)
-    return models.random_model(name, torch.bfloat16, device), torch.bfloat16
+    return whole.random_model(name, torch.bfloat16, device), torch.bfloat16
 
 
 def measure(
@@ -60,9 +60,9 @@ def measure(
     new_tokens: int,
     prefill: int = PREFILL,
 ) -> dict[str, Case]:
-    """Generation, then the prefill; checked first on 64 tokens."""
+    """Time prefill and generation, checked first on 64 tokens."""
     budget = Budget(seconds)
-    model = models.Variants(plain)
+    model = whole.Variants(plain)
     device = next(plain.parameters()).device
     torch.manual_seed(0)
     ids = torch.randint(0, plain.config.vocab_size, (1, prefill), device=device)
@@ -81,17 +81,13 @@ def measure(
         (f"{new_tokens} greedy tokens after {min(PROMPT, prefill)}, {kind}", answer, 1, TOO_SLOW),
     ):
         probe = torch.empty(1, 1, 0, device=device)
-        calls = model.runs(call, probe, author)
-        ready: dict[str, Variant | str] = {
-            name: wrong.get(name) or (run if isinstance(run, str) else Variant(run))
-            for name, run in calls.items()
-        }
-        found[title] = common.measure(ready, models.PLAIN, budget.part(part), least=5)
+        calls = model.runs(call, probe, wrong, author)
+        found[title] = common.measure(calls, whole.PLAIN, budget.part(part), least=5)
     return found
 
 
 def generate(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
-    """Greedy tokens, exactly so many; with a static cache on a GPU."""
+    """Generate exactly so many greedy tokens, with a static cache on a GPU."""
     options: dict[str, Any] = {}
     if prompt.is_cuda:
         options = {"cache_implementation": "static", "disable_compile": True}
@@ -107,7 +103,7 @@ def generate(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Where SmolLM2 is."""
+    """Add the option that says where SmolLM2 is."""
     parser.add_argument("--model-dir", type=Path, default=Path(".cache/smollm2"))
 
 

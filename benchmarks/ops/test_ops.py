@@ -1,4 +1,4 @@
-"""The ops for pytest-benchmark: ``pytest benchmarks --benchmark-only``, ``--benchmark-compare``.
+"""Time the ops by pytest-benchmark: ``pytest benchmarks --benchmark-only`` and its comparisons.
 
 One call on one input, call by call; for ratios between variants use ``python -m benchmarks.ops``.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import machine, ops
+from benchmarks import machine
+from benchmarks.ops import __main__ as ops
+from benchmarks.ops.problem import OpCase
 
 DEVICE = machine.device()
 CASES = [case for problem in ops.problems(DEVICE) for case in ops.cases(problem)]
@@ -22,8 +24,8 @@ EACH = [
 
 
 @pytest.mark.parametrize(("case", "name"), EACH)
-def test_op(benchmark, case: ops.OpCase, name: str) -> None:
-    """Checked first, then timed."""
+def test_op(benchmark, case: OpCase, name: str) -> None:
+    """Check, then time."""
     torch.manual_seed(0)
     with torch.no_grad():
         reason = ops.why_not(case, name, DEVICE)

@@ -1,4 +1,4 @@
-"""The models that are timed whole, each in every variant."""
+"""Make whole models in every variant."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vps
 from benchmarks import baselines, checks, shapes, variants
+from benchmarks.common import Variant
 from vps import VPSConfig, reference
 
 PLAIN = "plain"
@@ -24,7 +25,7 @@ SMOLLM2 = "SmolLM2-135M"
 def random_model(
     name: str, dtype: torch.dtype, device: str, layers: int | None = None, vocabulary: int = 0
 ) -> Any:
-    """A causal language model of these sizes with random weights; ``layers`` of its blocks.
+    """Make a causal language model of these sizes with random weights; ``layers`` of its blocks.
 
     The architecture is Qwen2's, without the biases of q, k and v where the model is no Qwen.
     """
@@ -56,7 +57,7 @@ def random_model(
 
 
 def smollm2(folder: Path) -> Any:
-    """SmolLM2-135M from the folder that ``make`` downloads it to, in float32."""
+    """Load SmolLM2-135M in float32 from the folder that ``make`` downloads it to."""
     from vps.model.loading import load_model
 
     files = sorted(folder.glob("*.gguf"))
@@ -65,7 +66,7 @@ def smollm2(folder: Path) -> Any:
 
 
 class Variants:
-    """A model in every variant that fits in memory; ``runs`` gives each a call.
+    """Hold a model in every variant that fits in memory; ``runs`` gives each a call.
 
     Sharpened forms share one patched copy, whose weights are those of the plain model.
     """
@@ -85,9 +86,16 @@ class Variants:
         self.author = baselines.author_in_place(shared_copy(plain), config)
 
     def runs(
-        self, run: Callable[[nn.Module], object], probe: Tensor, author: str | None = None
-    ) -> dict[str, Callable[[], object] | str]:
-        """``run`` for every variant; ``author`` is the reason to leave the published form out."""
+        self,
+        run: Callable[[nn.Module], object],
+        probe: Tensor,
+        wrong: dict[str, str],
+        author: str | None = None,
+    ) -> dict[str, Variant | str]:
+        """Return ``run`` for every variant, or the reason why one is left out.
+
+        ``wrong`` is what :meth:`check` found; ``author`` why the published form is left out.
+        """
         found: dict[str, Callable[[], object] | str] = {PLAIN: lambda: run(self.plain)}
         lora = self.lora
         found[self.lora_name] = lora if isinstance(lora, str) else lambda: run(lora)
@@ -96,7 +104,10 @@ class Variants:
             reason = variants.why_not(name, probe)
             found[f"vps {name}"] = reason or self._sharpened(name, run)
         found[variants.AUTHOR] = author or (lambda: run(self.author))
-        return found
+        return {
+            name: wrong.get(name) or (call if isinstance(call, str) else Variant(call))
+            for name, call in found.items()
+        }
 
     def _sharpened(self, name: str, run: Callable[[nn.Module], object]) -> Callable[[], object]:
         def call() -> object:
@@ -106,7 +117,7 @@ class Variants:
         return call
 
     def check(self, call: Callable[[nn.Module], object], dtype: torch.dtype) -> dict[str, str]:
-        """What is wrong, by variant; nothing when all is right.
+        """Return what is wrong, by variant; nothing when all is right.
 
         Disabled, the patched model must give the plain model's bits. Through a whole model one
         choice between near-ties moves every later one, so each variant is compared layer by layer
@@ -152,7 +163,7 @@ class Variants:
         return None if max(errors) <= bound else f"wrong: a layer's error is {max(errors):.1e}"
 
     def _right(self, layer: Any, x: Tensor, margin: float) -> Tensor | None:
-        """What float64 gives for a layer; ``None`` where rounding could change the selection."""
+        """Compute a layer in float64; ``None`` where rounding could change the selection."""
         if hasattr(layer, "lora_A"):
             y = layer.base_layer.weight.double()
             A, B = (getattr(layer, f"lora_{side}")["default"].weight.double() for side in "AB")
@@ -167,7 +178,7 @@ class Variants:
         return right.y if clear else None
 
     def _right_of_two(self, layer: vps.VPSLinear, x: Tensor, margin: float) -> Tensor | None:
-        """The same for a query or key layer that is coupled with the other."""
+        """Compute a query or key layer that is coupled with the other in float64."""
         pair = layer.coupling
         assert pair is not None
         both = [
@@ -199,6 +210,6 @@ def _is_variant(module: nn.Module) -> bool:
 
 
 def shared_copy(model: nn.Module) -> Any:
-    """A copy of the modules that shares all parameters and buffers."""
+    """Copy the modules, sharing all parameters and buffers."""
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)

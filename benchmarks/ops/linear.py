@@ -1,6 +1,6 @@
-"""The whole operator ``vps::linear`` by backend, selection included (SPEC §1–§5).
+"""Run the operator ``vps::linear`` by backend, selection included, for many tokens and for one.
 
-Its check compares the selected features exactly, beside the output.
+The check compares the selected features exactly, beside the output (SPEC §1–§5).
 """
 
 from __future__ import annotations
@@ -13,26 +13,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vps
-from benchmarks import checks
-from benchmarks.ops import Call, OpCase, Problem
-from benchmarks.roofline import Cost
+from benchmarks import baselines, checks
+from benchmarks.baselines import GEMV, NO_GEMV_IN_CPP
+from benchmarks.ops.problem import Call, OpCase, Problem
+from benchmarks.ops.roofline import Cost
 from benchmarks.variants import BACKENDS, CONFIG, why_not
 from vps.algorithm import policy, torch_backend
 from vps.algorithm.policy import Settings
 from vps.algorithm.torch_backend import Inputs, Outputs
-from vps.backends import cuda
+from vps.backends import cuda, operator
 
 Forward = Callable[[Inputs, Settings], Outputs]
 PRODUCT = "product alone"
 
 
-def case(problem: Problem) -> OpCase:
-    """A prefill of one sequence."""
-    return case_of(problem, "linear", 1, problem.tokens)
+def linear(problem: Problem) -> OpCase:
+    """Prefill one sequence."""
+    return _case(problem, "linear", 1, problem.tokens)
 
 
-def case_of(problem: Problem, name: str, groups: int, tokens: int) -> OpCase:
-    """The operator on x ``[groups, tokens, d_in]``, beside the product alone."""
+def decode(problem: Problem) -> OpCase:
+    """Decode one token, beside our Triton GEMV without VPS."""
+    case = _case(problem, "decode", 1, 1)
+    reason = vps.backends()["triton"]
+    if reason is not None and problem.device == "cpu":
+        reason = NO_GEMV_IN_CPP
+
+    def verify(name: str) -> None:
+        if name != GEMV:
+            assert case.verify is not None
+            case.verify(name)
+            return
+        x, W = case.inputs()
+        checks.check(name, baselines.gemv(x, W), x.double() @ W.double().T)
+
+    return case._replace(calls={**case.calls, GEMV: reason or baselines.gemv}, verify=verify)
+
+
+def _case(problem: Problem, name: str, groups: int, tokens: int) -> OpCase:
+    """Return the operator on x ``[groups, tokens, d_in]``, beside the product alone."""
     d_in, d_out, rows = problem.d_in, problem.d_out, groups * tokens
     settings = policy.settings(CONFIG, False, d_in, d_out)
     assert settings is not None
@@ -85,15 +104,9 @@ def _forward(backend: str) -> Forward:
     if backend == "torch":
         return torch_backend.forward
     if backend == "cpp":
-        return _operator
+        return operator.forward
     if backend == "cuda":
         return cuda.forward
     from vps.backends import triton_backend
 
     return triton_backend.forward
-
-
-def _operator(inputs: Inputs, settings: Settings) -> Outputs:
-    with torch._C._AutoDispatchBelowAutograd():
-        y, features, core, gamma, t = torch.ops.vps.linear.default(*inputs, *settings.packed())
-    return Outputs(y, features[:, 0], features[:, 1], core, gamma, t)

@@ -1,4 +1,4 @@
-"""The backward pass through a whole frozen model, by every variant: gradient of the embeddings.
+"""Time the backward pass of a whole frozen model, to the embeddings, by every variant.
 
 The forward pass is made once a variant and its graph kept; the backward pass alone is timed.
 """
@@ -15,30 +15,29 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import vps
-from benchmarks import common, machine, model, models, results, shapes, variants
+from benchmarks import common, machine, results, shapes, variants
 from benchmarks.common import Budget, Variant
+from benchmarks.models import model, whole
 from benchmarks.results import Case, Section
 
 TOKENS = {"cpu": (64, 256), "cuda": (256, 2048)}
-HERE = {"cpu": models.SMOLLM2, "cuda": "Qwen2.5-1.5B"}
+HERE = {"cpu": whole.SMOLLM2, "cuda": "Qwen2.5-1.5B"}
 ALIKE = {torch.float32: 0.999, torch.bfloat16: 0.99}
 
 
 def run(seconds: float, model_dir: Path) -> Section:
-    """The section ``backward``."""
+    """Measure the section ``backward``."""
     device = machine.device()
     before = machine.clocks()
     budget = Budget(seconds)
     name = HERE[device]
     plain, dtype = model.load(name, device, model_dir)
-    runnable = models.Variants(plain)
+    runnable = whole.Variants(plain)
     found: dict[str, Case] = {}
     for number, tokens in enumerate(TOKENS[device]):
         title = f"{name}, backward of {tokens} tokens, {shapes.title(dtype)}"
         if budget.left() <= 0:
-            found[title] = results.case(
-                models.PLAIN, {models.PLAIN: results.empty(common.TIME_WAS_UP)}
-            )
+            found[title] = results.unmeasured(whole.PLAIN, common.TIME_WAS_UP)
             continue
         part = budget.part(len(TOKENS[device]) - number)
         found[title] = measure(runnable, tokens, dtype, part)
@@ -46,8 +45,8 @@ def run(seconds: float, model_dir: Path) -> Section:
     return common.section(found, before)
 
 
-def measure(runnable: models.Variants, tokens: int, dtype: torch.dtype, seconds: float) -> Case:
-    """Times of the backward pass of every variant whose gradient is right."""
+def measure(runnable: whole.Variants, tokens: int, dtype: torch.dtype, seconds: float) -> Case:
+    """Time the backward pass of every variant whose gradient is right."""
     plain = runnable.plain
     torch.manual_seed(0)
     device = next(plain.parameters()).device
@@ -55,7 +54,7 @@ def measure(runnable: models.Variants, tokens: int, dtype: torch.dtype, seconds:
     embedded = plain.get_input_embeddings()(ids).detach()
     oracle = _graph(runnable.sharpened, embedded, ids, "torch")[1]()
     probe = torch.empty(1, tokens, 0, device=device)
-    ready: dict[str, Variant | str] = {models.PLAIN: Variant(_graph(plain, embedded, ids, None)[0])}
+    ready: dict[str, Variant | str] = {whole.PLAIN: Variant(_graph(plain, embedded, ids, None)[0])}
     lora = runnable.lora
     ready[runnable.lora_name] = (
         lora if isinstance(lora, str) else Variant(_graph(lora, embedded, ids, None)[0])
@@ -68,13 +67,13 @@ def measure(runnable: models.Variants, tokens: int, dtype: torch.dtype, seconds:
             if likeness < ALIKE[dtype]:
                 reason = f"wrong: the cosine of its gradient with that of torch is {likeness:.6f}"
         ready[f"vps {name}"] = reason or Variant(backward)
-    return common.measure(ready, models.PLAIN, seconds)
+    return common.measure(ready, whole.PLAIN, seconds)
 
 
 def _graph(
     module: Any, embedded: Tensor, ids: Tensor, backend: str | None
 ) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-    """A call that runs the backward pass once more, and one that returns its gradient."""
+    """Return a call of the backward pass, and one that returns its gradient."""
     given = embedded.clone().requires_grad_()
     with torch.enable_grad(), vps.backend(backend) if backend else nullcontext():
         loss = module(inputs_embeds=given, labels=ids, use_cache=False).loss

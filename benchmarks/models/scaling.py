@@ -1,4 +1,4 @@
-"""How the overhead falls with size: over tokens, width, rank and sequences, with a modelled limit.
+"""Measure overhead over tokens, width, rank and sequences, beside a modelled limit.
 
 The limit is that of separate passes, ``1 + N·size·(d_in + 3·d_out) / bandwidth / t(base)``: x is
 read for its scores, H for its own, and H and y pass once more for the update (PERFORMANCE §1);
@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import common, machine, results, roofline, shapes, variants
+from benchmarks import common, machine, results, shapes, variants
 from benchmarks.common import Budget
+from benchmarks.ops import roofline
+from benchmarks.ops.roofline import Cost
 from benchmarks.results import Case, Section
-from benchmarks.roofline import Cost
 from vps import VPSConfig
 
 LIMIT = "modelled, separate passes"
@@ -29,7 +30,7 @@ MOST_WORK = {"cpu": 2**33, "cuda": 2**50}  # multiplications of one product
 
 
 class Point(NamedTuple):
-    """One case: ``curve`` varies ``over`` one of the sizes of a square layer."""
+    """Describe one case: ``curve`` varies ``over`` one of the sizes of a square layer."""
 
     curve: str
     over: str
@@ -39,12 +40,12 @@ class Point(NamedTuple):
     rank: int | None  # None: the default, adaptive one
 
     def title(self) -> str:
-        """Unique, such as ``"over N at d = 2048: N = 16"``."""
+        """Name the point, such as ``"over N at d = 2048: N = 16"``."""
         names = {"N": self.tokens, "d": self.d, "rank": self.rank, "sequences": self.groups}
         return f"{self.curve}: {self.over} = {names[self.over]}"
 
     def value(self) -> int:
-        """Where it stands on its curve."""
+        """Return its place on its curve."""
         value = {"N": self.tokens, "d": self.d, "rank": self.rank, "sequences": self.groups}[
             self.over
         ]
@@ -53,7 +54,7 @@ class Point(NamedTuple):
 
 
 def points(device: str) -> Iterator[Point]:
-    """Every point of every curve, those too large for this device among them."""
+    """Yield every point of every curve, those too large for this device among them."""
     centre = CENTRE[device]
     many = 256 if device == "cpu" else 2048
     for d in (512, centre):
@@ -71,7 +72,7 @@ def points(device: str) -> Iterator[Point]:
 
 
 def why_not(point: Point, device: str) -> str | None:
-    """Why a point is not measured on this device, or ``None``."""
+    """Say why a point is not measured on this device, or ``None``."""
     if point.d**2 * point.groups * point.tokens > MOST_WORK[device]:
         return "not measured: too large for the time on a CPU"
     return None
@@ -80,7 +81,7 @@ def why_not(point: Point, device: str) -> str | None:
 def measure(
     point: Point, dtype: torch.dtype, device: str, seconds: float, peaks: dict[str, float]
 ) -> Case:
-    """nn.Linear, LoRA and the backends at one point, and the limit there."""
+    """Time nn.Linear, LoRA and the backends at one point, and add the limit there."""
     config = variants.CONFIG
     if point.rank is not None:
         config = VPSConfig(rank=point.rank, adaptive_rank=False)
@@ -103,7 +104,7 @@ def measure(
 
 
 def limit(point: Point, dtype: torch.dtype, peaks: dict[str, float]) -> float:
-    """The modelled ratio."""
+    """Return the modelled ratio."""
     rows, d = point.groups * point.tokens, point.d
     base = Cost((d * d + 2 * rows * d) * dtype.itemsize, 2 * rows * d * d)
     extra = 4 * rows * d * dtype.itemsize / peaks["copy"]
@@ -111,7 +112,7 @@ def limit(point: Point, dtype: torch.dtype, peaks: dict[str, float]) -> float:
 
 
 def run(seconds: float) -> Section:
-    """The section ``scaling``."""
+    """Measure the section ``scaling``."""
     device = machine.device()
     before = machine.clocks()
     budget = Budget(seconds)
@@ -129,7 +130,7 @@ def run(seconds: float) -> Section:
             if reason is None:
                 case = measure(point, dtype, device, part, peaks)
             else:
-                case = results.case(variants.BASE, {variants.BASE: results.empty(reason)})
+                case = results.unmeasured(variants.BASE, reason)
             title = f"{point.title()}, {shapes.title(dtype)}"
             found[title] = case | {"at": point._asdict() | {"value": point.value()}}
             common.show(title, case)

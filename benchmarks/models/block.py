@@ -1,4 +1,4 @@
-"""Decoder blocks with random weights, by every variant: linears, attention, norms and all.
+"""Time decoder blocks with random weights, by every variant: linears, attention, norms and all.
 
 Enough blocks of a model to exceed the cache, called with embeddings and without a KV cache; times
 are of one block, in which the final norm has its share. On a GPU in CUDA graphs, and as a second
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import checks, common, layer, machine, models, results, shapes, variants
-from benchmarks.common import Budget, Variant
+from benchmarks import checks, common, machine, results, shapes, variants
+from benchmarks.common import Budget
+from benchmarks.models import layer, whole
 from benchmarks.results import Case, Section
 
 HERE = {
@@ -24,7 +25,7 @@ TOKENS = {"cpu": ((1, 1), (1, 256)), "cuda": ((1, 1), (1, 2048))}
 
 
 def run(seconds: float) -> dict[str, Section]:
-    """Sections ``block`` and, on a GPU, ``block, eager``."""
+    """Measure the sections ``block`` and, on a GPU, ``block, eager``."""
     device = machine.device()
     before = machine.clocks()
     budget = Budget(seconds)
@@ -43,34 +44,34 @@ def run(seconds: float) -> dict[str, Section]:
                     blocks = blocks or make(name, dtype, device)
                     found = measure(blocks, groups, tokens, dtype, device, part)
                 else:
-                    row = results.empty(common.TIME_WAS_UP)
-                    found = dict.fromkeys(forms, results.case(models.PLAIN, {models.PLAIN: row}))
+                    empty = results.unmeasured(whole.PLAIN, common.TIME_WAS_UP)
+                    found = dict.fromkeys(forms, empty)
                 for form, case in found.items():
                     forms[form][title] = case
                     common.show(f"{form}: {title}", case)
     return {form: common.section(cases, before) for form, cases in forms.items()}
 
 
-def make(name: str, dtype: torch.dtype, device: str) -> models.Variants:
-    """A model of as many blocks as exceed the cache."""
+def make(name: str, dtype: torch.dtype, device: str) -> whole.Variants:
+    """Make a model of as many blocks as exceed the cache."""
     sizes = shapes.MODELS[name]
     weights = sum(d_in * d_out for d_in, d_out in sizes.projections().values())
     count = -(-shapes.WEIGHT_BYTES[device] // (weights * dtype.itemsize))
     torch.manual_seed(0)
-    return models.Variants(
-        models.random_model(name, dtype, device, layers=min(sizes.layers, count), vocabulary=64)
+    return whole.Variants(
+        whole.random_model(name, dtype, device, layers=min(sizes.layers, count), vocabulary=64)
     )
 
 
 def measure(
-    blocks: models.Variants,
+    blocks: whole.Variants,
     groups: int,
     tokens: int,
     dtype: torch.dtype,
     device: str,
     seconds: float,
 ) -> dict[str, Case]:
-    """Blocks on random embeddings, in every form."""
+    """Time blocks on random embeddings, in every form."""
     config = blocks.plain.config
     x = checks.activations(groups, tokens, config.hidden_size, dtype, device)
 
@@ -78,23 +79,14 @@ def measure(
         return inner(model)(inputs_embeds=x, use_cache=False).last_hidden_state
 
     budget = Budget(seconds)
-    wrong = blocks.check(forward, dtype)
-    found: dict[str, Variant | str] = {
-        name: wrong.get(name) or (call if isinstance(call, str) else Variant(call))
-        for name, call in blocks.runs(forward, x).items()
-    }
-    count = config.num_hidden_layers
-    if device == "cpu":
-        return {"block": common.measure(found, models.PLAIN, budget.left(), work=count)}
-    graphs = variants.in_graphs(found)
-    in_graphs = common.measure(graphs, models.PLAIN, budget.part(2), work=count)
-    del graphs
-    eager = common.measure(found, models.PLAIN, budget.left(), work=count, least=10)
-    return {"block": in_graphs, "block, eager": eager}
+    found = blocks.runs(forward, x, blocks.check(forward, dtype))
+    return variants.in_both_forms(
+        "block", found, whole.PLAIN, device, budget, config.num_hidden_layers
+    )
 
 
 def inner(model: Any) -> Any:
-    """The decoder without its head, also inside PEFT."""
+    """Return the decoder without its head, also inside PEFT."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
 
