@@ -19,7 +19,7 @@ UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %
 KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features couple factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu clean help
+.PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -28,8 +28,11 @@ demo: .venv/.ok $(MODEL)/.ok  ## Generate with SmolLM2-135M, plain and sharpened
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps demo --model-dir $(MODEL)
 
 # A process a core; tests of one file stay together, since they share models and examples.
-test: .venv/.ok  ## Run the tests
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --dist loadfile
+test: .venv/.ok  ## Run the tests, but for those that compile kernels for GPUs
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not aot"
+
+test-aot: .venv/.ok  ## Compile all kernels for every GPU: no spill, wide loads (minutes)
+	@$(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/backends/test_csrc_cuda.py
 
 test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)
