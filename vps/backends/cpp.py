@@ -1,4 +1,4 @@
-"""Finds and loads the C++ operator for CPUs, built from csrc.
+"""Find and load the C++ operator for CPUs, built from csrc.
 
 ``VPS_CPP_LIBRARY`` names another library than the installed one, such as one with sanitizers.
 """
@@ -14,7 +14,7 @@ import torch
 
 @cache
 def why_missing() -> str | None:
-    """Why there is no implementation of ``torch.ops.vps.linear`` in C++, or ``None``; loads it."""
+    """Load the C++ operator and return why there is none, or ``None``."""
     library = _library()
     if library is None:
         return "its library is not built: VPS_BUILD_CPP=1 pip install ... says why"

@@ -1,4 +1,4 @@
-"""The Triton backend: a GEMV of ours for a few tokens, else cuBLAS and fused kernels (SPEC §2–§5).
+"""Compute by Triton: a GEMV of ours for a few tokens, else cuBLAS and fused kernels (SPEC §2–§5).
 
 Plain selection with component clip and first order, which is the default, runs in kernels alone;
 the r × r cores of coupling, spectral clip and second order are built in torch.
@@ -20,8 +20,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def linear(inputs: Inputs, settings: Settings) -> Result:
-    """What ``vps::linear`` returns: policy first, then the selection and its core, then the update
-    (SPEC §3–§5). No result is a view of an argument."""
+    """Compute what ``vps::linear`` returns; no result is a view of an argument (SPEC §3–§5)."""
     if _decodes(inputs, settings):
         return decode.launch(
             *inputs[:8], settings.r, settings.adaptive, settings.tau, settings.clamp
@@ -55,21 +54,21 @@ def linear(inputs: Inputs, settings: Settings) -> Result:
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """As :func:`linear`, for callers of any backend."""
+    """Compute as :func:`linear` does, for callers of any backend."""
     y, selected, core, gamma, t = linear(inputs, settings)
     I_in, I_out = selected.unbind(1)
     return Outputs(y, I_in, I_out, core, gamma, None if settings.clamp is None else t)
 
 
 def _decodes(inputs: Inputs, settings: Settings) -> bool:
-    """Whether the kernels of a few tokens take the call."""
+    """Say whether the kernels of a few tokens take the call."""
     if not _is_plain(settings) or inputs.H is not None:
         return False
     return decode.refusal(inputs.x, inputs.weight, settings.r) is None
 
 
 def _is_plain(settings: Settings) -> bool:
-    """Whether kernels alone compute the core."""
+    """Say whether kernels alone compute the core."""
     return not (settings.coupled or settings.spectral or settings.second_order)
 
 
@@ -83,7 +82,7 @@ def couple(
     heads: int,
     kv_heads: int,
 ) -> coupling.Joint:
-    """Products and selections of a query and a key projection, see :func:`coupling.couple`."""
+    """Compute what :func:`coupling.couple` does for a query and a key projection."""
     I_in = _top_k(x, mask, r) if I_in is None else I_in
     if couple_kernels.refusal(len(W_k), r) is not None:
         return coupling.couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads, scores.launch)
@@ -137,7 +136,7 @@ def pair(
 
 
 def _top_k(values: Tensor, mask: Tensor | None, r: int) -> Tensor:
-    """The r features of values ``[G, T, d]`` with the largest scores."""
+    """Select the r features of values ``[G, T, d]`` with the largest scores."""
     if values.shape[1] == 1:  # where it does not count, what it selects is not used
         return select.launch(values[:, 0], r, absolute=True)
     return features.launch(values, mask, r, energy=False)[0]
