@@ -10,6 +10,7 @@ MINUTES ?= 14
 SPIN_MINUTES ?= 8
 GPU_MINUTES ?= 9
 BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.[chi]* csrc/*/*.[chi]*)
 MODEL := .cache/smollm2
 VLLM := .cache/vllm
 OLDEST := .cache/oldest
@@ -18,7 +19,7 @@ UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %
 KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features couple factors delta decode entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu clean help
+.PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -27,8 +28,11 @@ demo: .venv/.ok $(MODEL)/.ok  ## Generate with SmolLM2-135M, plain and sharpened
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps demo --model-dir $(MODEL)
 
 # A process a core; tests of one file stay together, since they share models and examples.
-test: .venv/.ok  ## Run the tests
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --dist loadfile
+test: .venv/.ok  ## Run the tests, but for those that compile kernels for GPUs
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not aot"
+
+test-aot: .venv/.ok  ## Compile all kernels for every GPU: no spill, wide loads (minutes)
+	@$(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/backends/test_csrc_cuda.py
 
 test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)
@@ -72,7 +76,7 @@ clean:  ## Remove what the other targets made
 	@$(BIN)/python -m pip install -q --no-deps --target .venv/triton-3.6 triton==3.6.0
 	@touch $@
 
-.venv/.ok: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.[chi]*)
+.venv/.ok: setup.py pyproject.toml constraints.txt $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (once, a minute or two)"
 	@$(INSTALL) $(VPS_TORCH) torch "setuptools>=77"
@@ -80,7 +84,7 @@ clean:  ## Remove what the other targets made
 	@touch $@
 
 # The index has no CPU build of this torch, so its CUDA packages come with it.
-$(OLDEST)/.ok: setup.py constraints-oldest.txt $(wildcard csrc/*.[chi]*)
+$(OLDEST)/.ok: setup.py constraints-oldest.txt $(SOURCES)
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@echo "installing into $(OLDEST) (once, some minutes)"
 	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt torch "setuptools>=77"
@@ -90,7 +94,7 @@ $(OLDEST)/.ok: setup.py constraints-oldest.txt $(wildcard csrc/*.[chi]*)
 
 # An environment of its own: vLLM pins torch, to a CPU build that PyPI lacks. What it brings for
 # images and sound is not used here.
-$(VLLM)/.ok: setup.py constraints.txt $(wildcard csrc/*.[chi]*)
+$(VLLM)/.ok: setup.py constraints.txt $(SOURCES)
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "installing vLLM into $(VLLM) (once, a few minutes)"
 	@$(VLLM)/bin/python -m pip install -qq --no-deps --retries 0 -c constraints.txt torch \

@@ -89,8 +89,8 @@ def cpp_extension() -> dict:
 
     extension = CppExtension(
         "vps._cpp",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.[hi]*")),
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[hi]*")),
         # torch's stable ABI of 2.10: one library for every torch since.
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000ULL")],
         extra_compile_args=[

@@ -1,4 +1,4 @@
-"""Everything this machine can measure, within a time: ``python -m benchmarks --minutes 14``.
+"""Measure everything that this machine can, within a time: ``python -m benchmarks --minutes 14``.
 
 Writes one JSON file named after the machine, and beside it the tables as Markdown. Sections are
 saved as they finish; what there was no time for stays empty and says so.
@@ -11,8 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import common, machine, results, roofline, targets
+from benchmarks import common, machine, results
 from benchmarks.common import Budget
+from benchmarks.models import backward, block, layer, memory, model, scaling
+from benchmarks.ops import __main__ as ops
+from benchmarks.ops import roofline
 from benchmarks.results import Section
 
 # Shares of the time; what a section does not use goes to those after it.
@@ -27,9 +30,7 @@ SHARES = {
 
 
 def run(name: str, seconds: float, model_dir: Path) -> Section | dict[str, Section]:
-    """One benchmark by name."""
-    from benchmarks import backward, block, layer, memory, model, ops, scaling
-
+    """Run one benchmark by name."""
     if name in ("model", "backward"):
         return {"model": model, "backward": backward}[name].run(seconds, model_dir)
 
@@ -38,7 +39,7 @@ def run(name: str, seconds: float, model_dir: Path) -> Section | dict[str, Secti
 
 
 def everything(out: Path, minutes: float, model_dir: Path, only: list[str]) -> list[str]:
-    """Measure and write; returns what failed."""
+    """Measure and write, and return what failed."""
     budget = Budget(60 * minutes)
     path = out / f"{machine.name()}.json"
     shares = {n: s for n, s in SHARES[machine.device()].items() if not only or n in only}
@@ -58,12 +59,11 @@ def everything(out: Path, minutes: float, model_dir: Path, only: list[str]) -> l
 
 
 def write_tables(path: Path) -> None:
-    """``<machine>.md`` beside the result file: targets, ratios, roofline, memory."""
+    """Write ``<machine>.md`` beside the result file: ratios, roofline, memory."""
     if not path.exists():
         return
     sections = results.read(path)
-    gpu = next(iter(sections.values()))["machine"]["gpu"] is not None
-    lines = [f"# {path.stem}", "", "## Targets", "", targets.table(sections, gpu)]
+    lines = [f"# {path.stem}"]
     for name, section in sections.items():
         lines += ["", f"## {name}", ""]
         if name == "memory":
@@ -71,14 +71,13 @@ def write_tables(path: Path) -> None:
         elif name == "ops":
             lines += [roofline.table(section["cases"], section["peaks"])]
         else:
-            lines += [targets.ratios(section, "")]
+            lines += [results.ratios(section, "")]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print(targets.table(sections, gpu))
     print(path.with_suffix(".md"))
 
 
 def memory_table(section: Section) -> list[str]:
-    """Peaks in MiB, a case a row."""
+    """List peaks in MiB, a case a row."""
     names = list(dict.fromkeys(n for case in section["cases"].values() for n in case["rows"]))
     lines = [f"| MiB over the base | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for title, case in section["cases"].items():

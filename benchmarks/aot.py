@@ -46,7 +46,7 @@ STREAMED = re.compile(r"\bLDGSTS\.E(?:\.\w+)*?(?:\.(64|128))?(?=[\s;])")
 
 
 class Device:
-    """A driver for a GPU that is not there: it names the target, and nothing is ever launched.
+    """Name a target to Triton as the driver of a GPU that is not there.
 
     Each target is a device of its own, since Triton keeps compiled kernels per device.
     """
@@ -65,7 +65,7 @@ class Device:
 
 
 def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every launcher with the arguments of common layers, on tensors without memory."""
+    """Yield every launcher with the arguments of common layers, on tensors without memory."""
     tuning.architecture = lambda device: architecture  # type: ignore[assignment]
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,7 +127,7 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def compiled(architecture: str) -> Iterator[tuple[str, Any]]:
-    """``(name, compiled kernel)`` of every kernel that the launches compile."""
+    """Yield ``(name, compiled kernel)`` for every kernel that the launches compile."""
     driver.set_active(Device(TARGETS[architecture]))  # type: ignore[arg-type]
     run, kernels = JITFunction.run, []
 
@@ -151,7 +151,7 @@ def compiled(architecture: str) -> Iterator[tuple[str, Any]]:
 
 
 def resources(architecture: str, kernel: Any) -> dict[str, int]:
-    """Registers a thread, bytes of shared memory, and bytes or registers spilled."""
+    """Read registers a thread, bytes of shared memory, and bytes or registers spilled."""
     shared = int(kernel.metadata.shared)
     if architecture.startswith("gfx"):
         found = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
@@ -164,7 +164,7 @@ def resources(architecture: str, kernel: Any) -> dict[str, int]:
 
 
 def wide_loads(kernel: Any) -> int:
-    """How many copies of 16 bytes stream W and x to shared memory; 0 unless W is among them.
+    """Count the 16-byte copies of W and x to shared memory; 0 unless W is among them.
 
     W is half of what is streamed or more, so it is when they carry more than half of the bytes.
     """
@@ -175,7 +175,7 @@ def wide_loads(kernel: Any) -> int:
 
 
 def why_missing(architecture: str) -> str | None:
-    """Why the resources of this architecture cannot be read here, or ``None``."""
+    """Say why the resources of this architecture cannot be read here, or ``None``."""
     if architecture.startswith("gfx") or (TOOLS / "cuobjdump").exists():
         return None
     return f"no cuobjdump in {TOOLS}"

@@ -1,4 +1,4 @@
-"""What a user might run instead: the published form, a clean formula to compile, PEFT LoRA."""
+"""Provide what a user might run instead: published form, compiled formula, LoRA, bare GEMV."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from vps import VPSConfig
 from vps.algorithm import policy
 from vps.algorithm.policy import FLOOR_GUARD
 
+GEMV = "our GEMV without VPS"
+NO_GEMV_IN_CPP = "no such form: the C++ GEMV is not reachable without the update"
+
 
 class AuthorStyle(nn.Module):
-    """A wrapper as the published code has it: dense U and V, ``A = WᵀV`` and ``B = WU`` each call.
+    """Sharpen as the published code does: dense U and V, ``A = WᵀV`` and ``B = WU`` each call.
 
     The policy decides with Python numbers. Where the published code differs from SPEC (energy with
     the bias in it, a rank by ``round``), it follows SPEC, so that the oracle can check it.
@@ -54,7 +57,7 @@ class AuthorStyle(nn.Module):
 
 
 def clean_formula(x: Tensor, weight: Tensor, bias: Tensor | None, config: VPSConfig) -> Tensor:
-    """The reference's formula without its loops and without waiting: what a compiler is given.
+    """Sharpen by the reference's formula without its loops and waits, for a compiler.
 
     For the default settings (SK, order 1, component clip) and x ``[G, T, d_in]``. ``x A`` is
     multiplied as SPEC §4 writes it, ``A`` and ``B`` are gathered.
@@ -77,14 +80,14 @@ def clean_formula(x: Tensor, weight: Tensor, bias: Tensor | None, config: VPSCon
 
 
 def rank(config: VPSConfig, layer: nn.Linear) -> int:
-    """Columns that VPS computes with: the most that the policy can ask for."""
+    """Return the columns that VPS computes with, the most that the policy can ask for."""
     settings = policy.settings(config, False, layer.in_features, layer.out_features)
     assert settings is not None
     return settings.r
 
 
 def lora(layer: nn.Linear, r: int) -> nn.Module:
-    """PEFT's LoRA layer around ``layer``, not merged, with random factors."""
+    """Wrap ``layer`` in PEFT's LoRA, not merged, with random factors."""
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
@@ -92,7 +95,7 @@ def lora(layer: nn.Linear, r: int) -> nn.Module:
 
 
 def lora_in_place(model: nn.Module, r: int) -> nn.Module:
-    """``model`` with PEFT's LoRA on the layers that VPS sharpens by default."""
+    """Put PEFT's LoRA on the layers of ``model`` that VPS sharpens by default."""
     from peft import LoraConfig, get_peft_model
 
     names = list(VPSConfig().target_modules)
@@ -101,9 +104,33 @@ def lora_in_place(model: nn.Module, r: int) -> nn.Module:
 
 
 def author_in_place(model: nn.Module, config: VPSConfig) -> nn.Module:
-    """``model`` in the published form, patched by the names of its layers as there."""
+    """Patch ``model`` by the names of its layers, as the published code does."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name in config.target_modules:
                 setattr(parent, name, AuthorStyle(child, config))
     return model
+
+
+def gemv(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x Wᵀ`` by the kernel that decodes, with everything of VPS left out of it.
+
+    Args:
+        x: ``[N, 1, d_in]``, N from 1 to 16.
+        weight: ``[d_out, d_in]``.
+
+    Raises:
+        ValueError: shapes that the kernel does not take.
+    """
+    from vps.kernels import decode
+
+    if (reason := why_no_gemv(x, weight)) is not None:
+        raise ValueError(f"gemv: {reason}")
+    return decode.multiply(x, weight, None, None, False, False, False).H.unsqueeze(1)
+
+
+def why_no_gemv(x: Tensor, weight: Tensor) -> str | None:
+    """Say why the kernel does not take this product, or ``None``."""
+    from vps.kernels import decode
+
+    return decode.refusal(x, weight, 1)

@@ -1,4 +1,4 @@
-"""Right before fast: random layers and inputs whose selection is clear, and the float64 oracle.
+"""Check before timing: random layers and inputs of clear selection, and the float64 oracle.
 
 Outlier features, as trained models have them, keep scores apart; an input on which two scores come
 closer than rounding is drawn again, so every backend must select the same features.
@@ -24,7 +24,7 @@ DRAWS = 200
 
 
 def linear(d_in: int, d_out: int, dtype: torch.dtype, device: str, bias: bool = False) -> nn.Linear:
-    """A frozen random layer; some of its outputs are larger than the rest."""
+    """Make a frozen random layer, some of whose outputs are larger than the rest."""
     layer = nn.Linear(d_in, d_out, bias, device=device, dtype=dtype).requires_grad_(False)
     randomize(layer.weight)
     return layer
@@ -40,7 +40,7 @@ def randomize(weight: Tensor) -> None:
 
 
 def activations(groups: int, tokens: int, d_in: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Random input ``[groups, tokens, d_in]``; some of its features are larger than the rest."""
+    """Draw an input ``[groups, tokens, d_in]``, some of whose features are larger than the rest."""
     x = torch.randn(groups, tokens, d_in, dtype=dtype, device=device)
     factors = torch.tensor(OUTLIERS[:d_in], device=device, dtype=dtype)
     x[..., torch.randperm(d_in, device=device)[: len(factors)]] *= factors
@@ -48,7 +48,7 @@ def activations(groups: int, tokens: int, d_in: int, dtype: torch.dtype, device:
 
 
 class Clear(NamedTuple):
-    """An input whose selection rounding cannot change, and what the oracle says of it.
+    """Hold an input whose selection rounding cannot change, and the oracle's results for it.
 
     x is ``[G, T, d_in]``, y float64 ``[G, T, d_out]``, I_in and I_out ``[G, most]``.
     """
@@ -60,7 +60,7 @@ class Clear(NamedTuple):
 
 
 def clear_case(layer: nn.Linear, groups: int, tokens: int, config: VPSConfig) -> Clear:
-    """A fresh input and what the reference says of it in float64, drawn group by group.
+    """Draw a fresh input group by group, with the float64 results of the reference.
 
     Raises:
         AssertionError: no input with a clear selection was drawn.
@@ -82,12 +82,12 @@ def clear_case(layer: nn.Linear, groups: int, tokens: int, config: VPSConfig) ->
 
 
 def most(config: VPSConfig) -> int:
-    """Columns of a selection."""
+    """Return the columns of a selection."""
     return config.rank_bounds[1] if config.adaptive_rank else config.rank
 
 
 def is_clear(group: reference.Group, config: VPSConfig, margin: float = MARGIN) -> bool:
-    """Whether rounding can change neither the selection nor the rank."""
+    """Say whether rounding can change neither the selection nor the rank."""
     for scores in (group.s_in, group.s_out):
         best = scores.sort(descending=True).values[: most(config) + 1]
         if bool((best[1:] > (1 - margin) * best[:-1]).any()):
@@ -114,7 +114,7 @@ def check(name: str, y: Tensor, expected: Tensor, dtype: torch.dtype | None = No
 
 
 def why_wrong(test: Callable[[], object]) -> str | None:
-    """What a check raises, as the reason for an empty cell, or ``None`` when it passes."""
+    """Run a check and return its error as the reason for an empty cell, or ``None``."""
     try:
         with poisoned():
             test()
@@ -125,7 +125,7 @@ def why_wrong(test: Callable[[], object]) -> str | None:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """``torch.empty`` full of NaN, or of a huge number: what is not written shows."""
+    """Fill ``torch.empty`` with NaN or a huge number, so that what is not written shows."""
     allocate = torch.empty
 
     def empty(*shape: object, **options: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""The shared runner: variants timed in turns, an A/A band beside every ratio, a budget of time.
+"""Time variants in turns, with an A/A band beside every ratio, within a budget of time.
 
 Every round runs each variant once, in an order drawn anew, since rotating would let each one find
 the cache as the same other left it. The base runs twice; what its second run differs by is noise.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import machine, results
 from benchmarks.results import AGAIN, Case, Row, Section
@@ -25,32 +26,33 @@ from benchmarks.results import AGAIN, Case, Row, Section
 WARM_UP = 20
 MOST_ROUNDS = 200
 TIME_WAS_UP = "not measured: the time was up"
+REPLAYED = 1e-2  # relative error of a graph's replay
 
 
 class Variant(NamedTuple):
-    """What is timed: ``call`` does ``share`` of the work of the case."""
+    """Hold what is timed: ``call`` does ``share`` of the work of the case."""
 
     call: Callable[[], object]
     share: float = 1.0
 
 
 class Budget:
-    """Wall-clock time left for what is still to do."""
+    """Keep the wall-clock time left for what is still to do."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds left, at least 0."""
+        """Return the seconds left, at least 0."""
         return max(0.0, self._end - time.monotonic())
 
     def part(self, parts: int) -> float:
-        """An equal part of what is left, for one of so many."""
+        """Return an equal part of what is left, for one of so many."""
         return self.left() / max(1, parts)
 
 
 def least_rounds() -> int:
-    """Rounds below which no ratio is reported: 50 on a GPU, 7 where a call takes long."""
+    """Return the least rounds of a ratio: 50 on a GPU, 7 where a call takes long."""
     return 50 if torch.cuda.is_available() else 7
 
 
@@ -89,7 +91,7 @@ def measure(
 def interleave(
     calls: dict[str, Callable[[], object]], seconds: float, least: int
 ) -> dict[str, list[float]]:
-    """Seconds per call and round."""
+    """Time calls in turns and return seconds per call and round."""
     names = list(calls)
     one_round = 0.0
     for name in names:
@@ -109,7 +111,7 @@ def interleave(
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call: on a GPU between two events, so that waiting for it costs nothing."""
+    """Time one call in seconds, on a GPU between two events, so that waiting costs nothing."""
     if torch.cuda.is_available():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -123,8 +125,44 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def graph_of(call: Callable[[], Tensor]) -> Callable[[], None]:
+    """Capture ``call``, which returns its last output, and return the replay of its CUDA graph.
+
+    Raises:
+        RuntimeError: it cannot be captured; a variant that waits for the device cannot.
+        AssertionError: the replay gives another output than the call.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = call().double()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    output.fill_(float("nan") if output.is_floating_point() else -1)
+    graph.replay()
+    torch.cuda.synchronize()
+    error = float((output.double() - expected).norm() / expected.norm())
+    if not error <= REPLAYED:
+        raise AssertionError(f"the graph's replay differs from the call by {error:.1e}")
+    return graph.replay
+
+
+def captured(variant: Variant) -> Variant | str:
+    """Return the variant as the replay of a CUDA graph, or why there is none."""
+    try:
+        return variant._replace(call=graph_of(variant.call))
+    except AssertionError as error:
+        return f"wrong: {error}"
+    except Exception as error:  # a failed capture must not end the run
+        return f"not captured: {str(error).strip().splitlines()[0]}"
+
+
 def mean_case(cases: Iterable[Case]) -> Case:
-    """Geometric means over cases of one base; a variant empty in any of them is empty."""
+    """Take geometric means over cases of one base; a variant empty in any is empty."""
     cases = list(cases)
     rows: dict[str, Row] = {}
     for name, first in cases[0]["rows"].items():
@@ -139,7 +177,7 @@ def mean_case(cases: Iterable[Case]) -> Case:
 
 
 def section(cases: dict[str, Case], before: dict[str, object], **more: object) -> Section:
-    """A section of a result file, with the clocks as they were ``before`` and are now."""
+    """Make a section of a result file, with the clocks ``before`` and now."""
     clocks = {"before": before, "after": machine.clocks()}
     return {"machine": machine.facts(), "clocks": clocks, "cases": cases, **more}
 
@@ -150,7 +188,7 @@ def show(title: str, case: Case) -> None:
 
 
 def failures(section: Section) -> list[str]:
-    """Every variant that its check found wrong."""
+    """List every variant that its check found wrong."""
     return [
         f"{title}: {variant}: {row['empty']}"
         for title, case in section["cases"].items()
@@ -166,7 +204,7 @@ def command(
     seconds: float,
     options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
-    """The command line of a benchmark: run it and save its section; exit with 1 if one is wrong."""
+    """Run a benchmark from the command line and save it; exit with 1 if a variant is wrong."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder")
     parser.add_argument("--seconds", type=float, default=seconds, help="about how long")

@@ -1,4 +1,4 @@
-"""Where, with what and at which clocks a measurement was made."""
+"""Describe where, with what and at which clocks a measurement was made."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
 def device() -> str:
-    """``"cuda"`` where there is a GPU, else ``"cpu"``."""
+    """Return ``"cuda"`` where there is a GPU, else ``"cpu"``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def facts() -> dict[str, object]:
-    """Machine, versions and commit."""
+    """Describe machine, versions and commit."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -47,7 +47,7 @@ def facts() -> dict[str, object]:
 
 
 def commit() -> str | None:
-    """The commit of the source, ``-dirty`` with changes, or ``None`` outside of a checkout."""
+    """Return the commit of the source, ``-dirty`` with changes; ``None`` outside of a checkout."""
     run = subprocess.run(
         ["git", "-c", f"safe.directory={ROOT}", "describe", "--always", "--dirty"],
         cwd=ROOT,
@@ -59,7 +59,7 @@ def commit() -> str | None:
 
 
 def clocks() -> dict[str, object]:
-    """Clocks and load at this moment; they are read, never set."""
+    """Read clocks and load at this moment."""
     found: dict[str, object] = {"load": os.getloadavg()[0]}
     try:
         lines = Path("/proc/cpuinfo").read_text()
@@ -83,8 +83,9 @@ def clocks() -> dict[str, object]:
 
 
 def name() -> str:
-    """The machine as a file name: its GPU, else processor, instruction set and threads, and whether
-    these spin while they wait, as torch leaves them.
+    """Name the machine for a file: its GPU, else processor, instruction set and threads.
+
+    Threads that spin while they wait, as torch leaves them, are named too.
     """
     if torch.cuda.is_available():
         title = torch.cuda.get_device_name()

@@ -1,7 +1,7 @@
-"""Bars and curves of measured results: ``python -m benchmarks.plot RESULTS_DIR --out docs/``.
+"""Draw bars and curves of measured results: ``python -m benchmarks.plot RESULTS_DIR --out docs/``.
 
-Writes PNG and SVG for each figure that the results allow. Colours are those of Okabe and Ito, told
-apart by the colour-blind; curves differ in their markers too. Target lines are dashed.
+Writes a PNG for each figure that the results allow. Colours are those of Okabe and Ito, told apart
+by the colour-blind; curves differ in their markers too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results, targets
+from benchmarks import results
+from benchmarks.baselines import GEMV
 from benchmarks.results import AGAIN, Case, Section
-from benchmarks.targets import TARGETS, Target
-from benchmarks.variants import AUTHOR, COMPILED, GEMV, REFERENCE
+from benchmarks.variants import AUTHOR, COMPILED, REFERENCE
 
 COLOURS = {
     "vps cpp": "#0072B2",
@@ -41,14 +41,12 @@ AXES = {
 
 
 def style(name: str, table: dict[str, str], default: str) -> str:
-    """What a table holds for a variant, by the start of its name."""
+    """Look a variant up by the start of its name."""
     return next((value for key, value in table.items() if name.startswith(key)), default)
 
 
-def bars(
-    axes: Any, cases: dict[str, Case], label: Callable[[str], str], target: float | None = None
-) -> None:
-    """Ratio to the base, a group of bars a case, with quartiles and the noise band in grey."""
+def bars(axes: Any, cases: dict[str, Case], label: Callable[[str], str]) -> None:
+    """Draw ratios to the base, a group of bars a case, with quartiles and grey noise band."""
     names = list(
         dict.fromkeys(
             name
@@ -96,17 +94,6 @@ def bars(
                 rotation=90 if len(names) * len(cases) > 24 else 0,
             )
     axes.axhline(1, color="black", linewidth=0.8)
-    if target is not None:
-        axes.axhline(target, color="black", linestyle="--", linewidth=1)
-        axes.annotate(
-            f"target {target:.2f}",
-            (1, target),
-            (3, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=7,
-            va="center",
-        )
     axes.set_yscale("log")
     axes.set_ylim(min(0.9, 0.9 * min(values)), 1.6 * max(values))
     low, high = axes.get_ylim()
@@ -120,7 +107,7 @@ def bars(
 
 
 def curves(axes: Any, cases: list[Case]) -> None:
-    """Overhead in percent over one size, with the modelled limit dashed and noise in grey."""
+    """Draw overhead in percent over one size, the modelled limit dashed and noise in grey."""
     cases = sorted(cases, key=lambda case: case["at"]["value"])
     rows = [{_of_any_rank(n): row for n, row in case["rows"].items()} for case in cases]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -154,12 +141,12 @@ def curves(axes: Any, cases: list[Case]) -> None:
 
 
 def _of_any_rank(name: str) -> str:
-    """A variant's name without its rank, which over the rank is another at every point."""
+    """Return a variant's name without its rank, which differs at every point over the rank."""
     return re.sub(r"^peft lora r=\d+$", "peft lora of the same rank", name)
 
 
 def draw(sections: dict[str, Section], kind: str, out: Path) -> list[Path]:
-    """Every figure of one device, ``"cpu"`` or ``"gpu"``; the files written."""
+    """Draw every figure of one device, ``"cpu"`` or ``"gpu"``, and return the files written."""
     made = []
     wanted = {"cpu": "geometric mean", "gpu": "7 linears of (Qwen2.5-7B|Llama-3-70B)"}[kind]
     if "layer" in sections:
@@ -171,11 +158,11 @@ def draw(sections: dict[str, Section], kind: str, out: Path) -> list[Path]:
                 group = f"{title.split(',')[0]}, {group}"
             groups.setdefault(group, {})[title] = case
         if groups:
-            made += _bar_figure(groups, sections["layer"], f"layer-{kind}", out, kind)
+            made += _bar_figure(groups, sections["layer"], f"layer-{kind}", out)
     whole = {name: _measured(sections[name], "") for name in ("block", "model") if name in sections}
     whole = {name: cases for name, cases in whole.items() if cases}
     if whole:
-        made += _bar_figure(whole, sections[next(iter(whole))], f"model-{kind}", out, kind)
+        made += _bar_figure(whole, sections[next(iter(whole))], f"model-{kind}", out)
     if "scaling" in sections:
         made += _curve_figure(sections["scaling"], f"scaling-{kind}", out)
     if "memory" in sections:
@@ -192,11 +179,11 @@ def _measured(section: Section, pattern: str) -> dict[str, Case]:
 
 
 def _bar_figure(
-    groups: dict[str, dict[str, Case]], section: Section, name: str, out: Path, kind: str
+    groups: dict[str, dict[str, Case]], section: Section, name: str, out: Path
 ) -> list[Path]:
     figure, axes = _figure(len(groups), 1, 8.5, 2.9)
     for (group, cases), each in zip(groups.items(), axes.flat, strict=True):
-        bars(each, cases, lambda title: _short(title), _target(cases, kind))
+        bars(each, cases, _short)
         each.set_title(group, fontsize=9, loc="left")
         each.set_ylabel("time ÷ base")
     _legend(figure, axes)
@@ -238,24 +225,6 @@ def _memory_figure(section: Section, name: str, out: Path) -> list[Path]:
     return _save(figure, section, name, out, note="")
 
 
-def _target(cases: dict[str, Case], kind: str) -> float | None:
-    """The target of these cases, where they share one."""
-
-    def fits(target: Target) -> bool:
-        about = target.kind == targets.RATIO and target.section == "layer"
-        here = target.gpu == (kind == "gpu") and "vps torch" not in target.variants
-        return about and here and "stretch" not in target.title
-
-    found = {
-        target.most
-        for target in TARGETS
-        if fits(target)
-        for title in cases
-        if re.fullmatch(target.cases, title)
-    }
-    return found.pop() if len(found) == 1 else None
-
-
 def _short(title: str) -> str:
     title = title.removeprefix("geometric mean, ").replace("block of ", "")
     parts = title.split(", ")
@@ -270,7 +239,6 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "vps"  # the same file from the same results
     from matplotlib import pyplot
 
     size = (width, 0.6 + height * rows)
@@ -307,11 +275,10 @@ def _save(
     text = f"{where}, torch {machine['torch']}, commit {machine['commit']}"
     figure.suptitle(text + note, fontsize=7, color="0.3")
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}.{suffix}" for suffix in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    path = out / f"{name}.png"
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)
-    return paths
+    return [path]
 
 
 def main() -> None:
@@ -323,7 +290,7 @@ def main() -> None:
     made = [
         path
         for kind in ("cpu", "gpu")
-        for path in draw(targets.merged(arguments.results, kind == "gpu"), kind, arguments.out)
+        for path in draw(results.merged(arguments.results, kind == "gpu"), kind, arguments.out)
     ]
     print(*made, sep="\n")
 

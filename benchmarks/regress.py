@@ -1,4 +1,4 @@
-"""Names what got slower, or larger, from one result file to another, beyond noise.
+"""Name what got slower, or larger, from one result file to another, beyond noise.
 
 ``python -m benchmarks.regress OLD.json NEW.json`` exits with 1 if anything did, and with 2 if the
 files are of different machines. A ratio to the base of its own run is compared, so a machine that
@@ -21,7 +21,7 @@ MOST_BYTES = 1.01
 
 
 class Change(NamedTuple):
-    """One variant of one case: what it was, what it is, and how far noise reaches."""
+    """Hold one variant of one case: what it was, what it is, and how far noise reaches."""
 
     where: str
     old: float
@@ -30,7 +30,7 @@ class Change(NamedTuple):
     unit: str
 
     def factor(self) -> float:
-        """New over old."""
+        """Return new over old."""
         return self.new / self.old
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Change(NamedTuple):
 
 
 def different_machine(old: Section, new: Section) -> str | None:
-    """What of the machine differs, or ``None``."""
+    """Say what of the machine differs, or ``None``."""
     parts = [
         f"{key} {old['machine'].get(key)!r} and {new['machine'].get(key)!r}"
         for key in COMPARED
@@ -49,7 +49,7 @@ def different_machine(old: Section, new: Section) -> str | None:
 
 
 def changes(old: Section, new: Section) -> Iterator[Change]:
-    """Every figure that both sections hold."""
+    """Yield every figure that both sections hold."""
     for title, case in new["cases"].items():
         before = old["cases"].get(title)
         if before is None or before["base"] != case["base"]:
@@ -67,7 +67,7 @@ def changes(old: Section, new: Section) -> Iterator[Change]:
 
 
 def lost(old: Section, new: Section) -> Iterator[str]:
-    """What was measured before and is not any more, and what its check now finds wrong."""
+    """Yield what was measured before and is not any more, or is wrong now."""
     for title, case in old["cases"].items():
         for variant, row in case["rows"].items():
             now = new["cases"].get(title, {}).get("rows", {}).get(variant)
@@ -77,13 +77,13 @@ def lost(old: Section, new: Section) -> Iterator[str]:
 
 
 def width(case: Case) -> float:
-    """How far the A/A ratio strays from 1, as a factor; 1 where it was not measured."""
+    """Return how far the A/A ratio strays from 1, as a factor; 1 where it was not measured."""
     band = results.noise(case)
     return 1.0 if band is None else max(1.0, band[1], 1 / band[0])
 
 
 def compare(old: dict[str, Section], new: dict[str, Section]) -> tuple[list[str], list[str]]:
-    """``(slower, notes)``: lines for what got worse, and for what else changed.
+    """Return ``(slower, notes)``: lines for what got worse, and for what else changed.
 
     Raises:
         ValueError: no section in common.

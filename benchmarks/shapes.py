@@ -1,4 +1,4 @@
-"""Layer shapes of published models, and which of them are run where."""
+"""List layer shapes of published models, and which of them are run where."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Model(NamedTuple):
-    """The sizes of a decoder that its linear layers follow from."""
+    """Hold the sizes of a decoder that its linear layers follow from."""
 
     hidden: int
     heads: int
@@ -19,7 +19,7 @@ class Model(NamedTuple):
     vocabulary: int
 
     def projections(self) -> dict[str, tuple[int, int]]:
-        """``(d_in, d_out)`` of the seven linear layers of a block, in the order they run."""
+        """Return ``(d_in, d_out)`` of the seven linear layers of a block, in the order they run."""
         queries, keys = self.heads * self.head, self.kv_heads * self.head
         return {
             "q_proj": (self.hidden, queries),
@@ -58,5 +58,5 @@ ON_A_CPU = ("SmolLM2-135M", "Qwen2.5-0.5B", "Qwen2.5-1.5B")
 
 
 def title(dtype: torch.dtype) -> str:
-    """``"bfloat16"`` for ``torch.bfloat16``."""
+    """Return ``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")

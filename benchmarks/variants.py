@@ -1,4 +1,4 @@
-"""Every way to run a list of linear layers: plain, ours by backend, and what a user might take.
+"""Run a list of linear layers in every way: plain, ours by backend, and what a user might take.
 
 Each is checked against the float64 oracle on a fresh input of every shape before it may be timed.
 """
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import vps
-from benchmarks import baselines, checks, graphs
-from benchmarks.common import Variant
+from benchmarks import baselines, checks, common
+from benchmarks.baselines import GEMV, NO_GEMV_IN_CPP
+from benchmarks.common import Budget, Variant
+from benchmarks.results import Case
 from vps import VPSConfig, VPSLinear, reference
 from vps.backends import sharing
 
 BASE = "nn.Linear"
 CONFIG = VPSConfig()
 BACKENDS = ("torch", "cpp", "triton", "cuda")
-GEMV, GEMM = "our GEMV without VPS", "our GEMM without VPS"
+GEMM = "our GEMM without VPS"
 COMPILED = "clean formula, compiled"
 AUTHOR, REFERENCE = "published form, eager", "eager reference"
-NO_GEMV_IN_CPP = "no such form: the C++ GEMV is not reachable without the update"
 WAITS = "not captured: it waits for the device"
 FEW = 8  # slow variants run an eighth of the layers
 
@@ -33,7 +34,7 @@ Layer = Callable[[Tensor], Tensor]
 
 @dataclass
 class Workload:
-    """Layers with an input each; ``linears[i]`` takes ``inputs[i]``, which several may share.
+    """Hold layers with an input each: ``linears[i]`` takes ``inputs[i]``, which several may share.
 
     Shapes repeat after ``period`` layers; ``clear`` keeps what :meth:`clear_cases` made.
     """
@@ -44,7 +45,7 @@ class Workload:
     clear: dict[tuple[int, ...], checks.Clear] = field(default_factory=dict)
 
     def clear_cases(self, config: VPSConfig) -> Iterator[tuple[nn.Linear, checks.Clear]]:
-        """One layer of every shape with a fresh input and what is right for it, made once."""
+        """Yield one layer of every shape with a fresh input and its right output, made once."""
         groups, tokens = self.inputs[0].shape[:2]
         first = {tuple(layer.weight.shape): layer for layer in self.linears[: self.period][::-1]}
         for shape, layer in first.items():
@@ -61,7 +62,7 @@ def random_workload(
     device: str,
     weight_bytes: int,
 ) -> Workload:
-    """Layers of these shapes, again and again, until their weights have so many bytes.
+    """Make layers of these shapes, again and again, until their weights have so many bytes.
 
     A layer that follows one of the same ``d_in`` takes the same input where ``shapes`` are the
     projections of a block: q, k and v share one, gate and up another.
@@ -80,7 +81,7 @@ def random_workload(
 
 
 def of_layers(work: Workload, *, config: VPSConfig = CONFIG) -> dict[str, Variant | str]:
-    """Every variant, checked; a string where it cannot run, with the reason."""
+    """Make every variant, checked; a string where it cannot run, with the reason."""
     groups = len(work.inputs[0])
     found = usual(work, config)
     found[GEMV] = _gemv(work)
@@ -106,7 +107,7 @@ def of_layers(work: Workload, *, config: VPSConfig = CONFIG) -> dict[str, Varian
 
 
 def usual(work: Workload, config: VPSConfig) -> dict[str, Variant | str]:
-    """``nn.Linear``, LoRA of the same rank, and ours by backend."""
+    """Make ``nn.Linear``, LoRA of the same rank, and ours by backend."""
     r = baselines.rank(config, work.linears[0])
     found: dict[str, Variant | str] = {BASE: Variant(partial(_run, work.linears, work.inputs))}
     found[f"peft lora r={r}"] = _lora(work, r)
@@ -116,7 +117,7 @@ def usual(work: Workload, config: VPSConfig) -> dict[str, Variant | str]:
 
 
 def of_backend(name: str, work: Workload, config: VPSConfig) -> Variant | str:
-    """``VPSLinear`` with one backend."""
+    """Make ``VPSLinear`` with one backend."""
     reason = why_not(name, work.inputs[0])
     if reason is not None:
         return reason
@@ -137,7 +138,7 @@ def of_backend(name: str, work: Workload, config: VPSConfig) -> Variant | str:
 
 
 def why_not(name: str, x: Tensor) -> str | None:
-    """Why a backend is not timed on such an input, or ``None``."""
+    """Say why a backend is not timed on such an input, or ``None``."""
     if (reason := vps.backends()[name]) is not None:
         return f"not here: {reason}"
     if name == "triton" and not x.is_cuda:
@@ -149,8 +150,20 @@ def why_not(name: str, x: Tensor) -> str | None:
     return None
 
 
+def in_both_forms(
+    name: str, found: dict[str, Variant | str], base: str, device: str, budget: Budget, work: int
+) -> dict[str, Case]:
+    """Time as ``name`` call by call, on a GPU as CUDA graphs, and call by call as another form."""
+    if device == "cpu":
+        return {name: common.measure(found, base, budget.left(), work=work)}
+    graphs = common.measure(in_graphs(found), base, budget.part(2), work=work)
+    # Call by call the host takes most of the time, and far more of it.
+    eager = common.measure(found, base, budget.left(), work=work, least=10)
+    return {name: graphs, f"{name}, eager": eager}
+
+
 def in_graphs(variants: dict[str, Variant | str]) -> dict[str, Variant | str]:
-    """The same variants as replays of CUDA graphs."""
+    """Turn variants into replays of CUDA graphs."""
     found: dict[str, Variant | str] = {}
     for name, variant in variants.items():
         if not isinstance(variant, Variant):
@@ -158,22 +171,12 @@ def in_graphs(variants: dict[str, Variant | str]) -> dict[str, Variant | str]:
         elif name in (AUTHOR, REFERENCE):
             found[name] = WAITS
         else:
-            found[name] = captured(variant)
+            found[name] = common.captured(variant)
     return found
 
 
-def captured(variant: Variant) -> Variant | str:
-    """The variant as the replay of a CUDA graph, or why there is none."""
-    try:
-        return variant._replace(call=graphs.captured(variant.call))
-    except AssertionError as error:
-        return f"wrong: {error}"
-    except Exception as error:  # a failed capture must not end the run
-        return f"not captured: {str(error).strip().splitlines()[0]}"
-
-
 def _made(work: Workload, config: VPSConfig, make: Callable[[nn.Linear], Layer]) -> Variant | str:
-    """Layers made of the linear ones, compared with the oracle, ready to run."""
+    """Make layers of the linear ones, checked against the oracle and ready to run."""
 
     def test() -> None:
         for linear, clear in work.clear_cases(config):
@@ -209,25 +212,19 @@ def _gemv(work: Workload) -> Variant | str:
         return NO_GEMV_IN_CPP
     if vps.backends()["triton"] is not None:
         return f"not here: {vps.backends()['triton']}"
-    from benchmarks import decode
-
-    if (reason := decode.why_no_gemv(x, work.linears[0].weight)) is not None:
+    if (reason := baselines.why_no_gemv(x, work.linears[0].weight)) is not None:
         return reason
 
     def test() -> None:
         for linear, x in zip(work.linears[:7], work.inputs, strict=False):
             checks.check(
-                "GEMV", decode.gemv(x, linear.weight), x.double() @ linear.weight.double().T
+                "GEMV", baselines.gemv(x, linear.weight), x.double() @ linear.weight.double().T
             )
 
     if (reason := checks.why_wrong(test)) is not None:
         return reason
-    calls = [partial(_swapped, decode.gemv, linear.weight) for linear in work.linears]
+    calls = [partial(baselines.gemv, weight=linear.weight) for linear in work.linears]
     return Variant(partial(_run, calls, work.inputs))
-
-
-def _swapped(product: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tensor) -> Tensor:
-    return product(x, weight)
 
 
 def _compiled(config: VPSConfig) -> Callable[[nn.Linear], Layer]:
@@ -239,7 +236,7 @@ _COMPILED: list[Callable[..., Tensor]] = []
 
 
 def compiled_formula() -> Callable[..., Tensor]:
-    """The clean formula under torch.compile, made once: later shapes share its dynamic code."""
+    """Compile the clean formula once: later shapes share its dynamic code."""
     if not _COMPILED:
         torch._dynamo.config.recompile_limit = 64
         _COMPILED.append(torch.compile(baselines.clean_formula, dynamic=True))
@@ -251,7 +248,7 @@ def _reference(linear: nn.Linear, config: VPSConfig, x: Tensor) -> Tensor:
 
 
 def _run(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> Tensor:
-    """Every layer on its input; the last output."""
+    """Run every layer on its input, and return the last output."""
     sharing.forget()  # of the last round, else the first layer would find its selection made
     for layer, x in zip(layers, inputs, strict=True):
         y = layer(x)

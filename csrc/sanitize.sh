@@ -15,7 +15,7 @@ read -r torch < <("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.
 flags="-std=c++20 -O1 -g -fPIC -fvisibility=hidden -Wno-uninitialized
        -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
        -DTORCH_TARGET_VERSION=0x020a000000000000ULL -isystem $torch/include"
-for source in csrc/*.cpp; do
+for source in csrc/*.cpp csrc/*/*.cpp; do
   ${CXX:-g++} $flags -c "$source" -o "$build/$(basename "$source" .cpp).o" &
 done
 wait

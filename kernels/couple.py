@@ -1,4 +1,4 @@
-"""What a query and a key projection select together, from their scores (SPEC §7).
+"""Select for a query and a key projection together, from their scores (SPEC §7).
 
 ``c[g, j] = (Σ_{h in group g} s_q[h, j]) · s_k[g, j]``; the key takes the best ``(g, j)``, the query
 the same channel of the head of the group that scores highest there. One program a group of tokens
@@ -93,7 +93,7 @@ def couple_kernel(
 
 
 def refusal(d_k: int, r: int) -> str | None:
-    """Why :func:`launch` does not take a key projection of this width, or ``None``."""
+    """Say why :func:`launch` does not take a key projection of this width, or ``None``."""
     if not 1 <= r <= min(LARGEST_K, d_k):
         return f"r must be from 1 to {min(LARGEST_K, d_k)}, got {r}"
     if d_k > LARGEST_WIDTH:
@@ -111,7 +111,7 @@ def launch(
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled energy and the features of both projections, for every group of tokens.
+    """Return pooled energy and features of both projections for every group of tokens.
 
     Args:
         query: scores ``[G, d_q]``, at least 0, any strides; without ``energies`` the outputs of a
@@ -160,21 +160,3 @@ def launch(
         RANKS=tuning.power_of_2(r), **tuning.couple(d_k), enable_fp_fusion=True,
     )  # fmt: skip
     return energy, features
-
-
-coupled = torch.library.custom_op("vps::coupled_features", launch, mutates_args=())
-
-
-@coupled.register_fake
-def fake(
-    query: Tensor,
-    key: Tensor,
-    energies: list[Tensor],
-    counted: Tensor | None,
-    I_in: Tensor,
-    heads: int,
-    kv_heads: int,
-) -> tuple[Tensor, Tensor]:
-    groups, r = I_in.shape
-    dtype = accumulation(query.dtype)[0]
-    return query.new_empty((groups,), dtype=dtype), I_in.new_empty((groups, 3, r))

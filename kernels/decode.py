@@ -1,4 +1,4 @@
-"""One step of decoding in two kernels: up to 16 tokens, each its own group (PERFORMANCE §2).
+"""Decode one step in two kernels: up to 16 tokens, each its own group (PERFORMANCE §2).
 
 ``y = H + b + γ·clamp(H[:, I_out] C W[:, I_in]ᵀ)``, ``H = x Wᵀ``, SK of order 1. The first kernel
 streams W once: it writes H, the best r outputs of its tile, and what energy and clip need of that
@@ -21,7 +21,7 @@ from vps.kernels import tuning
 from vps.kernels.delta import finish
 from vps.kernels.device import on_its_device
 from vps.kernels.policy import column_factors, decide, inverse_scale
-from vps.kernels.scores import accumulation, magnitude
+from vps.kernels.scores import magnitude
 from vps.kernels.select import best
 
 LARGEST_N = 16
@@ -221,7 +221,7 @@ def apply_kernel(
 
 
 def refusal(x: Tensor, weight: Tensor, r: int) -> str | None:
-    """Why :func:`launch` does not take this call, or ``None`` when it does."""
+    """Say why :func:`launch` does not take this call, or ``None`` when it does."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or weight.dtype != x.dtype:
         return f"x and weight must be of one dtype of 16 or 32 bits, got {x.dtype}, {weight.dtype}"
     if x.dim() != 3 or x.shape[1] != 1 or not 1 <= x.shape[0] <= LARGEST_N:
@@ -251,7 +251,7 @@ def launch(
     tau: float | None,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A sharpened linear layer for a few tokens, each its own group; SK, order 1.
+    """Compute a sharpened linear layer for a few tokens, each its own group (SK, order 1).
 
     Args:
         x: ``[N, 1, d_in]``, N from 1 to 16, any strides.
@@ -287,7 +287,7 @@ def launch(
 
 
 class Product(NamedTuple):
-    """What the first kernel leaves to the second, ``None`` where it was not asked for it."""
+    """Hold the results of the first kernel; ``None`` where they were not asked for."""
 
     H: Tensor  # [N, d_out]
     record: Tensor | None
@@ -308,7 +308,7 @@ def multiply(
     adaptive: bool,
     clipped: bool,
 ) -> Product:
-    """The first kernel: H, and what selection, policy and clip, which need I_in, ask of a tile."""
+    """Run the first kernel: H, and the sums a tile gives to selection, policy and clip."""
     groups, _, d_in = x.shape
     width, r = weight.shape[0], 1 if I_in is None else I_in.shape[1]
     tile = tuning.gemv(width, x.element_size(), tuning.architecture(x.device))
@@ -346,8 +346,11 @@ def update(
     tau: float | None,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The second kernel: what :func:`launch` returns. Rows of I_in and I_out are contiguous; an
-    ``energy`` float32 ``[N]``, as pooled over query and key, comes before that of the product."""
+    """Run the second kernel and return the results of :func:`launch`.
+
+    Rows of I_in and I_out are contiguous. ``energy`` float32 ``[N]``, pooled over a query and a
+    key, replaces the energy of the product.
+    """
     H, *scratch, tiles = product
     if energy is not None:
         scratch[2] = energy
@@ -370,31 +373,3 @@ def update(
 
 def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
-
-
-decode = torch.library.custom_op("vps::decode", launch, mutates_args=())
-
-
-@decode.register_fake
-def fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    I_in: Tensor | None,
-    I_out: Tensor | None,
-    policy: Tensor,
-    entropy: Tensor | None,
-    r: int,
-    adaptive: bool,
-    tau: float | None,
-    clamp: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    groups, dtype = x.shape[0], accumulation(x.dtype)[0]
-    return (
-        x.new_empty((groups, 1, weight.shape[0])),
-        x.new_empty((groups, 2, r), dtype=torch.int64),
-        x.new_empty((groups, r, r), dtype=dtype),
-        x.new_empty((groups,), dtype=dtype),
-        x.new_empty((0,) if clamp is None else (groups, 1, r)),
-    )

@@ -1,4 +1,4 @@
-"""The clipped rank-r update added to the base product: ``y = H + b + γ·clamp(H[:, I_out] C Bᵀ)``.
+"""Add the clipped rank-r update to the base product: ``y = H + b + γ·clamp(H[:, I_out] C Bᵀ)``.
 
 B = W[:, I_in]: nothing of W is read but its r selected columns (SPEC §4). Out of place, since every
 program of a row reads the r selected elements of H.
@@ -23,7 +23,7 @@ UNROLLED_R = 8
 
 @triton.jit
 def finish(base, delta, gamma, CLAMP: tl.constexpr):
-    """``base + γ·clamp(delta)``, and base itself where γ is 0, whatever delta is."""
+    """Return ``base + γ·clamp(delta)``, and base itself where γ is 0, whatever delta is."""
     if CLAMP is not None:
         delta = tl.where(delta > CLAMP, CLAMP, tl.where(delta < -CLAMP, -CLAMP, delta))
     return tl.where(gamma == 0.0, base, base + gamma * delta)
@@ -116,7 +116,7 @@ def launch(
     active: Tensor | None,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """``H + b + γ·clamp(H[:, I_out] C W[:, I_in]ᵀ)`` for every group.
+    """Compute ``H + b + γ·clamp(H[:, I_out] C W[:, I_in]ᵀ)`` for every group.
 
     Args:
         H: base product without bias, ``[G, T, d_out]``, any strides.
@@ -166,22 +166,3 @@ def launch(
         enable_fp_fusion=True,
     )  # fmt: skip
     return y, t
-
-
-delta = torch.library.custom_op("vps::delta", launch, mutates_args=())
-
-
-@delta.register_fake
-def fake(
-    H: Tensor,
-    bias: Tensor | None,
-    weight: Tensor,
-    I_in: Tensor,
-    I_out: Tensor,
-    core: Tensor,
-    gamma: Tensor,
-    active: Tensor | None,
-    clamp: float | None,
-) -> tuple[Tensor, Tensor]:
-    shape = (*H.shape[:2], I_in.shape[1]) if clamp is not None else (0,)
-    return H.new_empty(H.shape), H.new_empty(shape)

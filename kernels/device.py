@@ -16,7 +16,7 @@ T = TypeVar("T")
 def on_its_device(
     launch: Callable[Concatenate[Tensor, P], T],
 ) -> Callable[Concatenate[Tensor, P], T]:
-    """``launch`` with the device of its first tensor as the current one: models lie on several."""
+    """Make the device of the first tensor current for ``launch``: models lie on several."""
 
     @wraps(launch)
     def there(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,4 +1,4 @@
-"""Entropy of the next-token softmax in one pass over the logits (SPEC §5).
+"""Compute the entropy of the next-token softmax in one pass over the logits (SPEC §5).
 
 ``ℋ = log S − P/S`` nats with ``m = max z``, ``S = Σ exp(z − m)``, ``P = Σ exp(z − m)(z − m)``. A
 program reads a stretch of a row once; a second kernel brings the stretches to a common maximum.
@@ -66,7 +66,7 @@ def combine_kernel(
 
 @on_its_device
 def launch(logits: Tensor) -> Tensor:
-    """Entropy of the softmax of each row, in nats.
+    """Compute the entropy of the softmax of each row, in nats.
 
     Args:
         logits: ``[N, vocabulary]``, any strides; −inf excludes a token.

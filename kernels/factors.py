@@ -1,4 +1,4 @@
-"""Policy, column norms and clip folded into the r × r core of SK, order 1 (SPEC §4, §5).
+"""Fold policy, column norms and clip into the r × r core of SK, order 1 (SPEC §4, §5).
 
 ``C = diag(1/s_c)`` over the active columns, ``s_c = max(1, ‖A_c‖‖B_c‖/τ)``; A_c is row I_out[c] of
 W and B_c column I_in[c], so only r rows and r columns are read.
@@ -35,7 +35,7 @@ def sum_squares(
     ALONG: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Partial sums of squares of the listed rows (or columns) over one stretch of their length."""
+    """Sum the squares of the listed rows (or columns) over one stretch of their length."""
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     begin = tl.program_id(1) * (ALONG * STEPS)
     if begin < length:
@@ -84,7 +84,7 @@ def squares_kernel(
 
 @triton.jit
 def add_partials(partial_ptr, entry, inside, splits, entries, SPLITS: tl.constexpr):
-    """Sums over the splits of ``partial`` [splits, entries] at ``entry`` [R]."""
+    """Add the splits of ``partial`` [splits, entries] at ``entry`` [R]."""
     split = tl.arange(0, SPLITS)
     address = partial_ptr + split[:, None] * entries + entry[None, :]
     partial = tl.load(address, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
@@ -163,7 +163,7 @@ def factors_kernel(
 
 
 def squares(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
-    """Partial sums of squares of rows ``[splits, rows]`` and columns ``[splits, columns]`` of W.
+    """Sum squares of rows ``[splits, rows]`` and columns ``[splits, columns]`` of W in part.
 
     Of the selected ones, in the order of I_out and I_in; or of all of them, flagged by the last
     two results, once more are selected than there are. Either way every sum is the same.
@@ -190,27 +190,6 @@ def squares(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor
 
 
 @on_its_device
-def launch_norms(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms of the selected rows and columns of W.
-
-    Args:
-        weight: ``[d_out, d_in]``, any strides.
-        I_in: int64 ``[G, r]``.
-        I_out: int64 ``[G, r]``.
-
-    Returns:
-        ``‖A_c‖ = ‖W[I_out[c], :]‖`` and ``‖B_c‖ = ‖W[:, I_in[c]]‖``, each ``[G, r]`` in the
-        accumulation dtype.
-    """
-    I_in, I_out = _checked("norms", weight, I_in, I_out)
-    rows, columns, every_row, every_column = squares(weight, I_in, I_out)
-    norm_A, norm_B = rows.sum(0).sqrt_(), columns.sum(0).sqrt_()
-    norm_A = norm_A[I_out] if every_row else norm_A.view(I_out.shape)
-    norm_B = norm_B[I_in] if every_column else norm_B.view(I_in.shape)
-    return norm_A, norm_B
-
-
-@on_its_device
 def launch(
     weight: Tensor,
     I_in: Tensor,
@@ -221,7 +200,7 @@ def launch(
     tau: float | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Selection, core, γ and active rank of every group, for SK of order 1 with the component clip.
+    """Return selection, core, γ and active rank of every group (SK, order 1, component clip).
 
     Args:
         weight: ``[d_out, d_in]``, any strides.
@@ -243,7 +222,7 @@ def launch(
         TypeError: a weight that is no float of 16 to 64 bits, or a policy that is not float64.
         ValueError: a weight that is no matrix, or selections or a mask of another shape or dtype.
     """
-    I_in, I_out = _checked("factors", weight, I_in, I_out)
+    I_in, I_out = _checked(weight, I_in, I_out)
     by_column = policy.numel() == 9 + I_in.shape[1]
     if policy.dtype != torch.float64 or not (by_column or policy.numel() == 9):
         raise TypeError(
@@ -280,45 +259,14 @@ def launch(
     return features, core, gamma, active
 
 
-def _checked(op: str, weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
-    """The selections, with contiguous rows."""
+def _checked(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the arguments and return the selections with contiguous rows."""
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must be [d_out, d_in], got {tuple(weight.shape)}")
+        raise ValueError(f"factors: weight must be [d_out, d_in], got {tuple(weight.shape)}")
     for name, index in (("I_in", I_in), ("I_out", I_out)):
         if index.dtype != torch.int64 or index.dim() != 2 or index.shape != I_in.shape:
             raise ValueError(
-                f"{op}: {name} must be int64 [G, r] like I_in {tuple(I_in.shape)}, "
+                f"factors: {name} must be int64 [G, r] like I_in {tuple(I_in.shape)}, "
                 f"got {index.dtype} {tuple(index.shape)}"
             )
     return with_rows(I_in), with_rows(I_out)
-
-
-norms = torch.library.custom_op("vps::norms", launch_norms, mutates_args=())
-factors = torch.library.custom_op("vps::factors", launch, mutates_args=())
-
-
-@norms.register_fake
-def fake_norms(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulation(weight.dtype)[0]
-    return weight.new_empty(I_out.shape, dtype=dtype), weight.new_empty(I_in.shape, dtype=dtype)
-
-
-@factors.register_fake
-def fake(
-    weight: Tensor,
-    I_in: Tensor,
-    I_out: Tensor,
-    policy: Tensor,
-    energy: Tensor | None,
-    entropy: Tensor | None,
-    tau: float | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation(weight.dtype)[0]
-    groups, r = I_in.shape
-    return (
-        I_in.new_empty((groups, 2, r)),
-        weight.new_empty((groups, r, r), dtype=dtype),
-        weight.new_empty((groups,), dtype=dtype),
-        weight.new_empty((groups,), dtype=torch.int32),
-    )

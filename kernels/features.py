@@ -1,4 +1,4 @@
-"""The k features of values with the largest scores, without their scores between (SPEC §2, §3).
+"""Select the k features of values with the largest scores, which are never stored (SPEC §2, §3).
 
 As ``column_scores`` and ``select`` after each other, in one launch less: whoever brings the partial
 sums of a tile together ranks them at once. The energy of the values comes with them.
@@ -55,7 +55,7 @@ def rank_kernel(
 
 @on_its_device
 def launch(values: Tensor, mask: Tensor | None, k: int, energy: bool) -> tuple[Tensor, Tensor]:
-    """Indices of the k features of each group with the largest mean |values|, and the energy.
+    """Return the k features of each group with the largest mean |values|, and the energy.
 
     Args:
         values: x or H, ``[G, T, d]``, any strides; a non-finite element counts 0.
@@ -93,15 +93,3 @@ def launch(values: Tensor, mask: Tensor | None, k: int, energy: bool) -> tuple[T
     )  # fmt: skip
     merge(record, index, selected)
     return selected, mean
-
-
-features = torch.library.custom_op("vps::features", launch, mutates_args=())
-
-
-@features.register_fake
-def fake(values: Tensor, mask: Tensor | None, k: int, energy: bool) -> tuple[Tensor, Tensor]:
-    groups = values.shape[0]
-    return (
-        values.new_empty((groups, k), dtype=torch.int64),
-        values.new_empty((groups if energy else 0,), dtype=accumulation(values.dtype)[0]),
-    )

@@ -1,4 +1,4 @@
-"""The adaptive policy and the component clip on the device, used by other kernels (SPEC §4, §5)."""
+"""Decide by the adaptive policy and clip components on the device (SPEC §4, §5)."""
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def interpolate_integer(policy_ptr, at: tl.constexpr, sigma):
-    """``lo + ⌊(hi − lo)σ + 2⁻²⁰⌋`` of the setting whose bounds stand at ``at``."""
+    """Return ``lo + ⌊(hi − lo)σ + 2⁻²⁰⌋`` of the setting whose bounds stand at ``at``."""
     low = tl.load(policy_ptr + at)
     high = tl.load(policy_ptr + at + 1)
     return (low + tl.floor((high - low) * sigma + 0.00000095367431640625)).to(tl.int32)
@@ -22,7 +22,7 @@ def decide(
     entropy_ptr,  # scalar, or None
     R: tl.constexpr,
 ):
-    """γ in float64 and the number of active columns of one group."""
+    """Return γ in float64 and the number of active columns of one group."""
     sigma = tl.load(policy_ptr) * 0.0
     if energy is not None:
         sigma = 1.0 - tl.exp(-energy.to(tl.float64))
@@ -38,12 +38,12 @@ def decide(
 
 @triton.jit
 def column_factors(policy_ptr, rank, inside, ACC: tl.constexpr):
-    """What multiplies each column of the core, at ``rank`` [R]: behind the policy's nine."""
+    """Load the factor of each column at ``rank`` [R], behind the policy's nine numbers."""
     return tl.load(policy_ptr + 9 + rank, mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
 def inverse_scale(squares_A, squares_B, TAU: tl.constexpr):
-    """``1/s_c`` with ``s_c = max(1, ‖A_c‖‖B_c‖/τ)``, NaN where a norm is."""
+    """Return ``1/s_c`` with ``s_c = max(1, ‖A_c‖‖B_c‖/τ)``, NaN where a norm is."""
     scale = tl.sqrt(squares_A) * tl.sqrt(squares_B) / TAU
     return 1.0 / tl.where(scale <= 1.0, 1.0, scale)

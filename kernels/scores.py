@@ -1,4 +1,4 @@
-"""Column scores and energy of a group of tokens in one pass (SPEC §2).
+"""Compute column scores and energy of a group of tokens in one pass (SPEC §2).
 
 ``s[j] = Σ_n |v[n, j]|`` and ``E = mean_{n, j} v[n, j]²`` over the counted tokens n; a non-finite
 element counts 0. Sums are taken in two phases of fixed order, without atomics.
@@ -20,7 +20,7 @@ from vps.kernels.device import on_its_device
 
 @triton.jit
 def magnitude(values, ACC: tl.constexpr):
-    """|values| in ACC with every non-finite element 0."""
+    """Return |values| in ACC with every non-finite element 0."""
     size = tl.abs(values.to(ACC))
     return tl.where(size < float("inf"), size, 0.0)
 
@@ -81,7 +81,7 @@ def add_splits(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Scores of the listed columns from their partial sums."""
+    """Add the partial sums of the listed columns."""
     total = tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC)
     for start in range(0, SPLITS, BLOCK_S):
         rows = start + tl.arange(0, BLOCK_S)
@@ -107,7 +107,7 @@ def store_energy(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The mean square of a group from the partial sums of its squares."""
+    """Store the mean square of a group from the partial sums of its squares."""
     squares = tl.zeros([BLOCK], dtype=ACC)
     for start in range(0, ENTRIES, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -128,7 +128,7 @@ def count_tokens(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many tokens of a group count."""
+    """Count the tokens of a group that take part."""
     counted = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, TOKENS, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -171,7 +171,7 @@ def combine_kernel(
 
 
 def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """What sums of ``dtype`` are taken in, for torch and for Triton."""
+    """Return the dtype of sums of ``dtype``, for torch and for Triton."""
     if dtype == torch.float64:
         return torch.float64, tl.float64
     if dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -180,20 +180,20 @@ def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 class Partial(NamedTuple):
-    """What the first phase leaves to the second."""
+    """Hold what the first phase leaves to the second."""
 
     sums: Tensor  # [G, splits, d]
     squares: Tensor | None  # [G, entries], where the energy was asked for
 
     def constants(self, tokens: int) -> dict[str, int]:
-        """Lengths of the loops that read it."""
+        """Return the lengths of the loops that read it."""
         entries = 0 if self.squares is None else self.squares.shape[1]
         lengths = {"SPLITS": self.sums.shape[1], "ENTRIES": entries, "TOKENS": tokens}
         return {name: tuning.power_of_2(length) for name, length in lengths.items()}
 
 
 def sum_up(op: str, values: Tensor, mask: Tensor | None, energy: bool) -> Partial:
-    """The first phase of ``op``, which is named in errors.
+    """Run the first phase of ``op``, which is named in errors.
 
     Raises:
         TypeError, ValueError: as of :func:`launch`.
@@ -223,13 +223,13 @@ def sum_up(op: str, values: Tensor, mask: Tensor | None, energy: bool) -> Partia
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int]:
-    """Of a mask ``[G, T]`` that may be missing."""
+    """Return the strides of a mask ``[G, T]``, 0 of a missing one."""
     return (0, 0) if mask is None else (mask.stride(0), mask.stride(1))
 
 
 @on_its_device
 def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor]:
-    """Sum of |values| of each column, which orders features as the mean does, and the energy.
+    """Return Σ|values| of each column, which orders features as the mean does, and the energy.
 
     Args:
         values: x or H, ``[G, T, d]``, any strides.
@@ -265,16 +265,3 @@ def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, T
         enable_fp_fusion=True,
     )  # fmt: skip
     return scores, mean
-
-
-column_scores = torch.library.custom_op("vps::column_scores", launch, mutates_args=())
-
-
-@column_scores.register_fake
-def fake(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor]:
-    dtype = accumulation(values.dtype)[0]
-    groups, _, width = values.shape
-    return (
-        values.new_empty((groups, width), dtype=dtype),
-        values.new_empty((groups if energy else 0,), dtype=dtype),
-    )

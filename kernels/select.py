@@ -1,4 +1,4 @@
-"""Top-k of scores per group, sorted, ties to the lower index (SPEC §3).
+"""Select the top k scores of each group, sorted, ties to the lower index (SPEC §3).
 
 Rounds of max: each takes the leftmost largest score and strikes it out. Beyond one chunk there are
 two levels: the best k of every chunk, then the best k of those.
@@ -21,7 +21,7 @@ LARGEST_K = 64
 
 @triton.jit
 def best(scores, positions, AXIS: tl.constexpr):
-    """Largest score and the lowest position it stands at, along AXIS."""
+    """Return the largest score along AXIS and the lowest position that holds it."""
     largest = tl.max(scores, axis=AXIS, keep_dims=True)
     at = tl.where(scores == largest, positions, 0x7FFFFFFF)
     return largest, tl.min(at, axis=AXIS, keep_dims=True)
@@ -37,7 +37,7 @@ def store_best(
     slot,
     K: tl.constexpr,
 ):
-    """The best K of a stretch of the scores to ``slot``; beyond the width there are none."""
+    """Store the best K of a stretch of the scores at ``slot``; beyond the width there are none."""
     scores = tl.where(scores > 0, scores, 0.0)
     scores = tl.where(columns < width, scores, -1.0)
     one = tl.arange(0, 1)
@@ -94,8 +94,10 @@ def merge_kernel(
 
 
 def new_records(selected: Tensor, parts: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """Scores and indices of the best of each part, for the result ``selected`` ``[G, k]``; with
-    one part its indices are the result."""
+    """Allocate scores and indices of the best of each part for ``selected`` ``[G, k]``.
+
+    With one part its indices are ``selected`` itself.
+    """
     if parts == 1:
         return None, selected
     groups, k = selected.shape
@@ -104,7 +106,7 @@ def new_records(selected: Tensor, parts: int, dtype: torch.dtype) -> tuple[Tenso
 
 
 def merge(scores: Tensor | None, index: Tensor, selected: Tensor) -> None:
-    """Fill ``selected`` with the best of :func:`new_records`, unless it is they."""
+    """Fill ``selected`` from the records of several parts."""
     if scores is None:
         return
     groups, parts, k = scores.shape
@@ -114,7 +116,7 @@ def merge(scores: Tensor | None, index: Tensor, selected: Tensor) -> None:
 
 
 def with_rows(index: Tensor) -> Tensor:
-    """A selection ``[G, k]`` with contiguous rows, at any distance."""
+    """Return a selection ``[G, k]`` with contiguous rows, at any distance."""
     return index if index.stride(1) == 1 else index.contiguous()
 
 
@@ -126,7 +128,7 @@ def check_k(op: str, k: int, width: int) -> None:
 
 @on_its_device
 def launch(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
-    """Indices of the k largest scores of each group, best first, ties to the lower index.
+    """Return the k largest scores of each group by index, best first, ties to the lower index.
 
     Args:
         scores: ``[G, d]``, any strides, at least 0; NaN counts 0. float32 or float64.
@@ -160,11 +162,3 @@ def launch(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
     )  # fmt: skip
     merge(record, index, selected)
     return selected
-
-
-select = torch.library.custom_op("vps::select", launch, mutates_args=())
-
-
-@select.register_fake
-def fake(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
-    return scores.new_empty((scores.shape[0], k), dtype=torch.int64)

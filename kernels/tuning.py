@@ -1,4 +1,4 @@
-"""Tile sizes and warps of every kernel, from the shape and the architecture, never by timing.
+"""Choose tile sizes and warps by shape and architecture, never by timing.
 
 A tile depends on the layer and on the tokens of one group, never on the number of groups: sums
 come in the same order for every batch size. The reason stands beside each choice.
@@ -13,7 +13,7 @@ import torch
 
 
 class Stream(NamedTuple):
-    """How the decode GEMV streams W: bytes of one row per step, and steps in flight."""
+    """Describe how the decode GEMV streams W: bytes of one row per step, and steps in flight."""
 
     row_bytes: int
     stages: int
@@ -31,18 +31,18 @@ STREAM = {
 
 
 def power_of_2(number: int) -> int:
-    """The least power of 2 not below ``number``."""
+    """Return the least power of 2 not below ``number``."""
     return 1 << max(0, number - 1).bit_length()
 
 
 def steps(number: int, size: int) -> int:
-    """How many blocks of ``size`` cover ``number``."""
+    """Count the blocks of ``size`` that cover ``number``."""
     return -(-number // size)
 
 
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
-    """A key of ``STREAM``: that of the device, the nearest older one, or sm_90 off a GPU."""
+    """Return the key of ``STREAM`` for the device, the nearest older one, or sm_90 off a GPU."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
@@ -52,7 +52,7 @@ def architecture(device: torch.device) -> str:
 
 
 def scores(tokens: int, width: int) -> dict[str, int]:
-    """16 × 512 elements a step: 16 KB of bfloat16 in flight a program, two sums in registers.
+    """Take 16 × 512 elements a step: 16 KB of bfloat16 in flight a program, two sums in registers.
 
     64 tokens a program: partial sums add 6 % to the bytes read, and 2048 tokens of 3584 features
     still make 224 programs.
@@ -66,7 +66,7 @@ def scores(tokens: int, width: int) -> dict[str, int]:
 
 
 def combine(width: int, splits: int) -> dict[str, int]:
-    """Partial sums lie in L2: small tiles, many programs."""
+    """Take small tiles and many programs: partial sums lie in L2."""
     return {
         "BLOCK_S": min(16, power_of_2(splits)),
         "BLOCK": 256,
@@ -76,8 +76,10 @@ def combine(width: int, splits: int) -> dict[str, int]:
 
 
 def rank(width: int, splits: int, k: int) -> dict[str, int]:
-    """Up to 32 KB of partial sums a program, and tiles so wide that the best k of all of them fit
-    one; a narrow layer or a short prompt is a single tile."""
+    """Take up to 32 KB of partial sums a program, in tiles whose best k all fit one program.
+
+    A narrow layer or a short prompt is a single tile.
+    """
     block = min(4096, max(256, power_of_2(8192 // splits)))
     while steps(width, block) * k > 4096:
         block *= 2
@@ -91,38 +93,40 @@ def rank(width: int, splits: int, k: int) -> dict[str, int]:
 
 
 def select(width: int) -> dict[str, int]:
-    """Up to 4096 scores a program, 32 a thread: beyond that the rounds of max spill."""
+    """Take up to 4096 scores a program, 32 a thread: beyond that the rounds of max spill."""
     chunk = max(16, min(4096, power_of_2(width)))
     return {"CHUNK": chunk, "num_warps": 4 if chunk >= 1024 else 1}
 
 
 def merge(records: int) -> dict[str, int]:
-    """All records of a group in one program."""
+    """Take all records of a group in one program."""
     block = max(16, power_of_2(records))
     return {"RECORDS": block, "num_warps": 8 if block >= 4096 else 4 if block >= 1024 else 1}
 
 
 def couple(width: int) -> dict[str, int]:
-    """All channels of a key projection in one program, 32 a thread at most."""
+    """Take all channels of a key projection in one program, 32 a thread at most."""
     block = max(16, power_of_2(width))
     return {"WIDTH": block, "num_warps": max(1, min(8, block // 256))}
 
 
 def squares(entries: int) -> dict[str, int]:
-    """Four rows or columns of W a program, the usual rank; 512 elements of each a step."""
+    """Take four rows or columns of W a program, the usual rank; 512 elements of each a step."""
     return {"ENTRIES": 4, "ALONG": 512, "STEPS": 4, "num_warps": 4}
 
 
 def factors(elements: int, tokens: int) -> dict[str, int]:
-    """One program a group; ``elements`` partial sums of a factor in its registers, and a step of
-    the mask, which is all of it up to 4096 tokens."""
+    """Take one program a group, with ``elements`` partial sums of a factor in its registers.
+
+    A step of the mask is all of it up to 4096 tokens.
+    """
     step = min(4096, power_of_2(tokens))
     most = max(elements, step)
     return {"BLOCK_T": step, "num_warps": 1 if most <= 1024 else 4 if most <= 4096 else 8}
 
 
 def delta(tokens: int, width: int) -> dict[str, int]:
-    """8 × 512 outputs a program: the r gathered elements of a row cost 6 % of its bytes."""
+    """Take 8 × 512 outputs a program: the r gathered elements of a row cost 6 % of its bytes."""
     return {
         "BLOCK_T": min(8, power_of_2(tokens)),
         "BLOCK_D": min(512, power_of_2(width)),
@@ -131,18 +135,20 @@ def delta(tokens: int, width: int) -> dict[str, int]:
 
 
 def entropy(vocabulary: int) -> dict[str, int]:
-    """8192 logits a program, all loads in flight at once."""
+    """Take 8192 logits a program, all loads in flight at once."""
     return {"BLOCK": max(16, min(8192, power_of_2(vocabulary))), "num_warps": 8}
 
 
 def gemv_rows(width: int) -> int:
-    """Rows of W a program of the decode GEMV owns: few while programs are few, more where the
-    records of all programs would not fit one."""
+    """Return the rows of W of one program of the decode GEMV.
+
+    Few while programs are few, more where the records of all programs would not fit one.
+    """
     return 16 if width <= 8192 else 32 if width <= 32768 else 128
 
 
 def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
-    """Never depends on the number of tokens: every token is one row of the same 16-row product."""
+    """Take tiles for any number of tokens: each is one row of the same 16-row product."""
     stream, rows = STREAM[architecture], gemv_rows(width)
     large = rows == 128  # twice the bytes in flight from eight times the rows, over more warps
     return {
@@ -154,7 +160,7 @@ def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
 
 
 def decode_apply(width: int, records: int) -> dict[str, int]:
-    """256 outputs a program; all records of a group fit in its registers."""
+    """Take 256 outputs a program; all records of a group fit in its registers."""
     block = max(16, power_of_2(records))
     return {
         "RECORDS": block,

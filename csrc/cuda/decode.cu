@@ -1,23 +1,18 @@
 // vps::cooperative_decode: decode.cuh for torch, through its stable ABI.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
-#include <initializer_list>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
 
+#include "../settings.h"
+#include "../tensors.h"
 #include "decode.cuh"
 
 namespace vps {
 namespace {
-
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("vps::cooperative_decode: ") + what);
@@ -30,13 +25,7 @@ void succeed(cudaError_t status, const char* call) {
   throw std::runtime_error(message.str());
 }
 
-int32_t dtype_of(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-void check(const Optional& tensor, int32_t device, int32_t dtype,
+void check(const Optional& tensor, int32_t device, ScalarType dtype,
            std::initializer_list<int64_t> sizes, const char* what) {
   if (!tensor) return;
   bool holds = tensor->defined() && tensor->is_cuda() && tensor->get_device() == device &&
@@ -44,25 +33,6 @@ void check(const Optional& tensor, int32_t device, int32_t dtype,
   for (int64_t i = 0; holds && i < tensor->dim(); ++i)
     holds = tensor->size(i) == sizes.begin()[i];
   require(holds && tensor->is_contiguous(), what);
-}
-
-Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, int32_t device) {
-  std::array<int64_t, 3> strides;
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes.begin()[i];
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
-                               aoti_torch_device_type_cuda(), device, &handle));
-  return Tensor(handle);
-}
-
-template <class T>
-T* pointer(const Optional& tensor) {
-  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
 using Kernel = void (*)(Decode);
@@ -96,14 +66,18 @@ std::pair<int, size_t> plan(Kernel kernel, Decode& p, int32_t device) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
     const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& counted,
     const Optional& I_in, const Optional& I_out, const Tensor& policy, const Optional& entropy,
-    int64_t r, bool adaptive, std::optional<double> tau, std::optional<double> clamp) {
+    const Rules& rules, const Numbers& numbers) {
+  const Settings settings(rules, numbers);
+  const auto [r, tau, clamp] = std::tuple(settings.r, settings.tau, settings.clamp);
+  require(!settings.coupled && !settings.spectral && !settings.second_order,
+          "rules must be plain selection, component clip and first order");
   require(x.defined() && x.is_cuda() && weight.defined() && weight.dim() == 2,
           "x must be a CUDA tensor [1, 1, d_in] and weight a matrix [d_out, d_in]");
-  const int32_t device = x.get_device(), dtype = dtype_of(x);
+  const int32_t device = x.get_device();
+  const ScalarType dtype = dtype_of(x);
   const int64_t d_out = weight.size(0), d_in = weight.size(1);
-  const bool is_float = dtype == aoti_torch_dtype_float32();
-  const bool is_half = dtype == aoti_torch_dtype_float16();
-  require(is_float || is_half || dtype == aoti_torch_dtype_bfloat16(),
+  const bool is_float = dtype == ScalarType::Float, is_half = dtype == ScalarType::Half;
+  require(is_float || is_half || dtype == ScalarType::BFloat16,
           "x must be float32, float16 or bfloat16");
   require(d_in > 0 && d_in < (1 << 20) && d_out > 0 && d_out < (1 << 24),
           "weight must have 1 to 2^20 columns and 1 to 2^24 rows");
@@ -116,41 +90,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
           "weight must be on the device of x, of its dtype, with rows of unit step");
   check(x, device, dtype, {1, 1, d_in}, "x must be contiguous [1, 1, d_in]");
   check(bias, device, dtype, {d_out}, "bias must be [d_out], like x");
-  check(counted, device, aoti_torch_dtype_bool(), {1, 1}, "counted must be bool [1, 1]");
-  check(I_in, device, aoti_torch_dtype_int64(), {1, r}, "I_in must be int64 [1, r], contiguous");
-  check(I_out, device, aoti_torch_dtype_int64(), {1, r}, "I_out must be int64 [1, r], contiguous");
-  const bool by_column = policy.defined() && policy.dim() == 1 && policy.size(0) == 9 + r;
-  check(policy, device, aoti_torch_dtype_float64(), {by_column ? 9 + r : 9},
+  check(counted, device, ScalarType::Bool, {1, 1}, "counted must be bool [1, 1]");
+  check(I_in, device, ScalarType::Long, {1, r}, "I_in must be int64 [1, r], contiguous");
+  check(I_out, device, ScalarType::Long, {1, r}, "I_out must be int64 [1, r], contiguous");
+  constexpr int64_t kPolicy = Policy::kCount;
+  const bool by_column = policy.defined() && policy.dim() == 1 && policy.size(0) == kPolicy + r;
+  check(policy, device, ScalarType::Double, {by_column ? kPolicy + r : kPolicy},
         "policy must be float64 [9] or [9 + r]");
-  check(entropy, device, aoti_torch_dtype_float64(), {}, "entropy must be a float64 scalar");
+  check(entropy, device, ScalarType::Double, {}, "entropy must be a float64 scalar");
 
-  const int32_t single = aoti_torch_dtype_float32();
+  const ScalarType single = ScalarType::Float;
   Tensor y = empty({1, 1, d_out}, dtype, device);
-  Tensor features = empty({1, 2, r}, aoti_torch_dtype_int64(), device);
+  Tensor features = empty({1, 2, r}, ScalarType::Long, device);
   Tensor core = empty({1, r, r}, single, device), gamma = empty({1}, single, device);
   Tensor t = clamp ? empty({1, 1, r}, dtype, device) : empty({0}, dtype, device);
 
   Decode p{};
   p.x = x.data_ptr();
   p.weight = weight.data_ptr();
-  p.bias = pointer<void>(bias);
-  p.counted = pointer<bool>(counted);
-  p.I_in = pointer<int64_t>(I_in);
-  p.I_out = pointer<int64_t>(I_out);
-  p.policy = pointer<double>(policy);
-  p.columns = by_column ? p.policy + 9 : nullptr;
-  p.entropy = pointer<double>(entropy);
+  p.bias = data_or_null<void>(bias);
+  p.counted = data_or_null<bool>(counted);
+  p.I_in = data_or_null<int64_t>(I_in);
+  p.I_out = data_or_null<int64_t>(I_out);
+  p.policy = data<Policy>(policy);
+  p.columns = by_column ? data<double>(policy) + kPolicy : nullptr;
+  p.entropy = data_or_null<double>(entropy);
   p.y = y.data_ptr();
-  p.features = pointer<int64_t>(features);
-  p.core = pointer<float>(core);
-  p.gamma = pointer<float>(gamma);
+  p.features = data<int64_t>(features);
+  p.core = data<float>(core);
+  p.gamma = data<float>(gamma);
   p.t = clamp ? t.data_ptr() : nullptr;
   p.row_stride = weight.stride(0);
   p.d_in = static_cast<int>(d_in);
   p.d_out = static_cast<int>(d_out);
   p.r = static_cast<int>(r);
   p.inverse_width = 1.0 / static_cast<double>(d_out);
-  p.adaptive = adaptive;
+  p.adaptive = settings.adaptive;
   p.tau = tau ? static_cast<float>(*tau) : -1.0f;
   p.clamp = clamp ? static_cast<float>(*clamp) : -1.0f;
 
@@ -163,12 +138,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
   const auto [blocks, bytes] = plan(kernel, p, device);
   // Scratch of this call, from torch's allocator: it belongs to this stream.
   Tensor scratch = empty({blocks * r, 5}, single, device), energy = empty({blocks}, single, device);
-  float* floats = pointer<float>(scratch);
+  float* floats = data<float>(scratch);
   p.keys = reinterpret_cast<uint64_t*>(floats);
   p.outputs = floats + 2 * blocks * r;
   p.row_squares = floats + 3 * blocks * r;
   p.column_squares = floats + 4 * blocks * r;
-  p.energy = pointer<float>(energy);
+  p.energy = data<float>(energy);
 
   void* stream;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
@@ -188,8 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
 STABLE_TORCH_LIBRARY_FRAGMENT(vps, m) {
   m.def(
       "cooperative_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? counted, Tensor? I_in, "
-      "Tensor? I_out, Tensor policy, Tensor? entropy, int r, bool adaptive, float? tau, "
-      "float? clamp) "
+      "Tensor? I_out, Tensor policy, Tensor? entropy, int[] rules, float[] numbers) "
       "-> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)");
 }
 

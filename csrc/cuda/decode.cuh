@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "../policy.h"
+
 namespace vps {
 
 constexpr int kThreads = 512;
@@ -24,7 +26,7 @@ struct Decode {
   const bool* counted;   // one element, or null where the token counts
   const int64_t* I_in;   // [r] or null to select here
   const int64_t* I_out;  // [r] or null to select here
-  const double* policy;  // [9]
+  const Policy* policy;
   const double* columns;  // factor of each column [r], or null for 1 everywhere
   const double* entropy;  // one element or null
   void* y;               // [d_out]
@@ -144,25 +146,6 @@ __device__ void row_product(const T* row, const float* x, int d_in, float* dot, 
   *squares = square;
 }
 
-/// γ and the number of columns in use (SPEC §5), 0 where the token does not count.
-__device__ inline void decide(const Decode& p, double energy, double* gamma, int* active) {
-  *gamma = *active = 0;
-  if (p.counted && !*p.counted) return;
-  double sigma = 0;
-  if (p.adaptive) {
-    sigma = -expm1(-energy);
-    if (p.entropy) sigma = fmax(sigma, fmin(1.0, *p.entropy * (1.0 / 3)));
-    sigma = fmin(1.0, p.policy[0] * sigma);
-  }
-  const auto between = [&](int at) {
-    return p.policy[at] + (p.policy[at + 1] - p.policy[at]) * sigma;
-  };
-  constexpr double kGuard = 1.0 / (1 << 20);
-  *gamma = between(1);
-  const double rank = floor(between(3) + kGuard), pool = floor(between(5) + kGuard);
-  *active = static_cast<int>(fmax(0.0, fmin(fmin(rank, pool), static_cast<double>(p.r))));
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const Decode p) {
   extern __shared__ float shared[];
@@ -253,9 +236,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const Decode p) {
   }
   __syncthreads();
 
-  double gamma;
-  int active;
-  decide(p, energy * p.inverse_width, &gamma, &active);
+  Decision decision{};  // of a token that does not count
+  if (!p.counted || *p.counted)
+    decision =
+        decide(*p.policy, p.entropy, p.adaptive ? energy * p.inverse_width : 0.0, r, false);
+  const double gamma = decision.gamma;
+  const int active = static_cast<int>(decision.active);
   if (threadIdx.x < r) {
     const int c = threadIdx.x;
     const float s = p.tau < 0 ? 1.0f : norm_A[c] * norm_B[c] / p.tau;

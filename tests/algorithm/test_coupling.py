@@ -140,9 +140,8 @@ def test_both_layers_in_one_call_are_those_of_two(shape):
     b_q, mask = torch.randn(16), torch.rand(shape) < 0.7
     for config in (VPSConfig(), VPSConfig(builder="sc", order=2, clamp=0.1, clip="spectral")):
         numbers = torch.tensor(policy.bounds(config, 1.3), dtype=torch.float64)
-        r, *settings = policy.settings(config, False, 12, 8)
-        settings.insert(2, settings[1])
-        arguments = (x, W_q, b_q, W_k, None, mask, None, numbers, None, r, 4, 2, *settings)
+        settings = policy.settings(config, False, 12, 8).packed()
+        arguments = (x, W_q, b_q, W_k, None, mask, None, numbers, None, 4, 2, *settings)
         torch.library.opcheck(torch.ops.vps.linear_pair.default, arguments)
         with vps.backend("cpp"), torch.no_grad():
             pair = Projection(W_q, b_q), Projection(W_k)

@@ -45,8 +45,9 @@ def call(data, config, mask=None, entropy=None, outcomes=(), gradient=False, **f
     I_in, I_out = features.get("I_in"), features.get("I_out")
     with torch.no_grad():
         out = torch.ops.vps.linear(
-            data.x, data.W, data.b, mask, I_in, I_out, numbers, entropy, None, None, *settings
-        )
+            data.x, data.W, data.b, mask, I_in, I_out, numbers, entropy, None, None,
+            *settings.packed(),
+        )  # fmt: skip
     return SimpleNamespace(**dict(zip(("y", "features", "core", "gamma", "t"), out, strict=True)))
 
 

@@ -18,6 +18,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 
 @needs_nvcc
+@pytest.mark.aot
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_compiles_without_spills(architecture, tmp_path):
     line = cuda_build.command(
@@ -30,6 +31,7 @@ def test_compiles_without_spills(architecture, tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.aot
 def test_its_symbols_are_found_where_torch_is_loaded(tmp_path):
     """All that is registered as it loads; a CPU build of torch lacks what asks for the stream."""
     library = tmp_path / "library.so"

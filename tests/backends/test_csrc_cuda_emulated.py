@@ -1,6 +1,6 @@
 """The logic of csrc/cuda/decode.cuh on a CPU: emulated threads and blocks, watched for data races.
 
-It says nothing of speed or of the compiler for GPUs; tests/test_csrc_cuda.py runs there.
+It says nothing of speed or of the compiler for GPUs; tests/backends/test_csrc_cuda.py runs there.
 """
 
 import shutil
@@ -34,7 +34,14 @@ def program(tmp_path_factory):
         source = source.replace(old, new)
     (folder / "decode.cuh").write_text(source)
     line = [compiler, "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-Wno-tsan", "-pthread"]
-    line += [f"-I{folder}", f"-I{EMULATOR}", str(EMULATOR / "run.cpp"), "-o", str(folder / "run")]
+    line += [
+        f"-I{folder}",
+        f"-I{ROOT / 'csrc/cuda'}",
+        f"-I{EMULATOR}",
+        str(EMULATOR / "run.cpp"),
+        "-o",
+        str(folder / "run"),
+    ]
     built = subprocess.run(line, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return folder / "run"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vps.algorithm.policy import Settings
 from vps.backends import cpp
 
 pytestmark = pytest.mark.skipif(
@@ -21,6 +22,8 @@ GOOD = {
     "entropy": torch.tensor(1.0),
     "H": torch.randn(2, 3, 6),
     "energy": torch.rand(2),
+}
+SETTINGS = {
     "r": 2,
     "adaptive": True,
     "coupled": True,
@@ -65,12 +68,26 @@ ERRORS = [
 ]  # fmt: skip
 
 
+def linear(**arguments):
+    """Call the operator with tensors and the fields of Settings by name."""
+    rules, numbers = Settings(**{name: arguments.pop(name) for name in SETTINGS}).packed()
+    return torch.ops.vps.linear(**arguments, rules=rules, numbers=numbers)
+
+
 @pytest.mark.parametrize("name, value, message", ERRORS, ids=[e[2][:40] for e in ERRORS])
 def test_errors(name, value, message):
-    torch.ops.vps.linear(**GOOD)
+    linear(**GOOD, **SETTINGS)
     with pytest.raises((RuntimeError, ValueError)) as error:
-        torch.ops.vps.linear(**GOOD | {name: value})
+        linear(**GOOD | SETTINGS | {name: value})
     assert f"vps::linear: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize("rules, numbers", [([], [0.1, 0, 0]), ([2] * 7, []), ([2] * 8, [0.1] * 3)])
+def test_settings_that_are_not_packed(rules, numbers):
+    with pytest.raises(
+        (RuntimeError, ValueError), match="rules must hold 7 integers and numbers 3"
+    ):
+        torch.ops.vps.linear(**GOOD, rules=rules, numbers=numbers)
 
 
 BACKWARD = {
@@ -130,25 +147,25 @@ def test_ten_thousand_bad_calls():
         return out.to_sparse() if kind == "sparse" and dtype is not torch.float8_e4m3fn else out
 
     wrong_index = torch.tensor([[0, 1], [2**62, -(2**62)]])
-    tensors = [name for name, value in GOOD.items() if isinstance(value, torch.Tensor)]
+    tensors, good = list(GOOD), GOOD | SETTINGS
     optional = {"bias", "mask", "I_in", "I_out", "entropy", "H", "energy", "tau", "clamp"}
     raised = 0
     while raised < 10_000:
-        name = pick(list(GOOD))
+        name = pick(list(good))
         if name in ("I_in", "I_out") and pick([True, False]):
             value = wrong_index
         elif name in tensors:
             value = tensor()
         elif name == "r":
             value = pick([-(2**63), -1, 0, 1, 3, 64, 2**31, 2**63 - 1])
-        elif isinstance(GOOD[name], bool):
+        elif isinstance(good[name], bool):
             value = pick([True, False])
         else:
             value = pick([float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e300, 1e-300])
-        arguments = GOOD | {name: value}
+        arguments = good | {name: value}
         if pick([True, False]):
             arguments[pick(list(optional))] = None
         try:
-            torch.ops.vps.linear(**arguments)
+            linear(**arguments)
         except (RuntimeError, ValueError, NotImplementedError):
             raised += 1

@@ -43,16 +43,16 @@ def inputs_of(config, dtype=torch.float32, grad=False, bias=True, mask=True):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_opcheck(settings):
     inputs, static = inputs_of(VPSConfig(**settings), grad=True)
-    torch.library.opcheck(torch.ops.vps.linear.default, (*inputs, *static))
+    torch.library.opcheck(torch.ops.vps.linear.default, (*inputs, *static.packed()))
 
 
 @pytest.mark.skipif(vps.backends()["cpp"] is not None, reason="the C++ operator alone has it")
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_without_a_gradient_y_and_features_are_the_same(settings):
     inputs, static = inputs_of(VPSConfig(**settings))
-    torch.library.opcheck(torch.ops.vps.linear_only.default, (*inputs, *static))
-    y, features, *_ = torch.ops.vps.linear.default(*inputs, *static)
-    y_only, I_in = torch.ops.vps.linear_only.default(*inputs, *static)
+    torch.library.opcheck(torch.ops.vps.linear_only.default, (*inputs, *static.packed()))
+    y, features, *_ = torch.ops.vps.linear.default(*inputs, *static.packed())
+    y_only, I_in = torch.ops.vps.linear_only.default(*inputs, *static.packed())
     assert torch.equal(y, y_only) and torch.equal(features[:, 0], I_in)
 
 
@@ -74,7 +74,7 @@ def test_gradient_equals_that_of_the_torch_backend(settings, mask):
 def test_gradient_of_a_sum_of_outputs_only():
     """Nothing flows from the selection, and a missing output gradient is no gradient."""
     inputs, static = inputs_of(VPSConfig(), grad=True)
-    y, features, core, gamma, _ = torch.ops.vps.linear.default(*inputs, *static)
+    y, features, core, gamma, _ = torch.ops.vps.linear.default(*inputs, *static.packed())
     assert y.requires_grad and not features.requires_grad
     (core.sum() + gamma.sum()).backward()
     assert inputs.x.grad is None or not inputs.x.grad.any()

@@ -3,8 +3,8 @@
 import pytest
 from cases import tiny_llama
 
-from benchmarks.calibration import CELLS, Cell, examples
-from benchmarks.calibration_report import write_report
+from benchmarks.study.calibration import CELLS, examples
+from benchmarks.study.report import Cell, write_report
 from vps import Calibration, VPSConfig
 from vps.model.calibration import fingerprint
 from vps.model.patching import sharpened_layers

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from vps.algorithm.torch_backend import Outputs
 
-from benchmarks import common, ops, roofline, shapes
+from benchmarks import common, shapes
+from benchmarks.baselines import GEMV
+from benchmarks.ops import __main__ as ops
+from benchmarks.ops import linear, roofline
 from benchmarks.results import AGAIN
-from benchmarks.variants import BACKENDS, GEMV
+from benchmarks.variants import BACKENDS
+from vps.backends.call import Outputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +62,6 @@ def test_checks_see_a_wrong_result(dtype):
 
 @pytest.mark.parametrize("broken", ["y", "I_in", "I_out"])
 def test_the_operators_check_compares_output_and_features(monkeypatch, broken):
-    from benchmarks import linear
-
     forward = linear._forward("torch")
 
     def other(inputs, settings):
@@ -70,7 +71,7 @@ def test_the_operators_check_compares_output_and_features(monkeypatch, broken):
         return Outputs(**out._asdict() | {broken: value})
 
     monkeypatch.setattr(linear, "_forward", lambda backend: other)
-    case = linear.case(problem(torch.float32, "cpu"))
+    case = linear.linear(problem(torch.float32, "cpu"))
     assert ops.why_not(case, "torch", "cpu").startswith("wrong: AssertionError")
 
 
@@ -111,7 +112,7 @@ def test_a_failed_capture_leaves_its_cell_empty(monkeypatch):
     case = case._replace(calls={"torch": case.calls["torch"], "other": lambda H: H.abs().sum(1)})
     monkeypatch.setattr(ops, "why_not", lambda *_: None)
     monkeypatch.setitem(ops.BYTES, "cuda", 2**10)
-    monkeypatch.setattr(ops.variants.graphs, "captured", capture)
+    monkeypatch.setattr(common, "graph_of", capture)
     rows = ops.measure(case, "cuda", 0.01, {"copy": 1e10, "gemm float32": 1e11})["rows"]
     assert rows["torch"]["ratio"] == 1
     assert rows["other"]["empty"].startswith("not captured: operation not permitted")

@@ -1,4 +1,4 @@
-"""What is made of results: the runner's statistics, files, regressions, targets, plots, tables."""
+"""What is made of results: the runner's statistics, files, regressions, plots, tables."""
 
 import subprocess
 import sys
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import common, machine, plot, regress, results, scaling, targets
+from benchmarks import common, machine, plot, regress, results
 from benchmarks.common import Variant
+from benchmarks.models import scaling
 from benchmarks.results import AGAIN
 
 ROOT = Path(__file__).parents[2]
@@ -162,73 +163,15 @@ def test_regress_refuses_other_machines(tmp_path):
     assert run.returncode == 1
 
 
-def test_targets_met_missed_and_never_measured():
-    cases = {
-        f"geometric mean, N = {n}, {dtype}": case(vps_cpp=ratio, vps_torch=1.2, noise=0.01)
-        for n, ratio in ((1, 1.30), (32, 1.01), (256, 1.055))
-        for dtype in ("float32", "bfloat16")
-    }
-    text = targets.table({"layer": section(cases)})
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines()}
-    assert "| not met: vps cpp" in lines["CPU, C++, N = 1, mean of 5 shapes"]
-    assert "| met: vps cpp" in lines["CPU, C++, N = 32, mean of 5 shapes"]
-    assert "| within noise of it" in lines["CPU, C++, N = 256, mean of 5 shapes"]
-    assert "| met: vps torch" in lines["CPU, torch, N = 256, mean of 5 shapes"]
-    assert lines["decode 3584²"].endswith("| no such form yet |")
-    drop_in = [line for line in text.splitlines() if "| drop-in |" in line and "CPU" not in line]
-    assert drop_in[0].endswith("| not measured |") and len(targets.TARGETS) == 28
-    assert "CPU" not in targets.table({}, gpu=True)
-
-
-def test_targets_of_a_gpu():
-    """The worst case counts, in each the best backend; overheads are divided."""
-    lora = case(vps_triton=1.20, vps_cuda=1.10)
-    lora["rows"]["peft lora r=4"] = row(1.4)
-    cases = {"7 linears of Qwen2.5-7B, N = 1, bfloat16": lora}
-    cases["3584 to 18944, N = 1, bfloat16"] = case(vps_triton=1.05)
-    cases["18944 to 3584, N = 1, bfloat16"] = case(vps_triton=1.5)
-    for target in targets.TARGETS:
-        found = targets.judge(target, {"layer": section(cases, GPU)})
-        if target.title == "decode 3584→18944 and back" and target.form == "drop-in":
-            assert found.value == 1.5 and found.title.startswith("18944")
-        if target.title == "decode, 7 linears, 7B" and target.form == "drop-in":
-            assert found.value == 1.10 and found.variant == "vps cuda"
-        if target.title == "overhead ÷ LoRA's, decode":
-            assert found.value == pytest.approx(0.25)
-        if not target.gpu:
-            assert found == targets.NOT_MEASURED
-
-
-def test_target_cases_exist():
-    """Every target names cases that the benchmarks make."""
-    import re
-
-    from benchmarks import backward, layer, model
-
-    for target in targets.TARGETS:
-        if target.section is None:
-            continue
-        if target.section == "model":
-            assert model.HERE["cpu"] == ("SmolLM2-135M",) and model.NEW_TOKENS["cpu"] == 64
-            assert (model.PROMPT, model.PREFILL) == (32, 512)
-            continue
-        if target.section == "backward":
-            assert backward.HERE["cpu"] == "SmolLM2-135M" and 64 in backward.TOKENS["cpu"]
-            continue
-        device = "cuda" if target.gpu else "cpu"
-        titles = [cell.title for cells in layer.single_cells(device) for cell in cells]
-        titles += [cell.title for cell in layer.block_cells(device)]
-        for cells in layer.single_cells(device):
-            first = cells[0]
-            of = layer.title(first.groups, first.tokens, first.dtype)
-            titles.append(f"geometric mean, {of}")
-        assert any(re.fullmatch(target.cases, title) for title in titles), target.title
-
-
-def test_ratios_table():
-    text = targets.ratios(section({"x": case(vps_cpp=1.1), "y": case(vps_torch=2.0)}), "")
+def test_ratios_table(tmp_path):
+    """From a section, and from the command line for the cases that match."""
+    cases = {"x": case(vps_cpp=1.1), "y": case(vps_torch=2.0)}
+    text = results.ratios(section(cases), "")
     assert text.splitlines()[0] == "| | noise | vps cpp | vps torch |"
     assert "| x | 0.98 to 1.02 | 1.10 [1.09, 1.11] |  |" in text
+    write(tmp_path / "a.json", layer=cases)
+    run = execute("benchmarks.results", tmp_path, "x", "--variants", "vps cpp")
+    assert run.stdout.splitlines()[-1] == "| x | 0.98 to 1.02 | 1.10 [1.09, 1.11] |", run.stderr
 
 
 def filled(folder, machine):
@@ -266,19 +209,16 @@ def test_plot(tmp_path):
     assert run.returncode == 0, run.stderr
     made = {path.name for path in (tmp_path / "docs").iterdir()}
     assert made == {
-        f"{name}-{kind}.{suffix}"
+        f"{name}-{kind}.png"
         for name in ("layer", "model", "scaling", "memory")
         for kind in ("cpu", "gpu")
-        for suffix in ("png", "svg")
     }
     assert all((tmp_path / "docs" / name).stat().st_size > 3000 for name in made)
-    svg = (tmp_path / "docs/layer-cpu.svg").read_text()
-    assert "stroke-dasharray" in svg  # the target line
 
 
 def test_plot_draws_only_what_was_measured(tmp_path):
     write(tmp_path / "a.json", layer={"x": results.case("a", {"a": results.empty("no")})})
-    assert plot.draw(targets.merged(tmp_path, gpu=False), "cpu", tmp_path / "docs") == []
+    assert plot.draw(results.merged(tmp_path, gpu=False), "cpu", tmp_path / "docs") == []
 
 
 def test_tables(tmp_path):
@@ -286,7 +226,7 @@ def test_tables(tmp_path):
     results.save(path, "ops", section({}, CPU, peaks={"copy": 1e9}))
     everything.write_tables(path)
     text = path.with_suffix(".md").read_text()
-    for part in ("## Targets", "## layer", "## ops", "| forward, x | 0.00 | 1.00 |", "1.10 [1.09"):
+    for part in ("## layer", "## ops", "| forward, x | 0.00 | 1.00 |", "1.10 [1.09"):
         assert part in text
 
 

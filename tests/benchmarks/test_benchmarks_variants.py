@@ -5,21 +5,8 @@ import torch
 from torch import nn
 
 import vps
-from benchmarks import (
-    backward,
-    baselines,
-    block,
-    checks,
-    common,
-    graphs,
-    layer,
-    memory,
-    model,
-    models,
-    scaling,
-    shapes,
-    variants,
-)
+from benchmarks import baselines, checks, common, shapes, variants
+from benchmarks.models import backward, block, layer, memory, model, scaling, whole
 from benchmarks.results import AGAIN
 from vps import VPSConfig
 from vps.backends import operator
@@ -53,7 +40,7 @@ def test_layer(dtype, groups, tokens):
     case = layer.measure(cell, "cpu", 0.05)["layer"]
     assert measured(case) == TIMED | (SLOW if groups == 1 else SLOW - {variants.AUTHOR})
     assert not common.failures({"cases": {"case": case}})
-    assert case["rows"][variants.GEMV]["empty"] and case["rows"][variants.GEMM]["empty"]
+    assert case["rows"][baselines.GEMV]["empty"] and case["rows"][variants.GEMM]["empty"]
     if groups > 1:
         assert "shares one selection" in case["rows"][variants.AUTHOR]["empty"]
 
@@ -117,7 +104,7 @@ def test_lora_of_the_same_rank():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block(dtype):
-    blocks = models.Variants(models.random_model("tiny", dtype, "cpu", 1, 64))
+    blocks = whole.Variants(whole.random_model("tiny", dtype, "cpu", 1, 64))
     for tokens in (1, 12):
         case = block.measure(blocks, 1, tokens, dtype, "cpu", 0.05)["block"]
         expected = {name.replace("nn.Linear", "plain") for name in TIMED}
@@ -126,7 +113,7 @@ def test_block(dtype):
 
 
 def test_a_wrong_block_is_seen(monkeypatch):
-    blocks = models.Variants(models.random_model("tiny", torch.float32, "cpu", 1, 64))
+    blocks = whole.Variants(whole.random_model("tiny", torch.float32, "cpu", 1, 64))
     forward = vps.VPSLinear.forward
     monkeypatch.setattr(vps.VPSLinear, "forward", lambda self, x: forward(self, x) * 1.001)
     case = block.measure(blocks, 1, 8, torch.float32, "cpu", 0.01)["block"]
@@ -135,20 +122,20 @@ def test_a_wrong_block_is_seen(monkeypatch):
 
 
 def test_model():
-    plain = models.random_model("tiny", torch.float32, "cpu")
+    plain = whole.random_model("tiny", torch.float32, "cpu")
     weights = {p.data_ptr() for p in plain.parameters()}
     found = model.measure(plain, torch.float32, 0.1, new_tokens=3, prefill=10)
     prefill, answer = found.values()
     assert list(found) == ["prefill of 10 tokens, float32", "3 greedy tokens after 10, float32"]
     assert variants.AUTHOR in measured(prefill) and variants.AUTHOR not in measured(answer)
     assert {f"vps {name}" for name in HERE} < measured(answer)
-    assert {p.data_ptr() for p in models.Variants(plain).sharpened.parameters()} == weights
+    assert {p.data_ptr() for p in whole.Variants(plain).sharpened.parameters()} == weights
 
 
 def test_backward(monkeypatch):
-    runnable = models.Variants(models.random_model("tiny", torch.float32, "cpu"))
+    runnable = whole.Variants(whole.random_model("tiny", torch.float32, "cpu"))
     case = backward.measure(runnable, 12, torch.float32, 0.05)
-    assert {f"vps {name}" for name in HERE} | {models.PLAIN} < measured(case)
+    assert {f"vps {name}" for name in HERE} | {whole.PLAIN} < measured(case)
     right = operator._of_input
     monkeypatch.setattr(operator, "_of_input", lambda *arguments: 100 * right(*arguments))
     if "cpp" in HERE:
@@ -158,7 +145,7 @@ def test_backward(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU allocates")
 def test_memory():
-    plain = models.random_model("tiny", torch.float32, "cpu", 1, 64)
+    plain = whole.random_model("tiny", torch.float32, "cpu", 1, 64)
     found = memory.measure(plain, 16, torch.float32, "cpu")
     assert list(found) == list(memory.PASSES)
     patching, forward, backward = (case["rows"] for case in found.values())
@@ -225,7 +212,7 @@ def test_what_cannot_be_captured_is_left_out(monkeypatch):
             raise AssertionError("the replay differs")
         return call
 
-    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(common, "graph_of", captured)
     calls = {name: common.Variant(lambda n=n: n, 0.5) for n, name in enumerate("abc")}
     found = variants.in_graphs({**calls, variants.REFERENCE: calls["a"], "d": "no reason"})
     assert found["a"] == calls["a"] and found["d"] == "no reason"
@@ -240,7 +227,7 @@ def test_layer_in_graphs():
     cell = layer.Cell("7 linears of tiny", seven, 1, 1, torch.bfloat16, False)
     found = layer.measure(cell, "cuda", 0.5)
     assert not common.failures({"cases": found})
-    assert {"vps torch", "vps triton", "peft lora r=4", variants.GEMV} <= measured(found["layer"])
+    assert {"vps torch", "vps triton", "peft lora r=4", baselines.GEMV} <= measured(found["layer"])
     assert found["layer"]["rows"][variants.REFERENCE]["empty"] == variants.WAITS
     assert variants.REFERENCE in measured(found["layer, eager"])
 
@@ -250,6 +237,6 @@ def test_layer_in_graphs():
 def test_a_graph_replays_what_was_captured():
     x = torch.randn(8, 8, device="cuda")
     y = torch.empty_like(x)
-    graphs.captured(lambda: torch.mul(x, 2, out=y))()
+    common.graph_of(lambda: torch.mul(x, 2, out=y))()
     torch.cuda.synchronize()
     assert torch.equal(y, 2 * x)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.aot
 
 
 def compiled(*arguments):

@@ -112,9 +112,3 @@ def test_errors():
         with pytest.raises(ValueError, match=match):
             couple.launch(*arguments)
     assert "at most 8192 features" in couple.refusal(8193, 4)
-
-
-def test_operator(device):
-    query, key = projections(4, 2, 8, device)
-    arguments = (query, key, [], None, features(2, device), 4, 2)
-    torch.library.opcheck(couple.coupled, arguments)

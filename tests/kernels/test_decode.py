@@ -198,14 +198,3 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             decode.launch(*arguments, b, *rest, r, True, 0.8, None)
-
-
-def test_operator(device):
-    x, W, b = layer(2, 6, 5, torch.float32, device)
-    mask = torch.tensor([[True], [False]], device=device)
-    nats = torch.tensor(1.0, device=device)
-    for arguments in [
-        (b, None, None, None, numbers(device), None, 2, False, None, None),
-        (None, mask, None, None, numbers(device), nats, 2, True, 0.8, 0.5),
-    ]:
-        torch.library.opcheck(torch.ops.vps.decode.default, (x, W, *arguments))

@@ -152,10 +152,3 @@ def test_errors():
         delta.launch(H[:1], b, W, I_in, I_out, core, gamma, None, None)
     with pytest.raises(ValueError, match=r"core must be \[G, r, r\]"):
         delta.launch(H, b, W, I_in, I_out, core[:, :1], gamma, None, None)
-
-
-def test_operator(device):
-    arguments = layer(2, 3, 4, 5, 2, torch.float32, device)
-    active = torch.tensor([1, 2], dtype=torch.int32, device=device)
-    for last in [(None, None), (active, 0.5)]:
-        torch.library.opcheck(torch.ops.vps.delta.default, (*arguments, *last))

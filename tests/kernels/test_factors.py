@@ -33,6 +33,14 @@ def expected_core(W, I_in, I_out, active, tau):
     return core
 
 
+def norms(W, I_in, I_out):
+    """Norms of the selected rows and columns of W, from the partial sums of their squares."""
+    rows, columns, every_row, every_column = factors.squares(W, I_in, I_out)
+    norm_A, norm_B = rows.sum(0).sqrt(), columns.sum(0).sqrt()
+    norm_A = norm_A[I_out] if every_row else norm_A.view(I_out.shape)
+    return norm_A, norm_B[I_in] if every_column else norm_B.view(I_in.shape)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "d_in, d_out, groups, r", [(1, 1, 1, 1), (9, 2100, 2, 8), (2100, 33, 1, 3), (20, 5, 6, 4)]
@@ -57,7 +65,7 @@ def test_factors(device, dtype, d_in, d_out, groups, r):
     expected = expected_core(W, I_in, I_out, active, scale)
     torch.testing.assert_close(core.double().cpu(), expected, rtol=accuracy, atol=0)
 
-    norm_A, norm_B = factors.launch_norms(W, I_in, I_out)
+    norm_A, norm_B = norms(W, I_in, I_out)
     wide = W.double()
     torch.testing.assert_close(norm_A.double(), wide[I_out].norm(dim=2), rtol=accuracy, atol=0)
     torch.testing.assert_close(norm_B.double(), wide.T[I_in].norm(dim=2), rtol=accuracy, atol=0)
@@ -141,7 +149,7 @@ def test_beyond_2_31_elements(device, tmp_path):
     I_in, I_out = torch.tensor([[5, 0]]), torch.tensor([[3, 2]])
     for W in (weight, weight.T):
         left, right = (I_in, I_out) if W is weight else (I_out, I_in)
-        norm_A, norm_B = factors.launch_norms(W, left, right)
+        norm_A, norm_B = norms(W, left, right)
         wide = W.double()
         torch.testing.assert_close(norm_A[0].double(), wide[right[0]].norm(dim=1))
         torch.testing.assert_close(norm_B[0].double(), wide[:, left[0]].norm(dim=0))
@@ -150,23 +158,11 @@ def test_beyond_2_31_elements(device, tmp_path):
 def test_errors():
     W, index = torch.ones(3, 4), torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"weight must be \[d_out, d_in\]"):
-        factors.launch_norms(W[0], index, index)
+        factors.launch(W[0], index, index, numbers("cpu"), None, None, None, None)
     with pytest.raises(ValueError, match="I_out must be int64"):
-        factors.launch_norms(W, index, index.int())
+        factors.launch(W, index, index.int(), numbers("cpu"), None, None, None, None)
     with pytest.raises(TypeError, match="policy must be float64"):
         factors.launch(W, index, index, torch.ones(9), None, None, None, None)
     for mask in (torch.ones(2, 3, dtype=torch.bool), torch.ones(1, 3)):
         with pytest.raises(ValueError, match=r"mask must be bool \[1, T\]"):
             factors.launch(W, index, index, numbers("cpu"), None, None, None, mask)
-
-
-def test_operators(device):
-    W = torch.randn(12, 10, device=device)
-    I_in, I_out = selections(3, 4, 10, 12, device)
-    energy, nats = torch.rand(3, device=device), torch.tensor(1.0, device=device)
-    mask = torch.tensor([[True], [False], [True]], device=device)
-    torch.library.opcheck(torch.ops.vps.norms.default, (W, I_in, I_out))
-    for arguments in [(None, None, None, None), (energy, nats, 0.8, mask)]:
-        torch.library.opcheck(
-            torch.ops.vps.factors.default, (W, I_in, I_out, numbers(device), *arguments)
-        )

@@ -132,10 +132,3 @@ def test_errors():
     for k in (0, 5):
         with pytest.raises(ValueError, match="features: k must be from 1 to 4"):
             features.launch(values, None, k, True)
-
-
-def test_operator(device):
-    values = torch.randn(2, 3, 5, device=device)
-    mask = torch.ones(2, 3, dtype=torch.bool, device=device)
-    for arguments in [(values, None, 2, False), (values, mask, 5, True)]:
-        torch.library.opcheck(torch.ops.vps.features.default, arguments)

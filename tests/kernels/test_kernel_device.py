@@ -73,7 +73,6 @@ def update():
             lambda: (new(96, 64), index(), index(), policy(), new(2), None, 0.8, None),
             2,
         ),
-        (factors.launch_norms, lambda: (new(96, 64), index(), index()), 1),
         (features.launch, lambda: (new(2, 1000, 5000), None, 4, True), 3),
         (scores.launch, lambda: (new(2, 100, 64), None, True), 2),
         (select.launch, lambda: (new(2, 9000), 4), 2),

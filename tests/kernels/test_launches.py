@@ -62,7 +62,7 @@ def model(monkeypatch):
     """A patched block that is computed as on a GPU: by the operator, and no mask is read."""
 
     def by_operator(inputs, settings, traced):
-        y, features, *_ = operator._triton(*inputs, *settings)
+        y, features, *_ = operator._triton(*inputs, *settings.packed())
         return y, features[:, 0]
 
     monkeypatch.setattr(triton, "_interpreted", by_operator)

@@ -106,10 +106,3 @@ def test_errors():
         scores.launch(values[0], None, True)
     with pytest.raises(ValueError, match="mask must be bool"):
         scores.launch(values, torch.ones(2, 4, dtype=torch.bool), True)
-
-
-def test_operator(device):
-    values = torch.randn(2, 3, 5, device=device)
-    mask = torch.ones(2, 3, dtype=torch.bool, device=device)
-    for arguments in [(values, None, False), (values, mask, True)]:
-        torch.library.opcheck(torch.ops.vps.column_scores.default, arguments)

@@ -98,8 +98,3 @@ def test_errors():
             select.launch(scores, k)
     with pytest.raises(ValueError, match="k must be from 1 to 64"):
         select.launch(torch.ones(1, 100), 65)
-
-
-def test_operator(device):
-    torch.library.opcheck(torch.ops.vps.select.default, (torch.rand(2, 9, device=device), 3))
-    torch.library.opcheck(torch.ops.vps.select.default, (torch.randn(2, 9, device=device), 3, True))

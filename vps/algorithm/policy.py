@@ -183,7 +183,7 @@ class LayerGamma:
 
 
 class Settings(NamedTuple):
-    """What the operator takes beside tensors, in its order: the choices that shape its code.
+    """The choices of a layer that shape the code of the operator; it takes them :meth:`packed`.
 
     Args:
         r: columns of the selection, the most the policy can ask for.
@@ -209,6 +209,31 @@ class Settings(NamedTuple):
     def is_plain(self) -> bool:
         """Whether C is the diagonal of the component clip: SK of the first order."""
         return not (self.coupled or self.second_order or self.spectral)
+
+    def packed(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return ``rules`` and ``numbers`` as every operator takes them (csrc/settings.h)."""
+        r, adaptive, coupled, second_order, alpha, tau, spectral, clamp = self
+        clips, clamps = tau is not None, clamp is not None
+        return (
+            (r, +adaptive, +coupled, +second_order, +spectral, +clips, +clamps),
+            (alpha, tau if clips else 0.0, clamp if clamps else 0.0),  # type: ignore[return-value]
+        )
+
+    @classmethod
+    def unpacked(cls, rules: Sequence[int], numbers: Sequence[float]) -> Settings:
+        """Return the settings of which :meth:`packed` made ``rules`` and ``numbers``."""
+        r, adaptive, coupled, second_order, spectral, clips, clamps = rules
+        alpha, tau, clamp = numbers
+        return cls(
+            r,
+            bool(adaptive),
+            bool(coupled),
+            bool(second_order),
+            alpha,
+            tau if clips else None,
+            bool(spectral),
+            clamp if clamps else None,
+        )
 
 
 def settings(

@@ -169,7 +169,7 @@ def run_native(call: Call, linear: Any, pair: Any, couple: Any) -> Result:
         return [y], I_in
     query, key = call.inputs(0), call.inputs(1)
     if not torch.jit.is_tracing() and not (needs_gradient(query) or needs_gradient(key)):
-        y_q, y_k, I_in = pair(query, key, layers[0].settings, layers[1].settings, call.heads)
+        y_q, y_k, I_in = pair(query, key, layers[0].settings, layers[1].settings, *call.heads)
         return [None if layers[0].is_plain else y_q, None if layers[1].is_plain else y_k], I_in
     r = layers[0].settings.r
     joint = couple(query.x, query.weight, key.weight, call.mask, query.I_in, r, *call.heads)

@@ -17,7 +17,7 @@ from vps.backends.call import Kind, why_not_native
 
 @cache
 def why_missing() -> str | None:
-    """Why there is no implementation of ``torch.ops.vps.linear`` in C++, or ``None``; loads it."""
+    """Load the C++ operator and return why there is none, or ``None``."""
     library = _library()
     if library is None:
         return "its library is not built: VPS_BUILD_CPP=1 pip install ... says why"

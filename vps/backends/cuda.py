@@ -1,4 +1,4 @@
-"""Finds, loads and calls the CUDA operator of csrc/cuda: decode of one token in one launch.
+"""Find, load and call the CUDA operator of csrc/cuda, which decodes one token in one launch.
 
 :mod:`vps.backends.cuda_build` compiles it.
 """
@@ -29,7 +29,7 @@ LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 
 @cache
 def why_missing() -> str | None:
-    """Why the operator cannot run here, or ``None``; loads it."""
+    """Load the operator; return why it cannot run here, or ``None``."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "no CUDA device"
     if not LIBRARY.is_file():
@@ -48,7 +48,7 @@ def why_not(kind: Kind) -> str | None:
 
 def run(call: Call) -> Result:
     """Run a call: a query and a key together by the Triton kernels."""
-    return run_native(call, _linear, operator.pair, operator.couple)
+    return run_native(call, _linear, operator.sharpen_pair, operator.couple)
 
 
 def _linear(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _linear(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tensor, T
 
 
 def takes(inputs: Inputs, settings: Settings) -> bool:
-    """Whether this call is one token of plain selection, component clip and first order."""
+    """Say whether this call is one token of plain selection, component clip and first order."""
     x, weight = inputs.x, inputs.weight
     return (
         x.shape[:2] == (1, 1)
@@ -70,7 +70,7 @@ def takes(inputs: Inputs, settings: Settings) -> bool:
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """One token in one launch; whatever :func:`takes` refuses goes to the Triton kernels."""
+    """Compute one token in one launch, and by Triton whatever :func:`takes` refuses."""
     if not takes(inputs, settings):
         from vps.backends import triton_backend
 
@@ -85,10 +85,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         _contiguous(I_out),
         policy,
         None if entropy is None else entropy.double(),
-        settings.r,
-        settings.adaptive,
-        settings.tau,
-        settings.clamp,
+        *settings.packed(),
     )
     return Outputs(y, features[:, 0], features[:, 1], core, gamma, t)
 

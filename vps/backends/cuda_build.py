@@ -1,4 +1,4 @@
-"""Builds the CUDA operator of csrc/cuda with the machine's nvcc.
+"""Build the CUDA operator of csrc/cuda with the machine's nvcc.
 
 ``python -m vps.backends.cuda_build`` does, for the GPU at hand (or ``--arch``).
 """
@@ -19,7 +19,7 @@ STABLE_ABI = "0x020a000000000000"
 
 
 def command(architecture: str, *options: str) -> list[str]:
-    """The nvcc command for one architecture such as ``"sm_90"``, without outputs.
+    """Return the nvcc command for one architecture such as ``"sm_90"``, without outputs.
 
     Raises:
         FileNotFoundError: no nvcc, or no source because vps is not installed from its repository.
@@ -46,7 +46,7 @@ def command(architecture: str, *options: str) -> list[str]:
 
 
 def linked(library: Path) -> list[str]:
-    """Options that make ``library``, which finds torch's symbols in a process that loaded torch."""
+    """Return the options that link ``library``, to be loaded where torch is."""
     folder = Path(torch.__file__).parent / "lib"
     # A CPU build of torch has no torch_cuda; what is linked there is good for checks alone.
     names = [n for n in ("torch_cpu", "torch_cuda") if (folder / f"lib{n}.so").exists()]
@@ -86,7 +86,7 @@ def build(architecture: str | None = None) -> Path:
 
 
 def main() -> None:
-    """Build for ``--arch``; what stands in the way is said in its words, with exit code 1."""
+    """Build for ``--arch``; print the error and exit with 1 where that fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", help="such as sm_90; that of the first GPU by default")
     options = parser.parse_args()

@@ -1,11 +1,12 @@
-"""``torch.ops.vps.linear``: one sharpened linear layer as one operator (SPEC §1–§6).
+"""Declare ``torch.ops.vps.linear``, one sharpened linear layer as one operator (SPEC §1–§6).
 
-The schema, what a tracer needs to know and the gradient stand here; each backend brings its own
-implementation for its device: csrc for CPU, kernels for CUDA and ROCm.
+The schemas, the fakes for tracers and the gradient stand here; the implementations stand in csrc
+for CPU and in kernels for CUDA and ROCm. ``rules`` and ``numbers`` are ``Settings.packed()``.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from vps.backends.call import Call, Inputs, Outputs, Result, needs_gradient, run
 LIBRARY = torch.library.Library("vps", "DEF")
 ARGUMENTS = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? I_in, Tensor? I_out, "
-    "Tensor policy, Tensor? entropy, Tensor? H, Tensor? energy, int r, bool adaptive, "
-    "bool coupled, bool second_order, float alpha, float? tau, bool spectral, float? clamp)"
+    "Tensor policy, Tensor? entropy, Tensor? H, Tensor? energy, int[] rules, float[] numbers)"
 )
 LIBRARY.define(
     f"linear{ARGUMENTS} -> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)",
@@ -38,9 +38,9 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "linear_pair(Tensor x, Tensor W_q, Tensor? b_q, Tensor W_k, Tensor? b_k, Tensor? mask, "
-    "Tensor? I_in, Tensor policy, Tensor? entropy, int r, int heads, int kv_heads, bool adaptive, "
-    "bool coupled_q, bool coupled_k, bool second_order, float alpha, float? tau, bool spectral, "
-    "float? clamp, Tensor? policy_k=None) -> (Tensor y_q, Tensor y_k, Tensor I_in)",
+    "Tensor? I_in, Tensor policy, Tensor? entropy, int heads, int kv_heads, int[] rules, "
+    "float[] numbers, int[]? rules_k=None, Tensor? policy_k=None) "
+    "-> (Tensor y_q, Tensor y_k, Tensor I_in)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 LIBRARY.define(
@@ -49,59 +49,39 @@ LIBRARY.define(
     tags=[torch.Tag.pt2_compliant_tag],
 )
 traced_sharing.register(LIBRARY)
+_packed_settings = lru_cache(Settings.packed)
+LINEAR = torch.ops.vps.linear.default
 LINEAR_ONLY = torch.ops.vps.linear_only.default
 LINEAR_PAIR = torch.ops.vps.linear_pair.default
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def sharpen(inputs: Inputs, settings: Settings, traced: bool = False) -> tuple[Tensor, Tensor]:
-    """Output ``[G, T, d_out]``, differentiable, and ``I_in`` [G, r], through the operator.
+    """Return the differentiable output ``[G, T, d_out]`` and ``I_in`` ``[G, r]``.
 
     ``traced`` says that a graph is made, which may be differentiated later.
     """
+    rules, numbers = settings.packed() if traced else _packed_settings(settings)
     if traced or needs_gradient(inputs):
-        y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
+        y, features, *_ = LINEAR(*inputs, rules, numbers)
         return y, features[:, 0]
     with torch._C._AutoDispatchBelowAutograd():  # past the gradient, which is written in Python
-        if inputs.x.is_cpu:  # what a gradient would need is not even allocated
-            y, I_in = LINEAR_ONLY(*inputs, *settings)
+        if inputs.x.is_cpu:  # constants of a backward pass are not even allocated
+            y, I_in = LINEAR_ONLY(*inputs, rules, numbers)
             return y, I_in
-        y, features, *_ = torch.ops.vps.linear.default(*inputs, *settings)
+        y, features, *_ = LINEAR(*inputs, rules, numbers)
     return y, features[:, 0]
 
 
 def run(call: Call) -> Result:
     """Run a call through the operators."""
-    return run_native(call, sharpen, pair, couple)
-
-
-def pair(
-    query: Inputs,
-    key: Inputs,
-    of_query: Settings,
-    of_key: Settings,
-    heads: tuple[int, int],
-    call: Any = LINEAR_PAIR,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both outputs of a query and a key, and ``I_in`` ``[G, r]``, without a gradient."""
-    settings = (*of_query[1:3], of_key.coupled, *of_query[3:])
-    policy_k = None if key.policy is query.policy else key.policy
-    arguments = (
-        *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy,
-        of_query.r, *heads, *settings, policy_k,
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        found: tuple[Tensor, Tensor, Tensor] = call(*arguments)
-        return found
-    with torch._C._AutoDispatchBelowAutograd():
-        y_q, y_k, I_in = call(*arguments)
-    return y_q, y_k, I_in
+    return run_native(call, sharpen, sharpen_pair, couple)
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """Output and the constants of its backward pass, through the operator, without a gradient."""
+    """Return the output, without a gradient, and the constants of its backward pass."""
     with torch._C._AutoDispatchBelowAutograd():
-        y, features, *rest = torch.ops.vps.linear.default(*inputs, *settings)
+        y, features, *rest = LINEAR(*inputs, *settings.packed())
     return Outputs(y, features[:, 0], features[:, 1], *rest)
 
 
@@ -115,13 +95,35 @@ def couple(
     heads: int,
     kv_heads: int,
 ) -> coupling.Joint:
-    """What a query and a key projection decide together, without a gradient: see
-    :func:`vps.algorithm.coupling.couple`.
+    """Decide for a query and a key projection together, without a gradient.
+
+    As :func:`vps.algorithm.coupling.couple`.
     """
     with torch.no_grad():
         return coupling.Joint(
             *torch.ops.vps.couple.default(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
         )
+
+
+def sharpen_pair(
+    query: Inputs, key: Inputs, of_query: Settings, of_key: Settings, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both outputs, without a gradient, and ``I_in`` ``[G, r]`` by one call.
+
+    x, mask, I_in and entropy are those of ``query``; the settings differ in ``coupled`` at most.
+    """
+    packed = Settings.packed if torch.compiler.is_compiling() else _packed_settings
+    rules, numbers = packed(of_query)
+    arguments = (
+        *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy, heads, kv_heads,
+        rules, numbers,
+        None if of_key == of_query else packed(of_key)[0],
+        None if key.policy is query.policy else key.policy,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return LINEAR_PAIR(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return LINEAR_PAIR(*arguments)
 
 
 @torch.library.register_fake("vps::linear_pair")
@@ -135,12 +137,14 @@ def _fake_pair(
     I_in: Tensor | None,
     policy: Tensor,
     entropy: Tensor | None,
-    r: int,
-    *settings: Any,
+    heads: int,
+    kv_heads: int,
+    rules: list[int],
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, length = x.shape[:2]
     outputs = (x.new_empty(groups, length, W.shape[0]) for W in (W_q, W_k))
-    return *outputs, x.new_empty(groups, r, dtype=torch.int64)  # type: ignore[return-value]
+    return *outputs, x.new_empty(groups, rules[0], dtype=torch.int64)  # type: ignore[return-value]
 
 
 @torch.library.register_fake("vps::couple")
@@ -175,17 +179,18 @@ def _fake(
     entropy: Tensor | None,
     H: Tensor | None,
     energy: Tensor | None,
-    *settings: Any,
+    rules: list[int],
+    numbers: list[float],
 ) -> Results:
-    r, clamp = settings[0], settings[-1]
-    groups, length = x.shape[:2]
+    settings = Settings.unpacked(rules, numbers)
+    r, (groups, length) = settings.r, x.shape[:2]
     dtype = accumulation_dtype(x.dtype)
     return (
         x.new_empty(groups, length, weight.shape[0]),
         x.new_empty(groups, 2, r, dtype=torch.int64),
         x.new_empty(groups, r, r, dtype=dtype),
         x.new_empty(groups, dtype=dtype),
-        x.new_empty(0) if clamp is None else x.new_empty(groups, length, r),
+        x.new_empty(0) if settings.clamp is None else x.new_empty(groups, length, r),
     )
 
 
@@ -202,7 +207,7 @@ def _fake_only(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     x, weight = inputs[:2]
-    ctx.clamp = inputs[-1]
+    ctx.clamp = Settings.unpacked(*inputs[-2:]).clamp
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if weight.requires_grad else None, weight, *output[1:])
 
@@ -229,7 +234,7 @@ def _of_input(
     t: Tensor,
     clamp: float | None,
 ) -> Tensor:
-    """``∂L/∂x``: without a clamp by the operator, unless it may be differentiated itself."""
+    """Return ``∂L/∂x``, without a clamp by the operator unless it is differentiated itself."""
     if clamp is None and not tracing.is_differentiated():
         return torch.ops.vps.linear_backward.default(g, weight, features, core, gamma)
     selected = features[:, 0], features[:, 1], core, gamma, t
@@ -242,13 +247,13 @@ torch.library.register_autograd("vps::linear", _backward, setup_context=_setup_c
 def _torch_backward(
     g: Tensor, weight: Tensor, features: Tensor, core: Tensor, gamma: Tensor
 ) -> Tensor:
-    """The backward pass in torch, where there is no other."""
+    """Compute the backward pass in torch, where no backend has its own."""
     selected = features[:, 0], features[:, 1], core, gamma
     return gradient.of_input(g, weight, *selected, None, None)
 
 
 def _torch(*arguments: Any) -> Results:
-    """The torch backend as an implementation, where there is no other."""
+    """Compute the operator in torch, where no backend has its own."""
     inputs, settings = _unpacked(arguments)
     out = torch_backend.forward(inputs, settings)
     core, gamma = square(out.core), out.gamma.clone()
@@ -256,15 +261,15 @@ def _torch(*arguments: Any) -> Results:
 
 
 def _triton(*arguments: Any) -> Results:
-    """The Triton kernels, imported at the first call."""
+    """Compute the operator by the Triton kernels, imported at the first call."""
     from vps.backends.triton_backend import linear
 
     return linear(*_unpacked(arguments))
 
 
 def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:
-    count = len(Inputs._fields)
-    return Inputs(*arguments[:count]), Settings(*arguments[count:])
+    *inputs, rules, numbers = arguments
+    return Inputs(*inputs), Settings.unpacked(rules, numbers)
 
 
 def _packed(out: Outputs, settings: Settings) -> Results:
@@ -281,10 +286,29 @@ def _triton_joint(*arguments: Any) -> coupling.Joint:
     return couple(*arguments)
 
 
-def _triton_pair(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_pair(
+    x: Tensor,
+    W_q: Tensor,
+    b_q: Tensor | None,
+    W_k: Tensor,
+    b_k: Tensor | None,
+    mask: Tensor | None,
+    I_in: Tensor | None,
+    policy: Tensor,
+    entropy: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    rules: list[int],
+    numbers: list[float],
+    rules_k: list[int] | None = None,
+    policy_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     from vps.backends.triton_backend import pair
 
-    return pair(*arguments)
+    of_query, of_key = (Settings.unpacked(own, numbers) for own in (rules, rules_k or rules))
+    query = Inputs(x, W_q, b_q, mask, I_in, None, policy, entropy)
+    key = query._replace(weight=W_k, bias=b_k, policy=policy if policy_k is None else policy_k)
+    return pair(query, key, of_query, of_key, heads, kv_heads)
 
 
 LIBRARY.impl("linear", _triton, "CUDA")

@@ -1,7 +1,7 @@
-"""What layers of one traced graph share: the input selection of the same x, and equal calls.
+"""Share the input selection of one x, and equal calls, between the layers of a traced graph.
 
 In a trace a tensor has no version to tell whether it was edited since (:mod:`sharing`), but
-functionalization, which torch.compile and torch.export go through, makes of every edit a new value,
+functionalization, which torch.compile and torch.export go through, makes every edit a new value,
 and calls are compared by their values there. So v, gate and up take the selection of q and gate;
 the call for query and key, which each of the two makes, happens once, and so do constants.
 """
@@ -28,7 +28,7 @@ SELECTIONS: dict[str, Callable[[tuple[Tensor, ...]], Tensor]] = {
 
 
 class _Trace:
-    """Of one graph: what calls returned, by their arguments, and I_in by x and mask.
+    """Hold the results of the calls of one graph by their arguments, and I_in by x and mask.
 
     Tensors go by identity, which is unique since every one of them is kept.
     """
@@ -55,7 +55,7 @@ def _share(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """The results of ``operator``, one call in a graph for equal arguments."""
+    """Return the results of ``operator``, called once in a graph for equal arguments."""
     functional = PythonFunctionalizeAPI(mode, pre_dispatch=mode.pre_dispatch)
     names = [argument.name for argument in operator._schema.arguments]
     given = dict(zip(names, functional.unwrap_tensors(args), strict=False))
@@ -81,7 +81,7 @@ def _call(trace: _Trace, operator: Any, given: dict[str, Any]) -> Any:
     """Call ``operator``, with the selection of an earlier call of the same x and mask."""
     if operator is torch.ops.vps.numbers.default:
         return constants.fill(**given)
-    same, r = (id(given["x"]), id(given["mask"])), given["r"]
+    same, r = (id(given["x"]), id(given["mask"])), given["r"] if "r" in given else given["rules"][0]
     if given["I_in"] is not None:
         return operator(**given)
     width, selection = trace.selections.get(same, (0, None))

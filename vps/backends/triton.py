@@ -55,12 +55,11 @@ def _interpreted(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tens
     return differentiable(inputs, settings, triton_backend.forward)
 
 
-def _pair(
-    query: Inputs, key: Inputs, of_query: Settings, of_key: Settings, heads: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _pair(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from vps.backends import triton_backend
 
-    return operator.pair(query, key, of_query, of_key, heads, triton_backend.pair)
+    with torch._C._AutoDispatchBelowAutograd():
+        return triton_backend.pair(*arguments)
 
 
 def _couple(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The Triton backend: a GEMV of ours for a few tokens, else cuBLAS and fused kernels (SPEC §2–§5).
+"""Compute by Triton: a GEMV of ours for a few tokens, else cuBLAS and fused kernels (SPEC §2–§5).
 
 Plain selection with component clip and first order, which is the default, runs in kernels alone;
 the r × r cores of coupling, spectral clip and second order are built in torch.
@@ -22,8 +22,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def linear(inputs: Inputs, settings: Settings) -> Result:
-    """What ``vps::linear`` returns: policy first, then the selection and its core, then the update
-    (SPEC §3–§5). No result is a view of an argument."""
+    """Compute what ``vps::linear`` returns; no result is a view of an argument (SPEC §3–§5)."""
     if _decodes(inputs, settings):
         return decode.launch(
             *inputs[:8], settings.r, settings.adaptive, settings.tau, settings.clamp
@@ -56,7 +55,7 @@ def linear(inputs: Inputs, settings: Settings) -> Result:
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """As :func:`linear`, for callers of any backend."""
+    """Compute as :func:`linear` does, for callers of any backend."""
     y, selected, core, gamma, t = linear(inputs, settings)
     I_in, I_out = selected.unbind(1)
     return Outputs(y, I_in, I_out, core, gamma, None if settings.clamp is None else t)
@@ -79,7 +78,7 @@ def couple(
     heads: int,
     kv_heads: int,
 ) -> coupling.Joint:
-    """Products and selections of a query and a key projection, see :func:`coupling.couple`."""
+    """Compute what :func:`coupling.couple` does for a query and a key projection."""
     I_in = _top_k(x, mask, r) if I_in is None else I_in
     if couple_kernels.refusal(len(W_k), r) is not None:
         return coupling.couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads, scores.launch)
@@ -96,70 +95,43 @@ def couple(
 
 
 def pair(
-    x: Tensor,
-    W_q: Tensor,
-    b_q: Tensor | None,
-    W_k: Tensor,
-    b_k: Tensor | None,
-    mask: Tensor | None,
-    I_in: Tensor | None,
-    policy: Tensor,
-    entropy: Tensor | None,
-    r: int,
-    heads: int,
-    kv_heads: int,
-    adaptive: bool,
-    coupled_q: bool,
-    coupled_k: bool,
-    second_order: bool,
-    alpha: float,
-    tau: float | None,
-    spectral: bool,
-    clamp: float | None,
-    policy_k: Tensor | None = None,
+    query: Inputs, key: Inputs, of_query: Settings, of_key: Settings, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both layers of a query and a key projection, without a gradient, and I_in ``[G, r]``.
-
-    ``policy_k`` is the policy of the key where it has its own.
-    """
-    others = second_order, alpha, tau, spectral, clamp
-    both = (
-        (W_q, b_q, policy, Settings(r, adaptive, coupled_q, *others)),
-        (W_k, b_k, policy if policy_k is None else policy_k,
-         Settings(r, adaptive, coupled_k, *others)),
-    )  # fmt: skip
+    """Compute what :func:`operator.sharpen_pair` returns."""
+    x, W_q, _, mask, I_in = query[:5]
+    W_k, r, both = key.weight, of_query.r, ((query, of_query), (key, of_key))
     few = couple_kernels.refusal(len(W_k), r) is None and all(
-        settings.is_plain and decode.refusal(x, W, r) is None for W, _, _, settings in both
+        settings.is_plain and decode.refusal(x, own.weight, r) is None for own, settings in both
     )
     if not few:
         H_q, H_k, pooled, selected = couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
-        I_in, energy = selected[:, 0], pooled if adaptive else None
+        I_in, energy = selected[:, 0], pooled if of_query.adaptive else None
         y_q, y_k = (
-            linear(
-                Inputs(x, W, b, mask, I_in, selected[:, i], numbers, entropy, H, energy), settings
-            )[0]
-            for i, H, (W, b, numbers, settings) in zip((1, 2), (H_q, H_k), both, strict=True)
+            linear(inputs._replace(I_in=I_in, I_out=selected[:, i], H=H, energy=energy), settings)[
+                0
+            ]
+            for i, H, (inputs, settings) in zip((1, 2), (H_q, H_k), both, strict=True)
         )
         return y_q, y_k, I_in
     I_in = _top_k(x, mask, r) if I_in is None else I_in
-    products = [
-        decode.multiply(x, W, mask, I_in, False, False, tau is not None) for W in (W_q, W_k)
-    ]
+    clips = of_query.tau is not None
+    products = [decode.multiply(x, W, mask, I_in, False, False, clips) for W in (W_q, W_k)]
     counted = None if mask is None else mask[:, 0]
     H_q, H_k = (product.H for product in products)
     pooled, selected = couple_kernels.launch(H_q, H_k, [], counted, I_in, heads, kv_heads)
-    energy = pooled if adaptive else None
+    energy = pooled if of_query.adaptive else None
     y_q, y_k = (
         decode.update(
-            W, product, b, mask, I_in, selected[:, i], energy, numbers, entropy, tau, clamp
+            inputs.weight, product, inputs.bias, mask, I_in, selected[:, i], energy,
+            inputs.policy, query.entropy, settings.tau, settings.clamp,
         )[0]
-        for i, product, (W, b, numbers, _) in zip((1, 2), products, both, strict=True)
-    )
+        for i, product, (inputs, settings) in zip((1, 2), products, both, strict=True)
+    )  # fmt: skip
     return y_q, y_k, selected[:, 0]
 
 
 def _top_k(values: Tensor, mask: Tensor | None, r: int) -> Tensor:
-    """The r features of values ``[G, T, d]`` with the largest scores."""
+    """Select the r features of values ``[G, T, d]`` with the largest scores."""
     if values.shape[1] == 1:  # where it does not count, what it selects is not used
         return select.launch(values[:, 0], r, absolute=True)
     return features.launch(values, mask, r, energy=False)[0]

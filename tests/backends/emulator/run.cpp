@@ -1,5 +1,5 @@
 // Runs decode_kernel on standard input and writes what it made to standard output; see
-// tests/test_csrc_cuda.py for the layout of both.
+// tests/backends/test_csrc_cuda_emulated.py for the layout of both.
 #include "decode.cuh"
 
 #include <sys/wait.h>
@@ -61,7 +61,7 @@ int main() {
   p.bias = read<std::byte>(h.bias, h.d_out, size);
   p.I_in = read<int64_t>(h.I_in, r);
   p.I_out = read<int64_t>(h.I_out, r);
-  p.policy = read<double>(true, 9);
+  p.policy = read<vps::Policy>(true, 1);
   p.entropy = read<double>(h.entropy, 1);
   p.columns = read<double>(h.columns, r);
   p.counted = read<bool>(h.counted, 1);

@@ -1,7 +1,7 @@
 """Ten held-out problems, answered by the plain and by the calibrated model.
 
 The calibration that comes with the package was fitted to SmolLM2-135M on other problems of their
-kind, by ``benchmarks/calibration.py``.
+kind, by ``benchmarks/study/calibration.py``.
 """
 
 from __future__ import annotations

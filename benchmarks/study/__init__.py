@@ -1,0 +1,7 @@
+"""The study of docs/calibration.md: does fitted sharpening beat its controls?
+
+In reading order:
+
+- ``report``: its cells, and what they found
+- ``calibration``: fits and compares them, ``python -m benchmarks.study.calibration``
+"""

@@ -1,0 +1,24 @@
+// One sharpened layer, optionally from a product that is known.
+#pragma once
+
+#include <tuple>
+
+#include "arguments.h"
+
+namespace vps {
+
+/// A base product to be overwritten with y, and the columns of W that are in use, if they are known.
+struct Product {
+  Tensor H;             // [G, T, d_out], contiguous
+  const void* columns;  // of the distinct features of I_in (gather.h), or null
+};
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+/// y, features [G, 2, r], core [G, r, r], gamma [G] and t, all that a gradient needs.
+Results sharpen(const Arguments& arguments);
+
+/// y alone; I_in [G, r] goes to `I_in` unless that is null. `product` may be null.
+Tensor sharpen_only(const Arguments& arguments, const Product* product, Optional* I_in);
+
+}  // namespace vps

@@ -1,0 +1,65 @@
+// The operators on a CPU, registered for their schemas in vps/backends/operator.py.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/backward.h"
+#include "cpu/pair.h"
+
+namespace vps {
+namespace {
+
+/// vps::linear with `keep`, else vps::linear_only: y and I_in without what a gradient needs.
+template <bool keep>
+auto linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& mask,
+            const Optional& I_in, const Optional& I_out, const Tensor& policy,
+            const Optional& entropy, const Optional& H, const Optional& energy, const Rules& rules,
+            const Numbers& numbers) {
+  const Arguments arguments{x,      weight,  bias, mask,   I_in,           I_out,
+                            policy, entropy, H,    energy, {rules, numbers}};
+  if constexpr (keep) {
+    return sharpen(arguments);
+  } else {
+    Optional selected;
+    const Tensor y = sharpen_only(arguments, nullptr, &selected);
+    return std::tuple(y, *selected);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> couple(
+    const Tensor& x, const Tensor& W_q, const Tensor& W_k, const Optional& mask,
+    const Optional& I_in, int64_t r, int64_t heads, int64_t kv_heads) {
+  Workspace workspace;
+  const Joint joint = join({x, W_q, W_k, mask, I_in, r, heads, kv_heads}, false, workspace);
+  return {joint.H_q, joint.H_k, joint.energy, joint.features};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_pair(
+    const Tensor& x, const Tensor& W_q, const Optional& b_q, const Tensor& W_k, const Optional& b_k,
+    const Optional& mask, const Optional& I_in, const Tensor& policy, const Optional& entropy,
+    int64_t heads, int64_t kv_heads, const Rules& rules, const Numbers& numbers,
+    const std::optional<Rules>& rules_k, const Optional& policy_k) {
+  const Settings of_query(rules, numbers);
+  return sharpen_pair({{x, W_q, W_k, mask, I_in, of_query.r, heads, kv_heads},
+                       b_q,
+                       b_k,
+                       policy,
+                       policy_k,
+                       entropy,
+                       of_query,
+                       {rules_k ? *rules_k : rules, numbers}});
+}
+
+Tensor linear_backward(const Tensor& g, const Tensor& weight, const Tensor& features,
+                       const Tensor& core, const Tensor& gamma) {
+  return backward({g, weight, features, core, gamma});
+}
+
+}  // namespace
+}  // namespace vps
+
+STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) {
+  m.impl("linear", TORCH_BOX(&vps::linear<true>));
+  m.impl("linear_only", TORCH_BOX(&vps::linear<false>));
+  m.impl("couple", TORCH_BOX(&vps::couple));
+  m.impl("linear_pair", TORCH_BOX(&vps::linear_pair));
+  m.impl("linear_backward", TORCH_BOX(&vps::linear_backward));
+}
