@@ -180,7 +180,9 @@ ablate(grid(*(i / 10 for i in range(1, 10))), slow, Path(folder), SETTINGS,
 
 
 def start(folder, log, pause=0.0, rank=0, world=1):
-    code = textwrap.dedent(SCRIPT.format(tests=[str(ROOT / "tests/evaluation"), str(ROOT / "tests")]))
+    code = textwrap.dedent(
+        SCRIPT.format(tests=[str(ROOT / "tests/evaluation"), str(ROOT / "tests")])
+    )
     arguments = map(str, (folder, log, pause, rank, world))
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
