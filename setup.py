@@ -28,9 +28,11 @@ PACKAGES = [
     "vps.verify",
 ]
 
+CLI = ["typer>=0.29", "rich>=13.8", "jinja2"]
 EXTRAS = {
     "gpu": ["triton>=3.6"],
-    "hf": ["transformers>=5.17", "gguf", "accelerate", "tqdm"],
+    "cli": CLI,
+    "hf": ["transformers>=5.17", "gguf", "accelerate", *CLI],
     "verify": ["sympy", "pint", "math-verify"],
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
@@ -118,7 +120,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"vps.cli.demo": ["*.json"], "vps.kernels": ["README.md"]},
+    package_data={"vps.cli.demo": ["*.html", "*.json"], "vps.kernels": ["README.md"]},
     install_requires=["torch>=2.11"],
     extras_require=EXTRAS,
     **cpp_extension(),

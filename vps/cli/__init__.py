@@ -85,7 +85,7 @@ def _parse(argv: list[str] | None) -> "Command | None":
 
     Raises:
         TyperException: they cannot be used.
-        ModuleNotFoundError: typer or rich is missing.
+        ModuleNotFoundError: typer is missing, or what it needs.
     """
     try:
         import typer
@@ -100,7 +100,6 @@ def _parse(argv: list[str] | None) -> "Command | None":
     from vps.cli.doctor import Doctor
     from vps.cli.evaluate import Evaluate
     from vps.cli.generate import Generate
-    from vps.cli.options import Command
     from vps.cli.refine import Refine
 
     def say_version(asked: bool) -> None:
@@ -132,15 +131,20 @@ def _parse(argv: list[str] | None) -> "Command | None":
     }
     for name, command in commands.items():
         app.command(name, context_settings=settings)(command)
-    parsed = get_command(app).main(argv, prog_name="vps", standalone_mode=False)
-    return parsed if isinstance(parsed, Command) else None
+    parser = get_command(app)
+    try:  # what parser.main() does, which would end the process where a pipe is closed
+        with parser.make_context("vps", list(sys.argv[1:] if argv is None else argv)) as context:
+            return parser.invoke(context)
+    except typer.Exit:
+        return None
 
 
 def _complain(error: Exception) -> int:
     """Print one line about an error and return the exit code that it means."""
     message = error.format_message() if hasattr(error, "format_message") else str(error)
+    message = message.replace(": Value error, ", ": ")  # which Typer takes over from pydantic
     line = " ".join(message.split()) or type(error).__name__
     context = getattr(error, "ctx", None)  # of what Typer refuses
     hint = "" if context is None else f" (see {context.command_path} --help)"
-    print(f"vps: error: {line}{hint}", file=sys.stderr)
+    print(f"vps: error: {line.rstrip('.') if hint else line}{hint}", file=sys.stderr)
     return getattr(error, "exit_code", 1)

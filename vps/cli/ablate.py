@@ -163,10 +163,10 @@ def _nothing(cell: Any) -> Any:
 
 @dataclass(kw_only=True)
 class Report(Command):
-    """Show what an ablation found: Markdown, CSV, PNG and one HTML page.
+    """Show what an ablation found, in tables, pictures and one page.
 
-    Compares the finished cells of a run, which may still be going on. A cell is shown with its
-    controls or not at all.
+    Compares the finished cells of a run, which may still be going on, and writes Markdown, CSV, PNG
+    and one HTML page. A cell is shown with its controls or not at all.
     """
 
     folder: Annotated[Path, Argument(help="--out of vps ablate")]

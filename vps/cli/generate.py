@@ -7,17 +7,22 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from vps.cli.options import AnswerOptions, CalibrationOptions, Json, ModelOptions, PromptOptions
+from vps.cli.options import (
+    AnswerOptions,
+    CalibrationOptions,
+    Json,
+    ModelOptions,
+    PromptOptions,
+    integer,
+)
 from vps.cli.terminal import Progress, difference_line, side_by_side
 
 
 @dataclass(kw_only=True)
 class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
-    """Generate text with a sharpened model, beside the plain model's if asked."""
+    """Generate text with a sharpened model, beside the plain one's."""
 
-    seed: Annotated[
-        int | None, Option(metavar="N", help="the same as --set seed=N; decoding is greedy")
-    ] = None
+    seed: Annotated[int | None, integer(help="the same as --set seed=N; decoding is greedy")] = None
     compare: Annotated[bool, Option("--compare", help="also generate without sharpening")] = False
     as_json: Json = False
 

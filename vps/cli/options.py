@@ -30,16 +30,46 @@ if TYPE_CHECKING:
 
 NAMES = r"[\w-]+(\.[\w-]+)*"  # a list of module names; anything else is a regular expression
 
-count = partial(Option, min=1, metavar="N")
-Json = Annotated[bool, Option("--json", help="print one JSON object")]
-Seed = Annotated[int, Option(metavar="N", help="of what is drawn")]
-Scope = Literal["token", "sequence", "batch"]
-
 
 class UsageError(TyperException):
     """The user's arguments cannot be used; exit code 2."""
 
     exit_code = 2
+
+
+def text_as_typed(text: str) -> str:
+    """Return an argument as it was typed, also where the locale is ASCII."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that the locale has no letters for
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeDecodeError:
+            raise BadParameter("not UTF-8 text") from None
+    return text
+
+
+def whole(text: str) -> int:
+    """Read an integer; Typer's own reading of one does not say what came."""
+    try:
+        return int(text)
+    except ValueError:
+        raise BadParameter(f"{text!r} is not an integer") from None
+
+
+def positive(text: str) -> int:
+    """Read an integer above 0."""
+    value = whole(text)
+    if value < 1:
+        raise BadParameter(f"{value} is not positive")
+    return value
+
+
+integer = partial(Option, parser=whole, metavar="N")
+count = partial(Option, parser=positive, metavar="N")
+Json = Annotated[bool, Option("--json", help="print one JSON object")]
+Seed = Annotated[int, integer(help="of what is drawn")]
+Scope = Literal["token", "sequence", "batch"]
 
 
 @contextmanager
@@ -65,18 +95,6 @@ def blaming(
             reason = error.strerror or reason
         where = option if value is None or str(value) in reason else f"{option} {value}"
         raise UsageError(f"{where}: {reason}") from error
-
-
-def text_as_typed(text: str) -> str:
-    """Return an argument as it was typed, also where the locale is ASCII."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes that the locale has no letters for
-        try:
-            return os.fsencode(text).decode()
-        except UnicodeDecodeError:
-            raise BadParameter("not UTF-8 text") from None
-    return text
 
 
 def names_of(option: str, text: str) -> list[str]:
@@ -303,7 +321,7 @@ class TaskOptions(ModelOptions):
     batch_size: Annotated[int, count(metavar="B", help="documents at once")] = 8
     num_fewshot: Annotated[
         int | None,
-        Option(metavar="N", help="examples before a question (default: the task's own)"),
+        integer(help="examples before a question (default: the task's own)"),
     ] = None
     chat: Annotated[bool, Option("--chat", help="use the tokenizer's chat template")] = False
 

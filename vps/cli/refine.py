@@ -26,6 +26,7 @@ from vps.cli.options import (
     UsageError,
     blaming,
     count,
+    integer,
     text_as_typed,
 )
 from vps.cli.terminal import Progress
@@ -42,7 +43,7 @@ LABELLED = "The gold answer was used: accuracy of these answers on the same gold
 
 @dataclass(kw_only=True)
 class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
-    """Answer, verify against a gold answer, adapt the sharpening, answer again.
+    """Answer, verify against a gold answer, adapt, answer again.
 
     Without a gold answer the plain answer comes back, unless --samples asks to judge by agreement
     of sampled answers.
@@ -58,7 +59,7 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
     ] = None
     iterations: Annotated[int, count(help="answers, counting the plain one")] = 3
     keep: Annotated[Literal["best", "last"], Option(help="which answer counts")] = "best"
-    samples: Annotated[int, Option(metavar="N", help="answers drawn for self-consistency")] = 0
+    samples: Annotated[int, integer(help="answers drawn for self-consistency")] = 0
     no_surrogate: Annotated[
         bool, Option("--no-surrogate", help="take no gradient from the gold answer")
     ] = False
