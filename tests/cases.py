@@ -176,7 +176,7 @@ def tiny_llama():
 
 
 def number_llama():
-    """A plain model of two blocks for :func:`number_tokenizer`, whose answers sharpening changes."""
+    """A plain model of two blocks that reads :func:`number_tokenizer`; sharpening changes it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

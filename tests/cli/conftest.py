@@ -37,6 +37,18 @@ def generate(run, folder):
 
 
 @pytest.fixture
+def refine(run, folder):
+    """Exit code, output and errors of ``vps refine`` on the model."""
+
+    def refine(*arguments):
+        weights = '{"numeric": 1, "units": 0.5}'
+        common = ("--model", folder, "--max-new-tokens", 5, "--weights", weights)
+        return run("refine", *common, *arguments)
+
+    return refine
+
+
+@pytest.fixture
 def refuse(run):
     """What the command says, in one line, to arguments that it cannot use."""
 

@@ -147,9 +147,7 @@ def test_without_typer_one_line_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; from vps import cli; sys.exit(cli.main())"
     ran = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr == (
-        "vps: error: the command needs typer: pip install 'vps-kernels[cli]'\n"
-    )
+    assert ran.stderr == ("vps: error: the command needs typer: pip install 'vps-kernels[cli]'\n")
 
 
 @pytest.mark.parametrize("command", ["doctor", "--help", "eval --help"])

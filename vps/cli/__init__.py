@@ -16,10 +16,12 @@
 ====================  ============================================================
 """
 
+import io
 import logging
 import os
 import sys
 import warnings
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 from vps import __version__
@@ -132,10 +134,13 @@ def _parse(argv: list[str] | None) -> "Command | None":
     for name, command in commands.items():
         app.command(name, context_settings=settings)(command)
     parser = get_command(app)
-    try:  # what parser.main() does, which would end the process where a pipe is closed
-        with parser.make_context("vps", list(sys.argv[1:] if argv is None else argv)) as context:
+    given = list(sys.argv[1:] if argv is None else argv)
+    shown = io.StringIO()  # Typer itself would write UTF-8 to an ASCII terminal
+    try:
+        with redirect_stdout(shown), parser.make_context("vps", given) as context:
             return parser.invoke(context)
     except typer.Exit:
+        print(shown.getvalue(), end="")
         return None
 
 

@@ -93,7 +93,8 @@ def blaming(
             reason = "nested too deeply"
         elif isinstance(error, OSError) and value is not None:
             reason = error.strerror or reason
-        where = option if value is None or str(value) in reason else f"{option} {value}"
+        named = value is None or reason.startswith((f"{value}:", f"{value},"))
+        where = option if named else f"{option} {value}"
         raise UsageError(f"{where}: {reason}") from error
 
 
