@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from vps import VPSConfig, cli
-from vps.cli.options import read_config
+from vps.cli.values import read_config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -2,9 +2,9 @@
 
 ====================  ============================================================
 ``__init__``          the commands, their errors and exit codes
-``options``           options that several commands share, and what they mean
-``processes``         which of several processes this is
 ``terminal``          progress, two columns, streams of every kind
+``values``            reads single values; one line where one cannot be used
+``options``           options that several commands share; the process among others
 ``generate``          text, sharpened and plain
 ``refine``            answers that are verified against a gold answer; JSONL rows
 ``calibrate``         a fitted γ for every layer
@@ -48,7 +48,7 @@ Examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns 0, 1 for a failure, 2 for bad usage, 130 when interrupted."""
+    """Run one command and return 0, 1 for a failure, 2 for bad usage, 130 when interrupted."""
     if sys.stdout is None:
         if sys.stderr is not None:
             print("vps: error: standard output is closed", file=sys.stderr)

@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from vps import __version__
-from vps.cli.options import Command, Json, TaskOptions, UsageError, blaming, count
-from vps.cli.processes import Process, own_device, take_process
+from vps.cli.options import (
+    Command,
+    Json,
+    Process,
+    TaskOptions,
+    count,
+    own_device,
+    take_process,
+)
 from vps.cli.terminal import Progress, muted
+from vps.cli.values import UsageError, blaming
 
 if TYPE_CHECKING:
     from vps.evaluation.ablation import AblationResult, Evaluator

@@ -15,13 +15,10 @@ from vps.cli.options import (
     ModelOptions,
     Scope,
     Seed,
-    UsageError,
-    blaming,
     count,
-    names_of,
-    read_config,
 )
 from vps.cli.terminal import Progress, warn
+from vps.cli.values import UsageError, blaming, names_of, read_config
 from vps.reading import parse_json, read_text
 
 if TYPE_CHECKING:

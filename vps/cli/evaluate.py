@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from vps import __version__, jsonl
-from vps.cli.options import CalibrationOptions, Json, Seed, TaskOptions, UsageError, count
-from vps.cli.processes import Process, joined, own_device, take_process
+from vps.cli.options import (
+    CalibrationOptions,
+    Json,
+    Process,
+    Seed,
+    TaskOptions,
+    count,
+    joined,
+    own_device,
+    take_process,
+)
 from vps.cli.terminal import Progress, muted
+from vps.cli.values import UsageError, blaming
 
 if TYPE_CHECKING:
     from vps.config import VPSConfig
@@ -81,10 +91,8 @@ class Evaluate(CalibrationOptions, TaskOptions):
         for name in (OUTCOMES, SCORES):
             if (self.out / name).exists():
                 raise UsageError(f"--out {self.out}: holds {name} of another run")
-        try:
+        with blaming("--out", self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {self.out}: {error.strerror}") from error
 
     def _scores(
         self,

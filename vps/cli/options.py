@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean.
+"""Options that several commands share, what they mean, and which of several processes this is.
 
 A command is a dataclass. Typer makes its options from the fields and an instance from the
 arguments; :meth:`Command.run` carries it out. It inherits the groups of options that it takes.
@@ -8,106 +8,41 @@ Their annotations are no strings, since Typer reads those of several modules at 
 import codecs
 import dataclasses
 import io
-import json
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from typer import BadParameter, Option, TyperException
+from typer import Option
 
 from vps.cli.terminal import Progress, muted, quiet_transformers, warn
-from vps.config import VPSConfig, nearest_field
-from vps.reading import MARK, parse_json, read_text, read_values
+from vps.cli.values import (
+    UsageError,
+    blaming,
+    names_of,
+    positive,
+    read_config,
+    text_as_typed,
+    whole,
+)
+from vps.config import VPSConfig
+from vps.reading import MARK, read_text
 
 if TYPE_CHECKING:
     from vps.model.calibration import Calibration
 
-NAMES = r"[\w-]+(\.[\w-]+)*"  # a list of module names; anything else is a regular expression
-
-
-class UsageError(TyperException):
-    """The user's arguments cannot be used; exit code 2."""
-
-    exit_code = 2
-
-
-def text_as_typed(text: str) -> str:
-    """Return an argument as it was typed, also where the locale is ASCII."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes that the locale has no letters for
-        try:
-            return os.fsencode(text).decode()
-        except UnicodeDecodeError:
-            raise BadParameter("not UTF-8 text") from None
-    return text
-
-
-def whole(text: str) -> int:
-    """Read an integer; Typer's own reading of one does not say what came."""
-    try:
-        return int(text)
-    except ValueError:
-        raise BadParameter(f"{text!r} is not an integer") from None
-
-
-def positive(text: str) -> int:
-    """Read an integer above 0."""
-    value = whole(text)
-    if value < 1:
-        raise BadParameter(f"{value} is not positive")
-    return value
-
+PATIENCE = timedelta(weeks=52)  # processes need not be equally fast
 
 integer = partial(Option, parser=whole, metavar="N")
 count = partial(Option, parser=positive, metavar="N")
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
 Seed = Annotated[int, integer(help="of what is drawn")]
 Scope = Literal["token", "sequence", "batch"]
-
-
-@contextmanager
-def blaming(
-    option: str,
-    value: object = None,
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, RecursionError),
-) -> Iterator[None]:
-    """Turn what a library says against an option's value into a :class:`UsageError`.
-
-    Args:
-        option: named in the message.
-        value: named too, where the library does not.
-        kinds: of errors, which the value may cause.
-    """
-    try:
-        yield
-    except kinds as error:
-        reason = str(error)
-        if isinstance(error, RecursionError):
-            reason = "nested too deeply"
-        elif isinstance(error, OSError) and value is not None:
-            reason = error.strerror or reason
-        named = value is None or reason.startswith((f"{value}:", f"{value},"))
-        where = option if named else f"{option} {value}"
-        raise UsageError(f"{where}: {reason}") from error
-
-
-def names_of(option: str, text: str) -> list[str]:
-    """Split names at their commas.
-
-    Raises:
-        UsageError: there is none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UsageError(f"{option} {text!r}: expected names, separated by commas; it names none")
-    return names
 
 
 @dataclass(kw_only=True)
@@ -126,7 +61,9 @@ class Command:
         Raises:
             UsageError: two are given.
         """
-        given = [f"--{field.replace('_', '-')}" for field in fields if getattr(self, field)]
+        given = [
+            f"--{field.replace('_', '-')}" for field in fields if getattr(self, field) is not None
+        ]
         if len(given) > 1:
             raise UsageError(f"{given[1]}: not allowed with {given[0]}")
 
@@ -345,70 +282,67 @@ class TaskOptions(ModelOptions):
         return {name: getattr(self, name) for name in names}
 
 
-def read_config(
-    path: Path | None, settings: list[str], default: VPSConfig | None = None
-) -> VPSConfig:
-    """Return the config of a file, or ``default``, changed by ``FIELD=VALUE`` settings.
+class Process(NamedTuple):
+    """Say which of several processes this is, and which on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+
+def take_process(environment: MutableMapping[str, str]) -> Process:
+    """Take what torchrun or accelerate say of this process out of the environment.
+
+    Each process computes what is its own, so the libraries below must not look for the others.
 
     Raises:
-        UsageError: a missing or broken file, an unknown field or a bad value.
+        UsageError: numbers that do not fit.
     """
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        name, separator, text = setting.partition("=")
-        if not separator:
-            raise UsageError(f"--set {setting}: expected FIELD=VALUE")
-        if name not in VPSConfig.field_names():
-            raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
-        changes[name] = _value(name, text)
-    for name in VPSConfig.ADAPTIVE:
-        if name in changes:  # holds, whatever the file says
-            changes.setdefault(f"adaptive_{name}", None)
-    config = VPSConfig() if default is None else default
-    if path is not None:
-        with blaming("--config", path):
-            config = _config_of(path)
-    with blaming("--set"):
-        return config.replace(**changes)
-
-
-def _config_of(path: Path) -> VPSConfig:
-    from vps.evaluation.grid import numbers
-
-    values = read_values(path)
-    if isinstance(values, dict):
-        known = VPSConfig.field_names()
-        values = {k: numbers(k, v) if k in known else v for k, v in values.items()}
-    return VPSConfig.from_json(json.dumps(values, default=str))
-
-
-def _value(name: str, text: str) -> Any:
-    """Read ``text`` as field ``name`` takes it; VPSConfig refuses what does not fit."""
-    kind = str(next(field.type for field in dataclasses.fields(VPSConfig) if field.name == name))
-    word = text.strip().lower()
-    of_names = "tuple[str" in kind
-    if "None" in kind and word in ("null", "none"):
-        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    texts = [environment.pop(name, None) for name in names]
+    environment.pop("LOCAL_WORLD_SIZE", None)
+    if texts[0] is None and texts[1] is None:
+        return Process()
     try:
-        if "bool" in kind:
-            return {"true": True, "false": False}[word]
-        if kind.startswith("float"):
-            return float(word)
-        if kind.startswith("tuple") and "str" not in kind and not word.startswith("["):
-            return parse_json(f"[{text.strip().removeprefix('(').removesuffix(')')}]")
-        value = parse_json(text)
-    except (ValueError, KeyError):
-        return _names(text) if of_names else text
-    if not of_names or isinstance(value, (list, str)) or value is None:
-        return value
-    return _names(text)
+        rank, world = int(texts[0] or 0), int(texts[1] or 1)
+        local = rank if texts[2] is None else int(texts[2])
+    except ValueError:
+        world = rank = local = -1
+    if not 0 <= rank < world or local < 0:
+        came = ", ".join(f"{name} {text!r}" for name, text in zip(names, texts, strict=True))
+        raise UsageError(f"expected 0 ≤ RANK < WORLD_SIZE and LOCAL_RANK ≥ 0, got {came}")
+    return Process(rank, world, local)
 
 
-def _names(text: str) -> str | list[str]:
-    """Read names separated by commas; a text that holds more than names stays as it is."""
-    word = text.strip()
-    inner = word.strip("[]()") if "," in word or "'" in word else word
-    names = [name for each in inner.split(",") if (name := each.strip().strip("'\"")) != ""]
-    if not names or word == "all-linear" or not all(re.fullmatch(NAMES, name) for name in names):
-        return text
-    return names
+def own_device(name: str, process: Process) -> str:
+    """Give each process of one machine a GPU of its own, where ``cuda`` names none."""
+    return f"cuda:{process.local}" if name == "cuda" and process.world > 1 else name
+
+
+@contextmanager
+def joined(process: Process) -> Iterator[Any]:
+    """Join the group of all processes, to exchange Python objects; it is ``None`` for one alone.
+
+    Raises:
+        UsageError: the others cannot be reached.
+    """
+    if process.world == 1:
+        yield None
+        return
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group(
+            "gloo", rank=process.rank, world_size=process.world, timeout=PATIENCE
+        )
+    except (ValueError, RuntimeError) as error:
+        where = [os.environ.get(name, "none") for name in ("MASTER_ADDR", "MASTER_PORT")]
+        raise UsageError(
+            f"process {process.rank} of {process.world} cannot join the others at "
+            f"{':'.join(where)}: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        yield dist.group.WORLD
+        dist.barrier()  # none leaves while another still listens to it
+    finally:
+        dist.destroy_process_group()

@@ -23,13 +23,11 @@ from vps.cli.options import (
     ModelOptions,
     PromptOptions,
     Seed,
-    UsageError,
-    blaming,
     count,
     integer,
-    text_as_typed,
 )
 from vps.cli.terminal import Progress
+from vps.cli.values import UsageError, blaming, text_as_typed
 from vps.config import VPSConfig
 from vps.reading import parse_json
 

@@ -131,6 +131,7 @@ class Progress:
             progress.TimeElapsedColumn(),
             console=console,
             transient=True,
+            refresh_per_second=2,
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -164,7 +165,7 @@ def side_by_side(plain: str, sharpened: str) -> str:
     columns = [Column(name, overflow="fold", ratio=1) for name in ("plain", "sharpened")]
     table = Table(*columns, box=lines, show_edge=False, expand=True, pad_edge=False)
     table.add_row(Text(plain), Text(sharpened))
-    width = max(43, shutil.get_terminal_size().columns)
+    width = max(23, shutil.get_terminal_size().columns)
     console = Console(file=io.StringIO(), width=width, color_system=None)
     with console.capture() as captured:
         console.print(table)

@@ -14,9 +14,10 @@ from typing import Annotated
 
 from typer import Option
 
-from vps.cli.options import Command, blaming, count
+from vps.cli.options import Command, count
 from vps.cli.refine import told
 from vps.cli.terminal import Progress, difference_line, muted, quiet_transformers, side_by_side
+from vps.cli.values import blaming
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M answers three prompts, plain and sharpened, and refines one answer."""
+"""Let SmolLM2-135M answer three prompts, plain and sharpened, and refine one answer."""
 
 from __future__ import annotations
 
