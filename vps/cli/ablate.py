@@ -117,9 +117,8 @@ class Ablate(TaskOptions):
         if result.failed:
             if process.world > 1:  # a launcher ends the other processes with the first that fails
                 runs.wait_for_others(self.out)
-            raise RuntimeError(
-                f"{result.failed} of {len(own)} cells failed; see {self.out}/table.md"
-            )
+            failed = f"{result.failed} of {len(own)} cells failed"
+            raise RuntimeError(f"{failed}; see {self.out}/table.md")
 
     def _evaluator(
         self, tasks: list[str], grid: "Grid", process: Process, progress: Progress

@@ -40,14 +40,10 @@ class Calibrate(ConfigOptions, ModelOptions):
 
     data: Annotated[Path, Option(help="JSONL of examples")]
     out: Annotated[Path, Option(help="the calibration, as JSON")]
-    held_out: Annotated[Path | None, Option(metavar="FILE", help="JSONL to report on")] = None
+    held_out: Annotated[Path | None, Option(help="JSONL to report on")] = None
     other_text: Annotated[
         Path | None,
-        Option(
-            metavar="FILE",
-            help="JSONL of texts that the examples do not cover, for side effects (twelve short "
-            "ones by default)",
-        ),
+        Option(help="JSONL of other texts, for side effects (default: twelve short ones)"),
     ] = None
     per: Annotated[Literal["layer", "column"], Option(help="what gets a γ of its own")] = "layer"
     layers: Annotated[
@@ -58,8 +54,7 @@ class Calibrate(ConfigOptions, ModelOptions):
     steps: Annotated[int | None, count(help="of Adam, at most")] = None
     batch_size: Annotated[int | None, count(metavar="B", help="examples a step")] = None
     learning_rate: Annotated[
-        str | None,
-        Option(metavar="R,R", help="of Adam; of several the one that stops lowest"),
+        str | None, Option(metavar="R,R", help="of Adam; of several the one that stops lowest")
     ] = None
     patience: Annotated[int | None, count(help="looks without a lower loss")] = None
     scope: Annotated[
@@ -70,16 +65,13 @@ class Calibrate(ConfigOptions, ModelOptions):
     no_controls: Annotated[
         bool,
         Option(
-            "--no-controls",
-            help="do not fit plain scale, random and static features and LoRA beside it",
+            "--no-controls", help="fit no plain scale, random or static features, LoRA beside it"
         ),
     ] = False
     gradient_only: Annotated[
         bool,
         Option(
-            "--gradient-only",
-            help="fit nothing: rank the layers by ∂L/∂γ and its noise into --out, with a heat map "
-            "beside it",
+            "--gradient-only", help="fit nothing: rank and draw the layers by ∂L/∂γ and its noise"
         ),
     ] = False
     as_json: Annotated[bool, Option("--json", help="print the file's JSON instead")] = False

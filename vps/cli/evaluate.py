@@ -15,6 +15,7 @@ from vps.cli.options import (
     Json,
     Process,
     Seed,
+    Sharpening,
     TaskOptions,
     count,
     joined,
@@ -68,21 +69,19 @@ class Evaluate(CalibrationOptions, TaskOptions):
         Literal["uncertain", "hardest"],
         Option(help="distance of the margin from 0, or the margin: wrong answers first"),
     ] = "uncertain"
-    out: Annotated[
-        Path | None, Option(metavar="DIR", help=f"folder for {OUTCOMES} and {SCORES}")
-    ] = None
+    out: Annotated[Path | None, Option(help=f"folder for {OUTCOMES} and {SCORES}")] = None
     as_json: Json = False
 
     def run(self) -> None:
         """Evaluate, print and write."""
-        config, calibration = self.read_calibration()
+        sharpening = self.sharpening()
         tasks = self.task_names()
         self._claim()
         process = take_process(os.environ)
         with joined(process) as group:
-            scores = self._scores(config, calibration, tasks, process, group)
+            scores = self._scores(sharpening, tasks, process, group)
         if process.rank == 0:  # which got the answers of all
-            self._report(config, tasks, scores)
+            self._report(sharpening.config, tasks, scores)
 
     def _claim(self) -> None:
         """Make the folder of results, which must not hold others."""
@@ -95,12 +94,7 @@ class Evaluate(CalibrationOptions, TaskOptions):
             self.out.mkdir(parents=True, exist_ok=True)
 
     def _scores(
-        self,
-        config: "VPSConfig",
-        calibration: "Calibration | None",
-        tasks: list[str],
-        process: Process,
-        group: Any,
+        self, sharpening: Sharpening, tasks: list[str], process: Process, group: Any
     ) -> dict[str, Any]:
         """Return what came of every variant, by its name."""
         from vps.evaluation.harness import VARIANTS, Harness
@@ -111,17 +105,11 @@ class Evaluate(CalibrationOptions, TaskOptions):
         scores: dict[str, Any] = {}
         with Progress(process.rank == 0) as progress, muted(self.debug):
             model, tokenizer = self.load(progress, own_device(self.device, process))
-            self.patch(model, config, calibration)
+            sharpening.patch(model)
             progress.step("loading the tasks")
-            harness = Harness(
-                model,
-                tokenizer,
-                tasks,
-                **self.of_harness(),
-                scoring_scope=self.scoring_scope,
-                group=group,
-            )
-            _check_apart(harness, calibration)
+            options = self.of_harness() | {"scoring_scope": self.scoring_scope, "group": group}
+            harness = Harness(model, tokenizer, tasks, **options)
+            _check_apart(harness, sharpening.calibration)
             for number, name in enumerate(names, 1):
                 progress.step(f"{name.replace('_', ' ')}, {number} of {len(names)}")
                 scores[name] = harness.run(variant=name, seed=self.seed)
@@ -151,10 +139,7 @@ class Evaluate(CalibrationOptions, TaskOptions):
             "dtype": self.dtype,
             "config": json.loads(config.to_json()),
             "tasks": tasks,
-            "limit": self.limit,
-            "num_fewshot": self.num_fewshot,
-            "chat": self.chat,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in ("limit", "num_fewshot", "chat", "seed")},
             "variants": {
                 name: {
                     field: getattr(each, field)

@@ -30,7 +30,7 @@ class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         """Generate and print."""
         if self.seed is not None:
             self.settings.insert(0, f"seed={self.seed}")
-        config, calibration = self.read_calibration()
+        sharpening = self.sharpening()
         prompt = self.read_prompt()
 
         from vps.model.generation import encode, first_difference, generate
@@ -39,7 +39,7 @@ class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         tokens = self.max_new_tokens
         with Progress() as progress:
             model, tokenizer = self.load(progress)
-            report = self.patch(model, config, calibration)
+            report = sharpening.patch(model)
             inputs = encode(tokenizer, prompt, chat=not self.no_chat)
             progress.step("generating, sharpened", tokens)
             sharpened = generate(model, tokenizer, inputs, tokens, progress.advance)
@@ -51,13 +51,13 @@ class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         result: dict[str, Any] = {
             "model": self.model,
             "prompt": prompt,
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(sharpening.config),
             "layers": len(report.patched),
             "refused": report.refused,
             "not_patched": report.not_patched,
             "sharpened": dataclasses.asdict(sharpened),
         }
-        if calibration is not None:
+        if self.calibration is not None:
             result["calibration"] = str(self.calibration)
         if plain is not None:
             result["plain"] = dataclasses.asdict(plain)

@@ -35,9 +35,12 @@ from vps.reading import MARK, read_text
 
 if TYPE_CHECKING:
     from vps.model.calibration import Calibration
+    from vps.model.patching import PatchReport
 
 PATIENCE = timedelta(weeks=52)  # processes need not be equally fast
 
+typed = partial(Option, parser=text_as_typed, metavar="TEXT")
+many = partial(Option, default_factory=list, show_default=False)
 integer = partial(Option, parser=whole, metavar="N")
 count = partial(Option, parser=positive, metavar="N")
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
@@ -117,12 +120,7 @@ def usable_device(name: str) -> str:
 class PromptOptions(Command):
     """A prompt and where it comes from."""
 
-    prompt: Annotated[
-        str | None,
-        Option(
-            parser=text_as_typed, metavar="TEXT", help="standard input when neither this nor a file"
-        ),
-    ] = None
+    prompt: Annotated[str | None, typed(help="standard input when neither is given")] = None
     prompt_file: Annotated[Path | None, Option(help="read the prompt from a file")] = None
 
     def read_prompt(self) -> str:
@@ -175,10 +173,8 @@ class ConfigOptions(Command):
     config: Annotated[Path | None, Option(help="JSON or YAML file of VPSConfig fields")] = None
     settings: Annotated[
         list[str],
-        Option(
+        many(
             "--set",
-            default_factory=list,
-            show_default=False,
             metavar="FIELD=VALUE",
             help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=1,2, "
             "target_modules=q_proj,v_proj (names) or '.*up_proj' (a regular expression); may be "
@@ -192,19 +188,18 @@ class CalibrationOptions(ConfigOptions):
     """Settings of the sharpening, and a fitted γ."""
 
     calibration: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="γ of every layer, of vps calibrate; brings its config"),
+        Path | None, Option(help="γ of every layer, of vps calibrate; brings its config")
     ] = None
 
-    def read_calibration(self) -> "tuple[VPSConfig, Calibration | None]":
-        """Return the config, and the calibration with which it has to agree.
+    def sharpening(self) -> "Sharpening":
+        """Read the config, and the calibration with which it has to agree.
 
         Raises:
             UsageError: as for :func:`read_config`, or a file that is no calibration or of another
                 config.
         """
         if self.calibration is None:
-            return read_config(self.config, self.settings), None
+            return Sharpening(read_config(self.config, self.settings))
         from vps.model.calibration import Calibration
 
         with blaming("--calibration", self.calibration):
@@ -217,27 +212,33 @@ class CalibrationOptions(ConfigOptions):
             if value != own[name]
         ]
         if other:
-            where = f"--calibration {self.calibration}"
-            raise UsageError(
-                f"{where}: refused, it was made for another config: {'; '.join(other)}"
-            )
-        return config, calibration
+            refused = f"refused, it was made for another config: {'; '.join(other)}"
+            raise UsageError(f"--calibration {self.calibration}: {refused}")
+        return Sharpening(config, calibration, self.calibration)
 
-    def patch(self, model: Any, config: VPSConfig, calibration: "Calibration | None") -> Any:
-        """Sharpen the model, with the γ of a calibration if there is one; return the report.
+
+class Sharpening(NamedTuple):
+    """Hold how a model is to be sharpened: a config, and a calibration with its file."""
+
+    config: VPSConfig
+    calibration: "Calibration | None" = None
+    file: Path | None = None
+
+    def patch(self, model: Any) -> "PatchReport":
+        """Sharpen the model.
 
         Raises:
             UsageError: the calibration is of another model or version of the weights.
             ValueError: as for :func:`vps.patch`.
         """
-        from vps import patch
+        from vps.model.patching import patch
 
-        report = patch(model, config)
-        if calibration is not None:
-            with blaming("--calibration", self.calibration):
-                calibration.apply(model)
-            if calibration.found is False:
-                warn(f"{self.calibration}: held-out examples showed no improvement by it")
+        report = patch(model, self.config)
+        if self.calibration is not None:
+            with blaming("--calibration", self.file):
+                self.calibration.apply(model)
+            if self.calibration.found is False:
+                warn(f"{self.file}: held-out examples showed no improvement by it")
         return report
 
 
@@ -246,20 +247,11 @@ class TaskOptions(ModelOptions):
     """Tasks of lm-evaluation-harness."""
 
     tasks: Annotated[str, Option(metavar="A,B", help="names of tasks or groups, or YAML files")]
-    include_path: Annotated[
-        list[Path],
-        Option(
-            default_factory=list,
-            show_default=False,
-            metavar="DIR",
-            help="folder of YAML tasks; may be repeated",
-        ),
-    ]
+    include_path: Annotated[list[Path], many(help="folder of YAML tasks; may be repeated")]
     limit: Annotated[int | None, count(help="documents of each task (default: all)")] = None
     batch_size: Annotated[int, count(metavar="B", help="documents at once")] = 8
     num_fewshot: Annotated[
-        int | None,
-        integer(help="examples before a question (default: the task's own)"),
+        int | None, integer(help="examples before a question (default: the task's own)")
     ] = None
     chat: Annotated[bool, Option("--chat", help="use the tokenizer's chat template")] = False
 

@@ -23,16 +23,17 @@ from vps.cli.options import (
     ModelOptions,
     PromptOptions,
     Seed,
+    Sharpening,
     count,
     integer,
+    typed,
 )
 from vps.cli.terminal import Progress
-from vps.cli.values import UsageError, blaming, text_as_typed
+from vps.cli.values import UsageError, blaming
 from vps.config import VPSConfig
 from vps.reading import parse_json
 
 if TYPE_CHECKING:
-    from vps.model.calibration import Calibration
     from vps.refine import RefineResult
 
 BEGINNING = '{"row": 0, "id": '  # of every row out
@@ -48,13 +49,10 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
     """
 
     data: Annotated[Path | None, Option(help='JSONL rows {"prompt", "gold"?, "id"?}')] = None
-    out: Annotated[Path | None, Option(help="JSONL of results for --data; continued if there")] = (
+    out: Annotated[Path | None, Option(help="JSONL of results of --data, continued if there")] = (
         None
     )
-    gold: Annotated[
-        str | None,
-        Option(parser=text_as_typed, metavar="TEXT", help="the reference answer of --prompt"),
-    ] = None
+    gold: Annotated[str | None, typed(help="the reference answer of --prompt")] = None
     iterations: Annotated[int, count(help="answers, counting the plain one")] = 3
     keep: Annotated[Literal["best", "last"], Option(help="which answer counts")] = "best"
     samples: Annotated[int, integer(help="answers drawn for self-consistency")] = 0
@@ -69,7 +67,7 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
 
     def run(self) -> None:
         """Refine and print, or write the rows."""
-        config, calibration = self.read_calibration()
+        sharpening = self.sharpening()
         if self.samples == 1 or self.samples < 0:
             raise UsageError(f"--samples {self.samples}: expected 0 or at least 2")
         options: dict[str, Any] = {
@@ -84,9 +82,9 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         }
         self.exclude("prompt", "prompt_file", "data")
         if self.data is None:
-            self._refine_prompt(config, calibration, options)
+            self._refine_prompt(sharpening, options)
         else:
-            self._refine_rows(self.data, config, calibration, options)
+            self._refine_rows(self.data, sharpening, options)
 
     def _loss_weights(self) -> dict[str, float] | None:
         if self.weights is None:
@@ -96,9 +94,7 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         with blaming("--weights", self.weights):
             return check_weights(parse_json(self.weights))
 
-    def _refine_prompt(
-        self, config: VPSConfig, calibration: "Calibration | None", options: dict[str, Any]
-    ) -> None:
+    def _refine_prompt(self, sharpening: Sharpening, options: dict[str, Any]) -> None:
         if self.out is not None:
             raise UsageError("--out: only with --data")
         prompt = self.read_prompt()
@@ -108,7 +104,7 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
 
         with Progress() as progress:
             model, tokenizer = self.load(progress)
-            self.patch(model, config, calibration)
+            sharpening.patch(model)
             result = refine(model, tokenizer, prompt, self.gold, **options, progress=progress.step)
         if self.as_json:
             values = {"model": self.model, "prompt": prompt, "gold": self.gold}
@@ -116,13 +112,7 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         else:
             print(told(result))
 
-    def _refine_rows(
-        self,
-        data: Path,
-        config: VPSConfig,
-        calibration: "Calibration | None",
-        options: dict[str, Any],
-    ) -> None:
+    def _refine_rows(self, data: Path, sharpening: Sharpening, options: dict[str, Any]) -> None:
         if self.out is None:
             raise UsageError("--data: needs --out")
         if self.gold is not None:
@@ -132,16 +122,16 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
             "model": self.model,
             "dtype": self.dtype,
             **options,
-            "config": json.loads(config.to_json()),
+            "config": json.loads(sharpening.config.to_json()),
             "calibration": None,
         }
-        if calibration is not None:
-            text = calibration.to_json().encode()
+        if sharpening.calibration is not None:
+            text = sharpening.calibration.to_json().encode()
             settings["calibration"] = hashlib.sha256(text).hexdigest()
         rows, finished = self._checked_rows(data, self.out, settings)
         with Progress() as progress:
             model, tokenizer = self.load(progress)
-            self.patch(model, config, calibration)
+            sharpening.patch(model)
             progress.step("refining", len(rows))
             counts = refine_rows(
                 model, tokenizer, rows, finished, self.out,
