@@ -28,7 +28,7 @@ PACKAGES = [
     "vps.verify",
 ]
 
-CLI = ["typer>=0.29", "rich>=13.8", "jinja2"]
+CLI = ["typer>=0.20", "rich>=13.8", "jinja2"]
 EXTRAS = {
     "gpu": ["triton>=3.6"],
     "cli": CLI,

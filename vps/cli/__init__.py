@@ -22,7 +22,7 @@ import os
 import sys
 import warnings
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from vps import __version__
 from vps.cli.terminal import quiet, standard_streams
@@ -86,7 +86,7 @@ def _parse(argv: list[str] | None) -> "Command | None":
     """Read the arguments; ``None`` where printing help or version was all they asked for.
 
     Raises:
-        TyperException: they cannot be used.
+        Exception: of Typer, with an exit code of its own; they cannot be used.
         ModuleNotFoundError: typer is missing, or what it needs.
     """
     try:
@@ -100,7 +100,7 @@ def _parse(argv: list[str] | None) -> "Command | None":
     from vps.cli.calibrate import Calibrate
     from vps.cli.demo import Demo
     from vps.cli.doctor import Doctor
-    from vps.cli.evaluate import Evaluate
+    from vps.cli.evaluate import Eval
     from vps.cli.generate import Generate
     from vps.cli.refine import Refine
 
@@ -110,7 +110,10 @@ def _parse(argv: list[str] | None) -> "Command | None":
             raise typer.Exit()
 
     Version = Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=say_version, help="show it")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=say_version, help="Show the version and exit."
+        ),
     ]
 
     def about(version: Version = False) -> None:
@@ -121,18 +124,8 @@ def _parse(argv: list[str] | None) -> "Command | None":
         add_completion=False, rich_markup_mode=None, epilog=EXAMPLES, context_settings=settings
     )
     app.callback()(about)
-    commands: dict[str, Any] = {
-        "generate": Generate,
-        "refine": Refine,
-        "calibrate": Calibrate,
-        "eval": Evaluate,
-        "ablate": Ablate,
-        "report": Report,
-        "demo": Demo,
-        "doctor": Doctor,
-    }
-    for name, command in commands.items():
-        app.command(name, context_settings=settings)(command)
+    for command in (Generate, Refine, Calibrate, Eval, Ablate, Report, Demo, Doctor):
+        app.command(command.__name__.lower(), context_settings=settings)(command)
     parser = get_command(app)
     given = list(sys.argv[1:] if argv is None else argv)
     shown = io.StringIO()  # Typer itself would write UTF-8 to an ASCII terminal

@@ -33,7 +33,7 @@ OUTCOMES, SCORES = "outcomes.jsonl", "scores.json"
 
 
 @dataclass(kw_only=True)
-class Evaluate(CalibrationOptions, TaskOptions):
+class Eval(CalibrationOptions, TaskOptions):
     """Run tasks of lm-evaluation-harness, sharpened and plain.
 
     The plain model, the sharpened one and three controls run on the same documents.

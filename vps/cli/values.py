@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from typer import BadParameter, TyperException
+from typer import BadParameter
 
 from vps.config import VPSConfig, nearest_field
 from vps.reading import parse_json, read_values
@@ -19,8 +19,8 @@ from vps.reading import parse_json, read_values
 NAMES = r"[\w-]+(\.[\w-]+)*"  # a list of module names; anything else is a regular expression
 
 
-class UsageError(TyperException):
-    """The user's arguments cannot be used; exit code 2."""
+class UsageError(Exception):
+    """Say why the user's arguments cannot be used; exit code 2."""
 
     exit_code = 2
 
