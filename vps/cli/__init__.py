@@ -1,4 +1,4 @@
-"""The command ``vps``: parses, calls, prints.
+"""Run the command ``vps``: parse, call, print.
 
 ====================  ============================================================
 ``__init__``          the commands, their errors and exit codes

@@ -1,4 +1,4 @@
-"""Options that several commands share, what they mean, and which of several processes this is.
+"""Declare the options that several commands share, and say what they mean.
 
 A command is a dataclass. Typer makes its options from the fields and an instance from the
 arguments; :meth:`Command.run` carries it out. It inherits the groups of options that it takes.
@@ -50,7 +50,7 @@ Scope = Literal["token", "sequence", "batch"]
 
 @dataclass(kw_only=True)
 class Command:
-    """What every command has."""
+    """Hold what every command has."""
 
     debug: Annotated[bool, Option("--debug", help="show tracebacks and library warnings")] = False
 
@@ -73,7 +73,7 @@ class Command:
 
 @dataclass(kw_only=True)
 class ModelOptions(Command):
-    """A model and how to load it."""
+    """Take a model, and load it."""
 
     model: Annotated[str, Option(help="Hugging Face id, folder or .gguf file")]
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -118,7 +118,7 @@ def usable_device(name: str) -> str:
 
 @dataclass(kw_only=True)
 class PromptOptions(Command):
-    """A prompt and where it comes from."""
+    """Take a prompt, and read it."""
 
     prompt: Annotated[str | None, typed(help="standard input when neither is given")] = None
     prompt_file: Annotated[Path | None, Option(help="read the prompt from a file")] = None
@@ -160,7 +160,7 @@ def _standard_input() -> str:
 
 @dataclass(kw_only=True)
 class AnswerOptions(Command):
-    """How a model answers."""
+    """Take how a model answers."""
 
     max_new_tokens: Annotated[int, count(help="length of an answer, at most")] = 128
     no_chat: Annotated[bool, Option("--no-chat", help="do not use the chat template")] = False
@@ -168,7 +168,7 @@ class AnswerOptions(Command):
 
 @dataclass(kw_only=True)
 class ConfigOptions(Command):
-    """Settings of the sharpening."""
+    """Take settings of the sharpening."""
 
     config: Annotated[Path | None, Option(help="JSON or YAML file of VPSConfig fields")] = None
     settings: Annotated[
@@ -185,7 +185,7 @@ class ConfigOptions(Command):
 
 @dataclass(kw_only=True)
 class CalibrationOptions(ConfigOptions):
-    """Settings of the sharpening, and a fitted γ."""
+    """Take settings of the sharpening and a fitted γ, and read both."""
 
     calibration: Annotated[
         Path | None, Option(help="γ of every layer, of vps calibrate; brings its config")
@@ -244,7 +244,7 @@ class Sharpening(NamedTuple):
 
 @dataclass(kw_only=True)
 class TaskOptions(ModelOptions):
-    """Tasks of lm-evaluation-harness."""
+    """Take tasks of lm-evaluation-harness."""
 
     tasks: Annotated[str, Option(metavar="A,B", help="names of tasks or groups, or YAML files")]
     include_path: Annotated[list[Path], many(help="folder of YAML tasks; may be repeated")]

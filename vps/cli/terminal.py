@@ -1,4 +1,4 @@
-"""What the terminal shows: progress, two columns, and no notices of libraries."""
+"""Show progress and two columns on a terminal, and no notices of libraries."""
 
 from __future__ import annotations
 
