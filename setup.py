@@ -29,9 +29,11 @@ PACKAGES = [
     "vps.verify",
 ]
 
+CLI = ["typer>=0.20", "rich>=13.8", "jinja2"]
 EXTRAS = {
     "gpu": ["triton>=3.6"],
-    "hf": ["transformers>=5.17", "gguf", "accelerate", "tqdm"],
+    "cli": CLI,
+    "hf": ["transformers>=5.17", "gguf", "accelerate", *CLI],
     "verify": ["sympy", "pint", "math-verify"],
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml", "filelock", "jinja2"],
     "plots": ["matplotlib"],
@@ -120,7 +122,7 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_data={
-        "vps.cli.demo": ["*.json"],
+        "vps.cli.demo": ["*.html", "*.json"],
         "vps.evaluation.templates": ["*.html", "*.md"],
         "vps.kernels": ["README.md"],
     },

@@ -175,6 +175,21 @@ def tiny_llama():
     return model
 
 
+def number_llama():
+    """A plain model of two blocks that reads :func:`number_tokenizer`; sharpening changes it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() > 1 else 1)
+    return model
+
+
 def number_tokenizer():
     """A tokenizer of 96 words that are numbers."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *(str(i) for i in range(92))]

@@ -44,6 +44,8 @@ OPTIONAL = {
     "datasets",
     "yaml",
     "vllm",
+    "rich",
+    "jinja2",
 }
 # Subclasses a class of transformers, so imported inside functions only itself.
 NEEDS_TRANSFORMERS = {"layers.conv1d"}

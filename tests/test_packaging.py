@@ -162,7 +162,8 @@ def test_plain_install(tmp_path, source):
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--target", str(target)]
     run = execute("-m", "pip", "install", "-q", *options, str(source), cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert (target / "vps/cli/demo/__init__.py").is_file()
+    for name in ("__init__.py", "report.html", "problems.json", "calibration.json"):
+        assert (target / "vps/cli/demo" / name).is_file()
     assert (target / "vps/kernels/probe.py").is_file()
     assert not (target / "kernels").exists()
     run = python(
@@ -185,7 +186,8 @@ def test_built_archives_hold_the_kernels(tmp_path, source):
     run = python(build.format("wheel"), cwd=unpacked)
     assert run.returncode == 0, run.stderr
     files = zipfile.ZipFile(tmp_path / run.stdout.splitlines()[-1]).namelist()
-    assert {"vps/kernels/probe.py", "vps/kernels/README.md", "vps/cli/demo/__init__.py"} <= {*files}
+    assert {"vps/kernels/probe.py", "vps/kernels/README.md", "vps/cli/demo/report.html"} <= {*files}
+    assert {"vps/cli/demo/__init__.py", "vps/cli/demo/calibration.json"} <= {*files}
     templates = {f"vps/evaluation/templates/{name}" for name in ("report.html", "report.md")}
     assert templates <= {*files}
     assert {name.split("/")[0].partition("-")[0] for name in files} == {"vps", "vps_kernels"}

@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, backends, engines and optional packages."""
+"""Say what this machine can run: versions, devices, backends, engines and optional packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ OPTIONAL = {
     "transformers": "hf",
     "gguf": "hf",
     "accelerate": "hf",
-    "tqdm": "hf",
+    "typer": "cli",
+    "rich": "cli",
+    "jinja2": "cli",
     "triton": "gpu",
     "sympy": "verify",
     "pint": "verify",
@@ -39,16 +41,31 @@ OLDEST_TRANSFORMERS = (5, 17)  # with tensor parallelism by DistributedConfig
 
 
 def diagnose() -> dict[str, dict[str, Any]]:
-    """Sections of facts, each a name and a value or a reason; plain data, fit for JSON."""
-    packages = {}
-    for name, extra in OPTIONAL.items():
-        if util.find_spec(name) is None:
-            packages[name] = f"missing: pip install 'vps-kernels[{extra}]'"
-        else:
-            packages[name] = package_version(name)
-    devices = {
-        "cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    """Collect facts in sections, each a name with a value or a reason; plain data, fit for JSON."""
+    return {
+        "versions": {
+            "vps": package_version("vps-kernels"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "packages": {
+            name: _missing(extra) if util.find_spec(name) is None else package_version(name)
+            for name, extra in OPTIONAL.items()
+        },
+        "devices": _devices(),
+        "backends": {name: reason or "available" for name, reason in backends().items()},
+        "engines": engines(),
+        "tools": {tool: shutil.which(tool) or "not found" for tool in ("c++", "nvcc")},
     }
+
+
+def _missing(extra: str) -> str:
+    return f"missing: pip install 'vps-kernels[{extra}]'"
+
+
+def _devices() -> dict[str, str]:
+    processor = platform.processor() or platform.machine()
+    devices = {"cpu": f"{processor}, {torch.get_num_threads()} threads"}
     if torch.version.cuda is None and torch.version.hip is None:
         devices["cuda"] = f"none: torch {torch.__version__} is built without CUDA"
     elif not torch.cuda.is_available():
@@ -57,30 +74,16 @@ def diagnose() -> dict[str, dict[str, Any]]:
         devices["mps"] = "available"
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
-    return {
-        "versions": {
-            "vps": package_version("vps-kernels"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "packages": packages,
-        "devices": devices,
-        "backends": {name: reason or "available" for name, reason in backends().items()},
-        "engines": engines(),
-        "tools": {tool: shutil.which(tool) or "not found" for tool in ("c++", "nvcc")},
-    }
+    return devices
 
 
 def package_version(package: str) -> str:
-    """The installed version of a package, or that there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed as a package"
+    """Return the installed version of a package, or say that there is none."""
+    return _version(package) or "not installed as a package"
 
 
 def processor_name() -> str:
-    """The model of the processor, or the architecture where the system does not tell."""
+    """Return the model of the processor, or the architecture where the system does not tell."""
     try:
         found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -98,7 +101,7 @@ def engines() -> dict[str, str]:
     for name, (package, purpose, extra) in ENGINES.items():
         version = _version(package)
         if version is None:
-            found[name] = f"missing: pip install 'vps-kernels[{extra}]'"
+            found[name] = _missing(extra)
         else:
             found[name] = f"available: {purpose} ({package} {version})"
     found["FSDP2"] = _fsdp()
@@ -119,12 +122,10 @@ def _tensor_parallel() -> str:
     if transports is None:
         return f"none: torch {torch.__version__} is built without torch.distributed"
     if version is None:
-        return "missing: pip install 'vps-kernels[hf]'"
+        return _missing("hf")
     parts = version.split(".")[:2]
     if all(part.isdigit() for part in parts) and tuple(map(int, parts)) < OLDEST_TRANSFORMERS:
         return f"none: transformers {version} is older than 5.17"
-    if util.find_spec("vps.layers.shards.tensor_parallel") is None:
-        return "none: this version of vps refuses tensor-parallel layers"
     return f"available: under torchrun (transformers {version}, {transports})"
 
 
@@ -140,7 +141,7 @@ def _vllm() -> str:
 
 
 def _transports() -> str | None:
-    """What processes can talk by, or ``None`` where torch has no torch.distributed."""
+    """Name what processes can talk by; ``None`` where torch has no torch.distributed."""
     if not torch.distributed.is_available():
         return None
     ways = {

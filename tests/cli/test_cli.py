@@ -7,60 +7,29 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from vps import VPSConfig, cli
+from vps import VPSConfig
+from vps.cli.terminal import Progress, side_by_side
+from vps.cli.values import UsageError, read_config
 from vps.model.generation import first_difference
 from vps.model.loading import load_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
-    model.save_pretrained(path)
-    return path
+def tokens_of(ran):
+    """The sharpened tokens in what ``vps generate --json`` printed."""
+    return json.loads(ran[1])["sharpened"]["tokens"]
 
 
-def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def generate(capsys, folder, *arguments):
-    return run(capsys, "generate", "--model", folder, "--max-new-tokens", 12, "--json", *arguments)
-
-
-def test_generate_compares_with_the_plain_model(capsys, folder):
-    code, out, err = generate(capsys, folder, "--prompt", "w1 w2 w3", "--compare")
+def test_generate_compares_with_the_plain_model(generate, folder):
+    code, out, err = generate("--prompt", "1 2 3", "--compare")
     result = json.loads(out)
     assert (code, err) == (0, "")
     model, tokenizer = load_model(str(folder))
-    ids = tokenizer("w1 w2 w3", return_tensors="pt").input_ids
+    ids = tokenizer("1 2 3", return_tensors="pt").input_ids
     plain = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     assert result["plain"]["tokens"] == plain
     assert result["layers"] == 14
@@ -68,28 +37,45 @@ def test_generate_compares_with_the_plain_model(capsys, folder):
     assert result["first_difference"] is not None
 
 
-def test_gamma_zero_is_the_plain_model(capsys, folder, tmp_path, monkeypatch):
+def test_gamma_zero_is_the_plain_model(generate, tmp_path, monkeypatch):
     (tmp_path / "c.json").write_text(VPSConfig(scope="token").to_json())
-    (tmp_path / "p.txt").write_text("w5 w6")
+    (tmp_path / "p.txt").write_text("5 6")
     code, out, _ = generate(
-        capsys, folder, "--prompt-file", tmp_path / "p.txt", "--compare",
+        "--prompt-file", tmp_path / "p.txt", "--compare",
         "--config", tmp_path / "c.json", "--set", "gamma=0",
     )  # fmt: skip
     result = json.loads(out)
     assert code == 0 and result["first_difference"] is None
     assert result["config"]["scope"] == "token" and result["config"]["adaptive_gamma"] is False
-    monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6"))
-    code, out, _ = generate(capsys, folder, "--set", "gamma=0")
-    assert json.loads(out)["sharpened"]["tokens"] == result["plain"]["tokens"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("5 6"))
+    assert tokens_of(generate("--set", "gamma=0")) == result["plain"]["tokens"]
 
 
-def test_text_output(capsys, folder):
-    arguments = ("generate", "--model", folder, "--prompt", "w1", "--max-new-tokens", 5)
-    code, out, _ = run(capsys, *arguments, "--compare")
+def test_text_output(run, folder):
+    arguments = ("generate", "--model", folder, "--prompt", "1", "--max-new-tokens", 5)
+    code, out, _ = run(*arguments, "--compare")
     assert code == 0 and "plain" in out.splitlines()[0] and "sharpened" in out.splitlines()[0]
     assert "differ" in out.splitlines()[-1]
-    code, out, _ = run(capsys, *arguments)
-    assert code == 0 and out.startswith("w")
+    code, out, _ = run(*arguments)
+    assert code == 0 and out[0].isdigit()
+
+
+@pytest.mark.parametrize("width", [10, 40, 101])
+def test_columns_hold_every_word_and_no_escapes(monkeypatch, width):
+    """Of texts that a terminal library might take for markup, too wide or of no letters."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    plain = "[bold]7[/bold] :smile: " + "x" * 300 + "\n\n  indented"
+    shown = side_by_side(plain, "漢字 " * 40 + "\ud800").splitlines()
+    assert shown[0].split() == ["plain", "|", "sharpened"]
+    assert {line.find("|") for line in shown} == {shown[0].find("|")} or width == 10
+    left, right = (
+        "".join(line.partition("|")[place].strip() for line in shown[2:]) for place in (0, 2)
+    )
+    assert left.replace(" ", "") == plain.replace(" ", "").replace("\n", "")
+    assert right.replace(" ", "") == "漢字" * 40 + "\ud800"
+    assert "\x1b" not in "".join(shown) and all(line == line.rstrip() for line in shown)
+    assert max(map(len, shown)) <= max(width, 23)
 
 
 @pytest.mark.parametrize(
@@ -103,82 +89,91 @@ def test_text_output(capsys, folder):
         (["--config", "."], "--config .: Is a directory"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt: No such file or directory"),
         (["--prompt", " "], "the prompt is empty"),
-        (["--device", "abacus", "--prompt", "w1"], "abacus"),
+        (["--device", "abacus", "--prompt", "1"], "abacus"),
+        (["--prompt", "a", "--prompt-file", "b"], "--prompt-file: not allowed with --prompt"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_code_2(capsys, folder, arguments, message):
-    code, out, err = run(capsys, "generate", "--model", folder, *arguments)
-    assert code == 2 and out == ""
-    assert message in err and err.count("\n") == 1 and err.startswith("vps: error: ")
+def test_bad_usage_is_one_line_and_exit_code_2(refuse, folder, arguments, message):
+    assert message in refuse("generate", "--model", folder, *arguments)
 
 
-def test_bad_files(capsys, folder, tmp_path):
+def test_bad_files(refuse, folder, tmp_path):
+    common = ("generate", "--model", folder)
     (tmp_path / "cut.json").write_text(VPSConfig().to_json()[:30])
-    code, _, err = generate(capsys, folder, "--config", tmp_path / "cut.json", "--prompt", "w1")
-    assert code == 2 and "cut.json" in err and "not valid JSON" in err
+    err = refuse(*common, "--config", tmp_path / "cut.json", "--prompt", "1")
+    assert "cut.json" in err and "not valid JSON" in err
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    code, _, err = run(
-        capsys, "generate", "--model", folder, "--prompt-file", tmp_path / "latin.txt"
-    )
-    assert code == 2 and "latin.txt: not UTF-8 text, at byte 3" in err and err.count("\n") == 1
+    err = refuse(*common, "--prompt-file", tmp_path / "latin.txt")
+    assert "latin.txt: not UTF-8 text, at byte 3" in err
     for model in (tmp_path / "nowhere", tmp_path / "nowhere.gguf"):
-        code, _, err = generate(capsys, model, "--prompt", "w1")
-        assert code == 2 and "no such" in err and err.count("\n") == 1
+        assert "no such" in refuse("generate", "--model", model, "--prompt", "1")
 
 
-def test_failure_is_exit_code_1_without_a_traceback(capsys, folder):
-    code, _, err = generate(capsys, folder, "--prompt", "w1", "--set", 'target_modules=["c_attn"]')
+def test_failure_is_exit_code_1_without_a_traceback(generate):
+    code, _, err = generate("--prompt", "1", "--set", 'target_modules=["c_attn"]')
     assert code == 1 and err.count("\n") == 1 and "q_proj" in err
     with pytest.raises(ValueError):
-        generate(capsys, folder, "--debug", "--prompt", "w1", "--set", 'target_modules=["c_attn"]')
+        generate("--debug", "--prompt", "1", "--set", 'target_modules=["c_attn"]')
 
 
-def test_doctor_help_and_version(capsys):
-    code, out, _ = run(capsys, "doctor", "--json")
+def test_doctor_and_version(run):
+    code, out, _ = run("doctor", "--json")
     facts = json.loads(out)
     assert code == 0 and facts["versions"]["torch"] == torch.__version__
     assert facts["backends"]["torch"] == "available" and "no CUDA" in facts["backends"]["cuda"]
-    assert run(capsys, "doctor")[1].startswith("versions")
-    for argument in ("--help", "--version"):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([argument])
-        assert exit_.value.code == 0
-    assert "vps 0." in capsys.readouterr().out
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["generate"])
-    assert exit_.value.code == 2
+    assert run("doctor")[1].startswith("versions")
+    code, out, err = run("--version")
+    assert (code, err) == (0, "") and out.startswith("vps 0.")
 
 
-def test_a_closed_pipe_is_silent(folder):
-    command = f"{sys.executable} -m vps.cli doctor | true"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+COMMANDS = ("generate", "refine", "calibrate", "eval", "ablate", "report", "demo", "doctor")
 
 
-def stderr_of(capsys, *arguments):
-    """Exit code and standard error where argparse itself ends the program."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(argument) for argument in arguments])
-    return exit_.value.code, capsys.readouterr().err
+def test_help_fits_80_columns(run, monkeypatch):
+    """Whole sentences, and every command; no escapes even where a pipe asks for colour."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for arguments in ([], *([command] for command in COMMANDS)):
+        for asked in ("--help", "-h"):
+            code, out, err = run(*arguments, asked)
+            assert (code, err) == (0, "") and out.startswith("Usage: vps")
+            assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
+            if not arguments:
+                assert all(f"\n  {command}" in out for command in COMMANDS)
+                assert not any(line.endswith("...") for line in out.splitlines()[1:])
+
+
+def test_without_typer_one_line_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; from vps import cli; sys.exit(cli.main())"
+    ran = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == ("vps: error: the command needs typer: pip install 'vps-kernels[cli]'\n")
+
+
+@pytest.mark.parametrize("command", ["doctor", "--help", "eval --help"])
+def test_a_closed_pipe_is_silent(command):
+    command = f"{sys.executable} -m vps.cli {command}; echo $? >&2"
+    done = subprocess.run(f"({command}) | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == "0\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["frob"], "invalid choice: 'frob'"),
-        ([], "required: command"),
-        (["generate"], "--model"),
+        (["frob"], "No such command 'frob' (see vps --help)"),
+        ([], "Missing command"),
+        (["generate"], "Missing option '--model' (see vps generate --help)"),
         (["generate", "--model", "m", "--max-new-tokens", "0"], "0 is not positive"),
         (["generate", "--model", "m", "--max-new-tokens", "x"], "'x' is not an integer"),
-        (["generate", "--model", "m", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["refine", "--model", "m", "--seed", "1.5"], "'--seed': '1.5' is not an integer"),
+        (["generate", "--model", "m", "--dtype", "int8"], "'--dtype': 'int8' is not one of"),
         (["generate", "--model", "m", "--prompt", "a", "--prompt-file", "b"], "not allowed with"),
-        (["generate", "--model", "m", "--frob"], "unrecognized arguments: --frob"),
+        (["generate", "--model", "m", "--frob"], "No such option: --frob"),
+        (["report", "a", "b"], "unexpected extra argument"),
     ],
 )
-def test_arguments_argparse_refuses_get_one_line(capsys, arguments, message):
-    code, err = stderr_of(capsys, *arguments)
-    assert code == 2 and message in err
-    assert err.count("\n") == 1 and err.startswith("vps: error: ")
+def test_what_typer_refuses_gets_one_line(refuse, arguments, message):
+    assert message in refuse(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -201,75 +196,64 @@ def test_arguments_argparse_refuses_get_one_line(capsys, arguments, message):
     ],
 )
 def test_settings_are_read_by_the_type_of_their_field(setting, field, value):
-    assert getattr(cli.read_config(None, [setting]), field) == value
+    assert getattr(read_config(None, [setting]), field) == value
 
 
 @pytest.mark.parametrize("name", ["gamma", "rank", "topk", "order"])
 def test_a_fixed_value_turns_its_policy_off_unless_asked(tmp_path, name):
     path = tmp_path / "c.json"
     path.write_text(json.dumps({f"adaptive_{name}": True}))
-    assert getattr(cli.read_config(path, [f"{name}=1"]), f"adaptive_{name}") is False
-    kept = cli.read_config(path, [f"{name}=1", f"adaptive_{name}=true"])
+    assert getattr(read_config(path, [f"{name}=1"]), f"adaptive_{name}") is False
+    kept = read_config(path, [f"{name}=1", f"adaptive_{name}=true"])
     assert getattr(kept, f"adaptive_{name}") is True
 
 
 def test_a_bad_value_names_field_and_value():
     for setting in ("gamma=much", "rank=1.5", "lbfgs=maybe", "tau=0", "rank_bounds=[3,1]"):
-        with pytest.raises(cli.UsageError, match=setting.split("=")[0]):
-            cli.read_config(None, [setting])
+        with pytest.raises(UsageError, match=setting.split("=")[0]):
+            read_config(None, [setting])
 
 
-def test_gamma_reaches_the_model(capsys, folder):
-    texts = [
-        json.loads(generate(capsys, folder, "--prompt", "w1 w2", "--set", f"gamma={gamma}")[1])
-        for gamma in (0, 3)
-    ]
-    assert texts[0]["config"]["gamma"] == 0 and texts[1]["config"]["gamma"] == 3
-    assert texts[0]["sharpened"]["tokens"] != texts[1]["sharpened"]["tokens"]
+def test_gamma_reaches_the_model(generate):
+    ran = [generate("--prompt", "1 2", "--set", f"gamma={gamma}") for gamma in (0, 3)]
+    assert [json.loads(each[1])["config"]["gamma"] for each in ran] == [0, 3]
+    assert tokens_of(ran[0]) != tokens_of(ran[1])
 
 
-def test_seed_draws_the_random_features(capsys, folder):
+def test_seed_draws_the_random_features(generate):
     def answer(*arguments):
-        out = generate(capsys, folder, "--prompt", "w1 w2", "--set", "builder=random", *arguments)[
-            1
-        ]
-        return json.loads(out)
+        return generate("--prompt", "1 2", "--set", "builder=random", *arguments)
 
-    assert answer("--seed", 7)["config"]["seed"] == 7
-    assert answer("--seed", 7, "--set", "seed=9")["config"]["seed"] == 9
-    same, again = answer("--seed", 7), answer("--set", "seed=7")
-    assert same["sharpened"]["tokens"] == again["sharpened"]["tokens"]
+    assert json.loads(answer("--seed", 7)[1])["config"]["seed"] == 7
+    assert json.loads(answer("--seed", 7, "--set", "seed=9")[1])["config"]["seed"] == 9
+    assert tokens_of(answer("--seed", 7)) == tokens_of(answer("--set", "seed=7"))
 
 
-def test_no_chat_and_dtype(capsys, folder, tmp_path):
+def test_no_chat_and_dtype(generate, folder, tmp_path):
     model, tokenizer = load_model(str(folder))
-    tokenizer.chat_template = "{% for m in messages %}w90 {{ m['content'] }} w91{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}90 {{ m['content'] }} 91{% endfor %}"
     model.save_pretrained(tmp_path / "chat")
     tokenizer.save_pretrained(tmp_path / "chat")
-    chat = generate(capsys, tmp_path / "chat", "--prompt", "w1", "--set", "gamma=0")[1]
-    spelled = generate(capsys, folder, "--prompt", "w90 w1 w91", "--set", "gamma=0")[1]
-    bare = generate(capsys, tmp_path / "chat", "--prompt", "w1", "--no-chat", "--set", "gamma=0")
-    plain = generate(capsys, folder, "--prompt", "w1", "--set", "gamma=0")[1]
-
-    def tokens(out):
-        return json.loads(out)["sharpened"]["tokens"]
-
-    assert tokens(chat) == tokens(spelled) != tokens(bare[1]) == tokens(plain)
-    code, out, _ = generate(capsys, folder, "--prompt", "w1", "--dtype", "bfloat16")
-    assert code == 0 and len(tokens(out)) <= 12
+    chat = generate("--prompt", "1", "--set", "gamma=0", model=tmp_path / "chat")
+    spelled = generate("--prompt", "90 1 91", "--set", "gamma=0")
+    bare = generate("--prompt", "1", "--no-chat", "--set", "gamma=0", model=tmp_path / "chat")
+    plain = generate("--prompt", "1", "--set", "gamma=0")
+    assert tokens_of(chat) == tokens_of(spelled) != tokens_of(bare) == tokens_of(plain)
+    ran = generate("--prompt", "1", "--dtype", "bfloat16")
+    assert ran[0] == 0 and len(tokens_of(ran)) <= 12
 
 
-def test_loading_says_what_is_wrong(capsys, folder, tmp_path, monkeypatch):
+def test_loading_says_what_is_wrong(generate, refuse, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VPS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "empty").mkdir()
-    code, _, err = generate(capsys, tmp_path / "empty", "--prompt", "w1")
-    assert code == 2 and "expected config.json or one .gguf file" in err and err.count("\n") == 1
+    err = refuse("generate", "--model", tmp_path / "empty", "--prompt", "1")
+    assert "expected config.json or one .gguf file" in err
     (tmp_path / "bad.gguf").write_text("junk")
-    code, _, err = generate(capsys, tmp_path / "bad.gguf", "--prompt", "w1")
+    code, _, err = generate("--prompt", "1", model=tmp_path / "bad.gguf")
     assert code == 1 and "is not a GGUF file" in err and err.count("\n") == 1
     assert not (tmp_path / "cache").exists()
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 9, 9) + b"\0" * 20)
-    code, _, err = generate(capsys, tmp_path / "cut.gguf", "--prompt", "w1")
+    code, _, err = generate("--prompt", "1", model=tmp_path / "cut.gguf")
     assert code == 1 and "cut.gguf cannot be read, is it complete?" in err
     assert err.count("\n") == 1 and not list((tmp_path / "cache").iterdir())
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -277,36 +261,41 @@ def test_loading_says_what_is_wrong(capsys, folder, tmp_path, monkeypatch):
         load_model(str(folder))
 
 
-def test_an_interrupt_is_one_line_and_130(capsys, folder, monkeypatch):
+def test_an_interrupt_is_one_line_and_130(run, folder, monkeypatch):
     def interrupted(*arguments, **options):
         # A process that a shell started in the background ignores the signal itself.
         signal.default_int_handler(signal.SIGINT, None)
 
     monkeypatch.setattr("vps.model.generation.encode", interrupted)
-    code, out, err = run(capsys, "generate", "--model", folder, "--prompt", "w1")
-    assert (code, out, err) == (130, "", "vps: interrupted\n")
+    ran = run("generate", "--model", folder, "--prompt", "1")
+    assert ran == (130, "", "vps: interrupted\n")
 
 
-def test_progress_is_shown_on_a_slow_terminal_only(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
-    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
-        monkeypatch.setattr(sys, "stderr", stream)
-        progress = cli.Progress()
+
+@pytest.mark.parametrize(
+    ("stream", "kind", "shown"),
+    [(Terminal, "xterm", True), (Terminal, "dumb", False), (io.StringIO, "xterm", False)],
+)
+def test_progress_is_shown_on_a_slow_terminal_only(monkeypatch, stream, kind, shown):
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setenv("TERM", kind)
+    with Progress() as progress:
         progress.step("quick", 3)
         progress.advance()
         progress.close()
-        assert stream.getvalue() == ""
-        progress.step("slow")
-        if shown:
-            progress._thread.join(3)
-        progress.close()
-        assert ("slow" in stream.getvalue()) is shown
+        assert sys.stderr.getvalue() == ""
+        progress.step("slow [red]")
+        until = time.monotonic() + (30 if shown else 2.5)
+        while "slow" not in sys.stderr.getvalue() and time.monotonic() < until:
+            time.sleep(0.1)
+    assert ("slow [red]" in sys.stderr.getvalue()) is shown
 
 
-def test_bars_of_libraries_do_not_reach_the_terminal(capsys, folder, monkeypatch):
+def test_bars_of_libraries_do_not_reach_the_terminal(generate, monkeypatch):
     from tqdm.auto import tqdm
 
     def loading(*arguments):
@@ -314,11 +303,11 @@ def test_bars_of_libraries_do_not_reach_the_terminal(capsys, folder, monkeypatch
         return load_model(*arguments)
 
     monkeypatch.setattr("vps.model.loading.load_model", loading)
-    assert generate(capsys, folder, "--prompt", "w1")[2] == ""
-    assert "dequantizing" in generate(capsys, folder, "--prompt", "w1", "--debug")[2]
+    assert generate("--prompt", "1")[2] == ""
+    assert "dequantizing" in generate("--prompt", "1", "--debug")[2]
 
 
-def test_logging_is_as_before(capsys):
+def test_logging_is_as_before(run):
     level = logging.root.manager.disable
-    run(capsys, "doctor")
+    run("doctor")
     assert logging.root.manager.disable == level

@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-from test_cli import folder, run  # noqa: F401
 
 from vps import Calibration
 from vps.model.generation import encode, generate
@@ -15,8 +14,8 @@ FAST = ("--steps", 4, "--batch-size", 4, "--learning-rate", "0.1", "--no-chat")
 
 def rows(count, seed=0):
     rng = random.Random(seed)
-    prompts = [" ".join(f"w{rng.randrange(90)}" for _ in range(5)) for _ in range(count)]
-    return [{"prompt": prompt, "answer": "w7 w8 w9"} for prompt in prompts]
+    prompts = [" ".join(str(rng.randrange(90)) for _ in range(5)) for _ in range(count)]
+    return [{"prompt": prompt, "answer": "7 8 9"} for prompt in prompts]
 
 
 def write(path, values):
@@ -25,7 +24,7 @@ def write(path, values):
 
 
 @pytest.fixture(scope="module")
-def calibrated(folder, tmp_path_factory):  # noqa: F811
+def calibrated(folder, tmp_path_factory):
     """A calibration of few layers that moves the output whether or not it helps."""
     path = tmp_path_factory.mktemp("calibration") / "cal.json"
     import warnings
@@ -44,12 +43,12 @@ def calibrated(folder, tmp_path_factory):  # noqa: F811
     return path
 
 
-def test_calibrate(capsys, folder, tmp_path):  # noqa: F811
+def test_calibrate(run, folder, tmp_path):
     data = write(tmp_path / "train.jsonl", rows(16))
     held = write(tmp_path / "test.jsonl", rows(8, seed=1))
     out = tmp_path / "cal.json"
     code, text, err = run(
-        capsys, "calibrate", "--model", folder, "--data", data, "--out", out, "--held-out", held,
+        "calibrate", "--model", folder, "--data", data, "--out", out, "--held-out", held,
         "--no-controls", *FAST,
     )  # fmt: skip
     assert code == 0 and "held-out examples, nll per token in nats, 8 examples" in text
@@ -68,11 +67,11 @@ def test_calibrate(capsys, folder, tmp_path):  # noqa: F811
     ]  # fmt: skip
 
 
-def test_gradient_only(capsys, folder, tmp_path):  # noqa: F811
+def test_gradient_only(run, folder, tmp_path):
     data = write(tmp_path / "train.jsonl", [{"text": row["prompt"]} for row in rows(4)])
     out = tmp_path / "gradient.json"
     code, text, err = run(
-        capsys, "calibrate", "--model", folder, "--data", data, "--out", out, "--gradient-only"
+        "calibrate", "--model", folder, "--data", data, "--out", out, "--gradient-only"
     )
     assert (code, err) == (0, "")
     values = json.loads(out.read_text())
@@ -82,33 +81,33 @@ def test_gradient_only(capsys, folder, tmp_path):  # noqa: F811
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_examples_that_cannot_be_used(capsys, folder, tmp_path):  # noqa: F811
+def test_examples_that_cannot_be_used(run, folder, tmp_path):
     """The command goes on without them and says so, in words and in the file."""
-    data = write(tmp_path / "train.jsonl", [{"text": "w1"}, *rows(8), {"text": "w2"}])
+    data = write(tmp_path / "train.jsonl", [{"text": "1"}, *rows(8), {"text": "2"}])
     common = ("calibrate", "--model", folder, "--data", data, *FAST)
     said = "vps: warning: 2 of 10 examples cannot be used and are left out: examples, number 1: "
-    code, text, err = run(capsys, *common, "--out", tmp_path / "cal.json", "--no-controls")
+    code, text, err = run(*common, "--out", tmp_path / "cal.json", "--no-controls")
     assert code == 0 and said in err and "Left out, since they cannot be used" in text
     assert len(Calibration.load(tmp_path / "cal.json").report["left_out"]) == 2
-    code, _, err = run(capsys, *common, "--out", tmp_path / "gradient.json", "--gradient-only")
+    code, _, err = run(*common, "--out", tmp_path / "gradient.json", "--gradient-only")
     values = json.loads((tmp_path / "gradient.json").read_text())
     assert code == 0 and said in err and values["examples"] == 8
     assert [each["number"] for each in values["left_out"]] == [1, 10]
-    write(data, [{"text": "w1"}] * 8)
+    write(data, [{"text": "1"}] * 8)
     for more in ((), ("--gradient-only",)):
-        code, _, err = run(capsys, *common, "--out", tmp_path / "none.json", *more)
+        code, _, err = run(*common, "--out", tmp_path / "none.json", *more)
         assert code == 1 and "8 of 8 examples cannot be used" in err and err.count("\n") == 1
     assert not (tmp_path / "none.json").exists()
 
 
-def test_generate_with_a_calibration(capsys, folder, calibrated, tmp_path):  # noqa: F811
-    common = ("generate", "--model", folder, "--prompt", "w1 w2 w3", "--max-new-tokens", 12)
-    code, out, err = run(capsys, *common, "--json", "--compare", "--calibration", calibrated)
+def test_generate_with_a_calibration(run, refuse, folder, calibrated, tmp_path):
+    common = ("generate", "--model", folder, "--prompt", "1 2 3", "--max-new-tokens", 12)
+    code, out, err = run(*common, "--json", "--compare", "--calibration", calibrated)
     assert (code, err) == (0, "")
     result = json.loads(out)
     model, tokenizer = load_model(str(folder))
     Calibration.load(calibrated).apply(model)
-    own = generate(model, tokenizer, encode(tokenizer, "w1 w2 w3"), 12)
+    own = generate(model, tokenizer, encode(tokenizer, "1 2 3"), 12)
     assert result["sharpened"]["tokens"] == own.tokens
     assert result["calibration"] == str(calibrated)
     values = json.loads(calibrated.read_text())
@@ -120,32 +119,31 @@ def test_generate_with_a_calibration(capsys, folder, calibrated, tmp_path):  # n
         (("--calibration", tmp_path / "none.json"), "No such file"),
         (("--calibration", folder / "config.json"), "format"),
     ):
-        code, _, err = run(capsys, *common, *arguments)
-        assert code == 2 and message in err, err
+        assert message in refuse(*common, *arguments)
     other.write_text(json.dumps(values | {"found": False}))
-    code, _, err = run(capsys, *common, "--calibration", other)
+    code, _, err = run(*common, "--calibration", other)
     assert code == 0 and "no improvement" in err
 
 
-def test_refine_with_a_calibration(capsys, folder, calibrated, tmp_path):  # noqa: F811
+def test_refine_with_a_calibration(run, refuse, folder, calibrated, tmp_path):
     code, out, err = run(
-        capsys, "refine", "--model", folder, "--prompt", "w1 w2 w3", "--gold", "7", "--json",
+        "refine", "--model", folder, "--prompt", "1 2 3", "--gold", "7", "--json",
         "--max-new-tokens", 6, "--iterations", 2, "--calibration", calibrated,
     )  # fmt: skip
     assert (code, err) == (0, "")
     iterations = json.loads(out)["iterations"]
     assert iterations[1]["gamma"] == pytest.approx((2 * 0.5 - 12 * 0.5) / 14)
-    data = write(tmp_path / "in.jsonl", [{"prompt": "w1 w2", "gold": "7"}])
+    data = write(tmp_path / "in.jsonl", [{"prompt": "1 2", "gold": "7"}])
     common = (
         "refine", "--model", folder, "--data", data, "--out", tmp_path / "out.jsonl",
         "--max-new-tokens", 4, "--iterations", 2,
     )  # fmt: skip
-    assert run(capsys, *common, "--calibration", calibrated)[0] == 0
-    code, _, err = run(capsys, *common)  # an output with γ does not go on without
-    assert code == 2 and "was made with calibration" in err
+    assert run(*common, "--calibration", calibrated)[0] == 0
+    # An output with γ does not go on without.
+    assert "was made with calibration" in refuse(*common)
 
 
-def test_bad_usage(capsys, folder, tmp_path):  # noqa: F811
+def test_bad_usage(run, refuse, folder, tmp_path):
     data = write(tmp_path / "train.jsonl", rows(8))
     common = ("calibrate", "--model", folder)
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "a"}])
@@ -157,17 +155,18 @@ def test_bad_usage(capsys, folder, tmp_path):  # noqa: F811
         (("--data", data, "--out", tmp_path / "no" / "c"), "a folder that exists"),
         (("--data", data, "--out", tmp_path / "c", "--learning-rate", "x"), "--learning-rate x"),
         (("--data", data, "--out", tmp_path / "c", "--learning-rate", "-1"), "--learning-rate"),
+        (
+            ("--data", data, "--out", tmp_path / "c", "--layers", "a", "--top-layers", 2),
+            "not allowed",
+        ),
     ):
-        code, _, err = run(capsys, *common, *arguments)
-        assert code == 2 and message in err, err
-    code, _, err = run(
-        capsys, *common, "--data", data, "--held-out", data, "--out", tmp_path / "c", *FAST
-    )
+        assert message in refuse(*common, *arguments)
+    code, _, err = run(*common, "--data", data, "--held-out", data, "--out", tmp_path / "c", *FAST)
     assert code == 1 and "were used for fitting or stopping" in err
     assert not (tmp_path / "c").exists()
 
 
-def test_eval_refuses_documents_that_were_fitted(capsys, folder, calibrated, tmp_path):  # noqa: F811
+def test_eval_refuses_documents_that_were_fitted(run, refuse, folder, calibrated, tmp_path):
     pytest.importorskip("lm_eval")
     from vps.evaluation import tasks
     from vps.fitting import Example
@@ -180,7 +179,6 @@ def test_eval_refuses_documents_that_were_fitted(capsys, folder, calibrated, tmp
         "eval", "--model", folder, "--tasks", "vps_arithmetic_choice", "--no-controls", "--json",
         "--calibration", tmp_path / "cal.json",
     )  # fmt: skip
-    code, out, err = run(capsys, *common, "--limit", 3)
+    code, out, err = run(*common, "--limit", 3)
     assert code == 0 and json.loads(out)["calibration"] == str(tmp_path / "cal.json"), err
-    code, _, err = run(capsys, *common, "--limit", 4)
-    assert code == 2 and "fitted or stopped by" in err
+    assert "fitted or stopped by" in refuse(*common, "--limit", 4)

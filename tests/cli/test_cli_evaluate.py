@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from evaluation_cases import plain_model, tokenizer, write_tasks
 
-from vps import VPSConfig, cli
+from vps import VPSConfig
 from vps.evaluation.harness import VARIANTS, Scores, evaluate, table_rows
 from vps.evaluation.paired import Outcome
 from vps.model.loading import load_model
@@ -30,28 +30,16 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(capsys, folder, *arguments, tasks="local_choice,local_text"):
-    common = ["eval", "--model", folder, "--include-path", folder, "--tasks", tasks]
-    code = cli.main([str(argument) for argument in (*common, *arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+@pytest.fixture
+def common(folder):
+    tasks = ("--include-path", folder, "--tasks", "local_choice,local_text")
+    return ("eval", "--model", folder, *tasks)
 
 
-def test_json_and_files(capsys, folder, tmp_path):
+def test_json_and_files(run, common, folder, tmp_path):
     out = tmp_path / "runs/x"
     code, text, err = run(
-        capsys,
-        folder,
-        *SETTINGS,
-        "--limit",
-        6,
-        "--batch-size",
-        3,
-        "--keep",
-        3,
-        "--out",
-        out,
-        "--json",
+        *common, *SETTINGS, "--limit", 6, "--batch-size", 3, "--keep", 3, "--out", out, "--json"
     )
     assert (code, err) == (0, "")
     values = json.loads(text)
@@ -80,14 +68,12 @@ def test_json_and_files(capsys, folder, tmp_path):
     read = [(line.pop("variant"), Outcome(**line)) for line in lines]
     assert read == [(name, o) for name, each in scores.items() for o in each.outcomes]
     assert sorted(path.name for path in out.iterdir()) == ["outcomes.jsonl", "scores.json"]
-    code, _, err = run(capsys, folder, "--out", out)
+    code, _, err = run(*common, "--out", out)
     assert code == 2 and f"--out {out}: holds outcomes.jsonl of another run" in err
 
 
-def test_table(capsys, folder):
-    code, text, err = run(
-        capsys, folder, *SETTINGS, "--limit", 5, "--keep", 2, "--keep-by", "hardest"
-    )
+def test_table(run, common):
+    code, text, err = run(*common, *SETTINGS, "--limit", 5, "--keep", 2, "--keep-by", "hardest")
     assert (code, err) == (0, "")
     assert "local_choice, acc, 5 documents" in text and "local_text, nll, 5 documents" in text
     for variant in VARIANTS:
@@ -95,7 +81,7 @@ def test_table(capsys, folder):
     assert "ran: loglikelihood under scope token, loglikelihood_rolling under scope token" in text
     assert "local_choice, sharpened against the baseline:\n2 hardest of 5 documents" in text
     code, text, _ = run(
-        capsys, folder, *SETTINGS, "--limit", 2, "--no-controls", tasks="local_answer"
+        *common, *SETTINGS, "--limit", 2, "--no-controls", "--tasks", "local_answer"
     )
     assert code == 0 and "sharpened" in text and "random" not in text
     assert "ran: generate_until under scope sequence" in text
@@ -145,18 +131,17 @@ def test_rows():
         (["--model", "./nowhere"], "--model: no such model folder: ./nowhere"),
     ],
 )
-def test_mistakes_are_named(capsys, folder, arguments, message):
-    code, out, err = run(capsys, folder, *arguments)
-    assert (code, out) == (2, "") and message in err
+def test_mistakes_are_named(refuse, common, arguments, message):
+    assert message in refuse(*common, *arguments)
 
 
-def test_out_that_is_a_file(capsys, folder, tmp_path):
+def test_out_that_is_a_file(refuse, common, tmp_path):
     (tmp_path / "file").write_text("")
-    code, _, err = run(capsys, folder, "--out", tmp_path / "file")
-    assert code == 2 and f"--out {tmp_path / 'file'}: File exists" in err
+    err = refuse(*common, "--out", tmp_path / "file")
+    assert f"--out {tmp_path / 'file'}: File exists" in err
 
 
-def test_accelerate_gives_what_one_process_gives(capsys, folder, tmp_path):
+def test_accelerate_gives_what_one_process_gives(run, folder, tmp_path):
     """Two processes, started as accelerate does by torchrun, share the documents."""
     arguments = ["eval", "--model", folder, "--include-path", folder, "--batch-size", 2,
                  "--tasks", "local_choice,local_answer", "--limit", 5, "--no-controls", *SETTINGS,
@@ -170,8 +155,9 @@ def test_accelerate_gives_what_one_process_gives(capsys, folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)  # of one process alone
-    assert cli.main([*map(str, arguments), str(tmp_path / "one")]) == 0
-    one = json.loads(capsys.readouterr().out)
+    code, text, _ = run(*arguments, tmp_path / "one")
+    assert code == 0
+    one = json.loads(text)
     assert set(one["variants"]) == set(two["variants"]) == {"baseline", "sharpened"}
     for name, variant in one["variants"].items():
         assert variant["scopes"] == two["variants"][name]["scopes"]

@@ -4,8 +4,8 @@ import types
 
 import pytest
 
-from vps.cli.options import UsageError
-from vps.cli.processes import Process, joined, own_device, take_process
+from vps.cli.options import Process, joined, own_device, take_process
+from vps.cli.values import UsageError
 from vps.evaluation.lm import shared
 
 

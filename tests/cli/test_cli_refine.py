@@ -5,63 +5,31 @@ import importlib
 import json
 
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import vps
-from vps import VPSConfig, cli
+from vps import VPSConfig
 from vps.model.loading import load_model
 
-WEIGHTS = '{"numeric": 1, "units": 0.5}'
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(str(i) for i in range(92))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
-    model.save_pretrained(path)
-    return path
-
-
-def run(capsys, folder, *arguments):
-    common = ["refine", "--model", folder, "--max-new-tokens", 5, "--weights", WEIGHTS]
-    code = cli.main([str(argument) for argument in (*common, *arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+REFINE = importlib.import_module("vps.refine")  # whose function hides it in vps
+WEIGHTS = {"numeric": 1, "units": 0.5}  # as the fixture refine has them
 
 
 def expected(folder, prompt, gold, **options):
     model, tokenizer = load_model(str(folder))
     vps.patch(model, options.pop("config", None))
-    options = dict(max_new_tokens=5, weights=json.loads(WEIGHTS)) | options
+    options = dict(max_new_tokens=5, weights=WEIGHTS) | options
     return json.loads(json.dumps(vps.refine(model, tokenizer, prompt, gold, **options).as_dict()))
 
 
-def test_one_prompt(capsys, folder, tmp_path):
-    code, out, err = run(capsys, folder, "--prompt", "1 2 3", "--gold", "60", "--json")
+def test_one_prompt(refine, folder, tmp_path):
+    code, out, err = refine("--prompt", "1 2 3", "--gold", "60", "--json")
     result = json.loads(out)
     assert (code, err) == (0, "") and result["used_labels"] is True and result["gold"] == "60"
     wanted = expected(folder, "1 2 3", "60")
     assert {name: result[name] for name in wanted} == wanted
     (tmp_path / "p.txt").write_text("1 2 3")
-    code, out, _ = run(
-        capsys, folder, "--prompt-file", tmp_path / "p.txt", "--gold", "60", "--iterations", 2,
+    code, out, _ = refine(
+        "--prompt-file", tmp_path / "p.txt", "--gold", "60", "--iterations", 2,
         "--keep", "last", "--no-surrogate", "--set", "builder=sk", "--json",
     )  # fmt: skip
     wanted = expected(
@@ -72,20 +40,20 @@ def test_one_prompt(capsys, folder, tmp_path):
     assert json.loads(out)["chosen"] == 1
 
 
-def test_text_says_whether_labels_were_used(capsys, folder):
-    code, out, _ = run(capsys, folder, "--prompt", "1 2 3", "--gold", "60")
+def test_text_says_whether_labels_were_used(refine, folder):
+    code, out, _ = refine("--prompt", "1 2 3", "--gold", "60")
     wanted = expected(folder, "1 2 3", "60")
     assert code == 0 and "The gold answer was used" in out
     assert f"answer, of iteration {wanted['chosen']} (best):\n{wanted['answer']}\n" in out
     for entry in wanted["iterations"]:
         assert f"loss {entry['losses']['total']:.4g} (numeric" in out and entry["text"] in out
     assert "sc, ℋ" in out and "L-BFGS pairs" in out
-    code, out, _ = run(capsys, folder, "--prompt", "1 2 3")
+    code, out, _ = refine("--prompt", "1 2 3")
     assert code == 0 and "No gold answer was used." in out and "iteration 1" not in out
 
 
-def test_without_gold_by_samples(capsys, folder):
-    code, out, _ = run(capsys, folder, "--prompt", "1 2 3", "--samples", 3, "--seed", 4, "--json")
+def test_without_gold_by_samples(refine, folder):
+    code, out, _ = refine("--prompt", "1 2 3", "--samples", 3, "--seed", 4, "--json")
     wanted = expected(folder, "1 2 3", None, samples=3, seed=4)
     result = json.loads(out)
     assert code == 0 and result["iterations"] == wanted["iterations"]
@@ -113,9 +81,9 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_in_rows_out(capsys, folder, data, tmp_path):
+def test_rows_in_rows_out(refine, folder, data, tmp_path):
     out = tmp_path / "out.jsonl"
-    code, text, err = run(capsys, folder, "--data", data, "--out", out)
+    code, text, err = refine("--data", data, "--out", out)
     assert code == 1 and "3 refined, 3 failed, 0 skipped" in text and "gold answer was used" in text
     assert "3 of 6 rows failed" in err and err.count("\n") == 1
     found = records(out)
@@ -132,19 +100,18 @@ def test_rows_in_rows_out(capsys, folder, data, tmp_path):
         assert record["settings"]["config"] == json.loads(VPSConfig().to_json())
 
 
-def test_a_run_is_continued(capsys, folder, data, tmp_path, monkeypatch):
+def test_a_run_is_continued(refine, data, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
-    run(capsys, folder, "--data", data, "--out", out)
+    refine("--data", data, "--out", out)
     whole = out.read_bytes()
     lines = whole.splitlines(keepends=True)
-    batch = importlib.import_module("vps.cli.batch")
     calls = []
 
     def counted(model, tokenizer, prompt, *arguments, **options):
         calls.append(prompt)
         return vps.refine(model, tokenizer, prompt, *arguments, **options)
 
-    monkeypatch.setattr(batch, "refine", counted)
+    monkeypatch.setattr(REFINE, "refine", counted)
     for kept, cut, again in (
         (2, lines[2][:40], ["40 7", "5 5 80"]),
         (2, lines[2][:-1], ["5 5 80"]),  # whole, but for the end of its line
@@ -154,7 +121,7 @@ def test_a_run_is_continued(capsys, folder, data, tmp_path, monkeypatch):
     ):
         calls.clear()
         out.write_bytes(b"".join(lines[:kept]) + cut)
-        code, text, _ = run(capsys, folder, "--data", data, "--out", out, "--json")
+        code, text, _ = refine("--data", data, "--out", out, "--json")
         assert calls == again
         assert out.read_bytes() == whole
         counts = json.loads(text)
@@ -162,50 +129,49 @@ def test_a_run_is_continued(capsys, folder, data, tmp_path, monkeypatch):
         assert counts["refined"] + counts["failed"] + counts["skipped"] == 6
 
 
-def test_an_output_of_an_earlier_version_is_continued(capsys, folder, data, tmp_path):
+def test_an_output_of_an_earlier_version_is_continued(refine, data, tmp_path):
     """Which wrote out what a config was not given."""
     out = tmp_path / "out.jsonl"
-    run(capsys, folder, "--data", data, "--out", out)
+    refine("--data", data, "--out", out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     for row in rows:
         row["settings"]["config"] = dataclasses.asdict(VPSConfig())
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows[:4])
     out.write_text(text)
-    code, _, _ = run(capsys, folder, "--data", data, "--out", out)
+    code, _, _ = refine("--data", data, "--out", out)
     assert out.read_text().startswith(text) and len(out.read_text().splitlines()) == len(rows)
 
 
-def test_an_output_of_another_run_is_refused(capsys, folder, data, tmp_path):
+def test_an_output_of_another_run_is_refused(refine, data, tmp_path):
     out = tmp_path / "out.jsonl"
-    run(capsys, folder, "--data", data, "--out", out)
+    refine("--data", data, "--out", out)
     whole = out.read_bytes()
     for arguments, message in (
         (("--iterations", 2), "iterations 3, not 2"),
         (("--set", "gamma=0.1"), "made with config"),
         (("--seed", 7), "seed 0, not 7"),
     ):
-        code, _, err = run(capsys, folder, "--data", data, "--out", out, *arguments)
+        code, _, err = refine("--data", data, "--out", out, *arguments)
         assert code == 2 and message in err and "--out" in err
     data.write_text(data.read_text().replace("1 2 3", "1 2 4"))
-    code, _, err = run(capsys, folder, "--data", data, "--out", out)
+    code, _, err = refine("--data", data, "--out", out)
     assert code == 2 and "line 1 is not of a row of this input" in err
     assert out.read_bytes() == whole
     out.write_bytes(b"junk\n" + whole)
-    code, _, err = run(capsys, folder, "--data", data, "--out", out)
+    code, _, err = refine("--data", data, "--out", out)
     assert code == 2 and "line 1 is no JSON object" in err
 
 
-def test_a_failing_row_does_not_end_the_others(capsys, folder, data, tmp_path, monkeypatch):
-    batch = importlib.import_module("vps.cli.batch")
+def test_a_failing_row_does_not_end_the_others(refine, data, tmp_path, monkeypatch):
 
     def failing(model, tokenizer, prompt, *arguments, **options):
         if prompt == "40 7":
             raise MemoryError("no room\nat all")
         return vps.refine(model, tokenizer, prompt, *arguments, **options)
 
-    monkeypatch.setattr(batch, "refine", failing)
+    monkeypatch.setattr(REFINE, "refine", failing)
     out = tmp_path / "out.jsonl"
-    assert run(capsys, folder, "--data", data, "--out", out)[0] == 1
+    assert refine("--data", data, "--out", out)[0] == 1
     found = records(out)
     assert found[2]["error"] == "MemoryError: no room at all" and len(found) == 6
     assert "error" not in found[5]
@@ -227,14 +193,14 @@ def test_a_failing_row_does_not_end_the_others(capsys, folder, data, tmp_path, m
         (("--prompt", " "), "the prompt is empty"),
     ],
 )
-def test_bad_usage(capsys, folder, data, tmp_path, monkeypatch, arguments, message):
+def test_bad_usage(refine, data, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").write_text("\n\n")
     places = {"data": data, "empty": tmp_path / "empty", "missing": tmp_path / "missing"}
     given = [
         a.format(**places) if a[0] != "{" or "}" in a and ":" not in a else a for a in arguments
     ]
-    code, out, err = run(capsys, folder, *given)
+    code, out, err = refine(*given)
     assert code == 2 and out == "" and message in err
     assert err.count("\n") == 1 and err.startswith("vps: error: ")
     assert not (tmp_path / "o").exists()

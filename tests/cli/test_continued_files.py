@@ -5,10 +5,9 @@ import os
 
 import pytest
 from test_cli_calibrate import FAST, rows, write
-from test_cli_refine import folder, run  # noqa: F401
 from test_evaluation_ablation import SETTINGS, by_an_earlier_version, evaluate, grid
 
-from vps import Calibration, cli, files
+from vps import Calibration, files
 from vps.evaluation.runs import RunError, ablate, read_run
 from vps.fitting.calibrate import Kept
 
@@ -31,18 +30,18 @@ FOREIGN = {
     "blank lines around": b"\n\n  notes\n\n",
     "the names of cells": b'{"cell": 1',
 }
+NO_MODEL = ("--model", "/no/such")  # for what is refused before any model is looked for
 
 
 @pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
-def test_a_file_of_somebody_else_stays_as_it_is(capsys, tmp_path, text):
+def test_a_file_of_somebody_else_stays_as_it_is(refuse, tmp_path, text):
     """It is refused by name, before any model is looked for."""
     data = write(tmp_path / "in.jsonl", [{"prompt": "1 2 3", "gold": "6"}])
     out = tmp_path / "notes.txt"
     for given in (text, text + b"\n", text.replace(b"\n", b"\r\n")):
         out.write_bytes(given)
-        code, printed, err = run(capsys, "/no/such", "--data", data, "--out", out)
-        assert (code, printed) == (2, "") and err.startswith(f"vps: error: --out: {out}: line ")
-        assert err.count("\n") == 1 and out.read_bytes() == given
+        err = refuse("refine", *NO_MODEL, "--data", data, "--out", out)
+        assert err.startswith(f"vps: error: --out: {out}: line ") and out.read_bytes() == given
 
 
 def row(**values):
@@ -81,11 +80,11 @@ def test_only_the_end_of_a_row_is_missing(tmp_path):
     assert len(found) == 1 and path.read_bytes() == whole
 
 
-def test_blank_lines_and_other_ends_of_lines_are_read_over(capsys, folder, tmp_path):  # noqa: F811
+def test_blank_lines_and_other_ends_of_lines_are_read_over(refine, tmp_path):
     """An editor may have had the results: they are gone on with, and nothing of them is cut."""
     data = write(tmp_path / "in.jsonl", [{"prompt": "1 2"}, {"prompt": "3 4"}, {"prompt": "5 6"}])
     out = tmp_path / "out.jsonl"
-    assert run(capsys, folder, "--data", data, "--out", out)[0] == 0
+    assert refine("--data", data, "--out", out)[0] == 0
     whole = out.read_bytes()
     first, second, third = whole.splitlines(keepends=True)
     for edited in (
@@ -95,13 +94,13 @@ def test_blank_lines_and_other_ends_of_lines_are_read_over(capsys, folder, tmp_p
         b"\n\n" + first + second + b"\n",
     ):
         out.write_bytes(edited + third[:50])
-        code, text, err = run(capsys, folder, "--data", data, "--out", out, "--json")
+        code, text, err = refine("--data", data, "--out", out, "--json")
         assert (code, err) == (0, "") and json.loads(text)["skipped"] == 2
         assert out.read_bytes() == edited + third
-        assert run(capsys, folder, "--data", data, "--out", out)[0] == 0
+        assert refine("--data", data, "--out", out)[0] == 0
         assert out.read_bytes() == edited + third
     out.write_bytes(b"\n \n")  # blank, so nobody's
-    assert run(capsys, folder, "--data", data, "--out", out)[0] == 0
+    assert refine("--data", data, "--out", out)[0] == 0
     assert out.read_bytes() == b"\n \n" + whole
 
 
@@ -109,7 +108,7 @@ def test_blank_lines_and_other_ends_of_lines_are_read_over(capsys, folder, tmp_p
 @pytest.mark.parametrize(
     "text", [b'{"prompt": "1"}', b'{"row": 1, "pro', b'{"prompt": "1"}\n{"row']
 )
-def test_the_input_is_no_output(capsys, tmp_path, how, text):
+def test_the_input_is_no_output(refuse, tmp_path, how, text):
     data = tmp_path / "in.jsonl"
     data.write_bytes(text)
     out = {"same": tmp_path / "." / "in.jsonl"}.get(how, tmp_path / "out.jsonl")
@@ -120,8 +119,8 @@ def test_the_input_is_no_output(capsys, tmp_path, how, text):
     if text.startswith(b'{"ro'):  # an input that was cut off itself
         data.write_bytes(b'{"prompt": "1"}\n' + text)
     before = data.read_bytes()
-    code, _, err = run(capsys, "/no/such", "--data", data, "--out", out)
-    assert code == 2 and f"--out {out}: is the file of --data" in err
+    err = refuse("refine", *NO_MODEL, "--data", data, "--out", out)
+    assert f"--out {out}: is the file of --data" in err
     assert data.read_bytes() == before
 
 
@@ -137,16 +136,15 @@ def no_file(request, tmp_path):
     return path
 
 
-def test_what_is_no_file_is_no_output(capsys, tmp_path, no_file):
+def test_what_is_no_file_is_no_output(refuse, tmp_path, no_file):
     """A pipe would be waited for, and a device replaced by a file."""
     kind = os.stat(no_file).st_mode
     data = write(tmp_path / "in.jsonl", rows(8))
-    code, _, err = run(capsys, "/no/such", "--data", data, "--out", no_file)
-    assert code == 2 and "not a regular file" in err and str(no_file) in err
+    err = refuse("refine", *NO_MODEL, "--data", data, "--out", no_file)
+    assert "not a regular file" in err and str(no_file) in err
     for more in ((), ("--gradient-only",)):
-        arguments = ("calibrate", "--model", "/no/such", "--data", data, "--out", no_file, *more)
-        assert cli.main([str(each) for each in arguments]) == 2
-        assert "expected a file in a folder that exists" in capsys.readouterr().err
+        err = refuse("calibrate", *NO_MODEL, "--data", data, "--out", no_file, *more)
+        assert "expected a file in a folder that exists" in err
     with pytest.raises(OSError, match="not a regular file"):
         files.replace(no_file, "text")
     with pytest.raises(ValueError, match="holds no interrupted calibration"):
@@ -154,12 +152,7 @@ def test_what_is_no_file_is_no_output(capsys, tmp_path, no_file):
     assert os.stat(no_file).st_mode == kind
 
 
-def calibrate(capsys, *arguments):
-    code = cli.main(["calibrate", *(str(each) for each in arguments)])
-    return code, capsys.readouterr().err
-
-
-def test_calibrate_writes_over_its_own_files_alone(capsys, folder, tmp_path):  # noqa: F811
+def test_calibrate_writes_over_its_own_files_alone(run, refuse, folder, tmp_path):
     examples = [{"prompt": "1 2 3", "answer": str(i)} for i in range(8)]
     data, out = write(tmp_path / "in.jsonl", examples), tmp_path / "cal.json"
     partial = tmp_path / "cal.json.partial"
@@ -167,40 +160,40 @@ def test_calibrate_writes_over_its_own_files_alone(capsys, folder, tmp_path):  #
     for text in (*FOREIGN.values(), b"{}", b'{"format": "vps-settings-1"}', b'{"key": 1}'):
         out.write_bytes(text)
         for more in ((), ("--gradient-only",)):
-            code, err = calibrate(capsys, "--model", "/no/such", *common, *more)
-            assert code == 2 and f"--out {out}: holds no " in err and err.count("\n") == 1
+            err = refuse("calibrate", *NO_MODEL, *common, *more)
+            assert f"--out {out}: holds no " in err
             assert out.read_bytes() == text
         out.unlink()
         partial.write_bytes(text)
-        code, err = calibrate(capsys, "--model", "/no/such", *common)
-        assert code == 2 and f"{partial} holds no interrupted calibration" in err
+        err = refuse("calibrate", *NO_MODEL, *common)
+        assert f"{partial} holds no interrupted calibration" in err
         assert partial.read_bytes() == text and not out.exists()
         partial.unlink()
-    code, err = calibrate(capsys, "--model", "/no/such", "--data", data, "--out", data)
-    assert code == 2 and len(data.read_text().splitlines()) == 8
+    err = refuse("calibrate", *NO_MODEL, "--data", data, "--out", data)
+    assert len(data.read_text().splitlines()) == 8
 
     model = ("--model", folder, "--no-controls", *FAST)
     out.write_bytes(b"")  # as mktemp leaves it
     for _ in range(2):  # a calibration may be made anew
-        assert calibrate(capsys, *model, *common)[0] == 0
+        assert run("calibrate", *model, *common)[0] == 0
     made = Calibration.load(out)
-    code, err = calibrate(capsys, "--model", "/no/such", *common, "--gradient-only")
-    assert code == 2 and "holds no ranking by --gradient-only" in err
+    err = refuse("calibrate", *NO_MODEL, *common, "--gradient-only")
+    assert "holds no ranking by --gradient-only" in err
     assert Calibration.load(out) == made
 
     ranking, picture = tmp_path / "r.json", tmp_path / "r.png"
     common = ("--data", data, "--out", ranking, "--gradient-only")
     picture.write_bytes(b"holiday")
-    code, err = calibrate(capsys, "--model", "/no/such", *common)
-    assert code == 2 and f"{picture} is there" in err and picture.read_bytes() == b"holiday"
+    err = refuse("calibrate", *NO_MODEL, *common)
+    assert f"{picture} is there" in err and picture.read_bytes() == b"holiday"
     picture.unlink()
     for _ in range(2):
-        assert calibrate(capsys, *model, *common)[0] == 0
-    code, err = calibrate(capsys, "--model", "/no/such", *common[:2], "--out", ranking)
-    assert code == 2 and "holds no calibration" in err
+        assert run("calibrate", *model, *common)[0] == 0
+    err = refuse("calibrate", *NO_MODEL, *common[:2], "--out", ranking)
+    assert "holds no calibration" in err
     common = ("--data", data, "--out", tmp_path / "x.png", "--gradient-only")
-    code, err = calibrate(capsys, "--model", "/no/such", *common)
-    assert code == 2 and ".png is the heat map" in err
+    err = refuse("calibrate", *NO_MODEL, *common)
+    assert ".png is the heat map" in err
 
 
 def test_an_ablation_writes_over_its_own_cells_alone(tmp_path):

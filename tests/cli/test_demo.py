@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from cases import number_llama, number_tokenizer
 
 from vps import (
     Calibration,
@@ -22,8 +21,15 @@ from vps import (
     set_config,
 )
 from vps.cli.demo import calibrated, comparison, heatmap
-from vps.cli.demo.comparison import CONFIG, Answer, DemoRun, Refined, compare, run_demo
-from vps.cli.demo.report import write_report
+from vps.cli.demo.comparison import (
+    CONFIG,
+    Answer,
+    DemoRun,
+    Refined,
+    compare,
+    run_demo,
+    write_report,
+)
 from vps.fitting import Example, check_apart
 from vps.model.calibration import fingerprint
 from vps.model.generation import Generation, changed_choices, encode, first_difference
@@ -34,26 +40,12 @@ from vps.verify import Losses
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
-    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    return number_tokenizer()
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
+    model = number_llama()
     patch(model, CONFIG)
     return model
 
@@ -85,7 +77,7 @@ def test_comparison_and_report(model, tokenizer, tmp_path):
 
 def test_changed_choices_are_those_of_the_greedy_steps(model, tokenizer):
     set_config(model, VPSConfig(scope="token", gamma=0.5, adaptive_gamma=False))
-    inputs = encode(tokenizer, "w1 w2 w3")
+    inputs = encode(tokenizer, "1 2 3")
     ids = inputs["input_ids"]
     shares = []
     for text in torch.randint(4, 96, (12, 8)).tolist():  # several: one share may agree by chance
@@ -105,7 +97,7 @@ def test_changed_choices_are_those_of_the_greedy_steps(model, tokenizer):
 
 @torch.inference_mode()
 def test_statistics_are_those_of_the_layers(model, tokenizer):
-    inputs = encode(tokenizer, "w1 w2 w3 w4")
+    inputs = encode(tokenizer, "1 2 3 4")
     seen = {}
     handles = [
         layer.register_forward_hook(lambda m, x, y, name=name: seen.update({name: (m, x[0], y)}))

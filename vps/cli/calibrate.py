@@ -1,183 +1,260 @@
 """``vps calibrate``: fit a γ to every layer, beside controls, or only say where γ would matter."""
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 import json
-import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from typer import Option
+
+from vps import files
 from vps.cli.options import (
-    UsageError,
-    add_config,
-    add_model,
-    load_named_model,
-    positive,
-    read_config,
-    usable_device,
+    ConfigOptions,
+    ModelOptions,
+    Scope,
+    Seed,
+    count,
 )
-from vps.cli.terminal import Progress, muted, quiet_transformers
-from vps.model.calibration import FORMAT
+from vps.cli.terminal import Progress, warn
+from vps.cli.values import UsageError, blaming, names_of, read_config
 from vps.reading import parse_json, read_text
 
 if TYPE_CHECKING:
-    from vps.fitting import Sensitivity
+    from vps.fitting import Options, Sensitivity
     from vps.fitting.examples import LeftOut
 
 SHOWN = 15  # layers of --gradient-only on the terminal
+RANKING = "ranking by --gradient-only"
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "calibrate",
-        parents=[common],
-        help="fit a γ to every layer on examples, with controls",
-        description='Rows of --data are {"prompt", "answer"}, whose answers are scored, or '
-        '{"text"}. A quarter of them is kept to stop by and, without --held-out, a quarter to '
-        "report on. An interrupted run goes on where it was when it is started again.",
-    )
-    add_model(parser)
-    parser.add_argument("--data", type=Path, required=True, help="JSONL of examples")
-    parser.add_argument("--out", type=Path, required=True, help="the calibration, as JSON")
-    parser.add_argument("--held-out", type=Path, metavar="FILE", help="JSONL to report on")
-    parser.add_argument(
-        "--other-text", type=Path, metavar="FILE",
-        help="JSONL of texts that the examples do not cover, for side effects (twelve short ones "
-        "by default)",
-    )  # fmt: skip
-    add_config(parser)
-    parser.add_argument(
-        "--per", choices=("layer", "column"), default="layer", help="what gets a γ of its own"
-    )
-    subset = parser.add_mutually_exclusive_group()
-    subset.add_argument(
-        "--layers", metavar="A,B", help="fit these alone, by name or its end; the others stay plain"
-    )
-    subset.add_argument(
-        "--top-layers", type=positive, metavar="N", help="fit the N layers of largest |∂L/∂γ|"
-    )
-    parser.add_argument("--steps", type=positive, metavar="N", help="at most")
-    parser.add_argument("--batch-size", type=positive, metavar="B", help="examples a step")
-    parser.add_argument(
-        "--learning-rate", metavar="R,R", help="of Adam; of several the one that stops lowest"
-    )
-    parser.add_argument("--patience", type=positive, metavar="N", help="looks without a lower loss")
-    parser.add_argument(
-        "--scope", choices=("token", "sequence", "batch"), default="token",
-        help="for scoring the examples (default: token, the only one without leaks)",
-    )  # fmt: skip
-    parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument(
-        "--no-controls", action="store_true",
-        help="do not fit plain scale, random and static features and LoRA beside it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--gradient-only", action="store_true",
-        help="fit nothing: rank the layers by ∂L/∂γ and its noise into --out, with a heat map "
-        "beside it",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the file's JSON instead")
-    parser.set_defaults(run=run)
+@dataclass(kw_only=True)
+class Calibrate(ConfigOptions, ModelOptions):
+    """Fit a γ to every layer on examples, with controls.
 
+    Rows of --data are {"prompt", "answer"}, whose answers are scored, or {"text"}. A quarter of
+    them is kept to stop by and, without --held-out, a quarter to report on. An interrupted run goes
+    on where it was when it is started again.
+    """
 
-def run(arguments: argparse.Namespace) -> None:
-    """Fit or take gradients, write, print."""
-    config = read_config(arguments.config, arguments.set)
-    examples = _read("--data", arguments.data)
-    held_out = None if arguments.held_out is None else _read("--held-out", arguments.held_out)
-    others = None
-    if arguments.other_text is not None:
-        others = [each.answer for each in _read("--other-text", arguments.other_text)]
-    options = _options(arguments)
-    partial = arguments.out.with_name(f"{arguments.out.name}.partial")
-    _claim(arguments.out, partial, arguments.gradient_only)
-    quiet_transformers(arguments.debug)
+    data: Annotated[Path, Option(help="JSONL of examples")]
+    out: Annotated[Path, Option(help="the calibration, as JSON")]
+    held_out: Annotated[Path | None, Option(help="JSONL to report on")] = None
+    other_text: Annotated[
+        Path | None,
+        Option(help="JSONL of other texts, for side effects (default: twelve short ones)"),
+    ] = None
+    per: Annotated[Literal["layer", "column"], Option(help="what gets a γ of its own")] = "layer"
+    layers: Annotated[
+        str | None,
+        Option(metavar="A,B", help="fit these alone, by name or its end; the others stay plain"),
+    ] = None
+    top_layers: Annotated[int | None, count(help="fit the N layers of largest |∂L/∂γ|")] = None
+    steps: Annotated[int | None, count(help="of Adam, at most")] = None
+    batch_size: Annotated[int | None, count(metavar="B", help="examples a step")] = None
+    learning_rate: Annotated[
+        str | None, Option(metavar="R,R", help="of Adam; of several the one that stops lowest")
+    ] = None
+    patience: Annotated[int | None, count(help="looks without a lower loss")] = None
+    scope: Annotated[
+        Scope, Option(help="for scoring the examples; token is the only one without leaks")
+    ] = "token"
+    no_chat: Annotated[bool, Option("--no-chat", help="do not use the chat template")] = False
+    seed: Seed = 0
+    no_controls: Annotated[
+        bool,
+        Option(
+            "--no-controls", help="fit no plain scale, random or static features, LoRA beside it"
+        ),
+    ] = False
+    gradient_only: Annotated[
+        bool,
+        Option(
+            "--gradient-only", help="fit nothing: rank and draw the layers by ∂L/∂γ and its noise"
+        ),
+    ] = False
+    as_json: Annotated[bool, Option("--json", help="print the file's JSON instead")] = False
 
-    from vps import patch
-    from vps.fitting import calibrate, sensitivity, text
-    from vps.fitting.examples import told, usable
-    from vps.model.patching import sharpened_layers
+    def run(self) -> None:
+        """Fit or take gradients, write, print."""
+        self.exclude("layers", "top_layers")
+        config = read_config(self.config, self.settings)
+        examples = _read("--data", self.data)
+        held_out = None if self.held_out is None else _read("--held-out", self.held_out)
+        others = None
+        if self.other_text is not None:
+            others = [each.answer for each in _read("--other-text", self.other_text)]
+        options = self._fit_options()
+        partial = self.out.with_name(f"{self.out.name}.partial")
+        self._claim(partial)
 
-    device = usable_device(arguments.device)
-    progress = Progress()
-    try:
-        progress.step("loading the model")
-        with muted(arguments.debug):
-            model, tokenizer = load_named_model(arguments, device)
-        patch(model, config)
-        shared: dict[str, Any] = {
-            "scope": arguments.scope,
-            "chat": not arguments.no_chat,
-            "progress": progress.step,
-            "advance": progress.advance,
-        }
-        if arguments.gradient_only:
-            kept, left_out = usable(tokenizer, "examples", examples, chat=shared["chat"])
-            found = sensitivity(model, tokenizer, [each for each, _ in kept], **shared)
-            progress.close()
-            _gradients(arguments, found, len(kept), left_out, list(sharpened_layers(model)))
-            if left_out:
-                _warn(told(left_out, len(examples)))
-            return
-        layers: Any = arguments.top_layers
-        if arguments.layers is not None:
-            layers = [name.strip() for name in arguments.layers.split(",") if name.strip()]
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", UserWarning)
-            calibration = calibrate(
-                model,
-                tokenizer,
-                examples,
-                held_out=held_out,
-                other_texts=others,
-                per=arguments.per,
-                layers=layers,
-                controls=not arguments.no_controls,
-                options=options,
-                seed=arguments.seed,
-                resume=partial,
-                **shared,
+        from vps.fitting import calibrate, text
+        from vps.model.patching import patch
+
+        layers = self.top_layers if self.layers is None else names_of("--layers", self.layers)
+        with Progress() as progress:
+            model, tokenizer = self.load(progress)
+            patch(model, config)
+            shared: dict[str, Any] = {
+                "scope": self.scope,
+                "chat": not self.no_chat,
+                "progress": progress.step,
+                "advance": progress.advance,
+            }
+            if self.gradient_only:
+                self._rank(model, tokenizer, examples, progress, shared)
+                return
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", UserWarning)
+                calibration = calibrate(
+                    model,
+                    tokenizer,
+                    examples,
+                    held_out=held_out,
+                    other_texts=others,
+                    per=self.per,
+                    layers=layers,
+                    controls=not self.no_controls,
+                    options=options,
+                    seed=self.seed,
+                    resume=partial,
+                    **shared,
+                )
+        calibration.save(self.out)
+        print(calibration.to_json() if self.as_json else text(calibration))
+        for each in said:
+            if str(each.message).startswith("vps.calibrate: "):
+                warn(str(each.message).removeprefix("vps.calibrate: "))
+
+    def _fit_options(self) -> "Options":
+        from vps.fitting import Options
+
+        given: dict[str, Any] = {"seed": self.seed}
+        for name in ("steps", "batch_size", "patience"):
+            if getattr(self, name) is not None:
+                given[name] = getattr(self, name)
+        with blaming("--learning-rate", self.learning_rate):
+            if self.learning_rate is not None:
+                rates = tuple(float(rate) for rate in self.learning_rate.split(","))
+                given["learning_rates"] = rates
+            return Options(**given)
+
+    def _claim(self, partial: Path) -> None:
+        """Refuse to replace, at the end, what an earlier call of the same kind did not write."""
+        from vps.fitting.calibrate import left
+
+        out, where = self.out, f"--out {self.out}"
+        if not out.absolute().parent.is_dir() or (out.exists() and not out.is_file()):
+            raise UsageError(f"{where}: expected a file in a folder that exists")
+        kind = RANKING if self.gradient_only else "calibration"
+        if out.exists() and out.stat().st_size > 0 and _kind(out) != kind:
+            raise UsageError(
+                f"{where}: holds no {kind}, and would be overwritten; give another file"
             )
-    finally:
+        if not self.gradient_only:
+            try:
+                left(partial)
+            except ValueError as error:
+                raise UsageError(f"{where}: {str(error).removeprefix('calibrate: ')}") from error
+            return
+        picture = out.with_suffix(".png")
+        if picture == out:
+            raise UsageError(
+                f"{where}: expected another ending, of a JSON file; .png is the heat map"
+            )
+        if picture.exists() and (not out.exists() or _kind(out) != kind):
+            raise UsageError(
+                f"{where}: {picture} is there and would be overwritten; give another file"
+            )
+
+    def _rank(
+        self,
+        model: Any,
+        tokenizer: Any,
+        examples: list[Any],
+        progress: Progress,
+        shared: dict[str, Any],
+    ) -> None:
+        """Rank the layers by their gradients, and say which examples could not be used."""
+        from vps.fitting import sensitivity
+        from vps.fitting.examples import told, usable
+        from vps.model.patching import sharpened_layers
+
+        kept, left_out = usable(tokenizer, "examples", examples, chat=shared["chat"])
+        found = sensitivity(model, tokenizer, [each for each, _ in kept], **shared)
         progress.close()
-    calibration.save(arguments.out)
-    print(calibration.to_json() if arguments.json else text(calibration))
-    for each in said:
-        if str(each.message).startswith("vps.calibrate: "):
-            _warn(str(each.message).removeprefix("vps.calibrate: "))
+        self._write_ranking(found, len(kept), left_out, list(sharpened_layers(model)))
+        if left_out:
+            warn(told(left_out, len(examples)))
+
+    def _write_ranking(
+        self, found: "list[Sensitivity]", examples: int, left_out: "list[LeftOut]", order: list[str]
+    ) -> None:
+        """Write and draw the ranking, and print its head; the picture has the model's order."""
+        from vps.cli.demo.heatmap import Panel, draw_panels
+        from vps.fitting import agreement
+
+        together = agreement(found)
+        rows = [
+            dataclasses.asdict(each) | {"ratio": each.ratio, "agrees": each.agrees}
+            for each in found
+        ]
+        values = {
+            "model": self.model,
+            "examples": examples,
+            "left_out": [dataclasses.asdict(each) for each in left_out],
+            "scope": self.scope,
+            "agreement": _finite(together),
+            "layers": [{key: _finite(value) for key, value in row.items()} for row in rows],
+        }
+        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        files.replace(self.out, text)
+        picture, unit = self.out.with_suffix(".png"), "nats per token"
+        drawn = sorted(found, key=lambda each: order.index(each.name))
+        draw_panels(
+            [each.name for each in drawn],
+            [
+                Panel("∂L/∂γ", unit, [each.gradient for each in drawn], centred=True),
+                Panel("first half", unit, [each.halves[0] for each in drawn], centred=True),
+                Panel("second half", unit, [each.halves[1] for each in drawn], centred=True),
+                Panel(
+                    "|∂L/∂γ| over its error", "no unit", [min(each.ratio, 99.0) for each in drawn]
+                ),
+            ],
+            picture,
+            f"How the loss of {examples} examples answers to γ of every layer, at γ = 0",
+        )
+        if self.as_json:
+            print(text, end="")
+            return
+        width = max(len(each.name) for each in found)
+        print(f"{'layer':<{width}}  {'∂L/∂γ':>9}  {'error':>8}  {'halves':>19}")
+        for each in found[:SHOWN]:
+            halves = f"{each.halves[0]:+9.4f} {each.halves[1]:+9.4f}"
+            print(f"{each.name:<{width}}  {each.gradient:+9.4f}  {each.error:8.4f}  {halves}")
+        agreeing = sum(each.agrees for each in found)
+        print(
+            f"{len(found)} layers, {examples} examples; {agreeing} layers have one sign in both "
+            f"halves (half would by chance); correlation of the halves {together:.2f}"
+        )
+        print(f"all layers: {self.out}; heat map: {picture}")
 
 
-def _claim(out: Path, partial: Path, gradient_only: bool) -> None:
-    """Refuse to replace, at the end, what an earlier call of the same kind did not write."""
-    from vps.fitting.calibrate import left
+def _read(option: str, path: Path) -> list[Any]:
+    from vps.fitting import read_examples
 
-    where = f"--out {out}"
-    if not out.absolute().parent.is_dir() or (out.exists() and not out.is_file()):
-        raise UsageError(f"{where}: expected a file in a folder that exists")
-    kind = "ranking by --gradient-only" if gradient_only else "calibration"
-    ours = not out.exists() or out.stat().st_size == 0 or _kind(out) == kind
-    if not ours:
-        raise UsageError(f"{where}: holds no {kind}, and would be overwritten; give another file")
-    if not gradient_only:
-        try:
-            left(partial)
-        except ValueError as error:
-            raise UsageError(f"{where}: {str(error).removeprefix('calibrate: ')}") from error
-        return
-    picture = out.with_suffix(".png")
-    if picture == out:
-        raise UsageError(f"{where}: expected another ending, of a JSON file; .png is the heat map")
-    if picture.exists() and (not out.exists() or _kind(out) != kind):
-        raise UsageError(f"{where}: {picture} is there and would be overwritten; give another file")
+    with blaming(option, path):
+        found = read_examples(path)
+    if not found:
+        raise UsageError(f"{option} {path}: holds no example")
+    return found
 
 
 def _kind(path: Path) -> str | None:
-    """Which of the two files of this command that is, if it is one."""
+    """Tell which of the two files of this command that is, if it is one."""
+    from vps.model.calibration import FORMAT
+
     try:
         values = parse_json(read_text(path))
     except ValueError:
@@ -187,100 +264,9 @@ def _kind(path: Path) -> str | None:
     if values.get("format") == FORMAT:
         return "calibration"
     ranking = {"model", "examples", "scope", "agreement", "layers"}
-    return "ranking by --gradient-only" if set(values) >= ranking else None
-
-
-def _warn(message: str) -> None:
-    print(f"vps: warning: {message}", file=sys.stderr)
-
-
-def _read(option: str, path: Path) -> list[Any]:
-    from vps.fitting import read_examples
-
-    try:
-        found = read_examples(path)
-    except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror}") from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{option}: {error}") from error
-    if not found:
-        raise UsageError(f"{option} {path}: holds no example")
-    return found
-
-
-def _options(arguments: argparse.Namespace) -> Any:
-    from vps.fitting import Options
-
-    given: dict[str, Any] = {"seed": arguments.seed}
-    for name in ("steps", "batch_size", "patience"):
-        if getattr(arguments, name) is not None:
-            given[name] = getattr(arguments, name)
-    try:
-        if arguments.learning_rate is not None:
-            rates = tuple(float(rate) for rate in arguments.learning_rate.split(","))
-            given["learning_rates"] = rates
-        return Options(**given)
-    except ValueError as error:
-        raise UsageError(f"--learning-rate {arguments.learning_rate}: {error}") from error
-
-
-def _gradients(
-    arguments: argparse.Namespace,
-    found: list[Sensitivity],
-    examples: int,
-    left_out: list[LeftOut],
-    order: list[str],
-) -> None:
-    """Write and draw the ranking, print its head; the picture is in the order of the model."""
-    from vps import files
-    from vps.cli.demo.heatmap import Panel, draw_panels
-    from vps.fitting import agreement
-
-    together = agreement(found)
-    rows = [
-        dataclasses.asdict(each) | {"ratio": _finite(each.ratio), "agrees": each.agrees}
-        for each in found
-    ]
-    values = {
-        "model": arguments.model,
-        "examples": examples,
-        "left_out": [dataclasses.asdict(each) for each in left_out],
-        "scope": arguments.scope,
-        "agreement": _finite(together),
-        "layers": [{key: _finite(value) for key, value in row.items()} for row in rows],
-    }
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    files.replace(arguments.out, text)
-    picture, unit = arguments.out.with_suffix(".png"), "nats per token"
-    names = [each.name for each in found]
-    drawn = sorted(found, key=lambda each: order.index(each.name))
-    draw_panels(
-        [each.name for each in drawn],
-        [
-            Panel("∂L/∂γ", unit, [each.gradient for each in drawn], centred=True),
-            Panel("first half", unit, [each.halves[0] for each in drawn], centred=True),
-            Panel("second half", unit, [each.halves[1] for each in drawn], centred=True),
-            Panel("|∂L/∂γ| over its error", "no unit", [min(each.ratio, 99.0) for each in drawn]),
-        ],
-        picture,
-        f"How the loss of {examples} examples answers to γ of every layer, at γ = 0",
-    )
-    if arguments.json:
-        print(text, end="")
-        return
-    width = max(len(name) for name in names)
-    print(f"{'layer':<{width}}  {'∂L/∂γ':>9}  {'error':>8}  {'halves':>19}")
-    for each in found[:SHOWN]:
-        halves = f"{each.halves[0]:+9.4f} {each.halves[1]:+9.4f}"
-        print(f"{each.name:<{width}}  {each.gradient:+9.4f}  {each.error:8.4f}  {halves}")
-    agreeing = sum(each.agrees for each in found)
-    print(
-        f"{len(found)} layers, {examples} examples; {agreeing} layers have one sign in both halves "
-        f"(half would by chance); correlation of the halves {together:.2f}"
-    )
-    print(f"all layers: {arguments.out}; heat map: {picture}")
+    return RANKING if set(values) >= ranking else None
 
 
 def _finite(value: Any) -> Any:
-    """``None`` for a number that JSON has no name for."""
+    """Return ``None`` for a number that JSON has no name for."""
     return None if isinstance(value, float) and not abs(value) < float("inf") else value

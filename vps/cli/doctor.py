@@ -1,31 +1,27 @@
-"""``vps doctor``: versions, devices and backends of this machine."""
+"""``vps doctor``: what this machine can run."""
 
-from __future__ import annotations
-
-import argparse
 import json
-from typing import Any
+from dataclasses import dataclass
+
+from vps.cli.options import Command, Json
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "doctor", parents=[common], help="versions, devices and backends of this machine"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+@dataclass(kw_only=True)
+class Doctor(Command):
+    """Show versions, devices and backends of this machine."""
 
+    as_json: Json = False
 
-def run(arguments: argparse.Namespace) -> None:
-    """Print the facts."""
-    from vps.doctor import diagnose
+    def run(self) -> None:
+        """Print the facts."""
+        from vps.doctor import diagnose
 
-    facts = diagnose()
-    if arguments.json:
-        print(json.dumps(facts, indent=2))
-        return
-    for section, entries in facts.items():
-        print(section)
-        width = max(14, *map(len, entries))
-        for name, value in entries.items():
-            print(f"  {name:<{width}} {value}")
+        facts = diagnose()
+        if self.as_json:
+            print(json.dumps(facts, indent=2))
+            return
+        for section, entries in facts.items():
+            print(section)
+            width = max(14, *map(len, entries))
+            for name, value in entries.items():
+                print(f"  {name:<{width}} {value}")

@@ -1,233 +1,198 @@
 """``vps eval``: tasks of lm-evaluation-harness on a model, sharpened, plain, and by controls."""
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 import json
 import os
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from vps import __version__
+from typer import Option
+
+from vps import __version__, files
 from vps.cli.options import (
-    UsageError,
-    add_calibration,
-    add_config,
-    add_model,
-    apply_calibration,
-    load_named_model,
-    positive,
-    read_calibration,
-    usable_device,
+    CalibrationOptions,
+    Json,
+    Process,
+    Seed,
+    Sharpening,
+    TaskOptions,
+    count,
+    joined,
+    own_device,
+    take_process,
 )
-from vps.cli.processes import Process, joined, own_device, take_process
-from vps.cli.terminal import Progress, muted, quiet_transformers
+from vps.cli.terminal import Progress, muted
+from vps.cli.values import UsageError, blaming
+
+if TYPE_CHECKING:
+    from vps.config import VPSConfig
+    from vps.model.calibration import Calibration
 
 OUTCOMES, SCORES = "outcomes.jsonl", "scores.json"
-DESCRIPTION = """Runs the plain model, the sharpened one and three controls on the same documents.
-
-Tasks that need no download: vps_arithmetic, vps_chains, vps_word_problems, vps_units, each also
-with _choice at its end.
-
-Several processes share the documents, each with the whole model on a device of its own (--device
-cuda is one GPU for each process; without --multi_gpu accelerate starts only one where there is no
-GPU):
-
-  accelerate launch --multi_gpu --num_processes 2 -m vps.cli eval ...
-  torchrun --nproc-per-node 2 -m vps.cli eval ...
-"""
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "eval",
-        parents=[common],
-        help="run tasks of lm-evaluation-harness, sharpened and plain",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model(parser)
-    parser.add_argument(
-        "--tasks", required=True, metavar="A,B", help="names of tasks or groups, or YAML files"
-    )
-    parser.add_argument(
-        "--include-path", type=Path, action="append", default=[], metavar="DIR",
-        help="folder of YAML tasks; may be repeated",
-    )  # fmt: skip
-    add_config(parser)
-    add_calibration(parser)
-    parser.add_argument("--limit", type=positive, metavar="N", help="documents of each task")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="B")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
-    parser.add_argument("--chat", action="store_true", help="use the chat template")
-    parser.add_argument(
-        "--scoring-scope", choices=("token", "sequence", "batch", "config"), default="token",
-        help="scope for scoring given continuations (default: token, the only one without leaks)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-controls", action="store_true", help="only the plain and the sharpened model"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the controls")
-    parser.add_argument(
-        "--keep", type=positive, metavar="N",
-        help="also compare on the N documents with the smallest margin of the baseline, as the "
-        "paper does, with what a change without direction would show there",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep-by", choices=("uncertain", "hardest"), default="uncertain",
-        help="distance of the margin from 0 (default), or the margin: wrong answers first",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"folder for {OUTCOMES} and {SCORES}"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+@dataclass(kw_only=True)
+class Eval(CalibrationOptions, TaskOptions):
+    """Run tasks of lm-evaluation-harness, sharpened and plain.
 
+    The plain model, the sharpened one and three controls run on the same documents.
 
-def run(arguments: argparse.Namespace) -> None:
-    """Evaluate, print and write."""
-    config, calibration = read_calibration(arguments, arguments.set)
-    tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
-    if not tasks:
-        raise UsageError(f"--tasks {arguments.tasks!r}: expected names, separated by commas")
-    if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
-        raise UsageError(f"--num-fewshot {arguments.num_fewshot}: expected at least 0")
-    for path in arguments.include_path:
-        if not path.is_dir():
-            raise UsageError(f"--include-path {path}: no such folder")
-    _claim(arguments.out)
-    process = take_process(os.environ)
-    quiet_transformers(arguments.debug)
-    with joined(process) as group:
-        scores = _scores(arguments, config, calibration, tasks, process, group)
-    if process.rank == 0:  # which got the answers of all
-        _report(arguments, config, tasks, scores)
+    Tasks that need no download: vps_arithmetic, vps_chains, vps_word_problems, vps_units, each also
+    with _choice at its end.
 
+    Several processes share the documents, each with the whole model on a device of its own
+    (--device cuda is one GPU for each process; without --multi_gpu accelerate starts only one where
+    there is no GPU):
 
-def _scores(
-    arguments: argparse.Namespace,
-    config: Any,
-    calibration: Any,
-    tasks: list[str],
-    process: Process,
-    group: Any,
-) -> dict[str, Any]:
-    """What came of every variant, by its name."""
+    \b
+      accelerate launch --multi_gpu --num_processes 2 -m vps.cli eval ...
+      torchrun --nproc-per-node 2 -m vps.cli eval ...
+    """
 
-    from vps import patch
-    from vps.evaluation.harness import VARIANTS, Harness
+    scoring_scope: Annotated[
+        Literal["token", "sequence", "batch", "config"],
+        Option(help="for scoring given continuations; token is the only one without leaks"),
+    ] = "token"
+    no_controls: Annotated[
+        bool, Option("--no-controls", help="only the plain and the sharpened model")
+    ] = False
+    seed: Seed = 0
+    keep: Annotated[
+        int | None,
+        count(
+            help="also compare on the N documents with the smallest margin of the baseline, as the "
+            "paper does, with what a change without direction would show there"
+        ),
+    ] = None
+    keep_by: Annotated[
+        Literal["uncertain", "hardest"],
+        Option(help="distance of the margin from 0, or the margin: wrong answers first"),
+    ] = "uncertain"
+    out: Annotated[Path | None, Option(help=f"folder for {OUTCOMES} and {SCORES}")] = None
+    as_json: Json = False
 
-    device = usable_device(own_device(arguments.device, process))
-    names = ["baseline", *(name for name in VARIANTS if name != "baseline")]
-    if arguments.no_controls:
-        names = names[:2]
-    progress = Progress(process.rank == 0)
-    scores: dict[str, Any] = {}
-    try:
-        with muted(arguments.debug):
-            progress.step("loading the model")
-            model, tokenizer = load_named_model(arguments, device)
-            patch(model, config)
-            apply_calibration(arguments, model, calibration)
+    def run(self) -> None:
+        """Evaluate, print and write."""
+        sharpening = self.sharpening()
+        tasks = self.task_names()
+        self._claim()
+        process = take_process(os.environ)
+        with joined(process) as group:
+            scores = self._scores(sharpening, tasks, process, group)
+        if process.rank == 0:  # which got the answers of all
+            self._report(sharpening.config, tasks, scores)
+
+    def _claim(self) -> None:
+        """Make the folder of results, which must not hold others."""
+        if self.out is None:
+            return
+        for name in (OUTCOMES, SCORES):
+            if (self.out / name).exists():
+                raise UsageError(f"--out {self.out}: holds {name} of another run")
+        with blaming("--out", self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+
+    def _scores(
+        self, sharpening: Sharpening, tasks: list[str], process: Process, group: Any
+    ) -> dict[str, Any]:
+        """Return what came of every variant, by its name."""
+        from vps.evaluation.harness import VARIANTS, Harness
+
+        names = ["baseline", *(name for name in VARIANTS if name != "baseline")]
+        if self.no_controls:
+            names = names[:2]
+        scores: dict[str, Any] = {}
+        with Progress(process.rank == 0) as progress, muted(self.debug):
+            model, tokenizer = self.load(progress, own_device(self.device, process))
+            sharpening.patch(model)
             progress.step("loading the tasks")
-            harness = Harness(
-                model,
-                tokenizer,
-                tasks,
-                limit=arguments.limit,
-                batch_size=arguments.batch_size,
-                num_fewshot=arguments.num_fewshot,
-                include_path=arguments.include_path,
-                chat=arguments.chat,
-                scoring_scope=arguments.scoring_scope,
-                group=group,
-            )
-            _check_apart(harness, calibration)
+            options = self.of_harness() | {"scoring_scope": self.scoring_scope, "group": group}
+            harness = Harness(model, tokenizer, tasks, **options)
+            _check_apart(harness, sharpening.calibration)
             for number, name in enumerate(names, 1):
                 progress.step(f"{name.replace('_', ' ')}, {number} of {len(names)}")
-                scores[name] = harness.run(variant=name, seed=arguments.seed)
+                scores[name] = harness.run(variant=name, seed=self.seed)
                 if number == 1:
-                    _check_keep(scores[name], arguments.keep)
-    finally:
-        progress.close()
-    return scores
+                    self._check_keep(scores[name])
+        return scores
 
+    def _check_keep(self, baseline: Any) -> None:
+        """Refuse, before anything else runs, to keep more documents than there are."""
+        if self.keep is None:
+            return
+        pools = _pools(baseline)
+        if not pools:
+            raise UsageError(f"--keep {self.keep}: no task is multiple choice with metric acc")
+        for task, pool in pools.items():
+            if self.keep > len(pool):
+                raise UsageError(f"--keep {self.keep}: {task} has only {len(pool)} documents")
 
-def _report(
-    arguments: argparse.Namespace, config: Any, tasks: list[str], scores: dict[str, Any]
-) -> None:
-    """Print and write."""
-    from vps.evaluation import harness
+    def _report(self, config: "VPSConfig", tasks: list[str], scores: dict[str, Any]) -> None:
+        """Print and write."""
+        from vps.evaluation import harness
 
-    filtered = {} if arguments.keep is None else _filtered(scores, arguments)
-    values = {
-        "vps": __version__,
-        "model": arguments.model,
-        "dtype": arguments.dtype,
-        "config": json.loads(config.to_json()),
-        "tasks": tasks,
-        "limit": arguments.limit,
-        "num_fewshot": arguments.num_fewshot,
-        "chat": arguments.chat,
-        "seed": arguments.seed,
-        "variants": {
-            name: {
-                "scopes": each.scopes,
-                "batch_sizes": each.batch_sizes,
-                "seconds": each.seconds,
-                "results": each.results,
-            }
-            for name, each in scores.items()
-        },
-        "rows": harness.table_rows(scores),
-        "kept": {
-            task: {name: found.as_dict() for name, found in each.items()}
-            for task, each in filtered.items()
-        },
-    }
-    if arguments.calibration is not None:
-        values["calibration"] = str(arguments.calibration)
-    if arguments.out is not None:
-        lines = [
-            json.dumps({"variant": name, **dataclasses.asdict(outcome)}, ensure_ascii=False)
-            for name, each in scores.items()
-            for outcome in each.outcomes
-        ]
-        _write(arguments.out / OUTCOMES, "".join(line + "\n" for line in lines))
-        _write(arguments.out / SCORES, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    if arguments.json:
-        print(json.dumps(values, ensure_ascii=False))
-        return
-    print(harness.table_text(scores))
-    for task, each in filtered.items():
-        for name, found in each.items():
-            print(f"\n{task}, {name} against the baseline:\n{found}")
-    if arguments.out is not None:
-        print(f"\nper document: {arguments.out / OUTCOMES}")
-
-
-def _filtered(scores: dict[str, Any], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The paper's comparison, for every task that has margins and every variant."""
-    from vps.evaluation.confidence import confidence_filtered
-
-    pools = {name: _pools(each) for name, each in scores.items()}
-    return {
-        task: {
-            name: confidence_filtered(
-                plain, pools[name][task], arguments.keep, order=arguments.keep_by
-            )
-            for name in scores
-            if name != "baseline"
+        filtered = self._filtered(scores)
+        values = {
+            "vps": __version__,
+            "model": self.model,
+            "dtype": self.dtype,
+            "config": json.loads(config.to_json()),
+            "tasks": tasks,
+            **{name: getattr(self, name) for name in ("limit", "num_fewshot", "chat", "seed")},
+            "variants": {
+                name: {
+                    field: getattr(each, field)
+                    for field in ("scopes", "batch_sizes", "seconds", "results")
+                }
+                for name, each in scores.items()
+            },
+            "rows": harness.table_rows(scores),
+            "kept": {
+                task: {name: found.as_dict() for name, found in each.items()}
+                for task, each in filtered.items()
+            },
         }
-        for task, plain in pools["baseline"].items()
-    }
+        if self.calibration is not None:
+            values["calibration"] = str(self.calibration)
+        if self.out is not None:
+            lines = [
+                json.dumps({"variant": name, **dataclasses.asdict(outcome)}, ensure_ascii=False)
+                for name, each in scores.items()
+                for outcome in each.outcomes
+            ]
+            files.replace(self.out / OUTCOMES, "".join(line + "\n" for line in lines))
+            text = json.dumps(values, indent=2, ensure_ascii=False)
+            files.replace(self.out / SCORES, text + "\n")
+        if self.as_json:
+            print(json.dumps(values, ensure_ascii=False))
+            return
+        print(harness.table_text(scores))
+        for task, each in filtered.items():
+            for name, found in each.items():
+                print(f"\n{task}, {name} against the baseline:\n{found}")
+        if self.out is not None:
+            print(f"\nper document: {self.out / OUTCOMES}")
+
+    def _filtered(self, scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Make the paper's comparison for every task that has margins and every variant."""
+        if self.keep is None:
+            return {}
+        from vps.evaluation.confidence import confidence_filtered
+
+        pools = {name: _pools(each) for name, each in scores.items()}
+        return {
+            task: {
+                name: confidence_filtered(plain, pools[name][task], self.keep, order=self.keep_by)
+                for name in scores
+                if name != "baseline"
+            }
+            for task, plain in pools["baseline"].items()
+        }
 
 
 def _pools(scores: Any) -> dict[str, list[Any]]:
-    """Outcomes with a margin, by task."""
+    """Collect the outcomes that have a margin, by task."""
     pools: dict[str, list[Any]] = {}
     for outcome in scores.outcomes:
         if outcome.metric == "acc" and outcome.margin is not None:
@@ -235,20 +200,8 @@ def _pools(scores: Any) -> dict[str, list[Any]]:
     return pools
 
 
-def _check_keep(baseline: Any, keep: int | None) -> None:
-    """Before anything else runs."""
-    if keep is None:
-        return
-    pools = _pools(baseline)
-    if not pools:
-        raise UsageError(f"--keep {keep}: no task is multiple choice with metric acc")
-    for task, pool in pools.items():
-        if keep > len(pool):
-            raise UsageError(f"--keep {keep}: {task} has only {len(pool)} documents")
-
-
-def _check_apart(harness: Any, calibration: Any) -> None:
-    """No document may be one that the calibration was fitted or stopped by."""
+def _check_apart(harness: Any, calibration: "Calibration | None") -> None:
+    """Refuse a document that the calibration was fitted or stopped by."""
     if calibration is None:
         return
     from vps.fitting import Example
@@ -260,28 +213,3 @@ def _check_apart(harness: Any, calibration: Any) -> None:
                 f"--calibration: {task} has a document that it was fitted or stopped by: "
                 f"{forms[0][0][:60]!r}"
             )
-
-
-def _claim(out: Path | None) -> None:
-    """Make the folder of results, which must not hold others."""
-    if out is None:
-        return
-    for name in (OUTCOMES, SCORES):
-        if (out / name).exists():
-            raise UsageError(f"--out {out}: holds {name} of another run")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: {error.strerror}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

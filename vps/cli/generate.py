@@ -1,95 +1,71 @@
 """``vps generate``: text of a sharpened model, beside the plain model's if asked."""
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from typer import Option
 
 from vps.cli.options import (
-    UsageError,
-    add_answer,
-    add_calibration,
-    add_config,
-    add_model,
-    add_prompt,
-    apply_calibration,
-    load_named_model,
-    read_calibration,
-    read_prompt,
-    usable_device,
+    AnswerOptions,
+    CalibrationOptions,
+    Json,
+    ModelOptions,
+    PromptOptions,
+    integer,
 )
-from vps.cli.terminal import Progress, difference_line, muted, quiet_transformers, side_by_side
+from vps.cli.terminal import Progress, difference_line, side_by_side
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "generate", parents=[common], help="generate text with a sharpened model"
-    )
-    add_model(parser)
-    add_prompt(parser)
-    add_config(parser)
-    add_calibration(parser)
-    add_answer(parser)
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="the same as --set seed=N; decoding is greedy"
-    )
-    parser.add_argument("--compare", action="store_true", help="also generate without sharpening")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+@dataclass(kw_only=True)
+class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
+    """Generate text with a sharpened model, beside the plain one's."""
 
+    seed: Annotated[int | None, integer(help="the same as --set seed=N; decoding is greedy")] = None
+    compare: Annotated[bool, Option("--compare", help="also generate without sharpening")] = False
+    as_json: Json = False
 
-def run(arguments: argparse.Namespace) -> None:
-    """Generate and print."""
-    seed = [] if arguments.seed is None else [f"seed={arguments.seed}"]
-    config, calibration = read_calibration(arguments, seed + arguments.set)
-    prompt = read_prompt(arguments)
-    quiet_transformers(arguments.debug)
+    def run(self) -> None:
+        """Generate and print."""
+        if self.seed is not None:
+            self.settings.insert(0, f"seed={self.seed}")
+        sharpening = self.sharpening()
+        prompt = self.read_prompt()
 
-    from vps import disabled, patch
-    from vps.model.generation import encode, first_difference, generate
+        from vps.model.generation import encode, first_difference, generate
+        from vps.model.patching import disabled
 
-    device = usable_device(arguments.device)
-    progress = Progress()
-    tokens = arguments.max_new_tokens
-    try:
-        progress.step("loading the model")
-        with muted(arguments.debug):
-            model, tokenizer = load_named_model(arguments, device)
-        report = patch(model, config)
-        apply_calibration(arguments, model, calibration)
-        inputs = encode(tokenizer, prompt, chat=not arguments.no_chat)
-        progress.step("generating, sharpened", tokens)
-        sharpened = generate(model, tokenizer, inputs, tokens, progress.advance)
-        plain = None
-        if arguments.compare:
-            progress.step("generating, plain", tokens)
-            with disabled(model):
-                plain = generate(model, tokenizer, inputs, tokens, progress.advance)
-    except FileNotFoundError as error:
-        raise UsageError(f"--model: {error}") from error
-    finally:
-        progress.close()
-    result: dict[str, Any] = {
-        "model": arguments.model,
-        "prompt": prompt,
-        "config": dataclasses.asdict(config),
-        "layers": len(report.patched),
-        "refused": report.refused,
-        "not_patched": report.not_patched,
-        "sharpened": dataclasses.asdict(sharpened),
-    }
-    if calibration is not None:
-        result["calibration"] = str(arguments.calibration)
-    if plain is not None:
-        result["plain"] = dataclasses.asdict(plain)
-        result["first_difference"] = first_difference(plain.tokens, sharpened.tokens)
-    if arguments.json:
-        print(json.dumps(result, ensure_ascii=False))
-    elif plain is not None:
-        print(side_by_side(plain.text, sharpened.text))
-        print(difference_line(result["first_difference"]))
-    else:
-        print(sharpened.text)
+        tokens = self.max_new_tokens
+        with Progress() as progress:
+            model, tokenizer = self.load(progress)
+            report = sharpening.patch(model)
+            inputs = encode(tokenizer, prompt, chat=not self.no_chat)
+            progress.step("generating, sharpened", tokens)
+            sharpened = generate(model, tokenizer, inputs, tokens, progress.advance)
+            plain = None
+            if self.compare:
+                progress.step("generating, plain", tokens)
+                with disabled(model):
+                    plain = generate(model, tokenizer, inputs, tokens, progress.advance)
+        result: dict[str, Any] = {
+            "model": self.model,
+            "prompt": prompt,
+            "config": dataclasses.asdict(sharpening.config),
+            "layers": len(report.patched),
+            "refused": report.refused,
+            "not_patched": report.not_patched,
+            "sharpened": dataclasses.asdict(sharpened),
+        }
+        if self.calibration is not None:
+            result["calibration"] = str(self.calibration)
+        if plain is not None:
+            result["plain"] = dataclasses.asdict(plain)
+            result["first_difference"] = first_difference(plain.tokens, sharpened.tokens)
+        if self.as_json:
+            print(json.dumps(result, ensure_ascii=False))
+        elif plain is not None:
+            print(side_by_side(plain.text, sharpened.text))
+            print(difference_line(result["first_difference"]))
+        else:
+            print(sharpened.text)

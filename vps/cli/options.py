@@ -1,258 +1,149 @@
-"""Arguments that several commands share, and what they mean."""
+"""Declare the options that several commands share, and say what they mean.
 
-from __future__ import annotations
+A command is a dataclass. Typer makes its options from the fields and an instance from the
+arguments; :meth:`Command.run` carries it out. It inherits the groups of options that it takes.
+Their annotations are no strings, since Typer reads those of several modules at once.
+"""
 
-import argparse
 import codecs
 import dataclasses
 import io
-import json
 import os
-import re
 import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from vps import Calibration, VPSConfig
-from vps.config import nearest_field
-from vps.reading import MARK, parse_json, read_values
-from vps.reading import read_text as text_of
+from typer import Option
 
-NAMES = r"[\w-]+(\.[\w-]+)*"  # a list of module names; anything else is a regular expression
+from vps.cli.terminal import Progress, muted, quiet_transformers, warn
+from vps.cli.values import (
+    UsageError,
+    blaming,
+    names_of,
+    positive,
+    read_config,
+    text_as_typed,
+    whole,
+)
+from vps.config import VPSConfig
+from vps.reading import MARK, read_text
 
+if TYPE_CHECKING:
+    from vps.model.calibration import Calibration
+    from vps.model.patching import PatchReport
 
-class UsageError(Exception):
-    """The user's arguments cannot be used; exit code 2."""
+PATIENCE = timedelta(weeks=52)  # processes need not be equally fast
 
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"vps: error: {message} (see {self.prog} --help)\n")
-
-
-def positive(text: str) -> int:
-    """An argument's type: an integer above 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def spoken(text: str) -> str:
-    """An argument's type: text as it was typed, also where the locale is ASCII."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes that the locale has no letters for
-        try:
-            return os.fsencode(text).decode()
-        except UnicodeDecodeError:
-            raise argparse.ArgumentTypeError("not UTF-8 text") from None
-    return text
+typed = partial(Option, parser=text_as_typed, metavar="TEXT")
+many = partial(Option, default_factory=list, show_default=False)
+integer = partial(Option, parser=whole, metavar="N")
+count = partial(Option, parser=positive, metavar="N")
+Json = Annotated[bool, Option("--json", help="print one JSON object")]
+Seed = Annotated[int, integer(help="of what is drawn")]
+Scope = Literal["token", "sequence", "batch"]
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """``--model`` and how to load it."""
-    parser.add_argument("--model", required=True, help="Hugging Face id, folder or .gguf file")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+@dataclass(kw_only=True)
+class Command:
+    """Hold what every command has."""
+
+    debug: Annotated[bool, Option("--debug", help="show tracebacks and library warnings")] = False
+
+    def run(self) -> None:
+        """Carry the command out and print what came of it."""
+        raise NotImplementedError
+
+    def exclude(self, *fields: str) -> None:
+        """Refuse more than one of these options.
+
+        Raises:
+            UsageError: two are given.
+        """
+        given = [
+            f"--{field.replace('_', '-')}" for field in fields if getattr(self, field) is not None
+        ]
+        if len(given) > 1:
+            raise UsageError(f"{given[1]}: not allowed with {given[0]}")
 
 
-def add_prompt(parser: argparse.ArgumentParser) -> Any:
-    """``--prompt`` and ``--prompt-file``; the group of these alternatives."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prompt", type=spoken, help="the prompt; standard input when neither is given"
-    )
-    source.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
-    return source
+@dataclass(kw_only=True)
+class ModelOptions(Command):
+    """Take a model, and load it."""
+
+    model: Annotated[str, Option(help="Hugging Face id, folder or .gguf file")]
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Annotated[str, Option(help="torch device")] = "cpu"
+
+    def load(self, progress: Progress, device: str | None = None) -> tuple[Any, Any]:
+        """Load the model and its tokenizer, on ``device`` where it is not that of the option.
+
+        Raises:
+            UsageError: an unusable device, or a path without a model.
+            ModuleNotFoundError, OSError, ValueError: as for :func:`vps.model.loading.load_model`.
+        """
+        import torch
+
+        quiet_transformers(self.debug)
+        device = usable_device(device or self.device)
+        from vps.model.loading import load_model
+
+        progress.step("loading the model")
+        with muted(self.debug), blaming("--model", kinds=(FileNotFoundError,)):
+            return load_model(self.model, getattr(torch, self.dtype), device)
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """``--config`` and ``--set``."""
-    parser.add_argument("--config", type=Path, help="JSON or YAML file of VPSConfig fields")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=1,2, "
-        "target_modules=q_proj,v_proj (names) or '.*up_proj' (a regular expression); may be "
-        "repeated; a value given for gamma, rank, topk or order holds",
-    )
-
-
-def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """``--calibration``."""
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="γ of every layer, of vps calibrate; brings its config",
-    )
-
-
-def add_answer(parser: argparse.ArgumentParser) -> None:
-    """``--max-new-tokens`` and ``--no-chat``."""
-    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N")
-    parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
-
-
-def read_config(
-    path: Path | None, settings: list[str], default: VPSConfig | None = None
-) -> VPSConfig:
-    """The config of a file, or ``default``, changed by ``FIELD=VALUE`` settings.
+def usable_device(name: str) -> str:
+    """Return ``name`` once torch has shown that it can hold a tensor there.
 
     Raises:
-        UsageError: a missing or broken file, an unknown field or a bad value.
+        UsageError: it cannot.
     """
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        name, separator, text = setting.partition("=")
-        if not separator:
-            raise UsageError(f"--set {setting}: expected FIELD=VALUE")
-        if name not in VPSConfig.field_names():
-            raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
-        changes[name] = _value(name, text)
-    for name in VPSConfig.ADAPTIVE:
-        if name in changes:  # holds, whatever the file says
-            changes.setdefault(f"adaptive_{name}", None)
-    config = VPSConfig() if default is None else default
-    if path is not None:
-        config = _config_of(path)
-    try:
-        return config.replace(**changes)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--set: {error}") from error
-
-
-def _config_of(path: Path) -> VPSConfig:
-    from vps.evaluation.grid import numbers
+    import torch
 
     try:
-        values = read_values(path)
-        if isinstance(values, dict):
-            known = VPSConfig.field_names()
-            values = {k: numbers(k, v) if k in known else v for k, v in values.items()}
-        return VPSConfig.from_json(json.dumps(values, default=str))
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--config {path}: {error}") from error
-    except RecursionError:
-        raise UsageError(f"--config {path}: nested too deeply") from None
+        kind = torch.device(name).type
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not a usable torch device: {reason}") from None
+    if kind == "meta":
+        raise UsageError(f"--device {name}: holds no data")
+    return name
 
 
-def read_calibration(
-    arguments: argparse.Namespace, settings: list[str]
-) -> tuple[VPSConfig, Calibration | None]:
-    """The config, and the calibration of ``--calibration`` with which it has to agree.
+@dataclass(kw_only=True)
+class PromptOptions(Command):
+    """Take a prompt, and read it."""
 
-    Raises:
-        UsageError: as for :func:`read_config`, or a file that is no calibration or of another
-            config.
-    """
-    if arguments.calibration is None:
-        return read_config(arguments.config, settings), None
-    where = f"--calibration {arguments.calibration}"
-    try:
-        calibration = Calibration.load(arguments.calibration)
-    except OSError as error:
-        raise UsageError(f"{where}: {error.strerror}") from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--calibration: {error}") from error
-    config = read_config(arguments.config, settings, calibration.config)
-    own = dataclasses.asdict(calibration.config)
-    other = [
-        f"{name} is {value!r}, expected {own[name]!r}"
-        for name, value in dataclasses.asdict(config).items()
-        if value != own[name]
-    ]
-    if other:
-        raise UsageError(f"{where}: refused, it was made for another config: {'; '.join(other)}")
-    return config, calibration
+    prompt: Annotated[str | None, typed(help="standard input when neither is given")] = None
+    prompt_file: Annotated[Path | None, Option(help="read the prompt from a file")] = None
 
+    def read_prompt(self) -> str:
+        """Return the prompt of its option, its file or standard input.
 
-def apply_calibration(arguments: argparse.Namespace, model: Any, calibration: Any) -> None:
-    """Give the patched model the γ of a calibration, if there is one.
-
-    Raises:
-        UsageError: it is of another model or version of the weights.
-    """
-    if calibration is None:
-        return
-    try:
-        calibration.apply(model)
-    except ValueError as error:
-        raise UsageError(f"--calibration {arguments.calibration}: {error}") from error
-    if calibration.found is False:
-        print(
-            f"vps: warning: {arguments.calibration}: held-out examples showed no improvement by it",
-            file=sys.stderr,
-        )
-
-
-def _value(name: str, text: str) -> Any:
-    """``text`` as field ``name`` takes it; what does not fit is left for VPSConfig to refuse."""
-    kind = str(next(field.type for field in dataclasses.fields(VPSConfig) if field.name == name))
-    word = text.strip().lower()
-    of_names = "tuple[str" in kind
-    if "None" in kind and word in ("null", "none"):
-        return None
-    try:
-        if "bool" in kind:
-            return {"true": True, "false": False}[word]
-        if kind.startswith("float"):
-            return float(word)
-        if kind.startswith("tuple") and "str" not in kind and not word.startswith("["):
-            return parse_json(f"[{text.strip().removeprefix('(').removesuffix(')')}]")
-        value = parse_json(text)
-    except (ValueError, KeyError):
-        return _names(text) if of_names else text
-    if not of_names or isinstance(value, (list, str)) or value is None:
-        return value
-    return _names(text)
-
-
-def _names(text: str) -> str | list[str]:
-    """The names in a text, if it holds nothing else; what is more than names stays as it is."""
-    word = text.strip()
-    inner = word.strip("[]()") if "," in word or "'" in word else word
-    names = [name for each in inner.split(",") if (name := each.strip().strip("'\"")) != ""]
-    if not names or word == "all-linear" or not all(re.fullmatch(NAMES, name) for name in names):
-        return text
-    return names
-
-
-def read_prompt(arguments: argparse.Namespace) -> str:
-    """The prompt, of its option, its file or standard input.
-
-    Raises:
-        UsageError: a file that cannot be read, or nothing in it.
-    """
-    if arguments.prompt is not None:
-        prompt = arguments.prompt
-    elif arguments.prompt_file is not None:
-        try:
-            prompt = text_of(arguments.prompt_file)
-        except OSError as error:
-            where = f"--prompt-file {arguments.prompt_file}"
-            raise UsageError(f"{where}: {error.strerror}") from error
-        except ValueError as error:
-            raise UsageError(f"--prompt-file {arguments.prompt_file}: {error}") from error
-    else:
-        prompt = _standard_input()
-    if not prompt.strip():
-        raise UsageError("the prompt is empty")
-    return prompt
+        Raises:
+            UsageError: a file that cannot be read, or nothing in it.
+        """
+        self.exclude("prompt", "prompt_file")
+        if self.prompt is not None:
+            prompt = self.prompt
+        elif self.prompt_file is not None:
+            with blaming("--prompt-file", self.prompt_file):
+                prompt = read_text(self.prompt_file)
+        else:
+            prompt = _standard_input()
+        if not prompt.strip():
+            raise UsageError("the prompt is empty")
+        return prompt
 
 
 def _standard_input() -> str:
-    """All of it, in the terminal's encoding, or in UTF-8 where that is ASCII."""
+    """Read all of it, in the terminal's encoding, or in UTF-8 where that is ASCII."""
     if sys.stdin is None:
         raise UsageError("standard input is closed; give --prompt or --prompt-file")
     try:
@@ -267,33 +158,183 @@ def _standard_input() -> str:
         raise UsageError(f"standard input: {error.strerror or error}") from error
 
 
-def usable_device(name: str) -> str:
-    """``name``, once torch has shown that it can hold a tensor there."""
-    import torch
+@dataclass(kw_only=True)
+class AnswerOptions(Command):
+    """Take how a model answers."""
 
-    try:
-        kind = torch.device(name).type
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: not a usable torch device: {reason}") from None
-    if kind == "meta":
-        raise UsageError(f"--device {name}: holds no data")
-    return name
+    max_new_tokens: Annotated[int, count(help="length of an answer, at most")] = 128
+    no_chat: Annotated[bool, Option("--no-chat", help="do not use the chat template")] = False
 
 
-def load_named_model(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
-    """The model of ``--model`` on ``device`` and its tokenizer.
+@dataclass(kw_only=True)
+class ConfigOptions(Command):
+    """Take settings of the sharpening."""
+
+    config: Annotated[Path | None, Option(help="JSON or YAML file of VPSConfig fields")] = None
+    settings: Annotated[
+        list[str],
+        many(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=1,2, "
+            "target_modules=q_proj,v_proj (names) or '.*up_proj' (a regular expression); may be "
+            "repeated; a value given for gamma, rank, topk or order holds",
+        ),
+    ]
+
+
+@dataclass(kw_only=True)
+class CalibrationOptions(ConfigOptions):
+    """Take settings of the sharpening and a fitted γ, and read both."""
+
+    calibration: Annotated[
+        Path | None, Option(help="γ of every layer, of vps calibrate; brings its config")
+    ] = None
+
+    def sharpening(self) -> "Sharpening":
+        """Read the config, and the calibration with which it has to agree.
+
+        Raises:
+            UsageError: as for :func:`read_config`, or a file that is no calibration or of another
+                config.
+        """
+        if self.calibration is None:
+            return Sharpening(read_config(self.config, self.settings))
+        from vps.model.calibration import Calibration
+
+        with blaming("--calibration", self.calibration):
+            calibration = Calibration.load(self.calibration)
+        config = read_config(self.config, self.settings, calibration.config)
+        own = dataclasses.asdict(calibration.config)
+        other = [
+            f"{name} is {value!r}, expected {own[name]!r}"
+            for name, value in dataclasses.asdict(config).items()
+            if value != own[name]
+        ]
+        if other:
+            refused = f"refused, it was made for another config: {'; '.join(other)}"
+            raise UsageError(f"--calibration {self.calibration}: {refused}")
+        return Sharpening(config, calibration, self.calibration)
+
+
+class Sharpening(NamedTuple):
+    """Hold how a model is to be sharpened: a config, and a calibration with its file."""
+
+    config: VPSConfig
+    calibration: "Calibration | None" = None
+    file: Path | None = None
+
+    def patch(self, model: Any) -> "PatchReport":
+        """Sharpen the model.
+
+        Raises:
+            UsageError: the calibration is of another model or version of the weights.
+            ValueError: as for :func:`vps.patch`.
+        """
+        from vps.model.patching import patch
+
+        report = patch(model, self.config)
+        if self.calibration is not None:
+            with blaming("--calibration", self.file):
+                self.calibration.apply(model)
+            if self.calibration.found is False:
+                warn(f"{self.file}: held-out examples showed no improvement by it")
+        return report
+
+
+@dataclass(kw_only=True)
+class TaskOptions(ModelOptions):
+    """Take tasks of lm-evaluation-harness."""
+
+    tasks: Annotated[str, Option(metavar="A,B", help="names of tasks or groups, or YAML files")]
+    include_path: Annotated[list[Path], many(help="folder of YAML tasks; may be repeated")]
+    limit: Annotated[int | None, count(help="documents of each task (default: all)")] = None
+    batch_size: Annotated[int, count(metavar="B", help="documents at once")] = 8
+    num_fewshot: Annotated[
+        int | None, integer(help="examples before a question (default: the task's own)")
+    ] = None
+    chat: Annotated[bool, Option("--chat", help="use the tokenizer's chat template")] = False
+
+    def task_names(self) -> list[str]:
+        """Return the names of the tasks.
+
+        Raises:
+            UsageError: there is none, or another of these options cannot be used.
+        """
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UsageError(f"--num-fewshot {self.num_fewshot}: expected at least 0")
+        for path in self.include_path:
+            if not path.is_dir():
+                raise UsageError(f"--include-path {path}: no such folder")
+        return names_of("--tasks", self.tasks)
+
+    def of_harness(self) -> dict[str, Any]:
+        """Return what the harness is to do with each task."""
+        names = ("limit", "batch_size", "num_fewshot", "include_path", "chat")
+        return {name: getattr(self, name) for name in names}
+
+
+class Process(NamedTuple):
+    """Say which of several processes this is, and which on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+
+def take_process(environment: MutableMapping[str, str]) -> Process:
+    """Take what torchrun or accelerate say of this process out of the environment.
+
+    Each process computes what is its own, so the libraries below must not look for the others.
 
     Raises:
-        UsageError: a path without a model.
-        ModuleNotFoundError, OSError, ValueError: as for :func:`vps.model.loading.load_model`.
+        UsageError: numbers that do not fit.
     """
-    import torch
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    texts = [environment.pop(name, None) for name in names]
+    environment.pop("LOCAL_WORLD_SIZE", None)
+    if texts[0] is None and texts[1] is None:
+        return Process()
+    try:
+        rank, world = int(texts[0] or 0), int(texts[1] or 1)
+        local = rank if texts[2] is None else int(texts[2])
+    except ValueError:
+        world = rank = local = -1
+    if not 0 <= rank < world or local < 0:
+        came = ", ".join(f"{name} {text!r}" for name, text in zip(names, texts, strict=True))
+        raise UsageError(f"expected 0 ≤ RANK < WORLD_SIZE and LOCAL_RANK ≥ 0, got {came}")
+    return Process(rank, world, local)
 
-    from vps.model.loading import load_model
+
+def own_device(name: str, process: Process) -> str:
+    """Give each process of one machine a GPU of its own, where ``cuda`` names none."""
+    return f"cuda:{process.local}" if name == "cuda" and process.world > 1 else name
+
+
+@contextmanager
+def joined(process: Process) -> Iterator[Any]:
+    """Join the group of all processes, to exchange Python objects; it is ``None`` for one alone.
+
+    Raises:
+        UsageError: the others cannot be reached.
+    """
+    if process.world == 1:
+        yield None
+        return
+    import torch.distributed as dist
 
     try:
-        return load_model(arguments.model, getattr(torch, arguments.dtype), device)
-    except FileNotFoundError as error:
-        raise UsageError(f"--model: {error}") from error
+        dist.init_process_group(
+            "gloo", rank=process.rank, world_size=process.world, timeout=PATIENCE
+        )
+    except (ValueError, RuntimeError) as error:
+        where = [os.environ.get(name, "none") for name in ("MASTER_ADDR", "MASTER_PORT")]
+        raise UsageError(
+            f"process {process.rank} of {process.world} cannot join the others at "
+            f"{':'.join(where)}: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        yield dist.group.WORLD
+        dist.barrier()  # none leaves while another still listens to it
+    finally:
+        dist.destroy_process_group()

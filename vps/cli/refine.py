@@ -1,215 +1,174 @@
-"""``vps refine``: verified refinement of one prompt, or of the rows of a JSONL file."""
+"""``vps refine``: verified refinement of one prompt, or of the rows of a JSONL file.
 
-from __future__ import annotations
+A row in is ``{"prompt": …, "gold"?: …, "id"?: …}``. A row out is what :func:`vps.refine` gave for
+it, or its error, with its number and the settings of the run. It is written as soon as it is done,
+so the file can be continued after any interruption.
+"""
 
-import argparse
 import hashlib
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from vps import __version__
+from typer import Option
+
+from vps import __version__, files
 from vps.cli.options import (
-    UsageError,
-    add_answer,
-    add_calibration,
-    add_config,
-    add_model,
-    add_prompt,
-    apply_calibration,
-    load_named_model,
-    positive,
-    read_calibration,
-    read_prompt,
-    spoken,
-    usable_device,
+    AnswerOptions,
+    CalibrationOptions,
+    Json,
+    ModelOptions,
+    PromptOptions,
+    Seed,
+    Sharpening,
+    count,
+    integer,
+    typed,
 )
-from vps.cli.terminal import Progress, muted, quiet_transformers
+from vps.cli.terminal import Progress
+from vps.cli.values import UsageError, blaming
+from vps.config import VPSConfig
 from vps.reading import parse_json
 
 if TYPE_CHECKING:
     from vps.refine import RefineResult
 
+BEGINNING = '{"row": 0, "id": '  # of every row out
 LABELLED = "The gold answer was used: accuracy of these answers on the same gold is not accuracy."
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "refine",
-        parents=[common],
-        help="answer, verify against a gold answer, adapt the sharpening, answer again",
-        description="Without a gold answer the plain answer comes back, unless --samples asks to "
-        "judge by agreement of sampled answers.",
+@dataclass(kw_only=True)
+class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
+    """Answer, verify against a gold answer, adapt, answer again.
+
+    Without a gold answer the plain answer comes back, unless --samples asks to judge by agreement
+    of sampled answers.
+    """
+
+    data: Annotated[Path | None, Option(help='JSONL rows {"prompt", "gold"?, "id"?}')] = None
+    out: Annotated[Path | None, Option(help="JSONL of results of --data, continued if there")] = (
+        None
     )
-    add_model(parser)
-    source = add_prompt(parser)
-    source.add_argument("--data", type=Path, help='JSONL rows {"prompt", "gold"?, "id"?}')
-    parser.add_argument("--out", type=Path, help="JSONL of results for --data; continued if there")
-    parser.add_argument("--gold", type=spoken, help="the reference answer of --prompt")
-    parser.add_argument(
-        "--iterations",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="answers, counting the plain one",
-    )
-    parser.add_argument("--keep", choices=("best", "last"), default="best")
-    parser.add_argument(
-        "--samples", type=int, default=0, metavar="N", help="answers drawn for self-consistency"
-    )
-    parser.add_argument(
-        "--no-surrogate", action="store_true", help="take no gradient from the gold answer"
-    )
-    parser.add_argument(
-        "--weights", metavar="JSON", help='of the loss, e.g. {"numeric": 1, "units": 0.5}'
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples")
-    add_config(parser)
-    add_calibration(parser)
-    add_answer(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+    gold: Annotated[str | None, typed(help="the reference answer of --prompt")] = None
+    iterations: Annotated[int, count(help="answers, counting the plain one")] = 3
+    keep: Annotated[Literal["best", "last"], Option(help="which answer counts")] = "best"
+    samples: Annotated[int, integer(help="answers drawn for self-consistency")] = 0
+    no_surrogate: Annotated[
+        bool, Option("--no-surrogate", help="take no gradient from the gold answer")
+    ] = False
+    weights: Annotated[
+        str | None, Option(metavar="JSON", help='of the loss, e.g. {"numeric": 1, "units": 0.5}')
+    ] = None
+    seed: Seed = 0
+    as_json: Json = False
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Refine and print, or write the rows."""
-    config, calibration = read_calibration(arguments, arguments.set)
-    options: dict[str, Any] = {
-        "iterations": arguments.iterations,
-        "keep": arguments.keep,
-        "surrogate": not arguments.no_surrogate,
-        "samples": arguments.samples,
-        "weights": _weights(arguments.weights),
-        "max_new_tokens": arguments.max_new_tokens,
-        "chat": not arguments.no_chat,
-        "seed": arguments.seed,
-    }
-    if arguments.samples == 1 or arguments.samples < 0:
-        raise UsageError(f"--samples {arguments.samples}: expected 0 or at least 2")
-    if arguments.data is not None:
-        work = _rows(arguments, options, json.loads(config.to_json()), calibration)
-    else:
-        work = _prompt(arguments, options)
-    quiet_transformers(arguments.debug)
-
-    from vps import patch
-
-    device = usable_device(arguments.device)
-    progress = Progress()
-    try:
-        progress.step("loading the model")
-        with muted(arguments.debug):
-            model, tokenizer = load_named_model(arguments, device)
-        patch(model, config)
-        apply_calibration(arguments, model, calibration)
-        finish = work(model, tokenizer, progress)
-    finally:
-        progress.close()
-    finish()
-
-
-Work = Callable[[Any, Any, Progress], Callable[[], None]]
-
-
-def _prompt(arguments: argparse.Namespace, options: dict[str, Any]) -> Work:
-    """What to do with the model for one prompt, which returns what to do last."""
-    if arguments.out is not None:
-        raise UsageError("--out: only with --data")
-    prompt = read_prompt(arguments)
-    if arguments.gold is not None and not arguments.gold.strip():
-        raise UsageError("--gold: expected an answer, got nothing")
-
-    def work(model: Any, tokenizer: Any, progress: Progress) -> Callable[[], None]:
-        from vps import refine
-
-        result = refine(model, tokenizer, prompt, arguments.gold, **options, progress=progress.step)
-        values = {"model": arguments.model, "prompt": prompt, "gold": arguments.gold}
-        if arguments.json:
-            text = json.dumps(values | result.as_dict(), ensure_ascii=False)
+    def run(self) -> None:
+        """Refine and print, or write the rows."""
+        sharpening = self.sharpening()
+        if self.samples == 1 or self.samples < 0:
+            raise UsageError(f"--samples {self.samples}: expected 0 or at least 2")
+        options: dict[str, Any] = {
+            "iterations": self.iterations,
+            "keep": self.keep,
+            "surrogate": not self.no_surrogate,
+            "samples": self.samples,
+            "weights": self._loss_weights(),
+            "max_new_tokens": self.max_new_tokens,
+            "chat": not self.no_chat,
+            "seed": self.seed,
+        }
+        self.exclude("prompt", "prompt_file", "data")
+        if self.data is None:
+            self._refine_prompt(sharpening, options)
         else:
-            text = report(result)
-        return lambda: print(text)
+            self._refine_rows(self.data, sharpening, options)
 
-    return work
+    def _loss_weights(self) -> dict[str, float] | None:
+        if self.weights is None:
+            return None
+        from vps.verify.composite import check_weights
+
+        with blaming("--weights", self.weights):
+            return check_weights(parse_json(self.weights))
+
+    def _refine_prompt(self, sharpening: Sharpening, options: dict[str, Any]) -> None:
+        if self.out is not None:
+            raise UsageError("--out: only with --data")
+        prompt = self.read_prompt()
+        if self.gold is not None and not self.gold.strip():
+            raise UsageError("--gold: expected an answer, got nothing")
+        from vps.refine import refine
+
+        with Progress() as progress:
+            model, tokenizer = self.load(progress)
+            sharpening.patch(model)
+            result = refine(model, tokenizer, prompt, self.gold, **options, progress=progress.step)
+        if self.as_json:
+            values = {"model": self.model, "prompt": prompt, "gold": self.gold}
+            print(json.dumps(values | result.as_dict(), ensure_ascii=False))
+        else:
+            print(told(result))
+
+    def _refine_rows(self, data: Path, sharpening: Sharpening, options: dict[str, Any]) -> None:
+        if self.out is None:
+            raise UsageError("--data: needs --out")
+        if self.gold is not None:
+            raise UsageError("--gold: not with --data, whose rows hold their own")
+        settings = {
+            "version": __version__,
+            "model": self.model,
+            "dtype": self.dtype,
+            **options,
+            "config": json.loads(sharpening.config.to_json()),
+            "calibration": None,
+        }
+        if sharpening.calibration is not None:
+            text = sharpening.calibration.to_json().encode()
+            settings["calibration"] = hashlib.sha256(text).hexdigest()
+        rows, finished = self._checked_rows(data, self.out, settings)
+        with Progress() as progress:
+            model, tokenizer = self.load(progress)
+            sharpening.patch(model)
+            progress.step("refining", len(rows))
+            counts = refine_rows(
+                model, tokenizer, rows, finished, self.out,
+                settings=settings, options=options, advance=progress.advance,
+            )  # fmt: skip
+        labelled = any(row.gold is not None for row in rows) and self.iterations > 1
+        if self.as_json:
+            print(json.dumps(counts | {"used_labels": labelled, "out": str(self.out)}))
+        else:
+            print(", ".join(f"{number} {name}" for name, number in counts.items()))
+            if labelled:
+                print(LABELLED)
+        if counts["failed"]:
+            raise RuntimeError(f"{counts['failed']} of {len(rows)} rows failed; see {self.out}")
+
+    @staticmethod
+    def _checked_rows(
+        data: Path, out: Path, settings: Mapping[str, Any]
+    ) -> "tuple[list[Row], set[int]]":
+        """Read the rows, and which of them ``out`` holds; it must be theirs and can be written."""
+        with blaming("--data", data):
+            rows = read_rows(data)
+        if not rows:
+            raise UsageError(f"--data {data}: holds no row")
+        if all(row.error is not None for row in rows):
+            first = f"line {rows[0].number}: {rows[0].error}"
+            raise UsageError(f"--data {data}: no row can be used; {first}")
+        if out.exists() and out.samefile(data):
+            raise UsageError(f"--out {out}: is the file of --data; give another")
+        with blaming("--out"):
+            finished = finished_rows(out, rows, settings)
+            out.open("ab").close()
+        return rows, finished
 
 
-def _rows(
-    arguments: argparse.Namespace, options: dict[str, Any], config: Any, calibration: Any
-) -> Work:
-    """The same for a file of rows."""
-    from vps.cli.batch import ContinuationError, finished_rows, read_rows, refine_rows
-
-    if arguments.out is None:
-        raise UsageError("--data: needs --out")
-    if arguments.gold is not None:
-        raise UsageError("--gold: not with --data, whose rows hold their own")
-    settings = {
-        "version": __version__,
-        "model": arguments.model,
-        "dtype": arguments.dtype,
-        **options,
-        "config": config,
-        "calibration": None,
-    }
-    if calibration is not None:
-        text = calibration.to_json().encode()
-        settings["calibration"] = hashlib.sha256(text).hexdigest()
-    try:
-        rows = read_rows(arguments.data)
-    except OSError as error:
-        raise UsageError(f"--data: {error}") from error
-    if not rows:
-        raise UsageError(f"--data {arguments.data}: holds no row")
-    if all(row.error is not None for row in rows):
-        first = f"line {rows[0].number}: {rows[0].error}"
-        raise UsageError(f"--data {arguments.data}: no row can be used; {first}")
-    if arguments.out.exists() and arguments.out.samefile(arguments.data):
-        raise UsageError(f"--out {arguments.out}: is the file of --data; give another")
-    try:
-        finished_rows(arguments.out, rows, settings)
-        arguments.out.open("ab").close()
-    except (ContinuationError, OSError) as error:
-        raise UsageError(f"--out: {error}") from error
-
-    def work(model: Any, tokenizer: Any, progress: Progress) -> Callable[[], None]:
-        progress.step("refining", len(rows))
-        done = refine_rows(
-            model, tokenizer, rows, arguments.out,
-            settings=settings, options=options, advance=progress.advance,
-        )  # fmt: skip
-
-        def finish() -> None:
-            counts = {"refined": done.refined, "failed": done.failed, "skipped": done.skipped}
-            labelled = any(row.gold is not None for row in rows) and arguments.iterations > 1
-            if arguments.json:
-                print(json.dumps(counts | {"used_labels": labelled, "out": str(arguments.out)}))
-            else:
-                print(", ".join(f"{number} {name}" for name, number in counts.items()))
-                if labelled:
-                    print(LABELLED)
-            if done.failed:
-                raise RuntimeError(f"{done.failed} of {len(rows)} rows failed; see {arguments.out}")
-
-        return finish
-
-    return work
-
-
-def _weights(text: str | None) -> dict[str, float] | None:
-    if text is None:
-        return None
-    from vps.verify.composite import check_weights
-
-    try:
-        return check_weights(parse_json(text))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--weights {text}: {error}") from error
-
-
-def report(result: RefineResult) -> str:
-    """Every iteration with its losses, then the answer and whether labels were used."""
+def told(result: "RefineResult") -> str:
+    """Tell every iteration with its losses, then the answer and whether labels were used."""
     lines = []
     for entry in result.iterations:
         parts = [f"iteration {entry.index}"]
@@ -227,3 +186,129 @@ def report(result: RefineResult) -> str:
     lines += ["", f"answer, of iteration {result.chosen} ({result.keep}):", result.answer]
     lines.append(LABELLED if result.used_labels else "No gold answer was used.")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Hold one line: its number from 1, its parts, and why it cannot be used, or ``None``."""
+
+    number: int
+    prompt: str = ""
+    gold: str | None = None
+    id: Any = None
+    error: str | None = None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read all rows of a file, broken ones with their error; empty lines are none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return [_row(number, line) for number, line in files.lines(path)]
+
+
+def finished_rows(path: Path, rows: list[Row], settings: Mapping[str, Any]) -> set[int]:
+    """Cut a broken last line off an output file, and return the numbers of the rows it holds.
+
+    Raises:
+        ValueError: the file is no output of these rows with these settings.
+        OSError: the file cannot be read or shortened.
+    """
+    if not path.exists():
+        return set()
+    records, end = files.read_objects(path, BEGINNING)
+    finished, known = set(), {row.number: row for row in rows}
+    wanted = json.loads(json.dumps(settings))
+    for place, record in enumerate(records, 1):
+        number, made = record.get("row"), record.get("settings")
+        row = known.get(number) if isinstance(number, int) else None
+        if row is None or record.get("prompt") != row.prompt or record.get("gold") != row.gold:
+            raise ValueError(f"{path}: line {place} is not of a row of this input")
+        for name, value in wanted.items():
+            came = made.get(name) if isinstance(made, dict) else None
+            if came != value and not (name == "config" and _mean_the_same(came, value)):
+                raise ValueError(
+                    f"{path}: line {place} was made with {name} {came!r}, not {value!r}"
+                )
+        finished.add(row.number)
+    files.cut(path, end)
+    return finished
+
+
+def _mean_the_same(*configs: Any) -> bool:
+    """Tell whether two configs are equal; earlier versions wrote out what was left out."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one, other = (VPSConfig.from_json(json.dumps(config)) for config in configs)
+    except (TypeError, ValueError):
+        return False
+    return one == other
+
+
+def refine_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    finished: set[int],
+    out: Path,
+    *,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+    advance: Callable[[], None],
+) -> dict[str, int]:
+    """Refine every row that ``out`` does not hold; return how many were refined, failed, skipped.
+
+    A row that fails is written with its error and counts as finished: remove its line to try it
+    again.
+
+    Args:
+        model, tokenizer: as for :func:`vps.refine`.
+        rows: of :func:`read_rows`.
+        finished: of :func:`finished_rows`.
+        out: the output file; continued if it is there.
+        settings: what the run is, for JSON; written to each row and compared on continuing.
+        options: keyword arguments of :func:`vps.refine`.
+        advance: called after every row, finished ones too.
+
+    Raises:
+        OSError: ``out`` cannot be written.
+    """
+    counts = {"refined": 0, "failed": 0, "skipped": len(finished)}
+    for row in rows:
+        if row.number not in finished:
+            record = _refined(model, tokenizer, row, options)
+            counts["failed" if "error" in record else "refined"] += 1
+            files.append(out, record | {"settings": settings})
+        advance()
+    return counts
+
+
+def _refined(model: Any, tokenizer: Any, row: Row, options: Mapping[str, Any]) -> dict[str, Any]:
+    from vps.refine import refine
+
+    record = {"row": row.number, "id": row.id, "prompt": row.prompt, "gold": row.gold}
+    if row.error is not None:
+        return record | {"error": row.error, "used_labels": False}
+    try:
+        return record | refine(model, tokenizer, row.prompt, row.gold, **options).as_dict()
+    except Exception as error:  # whatever a row brings up must not end the others
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        labelled = row.gold is not None and options["iterations"] >= 2
+        return record | {"error": reason, "used_labels": labelled}
+
+
+def _row(number: int, line: bytes) -> Row:
+    values = files.parse_object(line)
+    if values is None:
+        return Row(number, error=files.why_none(line))
+    error = None
+    given = {name: values.get(name) for name in ("prompt", "gold")}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            if name == "prompt" or value is not None:
+                came = type(value).__name__ if name in values else "nothing"
+                error = error or f"{name!r} must be a string, got {came}"
+            given[name] = None
+    return Row(number, given["prompt"] or "", given["gold"], values.get("id"), error)

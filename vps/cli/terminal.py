@@ -1,4 +1,4 @@
-"""What the terminal shows: progress, two columns, and no notices of libraries."""
+"""Show progress and two columns on a terminal, and no notices of libraries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import warnings
@@ -15,12 +16,14 @@ from collections.abc import Iterator
 from importlib import util
 from typing import Any
 
+DELAY = 2.0  # seconds that a step may take before it is shown
+
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Make the streams take every letter and be there to write to, for the length of a command.
+    """Make both streams take every letter and be there to write to, for the length of a command.
 
-    What a terminal's encoding lacks is written as JSON escapes it, so that JSON stays JSON.
+    Letters outside a terminal's encoding are written as JSON escapes them, so JSON stays JSON.
     """
     codecs.register_error("vps.escape", _escaped)
     codecs.register_error("vps.bytes", _bytes_or_escaped)
@@ -59,22 +62,22 @@ def _bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def quiet(debug: bool) -> None:
-    """Keep the libraries' own notices off the terminal; one clear line is ours to write."""
+    """Keep the libraries' own notices off the terminal, except under ``--debug``."""
     if debug:
         return
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", "VPSConfig: ")
-    warnings.showwarning = _say
+    warnings.showwarning = lambda message, *_, **__: warn(message)
 
 
-def _say(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Show a warning as one line of ours."""
+def warn(message: object) -> None:
+    """Print a warning as one line of ours."""
     print(f"vps: warning: {message}", file=sys.stderr)
 
 
 def quiet_transformers(debug: bool) -> None:
-    """No notices and no bars of transformers; :class:`Progress` shows our own."""
+    """Turn off the notices and bars of transformers; :class:`Progress` shows our own."""
     if debug or util.find_spec("transformers") is None:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -85,12 +88,14 @@ def quiet_transformers(debug: bool) -> None:
 
 
 def muted(debug: bool) -> contextlib.AbstractContextManager[Any]:
-    """Keeps bars off standard error that no setting of their library turns off (GGUF files)."""
+    """Keep bars off standard error that no setting of their library turns off (GGUF files)."""
     return contextlib.nullcontext() if debug else contextlib.redirect_stderr(io.StringIO())
 
 
 class Progress:
-    """A tqdm line on a terminal, for every step that takes over two seconds; silent elsewhere.
+    """Show a line on a terminal for every step that takes over two seconds; silent elsewhere.
+
+    A context, whose end ends the last step.
 
     Args:
         wanted: False for silence on a terminal too.
@@ -98,68 +103,77 @@ class Progress:
 
     def __init__(self, wanted: bool = True) -> None:
         self._stream = sys.stderr
-        self._shown = wanted and self._stream.isatty() and util.find_spec("tqdm") is not None
+        self._shown = wanted and self._stream.isatty()
         self._bar: Any = None
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._start: threading.Timer | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def step(self, message: str, total: int | None = None) -> None:
-        """Begin a step, of ``total`` parts where they can be counted; ends the one before."""
+        """Begin a step, of ``total`` parts where they can be counted, and end the one before."""
         self.close()
         if not self._shown:
             return
-        from tqdm import tqdm
+        from rich import progress
+        from rich.console import Console
 
-        layout = "{desc} [{elapsed}]" if total is None else "{desc} {bar} {n}/{total} [{elapsed}]"
-        self._bar = tqdm(
-            desc=message, total=total, delay=2, leave=False, file=self._stream,
-            bar_format=layout, miniters=0,
-        )  # fmt: skip
-        self._over = threading.Event()
-        self._thread = threading.Thread(
-            target=self._tick, args=(self._bar, self._over), daemon=True
+        console = Console(file=self._stream)
+        if not console.is_interactive:  # such as an editor's, which cannot take a line away
+            return
+        counted = () if total is None else (progress.BarColumn(), progress.MofNCompleteColumn())
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            *counted,
+            progress.TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=2,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
-        self._thread.start()
-
-    @staticmethod
-    def _tick(bar: Any, over: threading.Event) -> None:
-        while not over.wait(0.5):
-            bar.update(0)
+        self._bar.add_task(message, total=total)
+        self._start = threading.Timer(DELAY, self._bar.start)
+        self._start.daemon = True
+        self._start.start()
 
     def advance(self) -> None:
-        """One part is done."""
+        """Count one part as done."""
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.advance(self._bar.task_ids[0])
 
     def close(self) -> None:
         """End the step and take its line away."""
-        if self._bar is not None:
-            self._over.set()
-            if self._thread is not None:
-                self._thread.join()
-            self._bar.close()
+        if self._bar is not None and self._start is not None:
+            self._start.cancel()
+            self._start.join()
+            self._bar.stop()
             self._bar = None
 
 
 def side_by_side(plain: str, sharpened: str) -> str:
-    """Two texts in two columns as wide as the terminal allows."""
-    import shutil
-    import textwrap
-    from itertools import zip_longest
+    """Lay two texts out in two columns as wide as the terminal allows; without any colour."""
+    from rich.box import Box
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    width = max(20, (shutil.get_terminal_size().columns - 3) // 2)
-    columns = []
-    for title, text in (("plain", plain), ("sharpened", sharpened)):
-        lines = [title, "-" * width]
-        for line in text.splitlines():
-            lines += textwrap.wrap(line, width) or [""]
-        columns.append(lines)
-    rows = zip_longest(*columns, fillvalue="")
-    return "\n".join(f"{left:<{width}} | {right}".rstrip() for left, right in rows)
+    lines = Box("    \n  | \n -| \n  | \n  | \n  | \n  | \n    \n", ascii=True)
+    columns = [Column(name, overflow="fold", ratio=1) for name in ("plain", "sharpened")]
+    table = Table(*columns, box=lines, show_edge=False, expand=True, pad_edge=False)
+    table.add_row(Text(plain), Text(sharpened))
+    width = max(23, shutil.get_terminal_size().columns)
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def difference_line(position: int | None) -> str:
-    """Where two continuations part, in words."""
+    """Say where two continuations part."""
     if position is None:
         return "no token differs"
     return f"first difference at generated token {position + 1}"

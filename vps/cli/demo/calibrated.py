@@ -1,4 +1,4 @@
-"""Ten held-out problems, answered by the plain and by the calibrated model.
+"""Answer ten held-out problems with the plain and with the calibrated model.
 
 The calibration that comes with the package was fitted to SmolLM2-135M on other problems of their
 kind, by ``benchmarks/study/calibration.py``.
@@ -24,7 +24,7 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: its answer, the text of both models, and which of them is right."""
+    """Hold one problem: its answer, the text of both models, and which of them is right."""
 
     question: str
     answer: str
@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """All problems; or none, and why the calibration was refused."""
+    """Hold all problems; or none, and why the calibration was refused."""
 
     problems: list[Problem] = field(default_factory=list)
     refused: str | None = None

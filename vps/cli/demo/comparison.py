@@ -1,7 +1,8 @@
-"""The demo: SmolLM2-135M answers three prompts, plain and sharpened, and refines one answer."""
+"""Let SmolLM2-135M answer three prompts, plain and sharpened, and refine one answer."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from vps.cli.demo.calibrated import CALIBRATION, Calibrated, solve
 from vps.cli.demo.heatmap import draw
-from vps.cli.demo.report import write_report
 from vps.config import VPSConfig
 from vps.model.calibration import Calibration
 from vps.model.generation import Generation, changed_choices, encode, first_difference, generate
@@ -25,14 +25,14 @@ PROMPTS = (
     "Explain in two sentences why the sky is blue.",
     "Write a short poem about a lighthouse.",
 )
+TEMPLATE = Path(__file__).with_name("report.html")
 GOLD = "7"  # of the first prompt, which is refined
 CONFIG = VPSConfig(scope="sequence")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, answered by the plain and the sharpened model, and how each goes on from
-    their first difference."""
+    """Hold one prompt, both answers, and how each goes on from their first difference."""
 
     prompt: str
     plain: Generation
@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Refined:
-    """One refinement: prompt, gold answer and what came of them."""
+    """Hold one refinement: prompt, gold answer and what came of them."""
 
     prompt: str
     gold: str
@@ -53,9 +53,19 @@ class Refined:
 
 @dataclass(frozen=True)
 class DemoRun:
-    """Answers, tokens per second of both, share of changed choices, the layers' statistics for
-    the first prompt of ``prompt_tokens`` tokens, one refinement, the settings, the report's path,
-    and problems answered by the calibrated model."""
+    """Hold what the demo found.
+
+    Args:
+        answers: one for each of :data:`PROMPTS`.
+        plain_rate, sharpened_rate: tokens per second.
+        changed: share of the next-token choices that sharpening changes.
+        statistics: of every layer, for the first prompt.
+        prompt_tokens: of the first prompt.
+        refined: the first prompt, refined.
+        config: of the answers.
+        report: the path of the page.
+        calibrated: problems, answered by the calibrated model.
+    """
 
     answers: list[Answer]
     plain_rate: float
@@ -96,7 +106,7 @@ def compare(
     progress: Callable[[str], None],
     calibration: Calibration | None = None,
 ) -> DemoRun:
-    """Everything after loading, on a patched model, which is left with :data:`CONFIG`."""
+    """Do everything after loading, on a patched model, which is left with :data:`CONFIG`."""
     encoded = [encode(tokenizer, prompt) for prompt in PROMPTS]
     _plain(model, tokenizer, encoded[0], 4)
     generate(model, tokenizer, encoded[0], 4)
@@ -150,6 +160,30 @@ def compare(
     )
     write_report(run, out / "heatmap.png")
     return run
+
+
+def write_report(run: DemoRun, picture: Path) -> None:
+    """Write ``run.report``, one HTML file with its picture inside.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is missing.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError:
+        raise ModuleNotFoundError(
+            "the report needs jinja2: pip install 'vps-kernels[cli]'"
+        ) from None
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = page.render(
+        run=run,
+        positions=sum(len(answer.plain.tokens) for answer in run.answers),
+        picture=base64.b64encode(picture.read_bytes()).decode(),
+    )
+    run.report.write_text(text, encoding="utf-8")
 
 
 def _plain(model: Any, tokenizer: Any, inputs: dict[str, Tensor], new_tokens: int) -> Generation:

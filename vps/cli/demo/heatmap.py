@@ -1,4 +1,4 @@
-"""What the policy decided in every layer for one prompt, drawn."""
+"""Draw what the policy decided in every layer for one prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PANELS = (
 
 
 def column_names(names: list[str]) -> list[str]:
-    """Shortest ends of ``names`` that tell the layers of a block apart, such as ``q_proj``."""
+    """Shorten ``names`` to ends that tell the layers of a block apart, such as ``q_proj``."""
     depth = 1
     while True:
         ends = [".".join(name.split(".")[-depth:]) for name in names]
@@ -30,8 +30,9 @@ def column_names(names: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Panel:
-    """One heat map: title, unit, a value of every layer; ``centred`` colours go both ways from 0.
+    """Hold one heat map: title, unit, and a value of every layer.
 
+    Where it is ``centred``, colours go both ways from 0.
     ``scale`` is ``"linear"``, ``"logarithmic"`` or ``"steps"``, integers from 1.
     """
 
@@ -43,7 +44,7 @@ class Panel:
 
 
 def draw(statistics: list[LayerStatistics], path: Path, subject: str = "one prompt") -> None:
-    """Four heat maps, blocks downwards and projections across, as PNG; ``subject`` is its title's.
+    """Draw four heat maps of one prompt, named ``subject`` in their title, as PNG.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -62,7 +63,7 @@ def draw(statistics: list[LayerStatistics], path: Path, subject: str = "one prom
 
 
 def draw_panels(names: list[str], panels: list[Panel], path: Path, title: str) -> None:
-    """Heat maps of values of the layers ``names``, blocks downwards and projections across, as PNG.
+    """Draw values of the layers ``names``, blocks downwards and projections across, as PNG.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
