@@ -11,10 +11,10 @@ from fitting_cases import WORDS, every, nll, pairs, texts, tiny, word_tokenizer
 
 from vps import Calibration, VPSConfig, calibrate, disabled, fitting, patch, sensitivity
 from vps.fitting import Example, Options, descent
-from vps.fitting.controls import Scale, frequent_features, lora, random_features
+from vps.fitting.candidates import Sharpening
 from vps.fitting.descent import fit, gradients, mean_nll
 from vps.fitting.examples import check_apart, parse, read_examples, split
-from vps.fitting.forms import Sharpening
+from vps.fitting.fitted_controls import Scale, frequent_features, lora, random_features
 from vps.fitting.sensitivity import prepared
 from vps.model.calibration import columns_of
 from vps.model.patching import sharpened_layers

@@ -9,11 +9,11 @@ from fitting_cases import every, nll, pairs, texts, tiny, word_tokenizer
 
 import vps
 from vps import Calibration, VPSConfig, patch
-from vps.fitting import descent, forms
-from vps.fitting.controls import random_features
+from vps.fitting import candidates, descent
+from vps.fitting.candidates import Sharpening
 from vps.fitting.descent import BUNDLE_TOKENS, bundles, each_nll, gradients, mean_nll
 from vps.fitting.examples import encoded, parse
-from vps.fitting.forms import Sharpening
+from vps.fitting.fitted_controls import random_features
 from vps.fitting.sensitivity import prepared
 from vps.model.patching import sharpened_layers
 
@@ -74,7 +74,7 @@ class Held:
 
     def record(self, model, examples):
         original = self.form._selected
-        build = forms.selection.coupling
+        build = candidates.selection.coupling
 
         def selected(inputs, settings):
             key = (id(inputs.weight), tuple(self.example))
@@ -98,7 +98,7 @@ class Held:
 
         self.mixings = []
         self.form._selected = selected
-        self.patched = forms.selection
+        self.patched = candidates.selection
         self.original = build
         self.mixing = mixing
         self.loss(model, examples)
@@ -236,7 +236,7 @@ def test_nothing_wide_is_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forms.differentiable(inputs, gamma, settings, forms.norms(W))
+        candidates.differentiable(inputs, gamma, settings, candidates.norms(W))
     assert kept and all(t.data_ptr() == W.data_ptr() or t.numel() <= G * r for t in kept)
 
 

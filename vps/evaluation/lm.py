@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's model of a sharpened model: right about padding, scope and batch size.
+"""Show lm-evaluation-harness a sharpened model: padding, scope and batch size as they must be.
 
 ``HFLM`` pads the rows it scores with token 0 to the right and passes no attention mask. A causal
 model does not mind, but the statistics of SPEC §2 would count the padding; here they do not. The
@@ -30,7 +30,7 @@ ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 def language_model(
     model: Any, tokenizer: Any, batch_size: int, scoring_scope: str, group: Any = None
 ) -> Any:
-    """An lm-eval ``LM`` of a patched model.
+    """Make an lm-eval ``LM`` of a patched model.
 
     Args:
         model: a patched causal language model of transformers.
@@ -58,7 +58,7 @@ def language_model(
 
 @contextmanager
 def scoped(model: nn.Module, scope: str) -> Iterator[None]:
-    """Every layer with its config under another scope.
+    """Put the config of every layer under another scope.
 
     Raises:
         ValueError: one of another scope than ``"token"`` for sharpened experts.
@@ -72,7 +72,7 @@ def scoped(model: nn.Module, scope: str) -> Iterator[None]:
 def shared(
     compute: Callable[[list[Any]], list[Any]], requests: Sequence[Any], group: Any
 ) -> list[Any]:
-    """What ``compute`` gives for each request, of which every rank of a group computes some.
+    """Share requests over the ranks of a group; each gets what ``compute`` gives for all.
 
     Requests of one context, which lm-eval runs as one row where it can, stay together. Every rank
     calls this with the same requests and gets all answers.
@@ -131,7 +131,7 @@ def _class() -> type[Any]:
 
         @contextmanager
         def _own_batch(self, kind: str) -> Iterator[None]:
-            """One row a call under the batch scope, whose results else depend on batch-mates."""
+            """Run one row a call in the batch scope, whose results else depend on batch-mates."""
             scopes = {layer.config.scope for layer in sharpened_layers(self.model).values()}
             before = self.batch_size_per_gpu
             if "batch" in scopes:
@@ -163,8 +163,9 @@ def _class() -> type[Any]:
 
 
 def _counted(inputs: Tensor, waiting: Counter[tuple[int, ...]]) -> Tensor | None:
-    """Which tokens of inputs ``[B, T]`` belong to a row that waits to be scored, bool ``[B, T]``;
-    ``None`` where all do. Rows come longest first, so the longest that fits is the one.
+    """Mark the tokens of inputs ``[B, T]`` that belong to a row to be scored; ``None`` if all do.
+
+    Rows come longest first, so the longest that fits is the one.
     """
     lengths = []
     for row in inputs.tolist():
@@ -186,7 +187,7 @@ def _counted(inputs: Tensor, waiting: Counter[tuple[int, ...]]) -> Tensor | None
 
 
 def outcomes_of(task: Any, samples: list[dict[str, Any]], tokens: Callable[[str], int]) -> list:
-    """Outcomes of the samples that lm-eval logged for a task, in their order.
+    """Turn the samples that lm-eval logged for a task into outcomes, in their order.
 
     A metric keeps its name; one of a named filter is ``"metric,filter"``. Log-likelihoods become
     ``"nll"`` in nats: per token, weighted by the tokens, for whole texts; per target for
@@ -229,7 +230,7 @@ def outcomes_of(task: Any, samples: list[dict[str, Any]], tokens: Callable[[str]
 
 
 def _margin(task: Any, sample: dict[str, Any]) -> float | None:
-    """Log-likelihood of the right choice less that of the best wrong one."""
+    """Return the log-likelihood of the right choice less that of the best wrong one."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None
     document = sample["doc"]

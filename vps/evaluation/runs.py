@@ -37,12 +37,12 @@ MOST_DIFFERENCES = 6
 
 
 class RunError(ValueError):
-    """The folder holds another run, or none, or another process works on it."""
+    """Refuse a folder: it holds another run, or none, or another process works on it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of one variant: its outcomes, and the scope that ran by kind of request."""
+    """Hold the outcomes of one variant, and the scope that ran by kind of request."""
 
     outcomes: Sequence[Outcome]
     scopes: Mapping[str, str] = field(default_factory=dict)
@@ -53,7 +53,7 @@ Evaluator = Callable[[Cell], Evaluation]
 
 @dataclass(frozen=True)
 class AblationResult:
-    """How many cells this process evaluated, that failed, and that had been finished before."""
+    """Count the cells that this process evaluated, that failed, and that were finished before."""
 
     evaluated: int
     failed: int
@@ -62,7 +62,7 @@ class AblationResult:
 
 @dataclass(frozen=True)
 class Record:
-    """What came of one cell.
+    """Hold what came of one cell.
 
     Args:
         cell: its index.
@@ -83,7 +83,7 @@ class Record:
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; outcomes are columns, one group a task and metric."""
+        """Return plain values for JSON; outcomes are columns, one group a task and metric."""
         columns = ("document", "value", "margin", "weight")
         return {
             **{name: value for name, value in vars(self).items() if name != "outcomes"},
@@ -97,7 +97,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """What :meth:`as_dict` gave, also that of an earlier version.
+        """Make a record of what :meth:`as_dict` gave, here or in an earlier version.
 
         Raises:
             KeyError, TypeError, ValueError: the values are of something else.
@@ -121,7 +121,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder holds: the grid, the definition, and records by the cell's index."""
+    """Hold what a folder does: the grid, the definition, and records by the cell's index."""
 
     title: str
     cells: tuple[Cell, ...]
@@ -130,12 +130,12 @@ class Run:
 
     @cached_property
     def finished(self) -> dict[int, Record]:
-        """The records of cells that did not fail."""
+        """Return the records of cells that did not fail."""
         return {index: record for index, record in self.records.items() if record.error is None}
 
     @cached_property
     def waiting(self) -> dict[str, list[str]]:
-        """Finished cells that must not be shown yet, with the controls that they wait for."""
+        """Return the finished cells that must not be shown yet, with the controls they wait for."""
         missing: dict[str, list[str]] = {}
         for cell in self.cells:
             if cell.control is not None and cell.index not in self.finished:
@@ -156,7 +156,7 @@ def ablate(
     facts: Mapping[str, Any] | None = None,
     advance: Callable[[], None] | None = None,
 ) -> AblationResult:
-    """Evaluate the cells that ``folder`` does not hold, those of one process of several.
+    """Evaluate the cells of this process that ``folder`` does not hold.
 
     Killed at any moment and called again, it loses no finished cell and repeats none. A cell that
     fails is written with its error and tried again by the next call; a failed baseline ends the
@@ -217,7 +217,7 @@ def _evaluated(cell: Cell, evaluate: Evaluator, first: bool, facts: Mapping[str,
 
 
 def machine_facts(device: str = "cpu") -> dict[str, Any]:
-    """Machine and versions, as they are written to each cell."""
+    """Return machine and versions, as they are written to each cell."""
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else processor_name()
     return {
@@ -244,7 +244,7 @@ def fingerprint(model: str) -> str | None:
 
 
 def read_run(folder: Path) -> Run:
-    """The run of a folder, finished or not; nothing is changed.
+    """Read the run of a folder, finished or not; nothing is changed.
 
     Raises:
         RunError: no run there, or files that are not of one.
@@ -278,7 +278,7 @@ def _definition(path: Path) -> dict[str, Any]:
 
 
 def _results(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every result of a cell, and where it is from; those of an earlier version come first."""
+    """Yield every result of a cell with its place; those of an earlier version come first."""
     for shard in sorted(folder.glob("cells-*.jsonl")):
         try:
             rows, _ = files.read_objects(shard, BEGINNING)
@@ -296,7 +296,7 @@ def _file_of(folder: Path, index: int) -> Path:
 
 
 def own_cells(count: int, rank: int, world: int) -> range:
-    """Indices of the cells that the process of a rank takes: every ``world``-th."""
+    """Return the indices of the cells that the process of a rank takes: every ``world``-th."""
     return range(rank, count, world)
 
 
@@ -343,7 +343,7 @@ def wait_for_others(folder: Path) -> None:
 
 
 def _working(folder: Path) -> Iterator[tuple[int, int]]:
-    """Rank and world of every process that works on the folder."""
+    """Yield rank and world of every process that works on the folder."""
     for path in folder.glob("lock-*-of-*"):
         named = re.fullmatch(r"lock-(\d+)-of-(\d+)", path.name)
         if named is not None:

@@ -1,4 +1,4 @@
-"""What an analysis says, in sentences and in numbers as they are written in a report."""
+"""Put an analysis into sentences, and its numbers into the text of a report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_NAMES = 6
 
 @dataclass(frozen=True)
 class Summary:
-    """Sentences of a report, by their place in it."""
+    """Hold the sentences of a report by their place in it."""
 
     findings: list[str]
     missing: list[str]
@@ -32,14 +32,14 @@ class Summary:
 
 
 def summarise(analysis: Analysis) -> Summary:
-    """Everything that a report says in words."""
+    """Return everything that a report says in words."""
     return Summary(
         _findings(analysis), _missing(analysis), _methods(analysis), _conditions(analysis)
     )
 
 
 def units(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], list[Comparison]]:
-    """Comparisons by task and metric, all tasks together first."""
+    """Group comparisons by task and metric, all tasks together first."""
     found: dict[tuple[str, str], list[Comparison]] = {}
     for each in comparisons:
         found.setdefault((each.task, each.metric), []).append(each)
@@ -47,17 +47,17 @@ def units(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], list[Compa
 
 
 def unit_name(task: str, metric: str) -> str:
-    """Task and metric in a title."""
+    """Write task and metric for a title."""
     return f"{task}, {metric}"
 
 
 def direction(metric: str) -> str:
-    """What to say of a metric whose low values are good."""
+    """Say of a metric that its low values are good, where they are."""
     return "; lower is better" if metric in LOWER_IS_BETTER else ""
 
 
 def number(value: float, digits: int = 4, sign: bool = False) -> str:
-    """A number with a real minus; a dash for none."""
+    """Write a number with a real minus; a dash for none."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -69,7 +69,7 @@ def number(value: float, digits: int = 4, sign: bool = False) -> str:
 
 
 def level(value: float, error: float, comparison: Comparison) -> str:
-    """A mean with its standard error: percent right, or the metric itself."""
+    """Write a mean with its standard error: percent right, or the metric itself."""
     if comparison.gained is not None:
         return f"{number(100 * value, 1)} % ± {number(100 * error, 1)}"
     text = f"{number(value)} ± {number(error)}"
@@ -80,45 +80,45 @@ def level(value: float, error: float, comparison: Comparison) -> str:
 
 
 def change(comparison: Comparison) -> str:
-    """The difference: in points of percent, or in the metric's unit."""
+    """Write the difference in points of percent, or in the metric's unit."""
     scale, digits = scaled(comparison)
     unit = " points" if comparison.gained is not None else ""
     return f"{number(scale * comparison.difference, digits, True)}{unit}"
 
 
 def interval(comparison: Comparison) -> str:
-    """The bootstrap interval, in the unit of :func:`change`."""
+    """Write the bootstrap interval in the unit of :func:`change`."""
     scale, digits = scaled(comparison)
     ends = (number(scale * end, digits, True) for end in (comparison.low, comparison.high))
     return f"[{', '.join(ends)}]"
 
 
 def scaled(comparison: Comparison) -> tuple[float, int]:
-    """Factor and digits of the differences as they are written."""
+    """Return factor and digits of the differences as they are written."""
     return (100.0, 1) if comparison.gained is not None else (1.0, 4)
 
 
 def flips(comparison: Comparison) -> str:
-    """Answers gained and lost."""
+    """Write the answers gained and lost."""
     if comparison.gained is None:
         return "–"
     return f"+{comparison.gained} −{comparison.lost}"
 
 
 def probability(p: float) -> str:
-    """p as it is written."""
+    """Write p."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def control_title(cell: Cell) -> str:
-    """A control as it stands under its cell."""
+    """Name a control as it stands under its cell."""
     others = f", of {len(cell.of)} cells" if len(cell.of) > 1 else ""
     draw = f" {cell.draw + 1}" if cell.draw else ""
     return f"{str(cell.control).replace('_', ' ')}{draw}{others}"
 
 
 def settings_of(config: VPSConfig) -> str:
-    """The fields that differ from the defaults."""
+    """Write the fields that differ from the defaults."""
     plain, values = (json.loads(json.dumps(asdict(each))) for each in (VPSConfig(), config))
     return ", ".join(f"{name} {values[name]}" for name in values if values[name] != plain[name])
 
@@ -272,7 +272,7 @@ def _conditions(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def _scopes(analysis: Analysis) -> str:
-    """Which scopes ran, for what kinds of requests, in how many cells."""
+    """Say which scopes ran, for what kinds of requests, in how many cells."""
     counts: dict[str, int] = {}
     looks_ahead = False
     for index, record in analysis.run.finished.items():

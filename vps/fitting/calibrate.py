@@ -1,4 +1,4 @@
-"""``vps.calibrate``: examples in, a :class:`vps.Calibration` out, with what is to be said of it."""
+"""Fit γ of every layer to examples: ``vps.calibrate``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import nn
 
 from vps import files
 from vps.config import VPSConfig
-from vps.fitting.controls import Scale, frequent_features, lora, random_features
+from vps.fitting.candidates import Candidate, Sharpening
 from vps.fitting.descent import Fit, Options, each_nll, fit, mean_nll
 from vps.fitting.examples import LONGEST, OTHER_TEXTS, Encoded, parse_all, split, told, usable
-from vps.fitting.forms import Form, Sharpening
-from vps.fitting.report import (
+from vps.fitting.fitted_controls import Scale, frequent_features, lora, random_features
+from vps.fitting.sensitivity import prepared, sensitivities
+from vps.fitting.verdict import (
     HELD_OUT,
     SHARPENING,
     SIDE,
@@ -27,7 +28,6 @@ from vps.fitting.report import (
     improves,
     outcomes,
 )
-from vps.fitting.sensitivity import prepared, sensitivities
 from vps.model.calibration import Calibration, fingerprint, model_id
 from vps.model.matching import matches
 from vps.model.patching import sharpened_layers
@@ -202,39 +202,39 @@ def _run(
     step: Progress,
     say: Callable[[], None],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Every form's outcomes and summary, and γ."""
+    """Fit and measure every candidate; outcomes and summary by name, and γ."""
     parts = {HELD_OUT: use["held_out"], SIDE: use["other"]}
     size = sum(map(len, parts.values())) if use["held_out"] else 0
     found: dict[str, dict[str, Any]] = {}
     gamma: dict[str, Any] = {}
 
-    def measure(form: Form, done: Fit | None) -> None:
+    def measure(candidate: Candidate, done: Fit | None) -> None:
         if size:
-            step(f"measuring: {form.name}", size)
-        own = outcomes(model, form, parts, say) if size else []
-        summary: dict[str, Any] = {"numbers": 0 if done is None else form.count}
+            step(f"measuring: {candidate.name}", size)
+        own = outcomes(model, candidate, parts, say) if size else []
+        summary: dict[str, Any] = {"numbers": 0 if done is None else candidate.count}
         if done is not None:
             summary |= {name: value for name, value in vars(done).items() if name != "values"}
-        found[form.name] = {"outcomes": own, "summary": summary}
+        found[candidate.name] = {"outcomes": own, "summary": summary}
 
     by_column = per == "column"
-    base = Form(model, chosen, False)
+    base = Candidate(model, chosen, False)
     measure(base, None)
     plain = mean_nll(model, base, use["stop"])
     for name in (SHARPENING, *controls):
-        form = _form(name, model, chosen, by_column, use["fit"], seed, step, say)
+        candidate = _candidate(name, model, chosen, by_column, use["fit"], seed, step, say)
         step(f"fitting: {name}", options.looks - len(options.learning_rates))
         done = fit(
-            model, form, use["fit"], use["stop"], options, plain,
+            model, candidate, use["fit"], use["stop"], options, plain,
             advance=say, state=kept.states.get(name), save=partial(kept.keep, name),
         )  # fmt: skip
-        if isinstance(form, Sharpening) and name == SHARPENING:
-            gamma = form.gammas()
-        measure(form, done)
+        if isinstance(candidate, Sharpening) and name == SHARPENING:
+            gamma = candidate.gammas()
+        measure(candidate, done)
     return found, gamma
 
 
-def _form(
+def _candidate(
     name: str,
     model: nn.Module,
     chosen: list[str],
@@ -243,8 +243,8 @@ def _form(
     seed: int,
     step: Progress,
     say: Callable[[], None],
-) -> Form:
-    """The form of that name, as it is before it is fitted."""
+) -> Candidate:
+    """Make the candidate of that name, as it is before it is fitted."""
     sharpening = Sharpening(model, chosen, by_column)
     if name == SHARPENING:
         return sharpening
@@ -271,7 +271,7 @@ def _layers(
     step: Progress,
     say: Callable[[], None],
 ) -> list[str]:
-    """Names of the layers that are fitted."""
+    """Return the names of the layers that are fitted."""
     every = list(sharpened_layers(model))
     if layers is None:
         return every
@@ -281,8 +281,8 @@ def _layers(
         if not 1 <= layers <= len(every):
             raise ValueError(f"calibrate: layers must be from 1 to {len(every)}, got {layers}")
         step("taking gradients", len(examples))
-        form = Sharpening(model, every, False)
-        best = {each.name for each in sensitivities(model, form, examples, say)[:layers]}
+        candidate = Sharpening(model, every, False)
+        best = {each.name for each in sensitivities(model, candidate, examples, say)[:layers]}
         return [name for name in every if name in best]
     if not all(isinstance(each, str) for each in layers):
         raise TypeError(f"calibrate: layers must be a number or names, got {layers!r}")
@@ -297,7 +297,7 @@ def _layers(
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON has it."""
+    """Return values as they come back from JSON."""
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found
 
@@ -318,7 +318,7 @@ def _controls(controls: Sequence[str] | bool) -> tuple[str, ...]:
 
 
 def left(path: Path) -> dict[str, Any] | None:
-    """What an interrupted call left in a file: its key and its states; ``None`` without a file.
+    """Read the key and states that an interrupted call left in a file; ``None`` without one.
 
     Raises:
         ValueError: the file holds something else, or is none.
@@ -338,7 +338,7 @@ def left(path: Path) -> dict[str, Any] | None:
 
 
 class Kept:
-    """What an interrupted call left by the name of a form, and what this one leaves.
+    """Keep the state of every candidate, so that an interrupted call goes on.
 
     Raises:
         ValueError: a file of another call; the message says what differs.
@@ -357,7 +357,7 @@ class Kept:
             )
 
     def keep(self, name: str, state: dict[str, Any]) -> None:
-        """Leave the state of a form."""
+        """Write the state of a candidate."""
         self.states[name] = state
         if self.path is not None:
             files.replace(self.path, json.dumps({"key": self.key, "states": self.states}))

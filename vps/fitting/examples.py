@@ -1,4 +1,4 @@
-"""Examples to fit on: prompts with answers, whose answers are scored, or plain texts."""
+"""Read examples to fit on: prompts with answers, whose answers are scored, or plain texts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ KEYS = ("prompt", "answer", "gold", "text", "id")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that is scored, or with ``prompt=None`` a text."""
+    """Hold a prompt and the answer that is scored, or with ``prompt=None`` a text."""
 
     prompt: str | None
     answer: str
 
     @property
     def identity(self) -> str:
-        """sha256 of what is in it, by which overlap is found; outer white space does not count."""
+        """Return the sha256 by which overlap is found; outer white space does not count."""
         prompt = "" if self.prompt is None else self.prompt.strip()
         text = f"{'text' if self.prompt is None else 'pair'}\0{prompt}\0{self.answer.strip()}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """Examples to take gradients of, to stop by, and to report on; none is in two of them."""
+    """Hold examples to take gradients of, to stop by, and to report on; none is in two of them."""
 
     fit: tuple[Example, ...]
     stop: tuple[Example, ...]
@@ -47,14 +47,16 @@ class Split:
 
     @property
     def data(self) -> str:
-        """sha256 over the examples used for fitting and stopping."""
+        """Return sha256 over the examples used for fitting and stopping."""
         identities = sorted(each.identity for each in (*self.fit, *self.stop))
         return hashlib.sha256("\n".join(identities).encode()).hexdigest()
 
 
 def parse(value: Any, name: str = "example", empty: bool = False) -> Example:
-    """An example from a text, a pair, or a mapping with ``prompt`` and ``answer`` (or ``gold``), or
-    ``text``. With ``empty`` those without text pass, which :func:`usable` leaves out.
+    """Make an example of a text, a pair, or a mapping.
+
+    A mapping has ``prompt`` and ``answer`` (or ``gold``), or ``text``. With ``empty`` an example
+    without text passes, which :func:`usable` leaves out.
 
     Raises:
         TypeError, ValueError: anything else; the message begins with ``name``.
@@ -98,7 +100,7 @@ def parse_all(name: str, values: Sequence[Any]) -> list[Example]:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Examples of a JSONL file; empty lines are none.
+    """Read the examples of a JSONL file; empty lines are none.
 
     Raises:
         OSError: the file cannot be read.
@@ -162,7 +164,7 @@ def check_apart(held_out: Sequence[Example], used: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids ``[1, T]``, of which the last ``scored`` are predicted."""
+    """Hold token ids ``[1, T]``, of which the last ``scored`` are predicted."""
 
     ids: Tensor
     scored: int
@@ -172,7 +174,7 @@ class Encoded:
 def encoded(
     tokenizer: Any, example: Example, *, chat: bool, longest: int, device: Any = "cpu"
 ) -> Encoded:
-    """Token ids of an example. A text is cut after ``longest`` tokens.
+    """Encode an example; a text is cut after ``longest`` tokens.
 
     A prompt is put as :func:`generation.encode` does; where it is no chat and neither side has
     a space between, one is put before the answer.
@@ -207,7 +209,7 @@ def encoded(
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An example that cannot be used: of what, its number there from 1, and why."""
+    """Name an example that cannot be used: of what, its number there from 1, and why."""
 
     of: str
     number: int
@@ -223,7 +225,7 @@ def usable(
     longest: int = LONGEST,
     device: Any = "cpu",
 ) -> tuple[list[tuple[Example, Encoded]], list[LeftOut]]:
-    """The examples that :func:`encoded` takes, with what it gives, and those it refuses.
+    """Return the examples that :func:`encoded` takes, with what it gives, and those it refuses.
 
     Args: as for :func:`encoded`, and ``of``, which names the examples in messages.
 
@@ -244,13 +246,13 @@ def usable(
 
 
 def told(left_out: Sequence[LeftOut], count: int) -> str:
-    """How many of ``count`` examples cannot be used, and why the first of them cannot."""
+    """Say how many of ``count`` examples cannot be used, and why the first of them cannot."""
     of = left_out[0].of
     return f"{len(left_out)} of {count} {of} cannot be used and are left out: {listed(left_out)}"
 
 
 def listed(left_out: Sequence[LeftOut]) -> str:
-    """The first of them, each with its reason, and how many more there are."""
+    """List the first examples left out, each with its reason, and how many more there are."""
     shown = "; ".join(
         f"{each.of}, number {each.number}: {each.reason}" for each in left_out[:SHOWN]
     )

@@ -1,4 +1,4 @@
-"""Templates of the tables and reports, for jinja2: HTML and Markdown escape what is filled in.
+"""Fill the templates of tables and reports by jinja2, escaping values for HTML or Markdown.
 
 ``table.md`` is the state of a run, ``report.md`` and ``report.html`` what it found.
 """
