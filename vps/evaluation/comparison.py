@@ -210,12 +210,9 @@ class _Column:
 
 def _columns(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], _Column]:
     """Group outcomes by task and metric, and over all tasks for a metric that several have."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    metrics: dict[str, list[Outcome]] = {}
-    for each in outcomes:
-        groups.setdefault((each.task, each.metric), []).append(each)
-        metrics.setdefault(each.metric, []).append(each)
-    for metric, every in metrics.items():
+    groups = paired.grouped(outcomes)
+    for metric in dict.fromkeys(each.metric for each in outcomes):
+        every = [each for each in outcomes if each.metric == metric]
         if len({each.task for each in every}) > 1:
             groups[ALL_TASKS, metric] = every
     found = {}
@@ -263,24 +260,11 @@ def _compare(
             p = paired.paired_t(d, own.weights)
         found.append(
             Comparison(
-                name,
-                against,
-                task,
-                metric,
-                len(d),
-                mean,
-                mean_error,
-                value,
-                value_error,
-                value - mean,
-                low,
-                high,
-                float(terms.std(ddof=1)) if len(d) > 1 else math.nan,
-                gained,
-                lost,
-                p,
-            )  # fmt: skip
-        )
+                name, against, task, metric, len(d), mean, mean_error, value, value_error,
+                value - mean, low, high, float(terms.std(ddof=1)) if len(d) > 1 else math.nan,
+                gained, lost, p,
+            )
+        )  # fmt: skip
     return found
 
 
@@ -293,11 +277,8 @@ def _corrected(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
 
 
 def _detectable(family: Sequence[Comparison]) -> tuple[Detectable, ...]:
-    groups: dict[tuple[str, str], list[Comparison]] = {}
-    for each in family:
-        groups.setdefault((each.task, each.metric), []).append(each)
     found = []
-    for (task, metric), group in groups.items():
+    for (task, metric), group in paired.grouped(family).items():
         n, alpha = group[0].n, paired.LEVEL / len(family)
         shares = [
             (c.gained + c.lost) / n for c in group if c.gained is not None and c.lost is not None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import numpy
@@ -105,42 +105,34 @@ def _class() -> type[Any]:
         batch_size_per_gpu: int
         _rows: Counter[tuple[int, ...]] | None = None
 
-        def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            compute = super().loglikelihood
-            with self._scoring("loglikelihood"):
-                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
+        def loglikelihood(self, requests: Any, **kwargs: Any) -> Any:
+            compute = partial(super().loglikelihood, **kwargs)
+            return self._shared("loglikelihood", compute, requests)
 
-        def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            compute = super().loglikelihood_rolling
-            with self._scoring("loglikelihood_rolling"):
-                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
+        def loglikelihood_rolling(self, requests: Any, **kwargs: Any) -> Any:
+            compute = partial(super().loglikelihood_rolling, **kwargs)
+            return self._shared("loglikelihood_rolling", compute, requests)
 
-        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            compute = super().generate_until
-            with self._own_batch("generate_until"):
-                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
+        def generate_until(self, requests: Any, **kwargs: Any) -> Any:
+            compute = partial(super().generate_until, **kwargs)
+            return self._shared("generate_until", compute, requests)
 
-        @contextmanager
-        def _scoring(self, kind: str) -> Iterator[None]:
-            if self.scoring_scope == "config":
-                with self._own_batch(kind):
-                    yield
-            else:
-                with scoped(self.model, self.scoring_scope), self._own_batch(kind):
-                    yield
-
-        @contextmanager
-        def _own_batch(self, kind: str) -> Iterator[None]:
-            """Run one row a call in the batch scope, whose results else depend on batch-mates."""
-            scopes = {layer.config.scope for layer in sharpened_layers(self.model).values()}
+        def _shared(
+            self, kind: str, compute: Callable[[list[Any]], list[Any]], requests: Any
+        ) -> Any:
+            """Compute under the scope for this kind of request, one row a call in scope "batch",
+            whose results else depend on batch-mates."""
+            own = kind == "generate_until" or self.scoring_scope == "config"
             before = self.batch_size_per_gpu
-            if "batch" in scopes:
-                self.batch_size_per_gpu = 1
-            self.ran[kind] = (", ".join(sorted(scopes)), self.batch_size_per_gpu)
-            try:
-                yield
-            finally:
-                self.batch_size_per_gpu = before
+            with nullcontext() if own else scoped(self.model, self.scoring_scope):
+                scopes = {layer.config.scope for layer in sharpened_layers(self.model).values()}
+                if "batch" in scopes:
+                    self.batch_size_per_gpu = 1
+                self.ran[kind] = (", ".join(sorted(scopes)), self.batch_size_per_gpu)
+                try:
+                    return shared(compute, requests, self.group)
+                finally:
+                    self.batch_size_per_gpu = before
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             # HFLM runs one row for all requests that share context + continuation[:-1].

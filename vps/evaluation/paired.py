@@ -9,7 +9,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -39,22 +39,25 @@ class Outcome:
     weight: float = 1.0
 
 
-def grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    """Group outcomes by task and metric, in their order."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for each in outcomes:
+class Measured(Protocol):
+    """Say of which task and metric something is."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+
+M = TypeVar("M", bound=Measured)
+
+
+def grouped(measured: Iterable[M]) -> dict[tuple[str, str], list[M]]:
+    """Group outcomes or comparisons by task and metric, in their order."""
+    groups: dict[tuple[str, str], list[M]] = {}
+    for each in measured:
         groups.setdefault((each.task, each.metric), []).append(each)
     return groups
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Hold a perplexity and a mean nll per token in nats, each with its standard error."""
-
-    value: float
-    error: float
-    nll: float
-    nll_error: float
 
 
 def check_outcomes(outcomes: Sequence[Outcome]) -> None:
@@ -287,19 +290,10 @@ def weighted_mean(values: Any, weights: Any = None) -> tuple[float, float]:
     return mean, float(math.sqrt(spread) / w.sum())
 
 
-def perplexity(nll: Any, tokens: Any = None) -> Perplexity:
-    """Return the perplexity ``exp(Σ t·nll / Σ t)`` with its standard error by the delta method.
-
-    Args:
-        nll: [texts], negative log-likelihood per token, in nats.
-        tokens: [texts], tokens of each text; equal when ``None``.
-
-    Raises:
-        ValueError: arrays of different lengths, none, or values that cannot be used.
-    """
-    mean, error = weighted_mean(nll, tokens)
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, value * error, mean, error)
+def perplexity(nll: float, error: float) -> tuple[float, float]:
+    """Return ``exp(nll)`` of a mean nll per token in nats, with its error by the delta method."""
+    value = math.exp(nll) if nll < 700 else math.inf
+    return value, value * error
 
 
 def _checked(function: str, values: Any, weights: Any) -> tuple[Any, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from vps.config import VPSConfig
 from vps.evaluation import paired
 from vps.evaluation.comparison import (
+    ALL_TASKS,
     LOWER_IS_BETTER,
     NO_DIFFERENCE,
     Analysis,
@@ -40,10 +42,8 @@ def summarise(analysis: Analysis) -> Summary:
 
 def units(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], list[Comparison]]:
     """Group comparisons by task and metric, all tasks together first."""
-    found: dict[tuple[str, str], list[Comparison]] = {}
-    for each in comparisons:
-        found.setdefault((each.task, each.metric), []).append(each)
-    return dict(sorted(found.items(), key=lambda item: item[0][0] != "all tasks"))
+    groups = paired.grouped(comparisons)
+    return dict(sorted(groups.items(), key=lambda item: item[0][0] != ALL_TASKS))
 
 
 def unit_name(task: str, metric: str) -> str:
@@ -74,8 +74,8 @@ def level(value: float, error: float, comparison: Comparison) -> str:
         return f"{number(100 * value, 1)} % ± {number(100 * error, 1)}"
     text = f"{number(value)} ± {number(error)}"
     if comparison.metric == "nll" and value < 700:
-        ppl = math.exp(value)
-        text += f" (perplexity {number(ppl, 2)} ± {number(ppl * error, 2)})"
+        found, own = paired.perplexity(value, error)
+        text += f" (perplexity {number(found, 2)} ± {number(own, 2)})"
     return text
 
 
@@ -126,13 +126,11 @@ def settings_of(config: VPSConfig) -> str:
 def _findings(analysis: Analysis) -> list[str]:
     asked = [each for each in analysis.to_baseline if not analysis.is_control(each.cell)]
     controls = [each for each in analysis.to_baseline if analysis.is_control(each.cell)]
-    names = list(dict.fromkeys(each.cell for each in asked))
-    if not names:
+    if not asked:
         return ["No cell can be compared with the baseline yet."]
-    found = [_differing(_counted(len(names), "cell"), asked)]
+    found = [_differing("Against the baseline", "cell", asked, _named)]
     if controls:
-        count = len({each.cell for each in controls})
-        found.append(_controls_differing(_counted(count, "control"), controls))
+        found.append(_differing("Controls against the baseline", "control", controls, _verdicts))
         pairs = analysis.to_controls
         better = [each for each in pairs if each.verdict == "better"]
         worse = [each for each in pairs if each.verdict == "worse"]
@@ -155,10 +153,6 @@ def _findings(analysis: Analysis) -> list[str]:
     return found
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def _against_control(analysis: Analysis, each: Comparison) -> str:
     control = control_title(analysis.cells[each.against])
     return f"{each.cell} than {control} ({_effect(each)})"
@@ -168,27 +162,30 @@ def _effect(each: Comparison) -> str:
     return f"{change(each)}, {each.task}, {each.metric}, p {probability(each.corrected)}"
 
 
-def _differing(subject: str, comparisons: Sequence[Comparison]) -> str:
+def _differing(
+    title: str,
+    noun: str,
+    comparisons: Sequence[Comparison],
+    tell: Callable[[Sequence[Comparison]], str],
+) -> str:
+    """Count the cells that differ, and tell of those that do."""
+    total = len({each.cell for each in comparisons})
+    subject = f"{total} {noun}{'' if total == 1 else 's'}"
     differing = [each for each in comparisons if each.verdict != NO_DIFFERENCE]
     if not differing:
-        return f"Against the baseline: no difference in any of {subject}."
-    listed = _listed(f"{each.cell} {each.verdict} ({_effect(each)})" for each in differing)
+        return f"{title}: no difference in any of {subject}."
     count = len({each.cell for each in differing})
-    verb = "differs" if count == 1 else "differ"
-    return f"Against the baseline: {count} of {subject} {verb}: {listed}."
+    return f"{title}: {count} of {subject} differ{'s' if count == 1 else ''}{tell(differing)}."
 
 
-def _controls_differing(subject: str, comparisons: Sequence[Comparison]) -> str:
-    differing = [each for each in comparisons if each.verdict != NO_DIFFERENCE]
-    if not differing:
-        return f"Controls against the baseline: no difference in any of {subject}."
+def _named(differing: Sequence[Comparison]) -> str:
+    return f": {_listed(f'{each.cell} {each.verdict} ({_effect(each)})' for each in differing)}"
+
+
+def _verdicts(differing: Sequence[Comparison]) -> str:
     words = [each.verdict for each in differing]
     counts = ", ".join(f"{words.count(word)} {word}" for word in ("better", "worse"))
-    return (
-        f"Controls against the baseline: {len({each.cell for each in differing})} of {subject} "
-        f"{'differs' if len({each.cell for each in differing}) == 1 else 'differ'} "
-        f"(over tasks and metrics {counts})."
-    )
+    return f" (over tasks and metrics {counts})"
 
 
 def _missing(analysis: Analysis) -> list[str]:
@@ -259,11 +256,10 @@ def _conditions(analysis: Analysis) -> list[tuple[str, str]]:
     if any(cell.control is not None for cell in run.cells):
         text += f"; controls {', '.join(map(str, range(draws)))}"
     found.append(("seeds", text))
-    facts: dict[str, dict[str, int]] = {}
+    facts: dict[str, Counter[str]] = {}
     for record in run.finished.values():
         for name, value in record.facts.items():
-            counts = facts.setdefault(name, {})
-            counts[str(value)] = counts.get(str(value), 0) + 1
+            facts.setdefault(name, Counter())[str(value)] += 1
     for name, counts in facts.items():
         several = len(counts) > 1
         text = "; ".join(f"{v} ({n} cells)" if several else v for v, n in counts.items())
