@@ -122,6 +122,7 @@ setup(
     package_data={
         "vps.cli.demo": ["*.json"],
         "vps.evaluation.templates": ["*.html", "*.md"],
+        "vps.fitting": ["*.txt"],
         "vps.kernels": ["README.md"],
     },
     install_requires=["torch>=2.11"],

@@ -186,8 +186,8 @@ def test_built_archives_hold_the_kernels(tmp_path, source):
     assert run.returncode == 0, run.stderr
     files = zipfile.ZipFile(tmp_path / run.stdout.splitlines()[-1]).namelist()
     assert {"vps/kernels/probe.py", "vps/kernels/README.md", "vps/cli/demo/__init__.py"} <= {*files}
-    templates = {f"vps/evaluation/templates/{name}" for name in ("report.html", "report.md")}
-    assert templates <= {*files}
+    data = ("evaluation/templates/report.html", "evaluation/templates/report.md")
+    assert {f"vps/{name}" for name in (*data, "fitting/other_texts.txt")} <= {*files}
     assert {name.split("/")[0].partition("-")[0] for name in files} == {"vps", "vps_kernels"}
 
 

@@ -16,7 +16,7 @@ from vps import files
 from vps.config import VPSConfig
 from vps.fitting.candidates import Candidate, Sharpening
 from vps.fitting.descent import Fit, Options, each_nll, fit, mean_nll
-from vps.fitting.examples import LONGEST, OTHER_TEXTS, Encoded, parse_all, split, told, usable
+from vps.fitting.examples import LONGEST, Encoded, parse_all, split, told, unrelated_texts, usable
 from vps.fitting.fitted_controls import Scale, frequent_features, lora, random_features
 from vps.fitting.sensitivity import prepared, sensitivities
 from vps.fitting.verdict import (
@@ -115,7 +115,7 @@ def calibrate(
     if held_out is not None:
         given["held-out examples"] = parse_all("held-out example", held_out)
     given["other texts"] = parse_all(
-        "other text", OTHER_TEXTS if other_texts is None else other_texts
+        "other text", unrelated_texts() if other_texts is None else other_texts
     )
     step, say = progress or (lambda message, total: None), advance or (lambda: None)
     with prepared(model, config, scope) as own:

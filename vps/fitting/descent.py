@@ -182,22 +182,18 @@ def gradients(
     """Yield ``∂ nll per token / ∂ parameters`` of each example by itself."""
     with candidate.applied():
         for example in examples:
-            for parameter in candidate.parameters:
-                parameter.grad = None
-            _backward(model, [example], example.scored)
-            yield [_grad(parameter) for parameter in candidate.parameters]
-    for parameter in candidate.parameters:
-        parameter.grad = None
+            with _differentiated(model, [example]):
+                loss = nlls(model, [example]).sum() / example.scored
+                found = torch.autograd.grad(loss, candidate.parameters, materialize_grads=True)
+            yield list(found)
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-
-
-def _backward(model: Any, examples: Sequence[Encoded], tokens: int) -> None:
+@contextmanager
+def _differentiated(model: Any, examples: Sequence[Encoded]) -> Iterator[None]:
+    """Keep what a backward pass needs, or run blocks again in it where the examples are long."""
     few = padded(examples) <= KEPT_TOKENS
     with torch.enable_grad(), nullcontext() if few else checkpointed(model):
-        (nlls(model, examples).sum() / tokens).backward()
+        yield
 
 
 def _step(model: Any, candidate: Candidate, optimizer: Any, batch: Sequence[Encoded]) -> None:
@@ -205,7 +201,9 @@ def _step(model: Any, candidate: Candidate, optimizer: Any, batch: Sequence[Enco
     tokens = sum(each.scored for each in batch)
     with candidate.applied():
         for places in bundles(batch, candidate.scope, KEPT_TOKENS):
-            _backward(model, [batch[place] for place in places], tokens)
+            own = [batch[place] for place in places]
+            with _differentiated(model, own):
+                (nlls(model, own).sum() / tokens).backward()
     optimizer.step()
 
 
