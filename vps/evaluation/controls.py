@@ -24,7 +24,7 @@ from vps.functional import arrange, group, plan_for, run
 from vps.layers.forms import experts
 from vps.layers.opaque import Given, opaque_vps_linear
 from vps.masking import STATE
-from vps.model.patching import disabled, patch, policy_state, sharpened_layers
+from vps.model.patching import disabled, patch, sharpened_layers
 
 SHARPENED = "sharpened"
 SELECTING = ("target_modules", "exclude_modules", "layers_to_transform")
@@ -200,21 +200,6 @@ CONTROLS: dict[str, Callable[[nn.Module, int], AbstractContextManager[None]]] = 
     "random_noise": random_noise,
     "shuffled_selection": shuffled_selection,
 }
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode without entropy and history, then back as it was."""
-    state, training = policy_state(model), {m: m.training for m in model.modules()}
-    entropy, outcomes = state.entropy, state.outcomes
-    state.reset()
-    model.eval()
-    try:
-        yield
-    finally:
-        state.entropy, state.outcomes = entropy, outcomes
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextmanager

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from vps.config import VPSConfig
-from vps.evaluation.controls import CONTROLS, SHARPENED, as_it_was, configured, control
+from vps.evaluation.controls import CONTROLS, SHARPENED, configured, control
 from vps.evaluation.grid import BASELINE, Cell
 from vps.evaluation.lm import language_model, outcomes_of
 from vps.evaluation.paired import Outcome, grouped
 from vps.evaluation.runs import Evaluation, Evaluator
 from vps.evaluation.tasks import load
+from vps.model.ephemeral import restored
 from vps.model.patching import patch, policy_state, sharpened_layers, unpatch
 
 VARIANTS = (SHARPENED, *CONTROLS)
@@ -121,7 +122,7 @@ class Harness:
         self.limit = limit
         self.chat = chat
         self.seed = seed
-        with as_it_was(model):
+        with restored(model):
             self._lm = language_model(model, tokenizer, batch_size, scoring_scope, group)
         self._tasks = load(tasks, [Path(path) for path in include_path], num_fewshot, seed)
 
@@ -161,7 +162,8 @@ class Harness:
         for task in self._tasks["tasks"].values():
             task.set_fewshot_seed(self.seed)
         with ExitStack() as stack:
-            stack.enter_context(as_it_was(self.model))
+            stack.enter_context(restored(self.model))
+            policy_state(self.model).reset()  # of an earlier prompt
             stack.enter_context(_seeded(self.seed))
             stack.enter_context(configured(self.model, config))
             configs = {layer.config for layer in sharpened_layers(self.model).values()}
