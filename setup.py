@@ -35,7 +35,14 @@ EXTRAS = {
     "cli": CLI,
     "hf": ["transformers>=5.17", "gguf", "accelerate", *CLI],
     "verify": ["sympy", "pint", "math-verify"],
-    "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml", "filelock", "jinja2"],
+    "eval": [
+        "lm-eval[hf]>=0.4.13",
+        "reasoning-gym",
+        "scipy>=1.15",
+        "pyyaml",
+        "filelock>=3.12",
+        "jinja2",
+    ],
     "plots": ["matplotlib"],
     "engines": ["bitsandbytes>=0.48", "torchao>=0.14", "peft", "accelerate"],
     "vllm": ["vllm>=0.32"],
@@ -124,6 +131,7 @@ setup(
     package_data={
         "vps.cli.demo": ["*.html", "*.json"],
         "vps.evaluation.templates": ["*.html", "*.md"],
+        "vps.fitting": ["*.txt"],
         "vps.kernels": ["README.md"],
     },
     install_requires=["torch>=2.11"],

@@ -188,8 +188,8 @@ def test_built_archives_hold_the_kernels(tmp_path, source):
     files = zipfile.ZipFile(tmp_path / run.stdout.splitlines()[-1]).namelist()
     assert {"vps/kernels/probe.py", "vps/kernels/README.md", "vps/cli/demo/report.html"} <= {*files}
     assert {"vps/cli/demo/__init__.py", "vps/cli/demo/calibration.json"} <= {*files}
-    templates = {f"vps/evaluation/templates/{name}" for name in ("report.html", "report.md")}
-    assert templates <= {*files}
+    data = ("evaluation/templates/report.html", "evaluation/templates/report.md")
+    assert {f"vps/{name}" for name in (*data, "fitting/other_texts.txt")} <= {*files}
     assert {name.split("/")[0].partition("-")[0] for name in files} == {"vps", "vps_kernels"}
 
 

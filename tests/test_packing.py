@@ -284,7 +284,7 @@ def test_statistics_and_means_of_a_packed_row():
 
 @torch.no_grad()
 def test_fitted_forms_keep_packed_sequences_apart():
-    from vps.fitting.forms import Sharpening
+    from vps.fitting.candidates import Sharpening
 
     model, rows = llama(scope="sequence"), sequences()
     form = Sharpening(model, list(vps.model.patching.sharpened_layers(model)), False)

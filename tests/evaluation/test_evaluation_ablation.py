@@ -43,6 +43,9 @@ def grid(*gammas, **more):
     return make_grid({"grid": {"gamma": list(gammas or (0.3, 0.5))}, "controls": False} | more)
 
 
+TEN = grid(*(i / 10 for i in range(1, 10)))  # cells
+
+
 def test_results_come_back_as_they_were_given(tmp_path):
     made = grid(0.3, 0.5)
     facts = {"device": "cpu: X", "torch": "2.13"}
@@ -146,7 +149,7 @@ def by_an_earlier_version(folder):
         values = json.loads(path.read_text())
         for group in values["outcomes"]:
             group["margin"] = None
-            group["weight"] = None if set(group["weight"]) == {1.0} else group["weight"]
+            group.setdefault("weight", None)
         lines.append(json.dumps(values).encode() + b"\n")
         path.unlink()
     (folder / "cells").rmdir()
@@ -202,7 +205,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {tests!r}
-from test_evaluation_ablation import SETTINGS, evaluate, grid
+from test_evaluation_ablation import SETTINGS, TEN, evaluate
 from vps.evaluation.runs import ablate
 
 folder, log, pause, rank, world = sys.argv[1:]
@@ -213,8 +216,7 @@ def slow(cell):
     time.sleep(float(pause))
     return evaluate(cell)
 
-ablate(grid(*(i / 10 for i in range(1, 10))), slow, Path(folder), SETTINGS,
-       rank=int(rank), world=int(world))
+ablate(TEN, slow, Path(folder), SETTINGS, rank=int(rank), world=int(world))
 """
 
 
@@ -248,7 +250,7 @@ def test_kill_9_loses_and_repeats_no_finished_cell(tmp_path):
         wait_for(lambda cells=cells: len(begun(log)) >= cells)
         if cells == 3:
             with pytest.raises(RunError, match="another process is writing to .*x"):
-                ablate(grid(*(i / 10 for i in range(1, 10))), evaluate, folder, SETTINGS)
+                ablate(TEN, evaluate, folder, SETTINGS)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         finished = set(read_run(folder).finished)
@@ -259,7 +261,7 @@ def test_kill_9_loses_and_repeats_no_finished_cell(tmp_path):
     assert sorted(folder.glob("cells/*")) == sorted(folder / f"cells/{i}.json" for i in range(10))
     times = begun(log)
     assert set(times) == set(range(10)) and len(times) <= 12  # one cell begun anew for each kill
-    ablate(grid(*(i / 10 for i in range(1, 10))), evaluate, tmp_path / "y", SETTINGS)
+    ablate(TEN, evaluate, tmp_path / "y", SETTINGS)
     assert results(folder) == results(tmp_path / "y")
 
 
@@ -275,13 +277,12 @@ def test_two_processes_give_what_one_gives(tmp_path):
         assert process.returncode == 0, error
     assert begun(tmp_path / "log0") == [0, 2, 4, 6, 8]
     assert begun(tmp_path / "log1") == [1, 3, 5, 7, 9]
-    made = grid(*(i / 10 for i in range(1, 10)))
-    ablate(made, evaluate, tmp_path / "one", SETTINGS)
+    ablate(TEN, evaluate, tmp_path / "one", SETTINGS)
     assert results(tmp_path / "two") == results(tmp_path / "one")
-    done = ablate(made, None, tmp_path / "two", SETTINGS, rank=2, world=3)
+    done = ablate(TEN, None, tmp_path / "two", SETTINGS, rank=2, world=3)
     assert (done.evaluated, done.skipped) == (0, 3)  # merged, whatever wrote it
     with pytest.raises(ValueError, match="rank is 2 of 2 processes, expected 0 to 1"):
-        ablate(made, evaluate, tmp_path / "two", SETTINGS, rank=2, world=2)
+        ablate(TEN, evaluate, tmp_path / "two", SETTINGS, rank=2, world=2)
 
 
 def test_launches_of_other_sizes_are_refused_too(tmp_path):
@@ -289,11 +290,10 @@ def test_launches_of_other_sizes_are_refused_too(tmp_path):
     process = start(tmp_path / "x", tmp_path / "log", 30, rank=1, world=2)
     try:
         wait_for(lambda: begun(tmp_path / "log"))
-        made = grid(*(i / 10 for i in range(1, 10)))
         for rank, world in ((0, 1), (1, 3), (1, 2)):
             with pytest.raises(RunError, match="it works on cell"):
-                ablate(made, evaluate, tmp_path / "x", SETTINGS, rank=rank, world=world)
-        done = ablate(made, evaluate, tmp_path / "x", SETTINGS, rank=0, world=2)
+                ablate(TEN, evaluate, tmp_path / "x", SETTINGS, rank=rank, world=world)
+        done = ablate(TEN, evaluate, tmp_path / "x", SETTINGS, rank=0, world=2)
         assert done.evaluated == 5
     finally:
         process.kill()

@@ -194,15 +194,15 @@ def test_perplexity():
     draw = np.random.default_rng(6)
     tokens = draw.integers(20, 400, 300)
     nll = draw.normal(2.5, 0.4, 300) + 20 / tokens
-    found = paired.perplexity(nll, tokens)
-    assert found.nll == pytest.approx((nll * tokens).sum() / tokens.sum())
-    assert found.value == pytest.approx(math.exp(found.nll))
+    mean, error = paired.weighted_mean(nll, tokens)
+    assert mean == pytest.approx((nll * tokens).sum() / tokens.sum())
+    value, error = paired.perplexity(mean, error)
+    assert value == pytest.approx(math.exp(mean))
     drawn = draw.integers(0, 300, (4000, 300))
     resampled = np.exp((nll * tokens)[drawn].sum(1) / tokens[drawn].sum(1))
-    assert found.error == pytest.approx(resampled.std(), rel=0.06)
-    plain = paired.perplexity(nll)
-    assert plain.nll_error == pytest.approx(stats.sem(nll))
-    assert math.isnan(paired.perplexity([1.0]).error)
-    assert paired.perplexity([800.0, 801.0]).value == math.inf
+    assert error == pytest.approx(resampled.std(), rel=0.06)
+    assert paired.weighted_mean(nll)[1] == pytest.approx(stats.sem(nll))
+    assert math.isnan(paired.perplexity(*paired.weighted_mean([1.0]))[1])
+    assert paired.perplexity(*paired.weighted_mean([800.0, 801.0]))[0] == math.inf
     with pytest.raises(ValueError, match="finite values"):
-        paired.perplexity([1.0, math.nan])
+        paired.weighted_mean([1.0, math.nan])

@@ -1,24 +1,14 @@
-"""A tiny random Llama, a tokenizer and examples for it, shared by the tests of fitting."""
+"""A tiny random Llama and examples for it, shared by the tests of fitting."""
 
 import random
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vps.fitting.descent import nlls
 from vps.fitting.examples import encoded, parse
 
-WORDS = 40
-
-
-def word_tokenizer():
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS))]
-    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+WORDS = 40  # of the tokenizer's, that examples are made of
 
 
 def tiny(dtype=torch.float32, heads=2, seed=0, size=12):
@@ -42,11 +32,11 @@ def tiny(dtype=torch.float32, heads=2, seed=0, size=12):
 
 def texts(count, seed=0, length=9):
     rng = random.Random(seed)
-    return [" ".join(f"w{rng.randrange(WORDS)}" for _ in range(length)) for _ in range(count)]
+    return [" ".join(str(rng.randrange(WORDS)) for _ in range(length)) for _ in range(count)]
 
 
 def pairs(count, seed=0):
-    return [(text, "w7 w8 w9") for text in texts(count, seed)]
+    return [(text, "7 8 9") for text in texts(count, seed)]
 
 
 def every(tokenizer, examples):

@@ -7,14 +7,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from fitting_cases import WORDS, every, nll, pairs, texts, tiny, word_tokenizer
+from cases import number_tokenizer
+from fitting_cases import WORDS, every, nll, pairs, texts, tiny
 
 from vps import Calibration, VPSConfig, calibrate, disabled, fitting, patch, sensitivity
 from vps.fitting import Example, Options, descent
-from vps.fitting.controls import Scale, frequent_features, lora, random_features
+from vps.fitting.candidates import Sharpening
 from vps.fitting.descent import fit, gradients, mean_nll
 from vps.fitting.examples import check_apart, parse, read_examples, split
-from vps.fitting.forms import Sharpening
+from vps.fitting.fitted_controls import Scale, frequent_features, lora, random_features
 from vps.fitting.sensitivity import prepared
 from vps.model.calibration import columns_of
 from vps.model.patching import sharpened_layers
@@ -22,7 +23,7 @@ from vps.model.patching import sharpened_layers
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return word_tokenizer()
+    return number_tokenizer()
 
 
 QUICK = Options(steps=8, batch_size=4, every=4, learning_rates=(0.1,))
@@ -78,7 +79,7 @@ def test_random_labels_find_nothing(tokenizer):
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-3)
     rng = random.Random(0)
-    labels = [(text, f"w{rng.randrange(WORDS)} w{rng.randrange(WORDS)}") for text in texts(60)]
+    labels = [(text, f"{rng.randrange(WORDS)} {rng.randrange(WORDS)}") for text in texts(60)]
     with pytest.warns(UserWarning, match="nothing was found"):
         found = calibrate(
             model, tokenizer, labels[:30], held_out=labels[30:], options=QUICK, chat=False,

@@ -5,22 +5,23 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from fitting_cases import every, nll, pairs, texts, tiny, word_tokenizer
+from cases import number_tokenizer
+from fitting_cases import every, nll, pairs, texts, tiny
 
 import vps
 from vps import Calibration, VPSConfig, patch
-from vps.fitting import descent, forms
-from vps.fitting.controls import random_features
+from vps.fitting import candidates, descent
+from vps.fitting.candidates import Sharpening
 from vps.fitting.descent import BUNDLE_TOKENS, bundles, each_nll, gradients, mean_nll
 from vps.fitting.examples import encoded, parse
-from vps.fitting.forms import Sharpening
+from vps.fitting.fitted_controls import random_features
 from vps.fitting.sensitivity import prepared
 from vps.model.patching import sharpened_layers
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return word_tokenizer()
+    return number_tokenizer()
 
 
 FORMS = [
@@ -74,7 +75,7 @@ class Held:
 
     def record(self, model, examples):
         original = self.form._selected
-        build = forms.selection.coupling
+        build = candidates.selection.coupling
 
         def selected(inputs, settings):
             key = (id(inputs.weight), tuple(self.example))
@@ -98,7 +99,7 @@ class Held:
 
         self.mixings = []
         self.form._selected = selected
-        self.patched = forms.selection
+        self.patched = candidates.selection
         self.original = build
         self.mixing = mixing
         self.loss(model, examples)
@@ -183,7 +184,7 @@ def test_examples_of_one_pass_are_as_they_are_alone(tokenizer, scope, settings):
     torch.manual_seed(0)
     model = tiny(torch.float64, heads=2)
     patch(model, VPSConfig(**settings))
-    given = [(text, "w7 w8"[: 2 + 3 * (i % 2)]) for i, text in enumerate(texts(5))]
+    given = [(text, "7 8"[: 1 + 2 * (i % 2)]) for i, text in enumerate(texts(5))]
     given = [
         (" ".join(prompt.split()[: 3 + i]), answer) for i, (prompt, answer) in enumerate(given)
     ]
@@ -236,7 +237,7 @@ def test_nothing_wide_is_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forms.differentiable(inputs, gamma, settings, forms.norms(W))
+        candidates.differentiable(inputs, gamma, settings, candidates.norms(W))
     assert kept and all(t.data_ptr() == W.data_ptr() or t.numel() <= G * r for t in kept)
 
 

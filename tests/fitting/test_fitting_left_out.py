@@ -4,7 +4,8 @@ import json
 import warnings
 
 import pytest
-from fitting_cases import pairs, texts, tiny, word_tokenizer
+from cases import number_tokenizer
+from fitting_cases import pairs, texts, tiny
 from tokenizers import normalizers
 
 from vps import Calibration, calibrate, sensitivity
@@ -15,10 +16,10 @@ from vps.model.patching import sharpened_layers
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return word_tokenizer()
+    return number_tokenizer()
 
 
-ONE, LONG = "w1", " ".join(["w3"] * 600)  # nothing to predict; more than 512 tokens in a pair
+ONE, LONG = "1", " ".join(["3"] * 600)  # nothing to predict; more than 512 tokens in a pair
 
 
 def quick(tokenizer, examples, **options):
@@ -35,13 +36,13 @@ def quick(tokenizer, examples, **options):
 def test_examples_that_cannot_be_used_are_left_out(tokenizer):
     """The others give what they give by themselves."""
     good, held = pairs(8), pairs(5, seed=1)
-    empty = word_tokenizer()  # takes a prompt of one unknown sign for nothing
+    empty = number_tokenizer()  # takes a prompt of one unknown sign for nothing
     empty._tokenizer.normalizer = normalizers.Replace("#", "")
-    mixed = [*good[:3], ONE, *good[3:], (LONG, "w1"), {"prompt": "#", "answer": "w2"}]
+    mixed = [*good[:3], ONE, *good[3:], (LONG, "1"), {"prompt": "#", "answer": "2"}]
     alone, nothing = quick(empty, good, held_out=held, other_texts=texts(3, seed=2))
     assert nothing == [] and alone.report["left_out"] == []
     others = [*texts(3, seed=2), ONE]
-    made, said = quick(empty, mixed, held_out=[ONE, *held, (LONG, "w2")], other_texts=others)
+    made, said = quick(empty, mixed, held_out=[ONE, *held, (LONG, "2")], other_texts=others)
     assert made.gamma == alone.gamma and made.data == alone.data
     assert made.report["comparisons"] == alone.report["comparisons"]
     assert [(each["of"], each["number"]) for each in made.report["left_out"]] == [
@@ -65,7 +66,7 @@ def test_gradients_of_those_that_can_be_used(tokenizer):
     good = [*pairs(4), pairs(4)[0]]  # an example that comes twice counts twice
     alone = sensitivity(tiny(), tokenizer, good, chat=False)
     with pytest.warns(UserWarning, match=r"2 of 7 examples cannot .* number 2: .*; .* number 7: "):
-        found = sensitivity(tiny(), tokenizer, [good[0], ONE, *good[1:], (LONG, "w1")], chat=False)
+        found = sensitivity(tiny(), tokenizer, [good[0], ONE, *good[1:], (LONG, "1")], chat=False)
     assert found == alone
     assert found != sensitivity(tiny(), tokenizer, good[:4], chat=False)
 
@@ -76,13 +77,13 @@ def test_too_few_that_can_be_used_are_an_error(tokenizer):
         ([ONE] * 5, {}, "5 of 5 examples cannot be used .*no token to predict.*and 2 more"),
         ([*pairs(3), ONE], {}, "at least 4 different examples, got 3; 1 of 4 examples cannot be"),
         (pairs(8), {"held_out": [ONE]}, "1 of 1 held-out examples cannot be used"),
-        (pairs(8), {"other_texts": [ONE, "w2"]}, "2 of 2 other texts cannot be used"),
+        (pairs(8), {"other_texts": [ONE, "2"]}, "2 of 2 other texts cannot be used"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, tokenizer, examples, chat=False, **options)
         assert not sharpened_layers(model)
     with pytest.raises(ValueError, match="2 of 2 examples cannot be used"):
-        sensitivity(model, tokenizer, [ONE, (LONG, "w1")], chat=False)
+        sensitivity(model, tokenizer, [ONE, (LONG, "1")], chat=False)
 
 
 def test_other_texts_that_come_twice_count_once(tokenizer):
@@ -93,12 +94,12 @@ def test_other_texts_that_come_twice_count_once(tokenizer):
 
 def test_empty_ones_are_left_out(tmp_path, tokenizer):
     path = tmp_path / "x.jsonl"
-    rows = [{"text": ""}, {"prompt": "w1", "answer": " "}, {"text": "w1 w2"}]
+    rows = [{"text": ""}, {"prompt": "1", "answer": " "}, {"text": "1 2"}]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     found = read_examples(path)
     assert len(found) == 3
     kept, left_out = usable(tokenizer, "examples", found, chat=False)
-    assert [each.answer for each, _ in kept] == ["w1 w2"]
+    assert [each.answer for each, _ in kept] == ["1 2"]
     assert [(each.number, each.reason) for each in left_out] == [
         (1, "text is empty"), (2, "answer is empty"),
     ]  # fmt: skip

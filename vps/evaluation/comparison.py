@@ -1,4 +1,4 @@
-"""What a run says: every cell against the baseline and against its controls, corrected by Holm."""
+"""Compare every cell of a run with the baseline and with its controls, corrected by Holm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_DIFFERENCE = "no difference"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell against another on the same documents.
+    """Compare one cell with another on the same documents.
 
     Args:
         cell, against: their names.
@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``"better"``, ``"worse"`` or ``"no difference"``, by the corrected p alone."""
+        """Say ``"better"``, ``"worse"`` or ``"no difference"``, by the corrected p alone."""
         if not self.corrected < paired.LEVEL:
             return NO_DIFFERENCE
         up = self.difference > 0
@@ -69,7 +69,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Detectable:
-    """The smallest true difference that a task would show, at Holm's strictest step.
+    """Name the smallest true difference that a task would show, at Holm's strictest step.
 
     ``spread`` is the share of documents that change (right or wrong), or the deviation of the
     differences, as the mean over the cells.
@@ -85,7 +85,7 @@ class Detectable:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that a report shows.
+    """Hold everything that a report shows.
 
     Args:
         run: what the folder holds.
@@ -112,11 +112,11 @@ class Analysis:
 
     @property
     def cells(self) -> dict[str, Cell]:
-        """All cells of the grid by name."""
+        """Return all cells of the grid by name."""
         return {cell.name: cell for cell in self.run.cells}
 
     def is_control(self, name: str) -> bool:
-        """Whether a cell is a control, not one the grid asks for."""
+        """Tell whether a cell is a control, not one that the grid asks for."""
         return self.cells[name].control is not None
 
 
@@ -196,7 +196,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Column:
-    """Values of one task and metric by document."""
+    """Hold the values of one task and metric by document."""
 
     documents: tuple[str, ...]
     values: Any
@@ -209,13 +209,10 @@ class _Column:
 
 
 def _columns(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], _Column]:
-    """By task and metric, and all tasks together for a metric that several have."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    metrics: dict[str, list[Outcome]] = {}
-    for each in outcomes:
-        groups.setdefault((each.task, each.metric), []).append(each)
-        metrics.setdefault(each.metric, []).append(each)
-    for metric, every in metrics.items():
+    """Group outcomes by task and metric, and over all tasks for a metric that several have."""
+    groups = paired.grouped(outcomes)
+    for metric in dict.fromkeys(each.metric for each in outcomes):
+        every = [each for each in outcomes if each.metric == metric]
         if len({each.task for each in every}) > 1:
             groups[ALL_TASKS, metric] = every
     found = {}
@@ -263,24 +260,11 @@ def _compare(
             p = paired.paired_t(d, own.weights)
         found.append(
             Comparison(
-                name,
-                against,
-                task,
-                metric,
-                len(d),
-                mean,
-                mean_error,
-                value,
-                value_error,
-                value - mean,
-                low,
-                high,
-                float(terms.std(ddof=1)) if len(d) > 1 else math.nan,
-                gained,
-                lost,
-                p,
-            )  # fmt: skip
-        )
+                name, against, task, metric, len(d), mean, mean_error, value, value_error,
+                value - mean, low, high, float(terms.std(ddof=1)) if len(d) > 1 else math.nan,
+                gained, lost, p,
+            )
+        )  # fmt: skip
     return found
 
 
@@ -293,11 +277,8 @@ def _corrected(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
 
 
 def _detectable(family: Sequence[Comparison]) -> tuple[Detectable, ...]:
-    groups: dict[tuple[str, str], list[Comparison]] = {}
-    for each in family:
-        groups.setdefault((each.task, each.metric), []).append(each)
     found = []
-    for (task, metric), group in groups.items():
+    for (task, metric), group in paired.grouped(family).items():
         n, alpha = group[0].n, paired.LEVEL / len(family)
         shares = [
             (c.gained + c.lost) / n for c in group if c.gained is not None and c.lost is not None

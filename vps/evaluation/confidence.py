@@ -1,4 +1,4 @@
-"""Confidence-filtered evaluation, as in the paper, and why it flatters any change.
+"""Compare on the documents of least confidence, as the paper does, and show why that flatters.
 
 The paper scores a pool, keeps the documents with the smallest confidence margin of the baseline and
 compares on those. A margin that is small by accident grows on the next look (regression to the
@@ -27,8 +27,8 @@ ORDERS = ("uncertain", "hardest")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Baseline against variant on the documents that one rule selected.
+class Contrast:
+    """Compare baseline and variant on the documents that one rule selected.
 
     Args:
         baseline: share of right answers of the baseline.
@@ -44,13 +44,13 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Share of right answers that the variant has more."""
+        """Return the share of right answers that the variant has more."""
         return self.variant - self.baseline
 
 
 @dataclass(frozen=True)
 class Null:
-    """What changes without direction show under the same selection.
+    """Say what changes without direction show under the same selection.
 
     Args:
         mean: of the difference in the share of right answers.
@@ -65,7 +65,7 @@ class Null:
 
 @dataclass(frozen=True)
 class ConfidenceFiltered:
-    """What :func:`confidence_filtered` found.
+    """Hold what :func:`confidence_filtered` found.
 
     Args:
         pool: documents scored.
@@ -86,23 +86,23 @@ class ConfidenceFiltered:
     kept: int
     order: str
     documents: tuple[tuple[str, str], ...]
-    selected: Comparison
-    whole: Comparison
-    by_mean: Comparison
-    by_variant: Comparison
+    selected: Contrast
+    whole: Contrast
+    by_mean: Contrast
+    by_variant: Contrast
     swap: Null
     flip: Null
     resamples: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, differences included."""
+        """Return plain values for JSON, differences included."""
         values = asdict(self)
         for name in ("selected", "whole", "by_mean", "by_variant"):
             values[name]["difference"] = getattr(self, name).difference
         return values
 
     def __str__(self) -> str:
-        def line(title: str, found: Comparison) -> str:
+        def line(title: str, found: Contrast) -> str:
             return (
                 f"{title:<34} {found.baseline:7.1%} {found.variant:7.1%} "
                 f"{100 * found.difference:+6.1f} points  +{found.gained} −{found.lost}"
@@ -244,8 +244,8 @@ def _null(differences: numpy.ndarray, observed: float) -> Null:
     return Null(float(differences.mean()), (float(low), float(high)), p_value)
 
 
-def _compare(before: numpy.ndarray, after: numpy.ndarray, index: numpy.ndarray) -> Comparison:
+def _compare(before: numpy.ndarray, after: numpy.ndarray, index: numpy.ndarray) -> Contrast:
     old, new = before[index], after[index]
-    return Comparison(
+    return Contrast(
         float(old.mean()), float(new.mean()), int((new > old).sum()), int((new < old).sum())
     )

@@ -1,4 +1,4 @@
-"""What sharpening has to beat: the same model with the guidance taken out of the update.
+"""Run a sharpened model with the guidance taken out: what sharpening has to beat.
 
 Each control is a context manager on a patched model and leaves it as it was. ``baseline`` switches
 the layers off; ``random_indices`` draws the features; ``random_noise`` keeps the size of every
@@ -25,7 +25,7 @@ from vps.config import VPSConfig
 from vps.functional import arrange, group, sharpen
 from vps.masking import STATE
 from vps.model.matching import experts
-from vps.model.patching import disabled, patch, policy_state, sharpened_layers
+from vps.model.patching import disabled, patch, sharpened_layers
 
 SHARPENED = "sharpened"
 SELECTING = ("target_modules", "exclude_modules", "layers_to_transform")
@@ -34,7 +34,7 @@ Features = tuple[Tensor, Tensor]  # I_in and I_out, [G, r]
 
 
 def control(model: nn.Module, name: str, seed: int = 0) -> AbstractContextManager[None]:
-    """The control of that name; ``"sharpened"`` changes nothing.
+    """Return the control of that name; ``"sharpened"`` changes nothing.
 
     Args:
         model: a patched model.
@@ -57,13 +57,13 @@ def control(model: nn.Module, name: str, seed: int = 0) -> AbstractContextManage
 
 
 def baseline(model: nn.Module, seed: int = 0) -> AbstractContextManager[None]:
-    """The model bit-identical to the unpatched one; nothing is drawn."""
+    """Switch the layers off: the bits of the unpatched model."""
     return disabled(model)
 
 
 @contextmanager
 def random_indices(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Features drawn at random, others in every layer, instead of selected (``builder="random"``).
+    """Draw features at random, others in every layer, instead of selecting (``builder="random"``).
 
     Policy, clip and factors stay. Features that carry little make smaller updates; see
     :func:`random_noise` for a control of equal size.
@@ -78,7 +78,7 @@ def random_indices(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Another update of equal norm: ``y = H + b + n · ‖u‖/‖n‖`` with ``n = (x P) Qᵀ``.
+    """Replace the update by one of equal norm: ``y = H + b + n · ‖u‖/‖n‖`` with ``n = (x P) Qᵀ``.
 
     ``u`` is what the layer added; both norms are taken over the counted tokens of each group
     (SPEC §2), so under ``scope="token"`` every token keeps its own. ``P`` ``[d_in, r]`` and ``Q``
@@ -124,7 +124,7 @@ def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Every layer uses the features that another layer of its shape selected at the same tokens.
+    """Give every layer the features that another of its shape selected at the same tokens.
 
     The donor is drawn by the seed among the layers that come earlier in the model, so it has run
     by then and, under ``scope="token"``, nothing looks ahead. A layer without one (the first of
@@ -186,21 +186,6 @@ CONTROLS: dict[str, Callable[[nn.Module, int], AbstractContextManager[None]]] = 
 
 
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode without entropy and history, then back as it was."""
-    state, training = policy_state(model), {m: m.training for m in model.modules()}
-    entropy, outcomes = state.entropy, state.outcomes
-    state.reset()
-    model.eval()
-    try:
-        yield
-    finally:
-        state.entropy, state.outcomes = entropy, outcomes
-        for module, mode in training.items():
-            module.training = mode
-
-
-@contextmanager
 def with_configs(model: nn.Module, change: Callable[[int, VPSConfig], VPSConfig]) -> Iterator[None]:
     """Give every layer the config that ``change`` makes of its number and its own, for the time."""
     layers = list(_layers(model).values())
@@ -245,7 +230,7 @@ def configured(model: nn.Module, config: VPSConfig | None) -> Iterator[None]:
 
 
 def _selects_otherwise(model: nn.Module, old: VPSConfig, new: VPSConfig) -> bool:
-    """Whether other layers are sharpened under another config, as experts are by their scope."""
+    """Tell whether the configs sharpen different layers; for experts the scope decides, too."""
     if any(getattr(old, name) != getattr(new, name) for name in SELECTING):
         return True
     return (old.scope == "token") != (new.scope == "token") and bool(experts(model))
@@ -259,12 +244,12 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _own_seed(seed: int, number: int) -> int:
-    """The seed of the layer of that number."""
+    """Return the seed of the layer of that number."""
     return random.Random(f"{seed}:{number}").randrange(2**31)
 
 
 def _donors(layers: dict[str, Any], seed: int) -> dict[str, str]:
-    """For every layer but the first of each shape, an earlier layer of the same shape."""
+    """Draw an earlier layer of the same shape for every layer but the first of each shape."""
     earlier: dict[tuple[int, ...], list[str]] = {}
     donors = {}
     generator = random.Random(seed)
@@ -278,7 +263,7 @@ def _donors(layers: dict[str, Any], seed: int) -> dict[str, str]:
 
 @contextmanager
 def _hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
-    """``hook`` replaces the output of every layer that is not switched off, before other hooks."""
+    """Let ``hook`` replace the output of every layer that is switched on, before other hooks."""
 
     def call(
         name: str, layer: Any, module: nn.Module, args: tuple[Tensor, ...], y: Tensor

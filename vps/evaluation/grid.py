@@ -1,4 +1,4 @@
-"""A grid file, YAML or JSON, and the cells that it asks for.
+"""Read a grid file, YAML or JSON, into the cells that it asks for.
 
 ::
 
@@ -44,12 +44,12 @@ FORMAT = "vps-ablation-2"  # of a run's definition
 
 
 class GridError(ValueError):
-    """A grid that cannot be run; the message says where, what is expected and what came."""
+    """Refuse a grid that cannot be run, saying where, what is expected and what came."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One variant of the model to evaluate.
+    """Describe one variant of the model to evaluate.
 
     Args:
         index: position in the grid.
@@ -68,13 +68,13 @@ class Cell:
     of: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return plain data, fit for JSON."""
         values = dataclasses.asdict(self)
         return json.loads(json.dumps(values))  # tuples as they come back from a file
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:
-        """What :meth:`as_dict` gave."""
+        """Make a cell of what :meth:`as_dict` gave."""
         config = values["config"]
         made = None
         if config is not None:
@@ -86,14 +86,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A title and the cells, the baseline first."""
+    """Hold a title and the cells, the baseline first."""
 
     title: str
     cells: tuple[Cell, ...]
 
 
 def read_grid(path: Path) -> Grid:
-    """The grid of a JSON or YAML file.
+    """Read the grid of a JSON or YAML file.
 
     Raises:
         GridError: what the file holds is no grid; the message names the file.
@@ -109,7 +109,7 @@ def read_grid(path: Path) -> Grid:
 
 
 def make_grid(values: Any, default_title: str = "ablation") -> Grid:
-    """The grid of a mapping as in the module's description.
+    """Make the grid of a mapping as in the module's description.
 
     Raises:
         GridError: a key, field or value that cannot be used, with the nearest known name.
@@ -148,7 +148,7 @@ def make_grid(values: Any, default_title: str = "ablation") -> Grid:
 
 
 def definition_of(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run the same run, as it stands in ``run.json``."""
+    """Return what makes a run the same run, as it stands in ``run.json``."""
     return {
         "format": FORMAT,
         "title": grid.title,
@@ -158,7 +158,7 @@ def definition_of(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two definitions of a run differ in, in words."""
+    """Say in words what two definitions of a run differ in."""
 
     def changed(there: Mapping[str, Any], here: Mapping[str, Any], verb: str = "") -> list[str]:
         names = dict.fromkeys([*there, *here])
@@ -187,7 +187,7 @@ def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asked(values: Mapping[str, Any]) -> Iterable[tuple[str, str | None, dict[str, Any]]]:
-    """Where in the file, the name if it has one, and the changed fields of every cell."""
+    """Yield of every cell its place in the file, its name if it has one, and its fields."""
     for key in values:
         if key == "grid":
             yield from _combinations(values[key] or [])
@@ -227,7 +227,7 @@ def _single(cells: Any) -> Iterable[tuple[str, str | None, dict[str, Any]]]:
 def _with_controls(
     names: Mapping[str, VPSConfig], controls: Sequence[str], draws: int
 ) -> tuple[Cell, ...]:
-    """The baseline, then every cell and its controls; one control may serve several cells."""
+    """List the baseline, then every cell and its controls; one may serve several cells."""
     # A control of equal settings is one: guidance is what random indices take away, so cells that
     # differ in the builder alone share them.
     shared: dict[tuple[str, int, VPSConfig], list[str]] = {}
@@ -285,7 +285,7 @@ def _fields(where: str, value: Any) -> dict[str, Any]:
 
 
 def numbers(name: str, value: Any) -> Any:
-    """The value of a field with the numbers that YAML 1.1 reads as text, such as ``1e-3``."""
+    """Turn what YAML 1.1 reads as text in a field of numbers, such as ``1e-3``, into numbers."""
     if isinstance(value, list):
         return [numbers(name, each) for each in value]
     kind = next(str(field.type) for field in dataclasses.fields(VPSConfig) if field.name == name)

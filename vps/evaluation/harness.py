@@ -1,4 +1,4 @@
-"""Any task of lm-evaluation-harness on a sharpened model, its plain self and the controls.
+"""Run tasks of lm-evaluation-harness on a sharpened model, its plain self and the controls.
 
 All variants see the same documents. Requests that score given continuations run under
 ``scope="token"``, which alone is causal (SPEC §2); generation runs under the config's scope.
@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from vps.config import VPSConfig
-from vps.evaluation.controls import CONTROLS, SHARPENED, as_it_was, configured, control
+from vps.evaluation.controls import CONTROLS, SHARPENED, configured, control
 from vps.evaluation.grid import BASELINE, Cell
 from vps.evaluation.lm import language_model, outcomes_of
 from vps.evaluation.paired import Outcome, grouped
 from vps.evaluation.runs import Evaluation, Evaluator
 from vps.evaluation.tasks import load
+from vps.model.capture import restored
 from vps.model.patching import patch, policy_state, sharpened_layers, unpatch
 
 VARIANTS = (SHARPENED, *CONTROLS)
@@ -34,7 +35,7 @@ SCOPES = ("token", "sequence", "batch", "config")
 
 @dataclass(frozen=True)
 class Scores:
-    """One variant of a model on all tasks.
+    """Hold what one variant of a model got on all tasks.
 
     Args:
         variant: ``"sharpened"`` or the name of a control.
@@ -56,7 +57,7 @@ class Scores:
 
 
 class Harness:
-    """Tasks on one patched model, to be run under any config and control.
+    """Run tasks on one patched model under any config and control.
 
     Args:
         model: a patched causal language model of transformers.
@@ -121,13 +122,13 @@ class Harness:
         self.limit = limit
         self.chat = chat
         self.seed = seed
-        with as_it_was(model):
+        with restored(model):
             self._lm = language_model(model, tokenizer, batch_size, scoring_scope, group)
         self._tasks = load(tasks, [Path(path) for path in include_path], num_fewshot, seed)
 
     def documents(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """Every document that a run sees: its task, and question and answer as the task puts them,
-        then as the document holds them."""
+        """Yield the task of every document that a run sees, with question and answer: as the task
+        puts them, then as the document holds them."""
         for name, task in self._tasks["tasks"].items():
             for document in islice(task.eval_docs, self.limit):
                 target = task.doc_to_target(document)
@@ -142,7 +143,7 @@ class Harness:
     def run(
         self, config: VPSConfig | None = None, variant: str = SHARPENED, seed: int = 0
     ) -> Scores:
-        """All tasks under one config and control; the model is then as it was.
+        """Run all tasks under one config and control; the model is then as it was.
 
         Args:
             config: the settings; ``None`` for those of the layers. Other target modules than the
@@ -161,7 +162,8 @@ class Harness:
         for task in self._tasks["tasks"].values():
             task.set_fewshot_seed(self.seed)
         with ExitStack() as stack:
-            stack.enter_context(as_it_was(self.model))
+            stack.enter_context(restored(self.model))
+            policy_state(self.model).reset()  # of an earlier prompt
             stack.enter_context(_seeded(self.seed))
             stack.enter_context(configured(self.model, config))
             configs = {layer.config for layer in sharpened_layers(self.model).values()}
@@ -212,7 +214,7 @@ def evaluate(
     group: Any = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Scores]:
-    """Baseline, sharpened model and controls on the same documents.
+    """Run baseline, sharpened model and controls on the same documents.
 
     Args:
         model: a causal language model of transformers; one without sharpened layers is patched for
@@ -263,7 +265,7 @@ def evaluate(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Fixed random numbers for sampled generation; the caller's go on where they were."""
+    """Fix the random numbers of sampled generation; the caller's go on where they were."""
     before = random.getstate()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
@@ -286,7 +288,7 @@ def harness_evaluator(
     include_path: Sequence[Path] = (),
     chat: bool = False,
 ) -> Evaluator:
-    """Evaluation of cells by lm-eval: the one place that knows how the harness is called.
+    """Return what evaluates the cells of an ablation by lm-eval.
 
     Given continuations are scored under the scope of the cell, which is causal unless the grid
     asks for another. The arguments are those of :class:`vps.evaluation.harness.Harness`.
@@ -312,7 +314,7 @@ def harness_evaluator(
 
 
 def table_rows(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
-    """One row for every task, metric and variant.
+    """Make one row for every task, metric and variant.
 
     Returns:
         Dicts of ``task``, ``metric``, ``variant``, ``n`` (documents) and ``value`` (weighted mean);
@@ -343,7 +345,7 @@ def table_rows(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
 
 
 def table_text(scores: Mapping[str, Scores]) -> str:
-    """The rows as a table, and under which scope they ran."""
+    """Write the rows as a table, with the scopes that ran."""
     lines: list[str] = []
     for (task, metric, n), group in groupby(
         table_rows(scores), lambda row: (row["task"], row["metric"], row["n"])

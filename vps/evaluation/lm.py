@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's model of a sharpened model: right about padding, scope and batch size.
+"""Show lm-evaluation-harness a sharpened model: padding, scope and batch size as they must be.
 
 ``HFLM`` pads the rows it scores with token 0 to the right and passes no attention mask. A causal
 model does not mind, but the statistics of SPEC §2 would count the padding; here they do not. The
@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import numpy
@@ -30,7 +30,7 @@ ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 def language_model(
     model: Any, tokenizer: Any, batch_size: int, scoring_scope: str, group: Any = None
 ) -> Any:
-    """An lm-eval ``LM`` of a patched model.
+    """Make an lm-eval ``LM`` of a patched model.
 
     Args:
         model: a patched causal language model of transformers.
@@ -58,7 +58,7 @@ def language_model(
 
 @contextmanager
 def scoped(model: nn.Module, scope: str) -> Iterator[None]:
-    """Every layer with its config under another scope.
+    """Put the config of every layer under another scope.
 
     Raises:
         ValueError: one of another scope than ``"token"`` for sharpened experts.
@@ -72,7 +72,7 @@ def scoped(model: nn.Module, scope: str) -> Iterator[None]:
 def shared(
     compute: Callable[[list[Any]], list[Any]], requests: Sequence[Any], group: Any
 ) -> list[Any]:
-    """What ``compute`` gives for each request, of which every rank of a group computes some.
+    """Share requests over the ranks of a group; each gets what ``compute`` gives for all.
 
     Requests of one context, which lm-eval runs as one row where it can, stay together. Every rank
     calls this with the same requests and gets all answers.
@@ -105,42 +105,34 @@ def _class() -> type[Any]:
         batch_size_per_gpu: int
         _rows: Counter[tuple[int, ...]] | None = None
 
-        def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            compute = super().loglikelihood
-            with self._scoring("loglikelihood"):
-                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
+        def loglikelihood(self, requests: Any, **kwargs: Any) -> Any:
+            compute = partial(super().loglikelihood, **kwargs)
+            return self._shared("loglikelihood", compute, requests)
 
-        def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            compute = super().loglikelihood_rolling
-            with self._scoring("loglikelihood_rolling"):
-                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
+        def loglikelihood_rolling(self, requests: Any, **kwargs: Any) -> Any:
+            compute = partial(super().loglikelihood_rolling, **kwargs)
+            return self._shared("loglikelihood_rolling", compute, requests)
 
-        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            compute = super().generate_until
-            with self._own_batch("generate_until"):
-                return shared(lambda own: compute(own, *args, **kwargs), requests, self.group)
+        def generate_until(self, requests: Any, **kwargs: Any) -> Any:
+            compute = partial(super().generate_until, **kwargs)
+            return self._shared("generate_until", compute, requests)
 
-        @contextmanager
-        def _scoring(self, kind: str) -> Iterator[None]:
-            if self.scoring_scope == "config":
-                with self._own_batch(kind):
-                    yield
-            else:
-                with scoped(self.model, self.scoring_scope), self._own_batch(kind):
-                    yield
-
-        @contextmanager
-        def _own_batch(self, kind: str) -> Iterator[None]:
-            """One row a call under the batch scope, whose results else depend on batch-mates."""
-            scopes = {layer.config.scope for layer in sharpened_layers(self.model).values()}
+        def _shared(
+            self, kind: str, compute: Callable[[list[Any]], list[Any]], requests: Any
+        ) -> Any:
+            """Compute under the scope for this kind of request, one row a call in scope "batch",
+            whose results else depend on batch-mates."""
+            own = kind == "generate_until" or self.scoring_scope == "config"
             before = self.batch_size_per_gpu
-            if "batch" in scopes:
-                self.batch_size_per_gpu = 1
-            self.ran[kind] = (", ".join(sorted(scopes)), self.batch_size_per_gpu)
-            try:
-                yield
-            finally:
-                self.batch_size_per_gpu = before
+            with nullcontext() if own else scoped(self.model, self.scoring_scope):
+                scopes = {layer.config.scope for layer in sharpened_layers(self.model).values()}
+                if "batch" in scopes:
+                    self.batch_size_per_gpu = 1
+                self.ran[kind] = (", ".join(sorted(scopes)), self.batch_size_per_gpu)
+                try:
+                    return shared(compute, requests, self.group)
+                finally:
+                    self.batch_size_per_gpu = before
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             # HFLM runs one row for all requests that share context + continuation[:-1].
@@ -163,8 +155,9 @@ def _class() -> type[Any]:
 
 
 def _counted(inputs: Tensor, waiting: Counter[tuple[int, ...]]) -> Tensor | None:
-    """Which tokens of inputs ``[B, T]`` belong to a row that waits to be scored, bool ``[B, T]``;
-    ``None`` where all do. Rows come longest first, so the longest that fits is the one.
+    """Mark the tokens of inputs ``[B, T]`` that belong to a row to be scored; ``None`` if all do.
+
+    Rows come longest first, so the longest that fits is the one.
     """
     lengths = []
     for row in inputs.tolist():
@@ -186,7 +179,7 @@ def _counted(inputs: Tensor, waiting: Counter[tuple[int, ...]]) -> Tensor | None
 
 
 def outcomes_of(task: Any, samples: list[dict[str, Any]], tokens: Callable[[str], int]) -> list:
-    """Outcomes of the samples that lm-eval logged for a task, in their order.
+    """Turn the samples that lm-eval logged for a task into outcomes, in their order.
 
     A metric keeps its name; one of a named filter is ``"metric,filter"``. Log-likelihoods become
     ``"nll"`` in nats: per token, weighted by the tokens, for whole texts; per target for
@@ -229,7 +222,7 @@ def outcomes_of(task: Any, samples: list[dict[str, Any]], tokens: Callable[[str]
 
 
 def _margin(task: Any, sample: dict[str, Any]) -> float | None:
-    """Log-likelihood of the right choice less that of the best wrong one."""
+    """Return the log-likelihood of the right choice less that of the best wrong one."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None
     document = sample["doc"]

@@ -1,6 +1,6 @@
-"""Outcomes of documents, and statistics of two variants paired by document.
+"""Pair the outcomes of two variants by document, and compute their statistics.
 
-scipy computes them, but for Holm's correction, which it lacks.
+All by scipy but Holm's correction, which it lacks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ POWER = 0.8  # with which an effect counts as detectable
 
 @dataclass(frozen=True)
 class Outcome:
-    """One document of a task under one variant of a model.
+    """Hold the result of one document of a task under one variant of a model.
 
     Args:
         task: name of the task.
@@ -39,22 +39,25 @@ class Outcome:
     weight: float = 1.0
 
 
-def grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    """Outcomes by task and metric, in their order."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for each in outcomes:
+class Measured(Protocol):
+    """Say of which task and metric something is."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+
+M = TypeVar("M", bound=Measured)
+
+
+def grouped(measured: Iterable[M]) -> dict[tuple[str, str], list[M]]:
+    """Group outcomes or comparisons by task and metric, in their order."""
+    groups: dict[tuple[str, str], list[M]] = {}
+    for each in measured:
         groups.setdefault((each.task, each.metric), []).append(each)
     return groups
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Perplexity of texts, its standard error, and the same of the mean nll per token in nats."""
-
-    value: float
-    error: float
-    nll: float
-    nll_error: float
 
 
 def check_outcomes(outcomes: Sequence[Outcome]) -> None:
@@ -79,7 +82,7 @@ def check_outcomes(outcomes: Sequence[Outcome]) -> None:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided McNemar p of right answers gained and lost: binomial with p = ½.
+    """Return the exact two-sided McNemar p of right answers gained and lost: binomial with ½.
 
     Raises:
         ValueError: a negative count.
@@ -93,7 +96,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def paired_t(differences: Any, weights: Any = None) -> float:
-    """Two-sided p that the weighted mean of paired differences is 0: t-test of ``w·d``.
+    """Return the two-sided p that the weighted mean of paired differences is 0: t-test of ``w·d``.
 
     Args:
         differences: [n], in the unit of the metric.
@@ -120,7 +123,7 @@ def difference_interval(
     resamples: int = 9999,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Paired bootstrap interval (percentiles) of the weighted mean of paired differences.
+    """Return the paired bootstrap interval (percentiles) of the weighted mean of differences.
 
     Documents are drawn with replacement, within their task where there are several.
 
@@ -175,7 +178,7 @@ def difference_interval(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction, in the order given: ``max over p_j ≤ p_i of (m − rank_j)·p_j``.
+    """Correct p values by Holm's step-down method: ``max over p_j ≤ p_i of (m − rank_j)·p_j``.
 
     Raises:
         ValueError: a p that is no probability.
@@ -192,7 +195,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mcnemar_power(n: int, discordance: float, effect: float, alpha: float = LEVEL) -> float:
-    """Exact power of the exact McNemar test.
+    """Return the exact power of the exact McNemar test.
 
     ``Σ_d Bin(d; n, ψ) · P(Bin(d, ½ + Δ/2ψ) is rejected at α)``, for documents drawn independently,
     of which a share ψ changes, in one direction more than in the other by Δ.
@@ -227,7 +230,7 @@ def mcnemar_power(n: int, discordance: float, effect: float, alpha: float = LEVE
 def minimum_detectable_effect(
     n: int, discordance: float, alpha: float = LEVEL, power: float = POWER
 ) -> float:
-    """The smallest true difference in accuracy that exact McNemar finds with ``power``.
+    """Return the smallest true difference in accuracy that exact McNemar finds with ``power``.
 
     The Δ that solves ``mcnemar_power(n, max(ψ, Δ), Δ, α) = power``. It assumes documents drawn
     independently and that a share ψ of them changes, as was observed or is expected; Δ alone
@@ -261,7 +264,7 @@ def minimum_detectable_effect(
 def minimum_detectable_mean(
     n: int, deviation: float, alpha: float = LEVEL, power: float = POWER
 ) -> float:
-    """The same for the mean of n paired differences: ``(z_{1−α/2} + z_power) · σ/√n``.
+    """Return the same for the mean of n paired differences: ``(z_{1−α/2} + z_power) · σ/√n``.
 
     It assumes a mean that is normally distributed about the true difference.
 
@@ -275,7 +278,7 @@ def minimum_detectable_mean(
 
 
 def weighted_mean(values: Any, weights: Any = None) -> tuple[float, float]:
-    """``Σwv/Σw`` and its standard error by the delta method, NaN for a single document.
+    """Return ``Σwv/Σw`` and its standard error by the delta method, NaN for a single document.
 
     The error is ``√(n/(n−1) · Σ w²(v − mean)²) / Σw``: that of the mean where all w are equal.
     """
@@ -287,19 +290,10 @@ def weighted_mean(values: Any, weights: Any = None) -> tuple[float, float]:
     return mean, float(math.sqrt(spread) / w.sum())
 
 
-def perplexity(nll: Any, tokens: Any = None) -> Perplexity:
-    """Perplexity ``exp(Σ t·nll / Σ t)`` with its standard error by the delta method.
-
-    Args:
-        nll: [texts], negative log-likelihood per token, in nats.
-        tokens: [texts], tokens of each text; equal when ``None``.
-
-    Raises:
-        ValueError: arrays of different lengths, none, or values that cannot be used.
-    """
-    mean, error = weighted_mean(nll, tokens)
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, value * error, mean, error)
+def perplexity(nll: float, error: float) -> tuple[float, float]:
+    """Return ``exp(nll)`` of a mean nll per token in nats, with its error by the delta method."""
+    value = math.exp(nll) if nll < 700 else math.inf
+    return value, value * error
 
 
 def _checked(function: str, values: Any, weights: Any) -> tuple[Any, Any]:

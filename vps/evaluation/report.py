@@ -78,7 +78,7 @@ def _filled(name: str, analysis: Analysis) -> str:
 
 
 def csv_text(analysis: Analysis) -> str:
-    """Every comparison as a row, with the settings of its cell."""
+    """Write every comparison as a row, with the settings of its cell."""
     text = io.StringIO()
     fields = [field.name for field in dataclasses.fields(Comparison)]
     writer = csv.writer(text, lineterminator="\n")
@@ -107,14 +107,14 @@ def csv_text(analysis: Analysis) -> str:
 
 
 def _safe(value: object) -> object:
-    """Text that a spreadsheet does not take for a formula."""
+    """Mark text that a spreadsheet would take for a formula."""
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return f"'{value}"
     return value
 
 
 def _range_of(group: Sequence[Comparison]) -> Ends:
-    """The range of a forest: all intervals and 0, with a margin."""
+    """Return the range of a forest: all intervals and 0, with a margin."""
     values = [0.0]
     for each in group:
         values += [v for v in (each.low, each.high, each.difference) if math.isfinite(v)]
@@ -124,13 +124,13 @@ def _range_of(group: Sequence[Comparison]) -> Ends:
 
 
 def _place(value: float, ends: Ends, width: float = 240) -> str:
-    """Where in a row of a forest a value is."""
+    """Say where in a row of a forest a value is."""
     low, high = ends
     return f"{width * (value - low) / (high - low):.1f}"
 
 
 def _ticks(ends: Ends, group: Sequence[Comparison]) -> list[tuple[str, str]]:
-    """Places and names of the marks of a forest's axis."""
+    """Return places and names of the marks of a forest's axis."""
     scale, digits = summary.scaled(group[0])
     return [
         (
@@ -142,7 +142,7 @@ def _ticks(ends: Ends, group: Sequence[Comparison]) -> list[tuple[str, str]]:
 
 
 def _nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers between two ends, about so many."""
+    """Return about ``count`` round numbers between two ends."""
     from matplotlib.ticker import MaxNLocator
 
     ticks = MaxNLocator(count).tick_values(low, high)
@@ -150,7 +150,7 @@ def _nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _cost_points(analysis: Analysis) -> dict[str, Any] | None:
-    """Time against difference of the first task, on a page of 640 by 360; ``None`` without any."""
+    """Place time against difference of the first task on 640 by 360; ``None`` without any."""
     units = summary.units(analysis.to_baseline)
     if not units or not analysis.cost:
         return None
@@ -186,7 +186,7 @@ def _cost_points(analysis: Analysis) -> dict[str, Any] | None:
 
 
 def forest(analysis: Analysis, path: Path) -> None:
-    """Difference from the baseline and its interval, a panel a task and metric, as PNG."""
+    """Draw differences from the baseline with intervals, a panel a task and metric, as PNG."""
     units = dict(list(summary.units(analysis.to_baseline).items())[:MOST_UNITS])
     groups = list(units.values())
     rows = max((len(group) for group in groups), default=1)
@@ -218,7 +218,7 @@ def forest(analysis: Analysis, path: Path) -> None:
 
 
 def cost(analysis: Analysis, path: Path) -> None:
-    """Seconds over those of the baseline against the difference, of the first task, as PNG."""
+    """Draw time over that of the baseline against the difference, of the first task, as PNG."""
     figure = _figure(6.4, 4.2)
     axes = figure.subplots()
     units = summary.units(analysis.to_baseline)
@@ -270,7 +270,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _text(text: Any) -> None:
-    """Names are the user's: a dollar sign begins no formula."""
+    """Let a dollar sign begin no formula: names are the user's."""
     text.set_parse_math(False)
 
 

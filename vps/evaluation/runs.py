@@ -9,13 +9,14 @@ by the process of that rank until its end. A folder of version 0.1 has its cells
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,15 +35,17 @@ EARLIER = "vps-ablation-1"
 BEGINNING = '{"cell": 0, "seconds": '  # of every line of an earlier version
 PACKAGES = ("vps-kernels", "torch", "transformers", "lm-eval", "reasoning-gym")
 MOST_DIFFERENCES = 6
+FACTS = ("seconds", "first", "facts", "scopes", "error")  # of a record, as it is written
+USUAL = {"margin": None, "weight": 1.0}  # of outcomes, which is not written
 
 
 class RunError(ValueError):
-    """The folder holds another run, or none, or another process works on it."""
+    """Refuse a folder: it holds another run, or none, or another process works on it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of one variant: its outcomes, and the scope that ran by kind of request."""
+    """Hold the outcomes of one variant, and the scope that ran by kind of request."""
 
     outcomes: Sequence[Outcome]
     scopes: Mapping[str, str] = field(default_factory=dict)
@@ -53,7 +56,7 @@ Evaluator = Callable[[Cell], Evaluation]
 
 @dataclass(frozen=True)
 class AblationResult:
-    """How many cells this process evaluated, that failed, and that had been finished before."""
+    """Count the cells that this process evaluated, that failed, and that were finished before."""
 
     evaluated: int
     failed: int
@@ -62,7 +65,7 @@ class AblationResult:
 
 @dataclass(frozen=True)
 class Record:
-    """What came of one cell.
+    """Hold what came of one cell.
 
     Args:
         cell: its index.
@@ -82,46 +85,49 @@ class Record:
     scopes: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; outcomes are columns, one group a task and metric."""
-        columns = ("document", "value", "margin", "weight")
+    @cached_property
+    def means(self) -> dict[tuple[str, str], float]:
+        """Return the mean of every task and metric."""
         return {
-            **{name: value for name, value in vars(self).items() if name != "outcomes"},
-            "seconds": round(self.seconds, 3),
-            "outcomes": [
-                {"task": task, "metric": metric}
-                | {name: [getattr(each, name) for each in group] for name in columns}
-                for (task, metric), group in grouped(self.outcomes).items()
-            ],
+            key: weighted_mean([o.value for o in group], [o.weight for o in group])[0]
+            for key, group in grouped(self.outcomes).items()
         }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; outcomes are columns, one group a task and metric."""
+        groups = []
+        for (task, metric), group in grouped(self.outcomes).items():
+            names = ("document", "value", *USUAL)
+            columns = {name: [getattr(each, name) for each in group] for name in names}
+            for name, usual in USUAL.items():
+                if set(columns[name]) == {usual}:
+                    del columns[name]
+            groups.append({"task": task, "metric": metric, **columns})
+        facts = {name: getattr(self, name) for name in FACTS}
+        return {"cell": self.cell, **facts, "outcomes": groups}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """What :meth:`as_dict` gave, also that of an earlier version.
+        """Make a record of what :meth:`as_dict` gave, here or in an earlier version.
 
         Raises:
             KeyError, TypeError, ValueError: the values are of something else.
         """
-        outcomes = []
+        outcomes: list[Outcome] = []
         for group in values["outcomes"]:
             count = len(group["document"])
-            columns = (
-                group["document"],
-                group["value"],
-                group["margin"] or [None] * count,
-                group["weight"] or [1.0] * count,
-            )
+            unusual = (group.get(name) or [usual] * count for name, usual in USUAL.items())
+            columns = (group["document"], group["value"], *unusual)
             outcomes += [
                 Outcome(group["task"], document, group["metric"], *numbers)
                 for document, *numbers in zip(*columns, strict=True)
             ]
-        names = ("seconds", "first", "facts", "scopes", "error")
-        return cls(values["cell"], tuple(outcomes), *(values[name] for name in names))
+        return cls(values["cell"], tuple(outcomes), *(values[name] for name in FACTS))
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder holds: the grid, the definition, and records by the cell's index."""
+    """Hold what a folder does: the grid, the definition, and records by the cell's index."""
 
     title: str
     cells: tuple[Cell, ...]
@@ -130,12 +136,12 @@ class Run:
 
     @cached_property
     def finished(self) -> dict[int, Record]:
-        """The records of cells that did not fail."""
+        """Return the records of cells that did not fail."""
         return {index: record for index, record in self.records.items() if record.error is None}
 
     @cached_property
     def waiting(self) -> dict[str, list[str]]:
-        """Finished cells that must not be shown yet, with the controls that they wait for."""
+        """Return the finished cells that must not be shown yet, with the controls they wait for."""
         missing: dict[str, list[str]] = {}
         for cell in self.cells:
             if cell.control is not None and cell.index not in self.finished:
@@ -156,7 +162,7 @@ def ablate(
     facts: Mapping[str, Any] | None = None,
     advance: Callable[[], None] | None = None,
 ) -> AblationResult:
-    """Evaluate the cells that ``folder`` does not hold, those of one process of several.
+    """Evaluate the cells of this process that ``folder`` does not hold.
 
     Killed at any moment and called again, it loses no finished cell and repeats none. A cell that
     fails is written with its error and tried again by the next call; a failed baseline ends the
@@ -183,15 +189,17 @@ def ablate(
     say = advance or (lambda: None)
     evaluated = failed = skipped = 0
     with writing(folder, definition_of(grid, settings), rank, world):
-        done = _show(folder).finished
+        run = _show(folder)
+        done = run.finished
         for index in own_cells(len(grid.cells), rank, world):
             if index in done:
                 skipped += 1
             else:
                 first = evaluated + failed == 0
                 record = _evaluated(grid.cells[index], evaluate, first, facts or {})
-                files.replace(_file_of(folder, index), json.dumps(record.as_dict()) + "\n")
-                _show(folder)
+                path = folder / f"cells/{index}.json"
+                files.replace(path, json.dumps(record.as_dict()) + "\n")
+                run = _show(folder, run)
                 failed += record.error is not None
                 evaluated += record.error is None
                 if record.error is not None and grid.cells[index].name == BASELINE:
@@ -210,14 +218,14 @@ def _evaluated(cell: Cell, evaluate: Evaluator, first: bool, facts: Mapping[str,
     except Exception as problem:  # whatever a cell brings up must not end the others
         found = Evaluation(())
         error = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-    seconds = time.perf_counter() - start
+    seconds = round(time.perf_counter() - start, 3)
     return Record(
         cell.index, tuple(found.outcomes), seconds, first, facts, dict(found.scopes), error
     )
 
 
 def machine_facts(device: str = "cpu") -> dict[str, Any]:
-    """Machine and versions, as they are written to each cell."""
+    """Return machine and versions, as they are written to each cell."""
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else processor_name()
     return {
@@ -243,30 +251,36 @@ def fingerprint(model: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def read_run(folder: Path) -> Run:
-    """The run of a folder, finished or not; nothing is changed.
+def read_run(folder: Path, before: Run | None = None) -> Run:
+    """Read the run of a folder, finished or not; nothing is changed.
+
+    Args:
+        folder: of :func:`ablate`.
+        before: what was read of it earlier, whose finished cells are not read again.
 
     Raises:
         RunError: no run there, or files that are not of one.
         OSError: a file cannot be read.
     """
     path = folder / "run.json"
-    if not path.exists():
-        raise RunError(f"{folder} holds no run: expected {path}, which `vps ablate` makes")
-    definition = _definition(path)
-    cells = tuple(Cell.from_dict(values) for values in definition["cells"])
-    records: dict[int, Record] = {}
-    for where, values in _results(folder):
+    if before is None:
+        if not path.exists():
+            raise RunError(f"{folder} holds no run: expected {path}, which `vps ablate` makes")
+        definition = _definition(path)
+        cells = tuple(Cell.from_dict(values) for values in definition["cells"])
+        before = Run(definition["title"], cells, definition["settings"], {})
+    records = dict(before.records)
+    for where, values in _results(folder, before.finished):
         try:
             record = Record.from_dict(values)
         except (KeyError, TypeError, ValueError):
             raise RunError(f"{where} is no result of a cell") from None
-        if record.cell not in range(len(cells)):
+        if record.cell not in range(len(before.cells)):
             raise RunError(f"{where} is of no cell of {path}")
         kept = records.get(record.cell)
         if kept is None or kept.error is not None:
             records[record.cell] = record
-    return Run(definition["title"], cells, definition["settings"], dict(sorted(records.items())))
+    return dataclasses.replace(before, records=dict(sorted(records.items())))
 
 
 def _definition(path: Path) -> dict[str, Any]:
@@ -277,26 +291,23 @@ def _definition(path: Path) -> dict[str, Any]:
     return found
 
 
-def _results(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every result of a cell, and where it is from; those of an earlier version come first."""
-    for shard in sorted(folder.glob("cells-*.jsonl")):
+def _results(folder: Path, known: Collection[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every result of a cell with its place; those of an earlier version come first."""
+    names = {str(index) for index in known}
+    for shard in [] if known else sorted(folder.glob("cells-*.jsonl")):
         try:
             rows, _ = files.read_objects(shard, BEGINNING)
         except files.BrokenLineError as error:
             raise RunError(str(error)) from None
         for number, values in enumerate(rows, 1):
             yield f"{shard}: row {number}", values
-    for path in sorted(folder.glob("cells/*.json")):
+    for path in sorted(path for path in folder.glob("cells/*.json") if path.stem not in names):
         found = files.parse_object(path.read_bytes()) or {}
         yield str(path), found if path.stem == str(found.get("cell")) else {}
 
 
-def _file_of(folder: Path, index: int) -> Path:
-    return folder / f"cells/{index}.json"
-
-
 def own_cells(count: int, rank: int, world: int) -> range:
-    """Indices of the cells that the process of a rank takes: every ``world``-th."""
+    """Return the indices of the cells that the process of a rank takes: every ``world``-th."""
     return range(rank, count, world)
 
 
@@ -343,7 +354,7 @@ def wait_for_others(folder: Path) -> None:
 
 
 def _working(folder: Path) -> Iterator[tuple[int, int]]:
-    """Rank and world of every process that works on the folder."""
+    """Yield rank and world of every process that works on the folder."""
     for path in folder.glob("lock-*-of-*"):
         named = re.fullmatch(r"lock-(\d+)-of-(\d+)", path.name)
         if named is not None:
@@ -373,16 +384,9 @@ def _check(folder: Path, definition: Mapping[str, Any]) -> None:
     files.replace(path, json.dumps(definition) + "\n")
 
 
-def _show(folder: Path) -> Run:
+def _show(folder: Path, before: Run | None = None) -> Run:
     """Write ``table.md``, for whoever looks in before the end or after an interrupt."""
-    run = read_run(folder)
-    means = {
-        index: {
-            key: weighted_mean([o.value for o in group], [o.weight for o in group])[0]
-            for key, group in grouped(record.outcomes).items()
-        }
-        for index, record in run.finished.items()
-    }
-    columns = list(dict.fromkeys(key for each in means.values() for key in each))
-    files.replace(folder / "table.md", render("table.md", run=run, means=means, columns=columns))
+    run = read_run(folder, before)
+    columns = list(dict.fromkeys(key for each in run.finished.values() for key in each.means))
+    files.replace(folder / "table.md", render("table.md", run=run, columns=columns))
     return run

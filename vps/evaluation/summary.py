@@ -1,15 +1,17 @@
-"""What an analysis says, in sentences and in numbers as they are written in a report."""
+"""Put an analysis into sentences, and its numbers into the text of a report."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from vps.config import VPSConfig
 from vps.evaluation import paired
 from vps.evaluation.comparison import (
+    ALL_TASKS,
     LOWER_IS_BETTER,
     NO_DIFFERENCE,
     Analysis,
@@ -23,7 +25,7 @@ MOST_NAMES = 6
 
 @dataclass(frozen=True)
 class Summary:
-    """Sentences of a report, by their place in it."""
+    """Hold the sentences of a report by their place in it."""
 
     findings: list[str]
     missing: list[str]
@@ -32,32 +34,30 @@ class Summary:
 
 
 def summarise(analysis: Analysis) -> Summary:
-    """Everything that a report says in words."""
+    """Return everything that a report says in words."""
     return Summary(
         _findings(analysis), _missing(analysis), _methods(analysis), _conditions(analysis)
     )
 
 
 def units(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], list[Comparison]]:
-    """Comparisons by task and metric, all tasks together first."""
-    found: dict[tuple[str, str], list[Comparison]] = {}
-    for each in comparisons:
-        found.setdefault((each.task, each.metric), []).append(each)
-    return dict(sorted(found.items(), key=lambda item: item[0][0] != "all tasks"))
+    """Group comparisons by task and metric, all tasks together first."""
+    groups = paired.grouped(comparisons)
+    return dict(sorted(groups.items(), key=lambda item: item[0][0] != ALL_TASKS))
 
 
 def unit_name(task: str, metric: str) -> str:
-    """Task and metric in a title."""
+    """Write task and metric for a title."""
     return f"{task}, {metric}"
 
 
 def direction(metric: str) -> str:
-    """What to say of a metric whose low values are good."""
+    """Say of a metric that its low values are good, where they are."""
     return "; lower is better" if metric in LOWER_IS_BETTER else ""
 
 
 def number(value: float, digits: int = 4, sign: bool = False) -> str:
-    """A number with a real minus; a dash for none."""
+    """Write a number with a real minus; a dash for none."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -69,56 +69,56 @@ def number(value: float, digits: int = 4, sign: bool = False) -> str:
 
 
 def level(value: float, error: float, comparison: Comparison) -> str:
-    """A mean with its standard error: percent right, or the metric itself."""
+    """Write a mean with its standard error: percent right, or the metric itself."""
     if comparison.gained is not None:
         return f"{number(100 * value, 1)} % ± {number(100 * error, 1)}"
     text = f"{number(value)} ± {number(error)}"
     if comparison.metric == "nll" and value < 700:
-        ppl = math.exp(value)
-        text += f" (perplexity {number(ppl, 2)} ± {number(ppl * error, 2)})"
+        found, own = paired.perplexity(value, error)
+        text += f" (perplexity {number(found, 2)} ± {number(own, 2)})"
     return text
 
 
 def change(comparison: Comparison) -> str:
-    """The difference: in points of percent, or in the metric's unit."""
+    """Write the difference in points of percent, or in the metric's unit."""
     scale, digits = scaled(comparison)
     unit = " points" if comparison.gained is not None else ""
     return f"{number(scale * comparison.difference, digits, True)}{unit}"
 
 
 def interval(comparison: Comparison) -> str:
-    """The bootstrap interval, in the unit of :func:`change`."""
+    """Write the bootstrap interval in the unit of :func:`change`."""
     scale, digits = scaled(comparison)
     ends = (number(scale * end, digits, True) for end in (comparison.low, comparison.high))
     return f"[{', '.join(ends)}]"
 
 
 def scaled(comparison: Comparison) -> tuple[float, int]:
-    """Factor and digits of the differences as they are written."""
+    """Return factor and digits of the differences as they are written."""
     return (100.0, 1) if comparison.gained is not None else (1.0, 4)
 
 
 def flips(comparison: Comparison) -> str:
-    """Answers gained and lost."""
+    """Write the answers gained and lost."""
     if comparison.gained is None:
         return "–"
     return f"+{comparison.gained} −{comparison.lost}"
 
 
 def probability(p: float) -> str:
-    """p as it is written."""
+    """Write p."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def control_title(cell: Cell) -> str:
-    """A control as it stands under its cell."""
+    """Name a control as it stands under its cell."""
     others = f", of {len(cell.of)} cells" if len(cell.of) > 1 else ""
     draw = f" {cell.draw + 1}" if cell.draw else ""
     return f"{str(cell.control).replace('_', ' ')}{draw}{others}"
 
 
 def settings_of(config: VPSConfig) -> str:
-    """The fields that differ from the defaults."""
+    """Write the fields that differ from the defaults."""
     plain, values = (json.loads(json.dumps(asdict(each))) for each in (VPSConfig(), config))
     return ", ".join(f"{name} {values[name]}" for name in values if values[name] != plain[name])
 
@@ -126,13 +126,11 @@ def settings_of(config: VPSConfig) -> str:
 def _findings(analysis: Analysis) -> list[str]:
     asked = [each for each in analysis.to_baseline if not analysis.is_control(each.cell)]
     controls = [each for each in analysis.to_baseline if analysis.is_control(each.cell)]
-    names = list(dict.fromkeys(each.cell for each in asked))
-    if not names:
+    if not asked:
         return ["No cell can be compared with the baseline yet."]
-    found = [_differing(_counted(len(names), "cell"), asked)]
+    found = [_differing("Against the baseline", "cell", asked, _named)]
     if controls:
-        count = len({each.cell for each in controls})
-        found.append(_controls_differing(_counted(count, "control"), controls))
+        found.append(_differing("Controls against the baseline", "control", controls, _verdicts))
         pairs = analysis.to_controls
         better = [each for each in pairs if each.verdict == "better"]
         worse = [each for each in pairs if each.verdict == "worse"]
@@ -155,10 +153,6 @@ def _findings(analysis: Analysis) -> list[str]:
     return found
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def _against_control(analysis: Analysis, each: Comparison) -> str:
     control = control_title(analysis.cells[each.against])
     return f"{each.cell} than {control} ({_effect(each)})"
@@ -168,27 +162,30 @@ def _effect(each: Comparison) -> str:
     return f"{change(each)}, {each.task}, {each.metric}, p {probability(each.corrected)}"
 
 
-def _differing(subject: str, comparisons: Sequence[Comparison]) -> str:
+def _differing(
+    title: str,
+    noun: str,
+    comparisons: Sequence[Comparison],
+    tell: Callable[[Sequence[Comparison]], str],
+) -> str:
+    """Count the cells that differ, and tell of those that do."""
+    total = len({each.cell for each in comparisons})
+    subject = f"{total} {noun}{'' if total == 1 else 's'}"
     differing = [each for each in comparisons if each.verdict != NO_DIFFERENCE]
     if not differing:
-        return f"Against the baseline: no difference in any of {subject}."
-    listed = _listed(f"{each.cell} {each.verdict} ({_effect(each)})" for each in differing)
+        return f"{title}: no difference in any of {subject}."
     count = len({each.cell for each in differing})
-    verb = "differs" if count == 1 else "differ"
-    return f"Against the baseline: {count} of {subject} {verb}: {listed}."
+    return f"{title}: {count} of {subject} differ{'s' if count == 1 else ''}{tell(differing)}."
 
 
-def _controls_differing(subject: str, comparisons: Sequence[Comparison]) -> str:
-    differing = [each for each in comparisons if each.verdict != NO_DIFFERENCE]
-    if not differing:
-        return f"Controls against the baseline: no difference in any of {subject}."
+def _named(differing: Sequence[Comparison]) -> str:
+    return f": {_listed(f'{each.cell} {each.verdict} ({_effect(each)})' for each in differing)}"
+
+
+def _verdicts(differing: Sequence[Comparison]) -> str:
     words = [each.verdict for each in differing]
     counts = ", ".join(f"{words.count(word)} {word}" for word in ("better", "worse"))
-    return (
-        f"Controls against the baseline: {len({each.cell for each in differing})} of {subject} "
-        f"{'differs' if len({each.cell for each in differing}) == 1 else 'differ'} "
-        f"(over tasks and metrics {counts})."
-    )
+    return f" (over tasks and metrics {counts})"
 
 
 def _missing(analysis: Analysis) -> list[str]:
@@ -259,11 +256,10 @@ def _conditions(analysis: Analysis) -> list[tuple[str, str]]:
     if any(cell.control is not None for cell in run.cells):
         text += f"; controls {', '.join(map(str, range(draws)))}"
     found.append(("seeds", text))
-    facts: dict[str, dict[str, int]] = {}
+    facts: dict[str, Counter[str]] = {}
     for record in run.finished.values():
         for name, value in record.facts.items():
-            counts = facts.setdefault(name, {})
-            counts[str(value)] = counts.get(str(value), 0) + 1
+            facts.setdefault(name, Counter())[str(value)] += 1
     for name, counts in facts.items():
         several = len(counts) > 1
         text = "; ".join(f"{v} ({n} cells)" if several else v for v, n in counts.items())
@@ -272,7 +268,7 @@ def _conditions(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def _scopes(analysis: Analysis) -> str:
-    """Which scopes ran, for what kinds of requests, in how many cells."""
+    """Say which scopes ran, for what kinds of requests, in how many cells."""
     counts: dict[str, int] = {}
     looks_ahead = False
     for index, record in analysis.run.finished.items():

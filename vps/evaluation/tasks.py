@@ -1,4 +1,4 @@
-"""Tasks that need no download: drawn by reasoning-gym with fixed seeds, wrapped for lm-eval.
+"""Make tasks that need no download, drawn by reasoning-gym with fixed seeds, and load others.
 
 Each kind comes in two forms: ``vps_KIND`` generates and compares the answer in the text exactly;
 ``vps_KIND_choice`` scores four given answers, three of them near the right one.
@@ -26,7 +26,7 @@ CLOCK = re.compile(r"(\d{1,4}):(\d{2})(?!\d)")
 
 
 class _Kind(NamedTuple):
-    """Which dataset of reasoning-gym, with which settings, and the form of its answers."""
+    """Name a dataset of reasoning-gym, its settings and the form of its answers."""
 
     dataset: str
     settings: dict[str, Any]
@@ -51,12 +51,12 @@ KINDS = {
 
 
 def names() -> tuple[str, ...]:
-    """All offline tasks."""
+    """List all offline tasks."""
     return tuple(f"vps_{kind}{form}" for kind in KINDS for form in ("", "_choice"))
 
 
 def documents(kind: str, size: int = SIZE, seed: int = SEED) -> list[dict[str, Any]]:
-    """The first ``size`` different documents of a kind, the same for the same seed.
+    """Return the first ``size`` different documents of a kind, the same for the same seed.
 
     Args:
         kind: a key of :data:`KINDS`.
@@ -94,7 +94,7 @@ def documents(kind: str, size: int = SIZE, seed: int = SEED) -> list[dict[str, A
 
 
 def task(name: str, size: int = SIZE, seed: int = SEED) -> Any:
-    """An offline task as an lm-eval task object.
+    """Make an offline task as an lm-eval task object.
 
     Args:
         name: one of :func:`names`.
@@ -197,7 +197,7 @@ def load(
 
 
 def right(text: str, answer: str) -> bool:
-    """Whether the last time of day in ``text``, or the number it answers, is ``answer``."""
+    """Tell whether the last time of day in ``text``, or the number it answers, is ``answer``."""
     gold = CLOCK.fullmatch(answer)
     if gold is None:
         return extract_number(text) == Fraction(answer)
@@ -206,7 +206,7 @@ def right(text: str, answer: str) -> bool:
 
 
 def _drawn(kind: _Kind, size: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Questions and answers as reasoning-gym has them, where the answer has the kind's form."""
+    """Yield questions and answers of reasoning-gym, where the answer has the kind's form."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -222,7 +222,7 @@ def _drawn(kind: _Kind, size: int, seed: int) -> Iterator[tuple[str, str]]:
 
 
 def _near(answer: str, generator: random.Random) -> list[str]:
-    """Three wrong answers near ``answer``, of its form and sign.
+    """Draw three wrong answers near ``answer``, of its form and sign.
 
     As a rule none to three of them are smaller, equally often: the middle one is no better guess.
     """
@@ -239,7 +239,7 @@ def _near(answer: str, generator: random.Random) -> list[str]:
 
 
 def _splits(kind: str, size: int, seed: int, **_: Any) -> dict[str, Any]:
-    """What lm-eval takes for a dataset."""
+    """Return what lm-eval takes for a dataset."""
     from datasets import Dataset
 
     drawn = documents(kind, size + EXAMPLES, seed)

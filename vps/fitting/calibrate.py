@@ -1,11 +1,11 @@
-"""``vps.calibrate``: examples in, a :class:`vps.Calibration` out, with what is to be said of it."""
+"""Fit γ of every layer to examples: ``vps.calibrate``."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from torch import nn
 
 from vps import files
 from vps.config import VPSConfig
-from vps.fitting.controls import Scale, frequent_features, lora, random_features
+from vps.fitting.candidates import Candidate, Sharpening
 from vps.fitting.descent import Fit, Options, each_nll, fit, mean_nll
-from vps.fitting.examples import LONGEST, OTHER_TEXTS, Encoded, parse_all, split, told, usable
-from vps.fitting.forms import Form, Sharpening
-from vps.fitting.report import (
+from vps.fitting.examples import LONGEST, Encoded, parse_all, split, told, unrelated_texts, usable
+from vps.fitting.fitted_controls import Scale, frequent_features, lora, random_features
+from vps.fitting.sensitivity import prepared, sensitivities
+from vps.fitting.verdict import (
     HELD_OUT,
     SHARPENING,
     SIDE,
@@ -27,7 +28,6 @@ from vps.fitting.report import (
     improves,
     outcomes,
 )
-from vps.fitting.sensitivity import prepared, sensitivities
 from vps.model.calibration import Calibration, fingerprint, model_id
 from vps.model.matching import matches
 from vps.model.patching import sharpened_layers
@@ -115,7 +115,7 @@ def calibrate(
     if held_out is not None:
         given["held-out examples"] = parse_all("held-out example", held_out)
     given["other texts"] = parse_all(
-        "other text", OTHER_TEXTS if other_texts is None else other_texts
+        "other text", unrelated_texts() if other_texts is None else other_texts
     )
     step, say = progress or (lambda message, total: None), advance or (lambda: None)
     with prepared(model, config, scope) as own:
@@ -153,8 +153,9 @@ def calibrate(
             "seed": seed,
         }
         kept = Kept(resume, key)
-        chosen = _layers(model, layers, use["fit"], step, say)
-        found, gamma = _run(model, chosen, per, names, use, options, seed, kept, step, say)
+        work = _Fitting(model, use, per == "column", options, seed, step, say)
+        chosen = work.layers(layers)
+        found, gamma = work.run(chosen, names, kept)
         families = {}
         if parts.held_out:
             families = comparisons({n: each["outcomes"] for n, each in found.items()})
@@ -190,114 +191,102 @@ def calibrate(
     return result
 
 
-def _run(
-    model: nn.Module,
-    chosen: list[str],
-    per: str,
-    controls: Sequence[str],
-    use: Mapping[str, list[Encoded]],
-    options: Options,
-    seed: int,
-    kept: Kept,
-    step: Progress,
-    say: Callable[[], None],
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Every form's outcomes and summary, and γ."""
-    parts = {HELD_OUT: use["held_out"], SIDE: use["other"]}
-    size = sum(map(len, parts.values())) if use["held_out"] else 0
-    found: dict[str, dict[str, Any]] = {}
-    gamma: dict[str, Any] = {}
+@dataclass(frozen=True)
+class _Fitting:
+    """Hold what one call works with: examples by their use, settings, and whom to tell."""
 
-    def measure(form: Form, done: Fit | None) -> None:
-        if size:
-            step(f"measuring: {form.name}", size)
-        own = outcomes(model, form, parts, say) if size else []
-        summary: dict[str, Any] = {"numbers": 0 if done is None else form.count}
-        if done is not None:
-            summary |= {name: value for name, value in vars(done).items() if name != "values"}
-        found[form.name] = {"outcomes": own, "summary": summary}
+    model: nn.Module
+    use: Mapping[str, list[Encoded]]
+    by_column: bool
+    options: Options
+    seed: int
+    step: Progress
+    say: Callable[[], None]
 
-    by_column = per == "column"
-    base = Form(model, chosen, False)
-    measure(base, None)
-    plain = mean_nll(model, base, use["stop"])
-    for name in (SHARPENING, *controls):
-        form = _form(name, model, chosen, by_column, use["fit"], seed, step, say)
-        step(f"fitting: {name}", options.looks - len(options.learning_rates))
-        done = fit(
-            model, form, use["fit"], use["stop"], options, plain,
-            advance=say, state=kept.states.get(name), save=partial(kept.keep, name),
-        )  # fmt: skip
-        if isinstance(form, Sharpening) and name == SHARPENING:
-            gamma = form.gammas()
-        measure(form, done)
-    return found, gamma
+    def layers(self, wanted: Sequence[str] | int | None) -> list[str]:
+        """Return the names of the layers that are fitted."""
+        every = list(sharpened_layers(self.model))
+        if wanted is None:
+            return every
+        if isinstance(wanted, (bool, str, bytes)):
+            raise TypeError(f"calibrate: layers must be a number or names, got {wanted!r}")
+        if isinstance(wanted, int):
+            if not 1 <= wanted <= len(every):
+                raise ValueError(f"calibrate: layers must be from 1 to {len(every)}, got {wanted}")
+            self.step("taking gradients", len(self.use["fit"]))
+            candidate = Sharpening(self.model, every, False)
+            found = sensitivities(self.model, candidate, self.use["fit"], self.say)
+            best = {each.name for each in found[:wanted]}
+            return [name for name in every if name in best]
+        if not all(isinstance(each, str) for each in wanted):
+            raise TypeError(f"calibrate: layers must be a number or names, got {wanted!r}")
+        chosen = [name for name in every if matches(name, tuple(wanted))]
+        unused = [each for each in wanted if not any(matches(name, (each,)) for name in every)]
+        if unused or not chosen:
+            raise ValueError(
+                f"calibrate: layers {unused or list(wanted)!r} name none of the model's "
+                f"{len(every)} sharpened layers, such as {every[0]!r}"
+            )
+        return chosen
 
+    def run(
+        self, chosen: list[str], controls: Sequence[str], kept: Kept
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """Fit and measure every candidate; outcomes and summary by name, and γ."""
+        model, use, options = self.model, self.use, self.options
+        parts = {HELD_OUT: use["held_out"], SIDE: use["other"]}
+        size = sum(map(len, parts.values())) if use["held_out"] else 0
+        found: dict[str, dict[str, Any]] = {}
+        gamma: dict[str, Any] = {}
 
-def _form(
-    name: str,
-    model: nn.Module,
-    chosen: list[str],
-    by_column: bool,
-    examples: Sequence[Encoded],
-    seed: int,
-    step: Progress,
-    say: Callable[[], None],
-) -> Form:
-    """The form of that name, as it is before it is fitted."""
-    sharpening = Sharpening(model, chosen, by_column)
-    if name == SHARPENING:
-        return sharpening
-    if name == "scale":
-        return Scale(model, chosen, by_column)
-    if name.startswith("random-"):
-        features = random_features(sharpening, 2 * seed + int(name[-1]) - 1)
-    elif name == "static":
-        step("counting selected features", len(examples))
-        with sharpening.counting() as counts:
-            each_nll(model, sharpening, examples, say)
-            features = frequent_features(sharpening, counts)
-    else:
-        few = examples[:LORA_EXAMPLES]
-        step("choosing the layers of LoRA", len(few))
-        return lora(model, chosen, sharpening.count, few, seed, say)
-    return Sharpening(model, chosen, by_column, features, name)
+        def measure(candidate: Candidate, done: Fit | None) -> None:
+            if size:
+                self.step(f"measuring: {candidate.name}", size)
+            own = outcomes(model, candidate, parts, self.say) if size else []
+            summary: dict[str, Any] = {"numbers": 0 if done is None else candidate.count}
+            if done is not None:
+                summary |= {name: value for name, value in vars(done).items() if name != "values"}
+            found[candidate.name] = {"outcomes": own, "summary": summary}
 
+        base = Candidate(model, chosen, False)
+        measure(base, None)
+        plain = mean_nll(model, base, use["stop"])
+        for name in (SHARPENING, *controls):
+            candidate = self.candidate(name, chosen)
+            self.step(f"fitting: {name}", options.looks - len(options.learning_rates))
+            done = fit(
+                model, candidate, use["fit"], use["stop"], options, plain,
+                advance=self.say, state=kept.states.get(name), save=partial(kept.keep, name),
+            )  # fmt: skip
+            if isinstance(candidate, Sharpening) and name == SHARPENING:
+                gamma = candidate.gammas()
+            measure(candidate, done)
+        return found, gamma
 
-def _layers(
-    model: nn.Module,
-    layers: Sequence[str] | int | None,
-    examples: Sequence[Encoded],
-    step: Progress,
-    say: Callable[[], None],
-) -> list[str]:
-    """Names of the layers that are fitted."""
-    every = list(sharpened_layers(model))
-    if layers is None:
-        return every
-    if isinstance(layers, (bool, str, bytes)):
-        raise TypeError(f"calibrate: layers must be a number or names, got {layers!r}")
-    if isinstance(layers, int):
-        if not 1 <= layers <= len(every):
-            raise ValueError(f"calibrate: layers must be from 1 to {len(every)}, got {layers}")
-        step("taking gradients", len(examples))
-        form = Sharpening(model, every, False)
-        best = {each.name for each in sensitivities(model, form, examples, say)[:layers]}
-        return [name for name in every if name in best]
-    if not all(isinstance(each, str) for each in layers):
-        raise TypeError(f"calibrate: layers must be a number or names, got {layers!r}")
-    chosen = [name for name in every if matches(name, tuple(layers))]
-    unused = [each for each in layers if not any(matches(name, (each,)) for name in every)]
-    if unused or not chosen:
-        raise ValueError(
-            f"calibrate: layers {unused or list(layers)!r} name none of the model's "
-            f"{len(every)} sharpened layers, such as {every[0]!r}"
-        )
-    return chosen
+    def candidate(self, name: str, chosen: list[str]) -> Candidate:
+        """Make the candidate of that name, as it is before it is fitted."""
+        model, examples = self.model, self.use["fit"]
+        sharpening = Sharpening(model, chosen, self.by_column)
+        if name == SHARPENING:
+            return sharpening
+        if name == "scale":
+            return Scale(model, chosen, self.by_column)
+        if name.startswith("random-"):
+            features = random_features(sharpening, 2 * self.seed + int(name[-1]) - 1)
+        elif name == "static":
+            self.step("counting selected features", len(examples))
+            with sharpening.counting() as counts:
+                each_nll(model, sharpening, examples, self.say)
+                features = frequent_features(sharpening, counts)
+        else:
+            few = examples[:LORA_EXAMPLES]
+            self.step("choosing the layers of LoRA", len(few))
+            return lora(model, chosen, sharpening.count, few, self.seed, self.say)
+        return Sharpening(model, chosen, self.by_column, features, name)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON has it."""
+    """Return values as they come back from JSON."""
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found
 
@@ -318,7 +307,7 @@ def _controls(controls: Sequence[str] | bool) -> tuple[str, ...]:
 
 
 def left(path: Path) -> dict[str, Any] | None:
-    """What an interrupted call left in a file: its key and its states; ``None`` without a file.
+    """Read the key and states that an interrupted call left in a file; ``None`` without one.
 
     Raises:
         ValueError: the file holds something else, or is none.
@@ -338,7 +327,7 @@ def left(path: Path) -> dict[str, Any] | None:
 
 
 class Kept:
-    """What an interrupted call left by the name of a form, and what this one leaves.
+    """Keep the state of every candidate, so that an interrupted call goes on.
 
     Raises:
         ValueError: a file of another call; the message says what differs.
@@ -357,7 +346,7 @@ class Kept:
             )
 
     def keep(self, name: str, state: dict[str, Any]) -> None:
-        """Leave the state of a form."""
+        """Write the state of a candidate."""
         self.states[name] = state
         if self.path is not None:
             files.replace(self.path, json.dumps({"key": self.key, "states": self.states}))

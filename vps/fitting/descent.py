@@ -1,4 +1,4 @@
-"""Few steps of Adam on the numbers of a form, stopped early by examples of their own."""
+"""Fit a candidate by few steps of Adam, stopped early by examples of their own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vps.fitting.candidates import Candidate
 from vps.fitting.examples import Encoded
-from vps.fitting.forms import Form
 
 UNSCORED = -100
 BUNDLE_TOKENS = 512  # of a pass, padding included: no more memory than one long example takes
@@ -26,7 +26,7 @@ KEPT_TOKENS = 160  # of a pass that keeps what its backward pass needs: faster, 
 
 @dataclass(frozen=True)
 class Options:
-    """How to fit, the same for every form.
+    """Say how to fit, the same for every candidate.
 
     Args:
         steps: at most.
@@ -60,13 +60,13 @@ class Options:
 
     @property
     def looks(self) -> int:
-        """At the stopping examples, at most, for one form."""
+        """Count the looks at the stopping examples, at most, for one candidate."""
         return len(self.learning_rates) * (1 + -(-self.steps // self.every))
 
 
 @dataclass
 class Fit:
-    """What came of fitting one form.
+    """Hold what came of fitting one candidate.
 
     Args:
         values: of its parameters, those of the lowest loss.
@@ -94,7 +94,7 @@ Save = Callable[[dict[str, Any]], None]
 
 def fit(
     model: Any,
-    form: Form,
+    candidate: Candidate,
     examples: Sequence[Encoded],
     stop: Sequence[Encoded],
     options: Options,
@@ -104,11 +104,11 @@ def fit(
     state: dict[str, Any] | None = None,
     save: Save = lambda state: None,
 ) -> Fit:
-    """Fit ``form``, which then holds its best numbers.
+    """Fit ``candidate``, which then holds its best numbers.
 
     Args:
         model: patched, frozen, in evaluation mode.
-        form: what is fitted; all else is frozen.
+        candidate: what is fitted; all else is frozen.
         examples: to take gradients of.
         stop: to stop by.
         options: the rest.
@@ -119,7 +119,7 @@ def fit(
     """
     start = time.perf_counter()
     before = 0.0
-    initial = form.state()
+    initial = candidate.state()
     found = Fit(values=initial, plain=plain)
     rates = list(options.learning_rates)
     place, resumed = 0, None
@@ -129,46 +129,46 @@ def fit(
         before = found.seconds
     for at in range(place, len(rates)):
         rate = rates[at]
-        optimizer = torch.optim.Adam(form.parameters, lr=rate)
+        optimizer = torch.optim.Adam(candidate.parameters, lr=rate)
         step, since = 0, 0
         if resumed is not None:
-            step, since = _restore(form, optimizer, resumed)
+            step, since = _restore(candidate, optimizer, resumed)
             resumed = None
         else:
-            form.set_state(initial)
-            since = _look(found, form, rate, step, plain, since)
+            candidate.set_state(initial)
+            since = _look(found, candidate, rate, step, plain, since)
         while step < options.steps and since < options.patience:
             for _ in range(min(options.every, options.steps - step)):
                 batch = _batch(examples, step, options)
-                _step(model, form, optimizer, batch)
+                _step(model, candidate, optimizer, batch)
                 step += 1
                 found.steps += 1
-            since = _look(found, form, rate, step, mean_nll(model, form, stop), since)
+            since = _look(found, candidate, rate, step, mean_nll(model, candidate, stop), since)
             found.seconds = before + time.perf_counter() - start
             advance()
-            save(_state(found, form, optimizer, at, step, since))
-    form.set_state(found.values)
+            save(_state(found, candidate, optimizer, at, step, since))
+    candidate.set_state(found.values)
     found.seconds = before + time.perf_counter() - start
     return found
 
 
 @torch.no_grad()
-def mean_nll(model: Any, form: Form, examples: Sequence[Encoded]) -> float:
-    """nll per scored token of all examples together."""
-    return sum(each_nll(model, form, examples)) / sum(each.scored for each in examples)
+def mean_nll(model: Any, candidate: Candidate, examples: Sequence[Encoded]) -> float:
+    """Return the nll per scored token of all examples together."""
+    return sum(each_nll(model, candidate, examples)) / sum(each.scored for each in examples)
 
 
 @torch.no_grad()
 def each_nll(
     model: Any,
-    form: Form,
+    candidate: Candidate,
     examples: Sequence[Encoded],
     advance: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """nll of every example, summed over its scored tokens; ``advance`` is called for each."""
+    """Return the nll of every example, summed over its scored tokens; call ``advance`` for each."""
     found = [0.0] * len(examples)
-    with form.applied():
-        for places in bundles(examples, form.scope):
+    with candidate.applied():
+        for places in bundles(examples, candidate.scope):
             values = nlls(model, [examples[place] for place in places]).tolist()
             for place, value in zip(places, values, strict=True):
                 found[place] = value
@@ -176,39 +176,39 @@ def each_nll(
     return found
 
 
-def gradients(model: Any, form: Form, examples: Sequence[Encoded]) -> Iterator[list[Tensor]]:
-    """``∂ nll per token / ∂ parameters`` of each example by itself."""
-    with form.applied():
+def gradients(
+    model: Any, candidate: Candidate, examples: Sequence[Encoded]
+) -> Iterator[list[Tensor]]:
+    """Yield ``∂ nll per token / ∂ parameters`` of each example by itself."""
+    with candidate.applied():
         for example in examples:
-            for parameter in form.parameters:
-                parameter.grad = None
-            _backward(model, [example], example.scored)
-            yield [_grad(parameter) for parameter in form.parameters]
-    for parameter in form.parameters:
-        parameter.grad = None
+            with _differentiated(model, [example]):
+                loss = nlls(model, [example]).sum() / example.scored
+                found = torch.autograd.grad(loss, candidate.parameters, materialize_grads=True)
+            yield list(found)
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-
-
-def _backward(model: Any, examples: Sequence[Encoded], tokens: int) -> None:
+@contextmanager
+def _differentiated(model: Any, examples: Sequence[Encoded]) -> Iterator[None]:
+    """Keep what a backward pass needs, or run blocks again in it where the examples are long."""
     few = padded(examples) <= KEPT_TOKENS
     with torch.enable_grad(), nullcontext() if few else checkpointed(model):
-        (nlls(model, examples).sum() / tokens).backward()
+        yield
 
 
-def _step(model: Any, form: Form, optimizer: Any, batch: Sequence[Encoded]) -> None:
+def _step(model: Any, candidate: Candidate, optimizer: Any, batch: Sequence[Encoded]) -> None:
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(each.scored for each in batch)
-    with form.applied():
-        for places in bundles(batch, form.scope, KEPT_TOKENS):
-            _backward(model, [batch[place] for place in places], tokens)
+    with candidate.applied():
+        for places in bundles(batch, candidate.scope, KEPT_TOKENS):
+            own = [batch[place] for place in places]
+            with _differentiated(model, own):
+                (nlls(model, own).sum() / tokens).backward()
     optimizer.step()
 
 
 def _batch(examples: Sequence[Encoded], step: int, options: Options) -> list[Encoded]:
-    """The examples of a step: through all of them in an order drawn anew each time."""
+    """Return the examples of a step, which go through all in an order drawn anew each time."""
     size = min(options.batch_size, len(examples))
     steps = -(-len(examples) // size)
     order = list(range(len(examples)))
@@ -218,33 +218,38 @@ def _batch(examples: Sequence[Encoded], step: int, options: Options) -> list[Enc
     return [examples[index] for index in chosen]
 
 
-def _look(found: Fit, form: Form, rate: float, step: int, loss: float, since: int) -> int:
-    """Note a loss; how many looks there were since the lowest of this learning rate."""
+def _look(found: Fit, candidate: Candidate, rate: float, step: int, loss: float, since: int) -> int:
+    """Note a loss, and count the looks since the lowest of this learning rate."""
     curve = found.curves.setdefault(repr(rate), [])
     lowest = min((each for _, each in curve), default=math.inf)
     curve.append((step, loss))
     if loss < found.loss:
-        found.values, found.learning_rate, found.step, found.loss = form.state(), rate, step, loss
+        found.values, found.learning_rate, found.step, found.loss = (
+            candidate.state(),
+            rate,
+            step,
+            loss,
+        )
     return 0 if loss < lowest else since + 1
 
 
 def _state(
-    found: Fit, form: Form, optimizer: Any, place: int, step: int, since: int
+    found: Fit, candidate: Candidate, optimizer: Any, place: int, step: int, since: int
 ) -> dict[str, Any]:
     moments = [
         {
             name: value.flatten().tolist() if name != "step" else float(value)
             for name, value in optimizer.state[parameter].items()
         }
-        for parameter in form.parameters
+        for parameter in candidate.parameters
     ]
-    running = {"values": form.state(), "moments": moments, "step": step, "since": since}
+    running = {"values": candidate.state(), "moments": moments, "step": step, "since": since}
     return {"fit": dict(vars(found)), "place": place, "running": running}
 
 
-def _restore(form: Form, optimizer: Any, running: dict[str, Any]) -> tuple[int, int]:
-    form.set_state(running["values"])
-    for parameter, moments in zip(form.parameters, running["moments"], strict=True):
+def _restore(candidate: Candidate, optimizer: Any, running: dict[str, Any]) -> tuple[int, int]:
+    candidate.set_state(running["values"])
+    for parameter, moments in zip(candidate.parameters, running["moments"], strict=True):
         optimizer.state[parameter] = {
             name: torch.tensor(value)
             if name == "step"
@@ -257,7 +262,7 @@ def _restore(form: Form, optimizer: Any, running: dict[str, Any]) -> tuple[int, 
 
 
 def nlls(model: Any, examples: Sequence[Encoded]) -> Tensor:
-    """Sum over the scored tokens of each example ``[B]``, by one forward pass.
+    """Sum the nll over the scored tokens of each example ``[B]``, in nats, by one forward pass.
 
     They are padded on the left, as for generation, so that their ends stand together; the head runs
     for the scored tokens alone where it can.
@@ -285,14 +290,14 @@ def nlls(model: Any, examples: Sequence[Encoded]) -> Tensor:
 
 
 def padded(examples: Sequence[Encoded]) -> int:
-    """Tokens of a pass of these examples."""
+    """Count the tokens of a pass of these examples."""
     return len(examples) * max(each.ids.shape[1] for each in examples)
 
 
 def bundles(
     examples: Sequence[Encoded], scope: str, tokens: int = BUNDLE_TOKENS
 ) -> list[list[int]]:
-    """Places of the examples that share a pass, like lengths together; in scope "batch" none do.
+    """Group the places of examples that share a pass, like lengths together; none in scope "batch".
 
     One example may have more than ``tokens``; several, padded, have at most as many.
     """
@@ -308,7 +313,7 @@ def bundles(
 
 @contextmanager
 def checkpointed(model: Any) -> Iterator[None]:
-    """Blocks of the model run again in the backward pass instead of keeping what they need.
+    """Run blocks of the model again in the backward pass instead of keeping what they need.
 
     transformers does so in training mode only; the modules that switch it on are put into that mode
     by themselves, so that nothing inside them drops out.

@@ -1,4 +1,4 @@
-"""Examples to fit on: prompts with answers, whose answers are scored, or plain texts."""
+"""Read examples to fit on: prompts with answers, whose answers are scored, or plain texts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vps import files
 from vps.model.generation import encode
+from vps.reading import read_text
 
 STOP_SHARE = 0.25
 HELD_OUT_SHARE = 0.25
@@ -24,14 +25,14 @@ KEYS = ("prompt", "answer", "gold", "text", "id")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that is scored, or with ``prompt=None`` a text."""
+    """Hold a prompt and the answer that is scored, or with ``prompt=None`` a text."""
 
     prompt: str | None
     answer: str
 
     @property
     def identity(self) -> str:
-        """sha256 of what is in it, by which overlap is found; outer white space does not count."""
+        """Return the sha256 by which overlap is found; outer white space does not count."""
         prompt = "" if self.prompt is None else self.prompt.strip()
         text = f"{'text' if self.prompt is None else 'pair'}\0{prompt}\0{self.answer.strip()}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -39,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """Examples to take gradients of, to stop by, and to report on; none is in two of them."""
+    """Hold examples to take gradients of, to stop by, and to report on; none is in two of them."""
 
     fit: tuple[Example, ...]
     stop: tuple[Example, ...]
@@ -47,14 +48,16 @@ class Split:
 
     @property
     def data(self) -> str:
-        """sha256 over the examples used for fitting and stopping."""
+        """Return sha256 over the examples used for fitting and stopping."""
         identities = sorted(each.identity for each in (*self.fit, *self.stop))
         return hashlib.sha256("\n".join(identities).encode()).hexdigest()
 
 
 def parse(value: Any, name: str = "example", empty: bool = False) -> Example:
-    """An example from a text, a pair, or a mapping with ``prompt`` and ``answer`` (or ``gold``), or
-    ``text``. With ``empty`` those without text pass, which :func:`usable` leaves out.
+    """Make an example of a text, a pair, or a mapping.
+
+    A mapping has ``prompt`` and ``answer`` (or ``gold``), or ``text``. With ``empty`` an example
+    without text passes, which :func:`usable` leaves out.
 
     Raises:
         TypeError, ValueError: anything else; the message begins with ``name``.
@@ -97,8 +100,13 @@ def parse_all(name: str, values: Sequence[Any]) -> list[Example]:
     return [parse(each, f"{name} {number}", empty=True) for number, each in enumerate(values, 1)]
 
 
+def unrelated_texts() -> list[str]:
+    """Return twelve texts that calibrations are not fitted on, to measure side effects by."""
+    return read_text(Path(__file__).with_name("other_texts.txt")).splitlines()
+
+
 def read_examples(path: Path) -> list[Example]:
-    """Examples of a JSONL file; empty lines are none.
+    """Read the examples of a JSONL file; empty lines are none.
 
     Raises:
         OSError: the file cannot be read.
@@ -162,7 +170,7 @@ def check_apart(held_out: Sequence[Example], used: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids ``[1, T]``, of which the last ``scored`` are predicted."""
+    """Hold token ids ``[1, T]``, of which the last ``scored`` are predicted."""
 
     ids: Tensor
     scored: int
@@ -172,7 +180,7 @@ class Encoded:
 def encoded(
     tokenizer: Any, example: Example, *, chat: bool, longest: int, device: Any = "cpu"
 ) -> Encoded:
-    """Token ids of an example. A text is cut after ``longest`` tokens.
+    """Encode an example; a text is cut after ``longest`` tokens.
 
     A prompt is put as :func:`generation.encode` does; where it is no chat and neither side has
     a space between, one is put before the answer.
@@ -207,7 +215,7 @@ def encoded(
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An example that cannot be used: of what, its number there from 1, and why."""
+    """Name an example that cannot be used: of what, its number there from 1, and why."""
 
     of: str
     number: int
@@ -223,7 +231,7 @@ def usable(
     longest: int = LONGEST,
     device: Any = "cpu",
 ) -> tuple[list[tuple[Example, Encoded]], list[LeftOut]]:
-    """The examples that :func:`encoded` takes, with what it gives, and those it refuses.
+    """Return the examples that :func:`encoded` takes, with what it gives, and those it refuses.
 
     Args: as for :func:`encoded`, and ``of``, which names the examples in messages.
 
@@ -244,55 +252,14 @@ def usable(
 
 
 def told(left_out: Sequence[LeftOut], count: int) -> str:
-    """How many of ``count`` examples cannot be used, and why the first of them cannot."""
+    """Say how many of ``count`` examples cannot be used, and why the first of them cannot."""
     of = left_out[0].of
     return f"{len(left_out)} of {count} {of} cannot be used and are left out: {listed(left_out)}"
 
 
 def listed(left_out: Sequence[LeftOut]) -> str:
-    """The first of them, each with its reason, and how many more there are."""
+    """List the first examples left out, each with its reason, and how many more there are."""
     shown = "; ".join(
         f"{each.of}, number {each.number}: {each.reason}" for each in left_out[:SHOWN]
     )
     return shown + (f"; and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else "")
-
-
-# What calibrations are not fitted on, by which their side effects are measured.
-OTHER_TEXTS = (
-    "The river rises in the hills north of the town and runs for forty miles before it meets the "
-    "sea. In spring the melting snow fills it to the top of its banks, and the meadows on both "
-    "sides stand under water for weeks. In late summer children can walk across it.",
-    "A lighthouse keeper used to light the lamp at dusk and trim its wick every four hours. Most "
-    "lamps are electric now and switched by a clock, so nobody lives in the tower any more. The "
-    "last keeper on this coast retired in 1998 and opened a bakery in the village.",
-    "Bread is made from flour, water, salt and yeast. The dough is kneaded until it is smooth, "
-    "left to rise in a warm place until it has doubled in size, shaped into loaves and baked in a "
-    "hot oven until the crust sounds hollow when it is tapped.",
-    "The committee met on Tuesday to discuss the new library. Several members thought that the "
-    "building was too expensive; others answered that the old one leaked and had no room for the "
-    "children's books. After two hours they agreed to ask for a second estimate.",
-    "Bees find their way home by the position of the sun. When the sky is covered they use the "
-    "pattern of polarized light, which they can see and people cannot. A bee that has found "
-    "flowers tells the others about it with a dance that shows direction and distance.",
-    "She had promised to write as soon as she arrived, but the days passed and no letter came. "
-    "Her brother went down to the harbour every morning to ask the captains of the incoming ships "
-    "for news. At last one of them handed him a small parcel wrapped in brown paper.",
-    "In a computer, memory is divided into pages of equal size. A program sees addresses of its "
-    "own, which the processor translates with the help of a table. If a page is not in memory, "
-    "the operating system reads it from the disk and lets the program go on.",
-    "The orchestra played the overture too fast, and the singers came in late. The conductor, who "
-    "had only arrived that afternoon, stopped after the first scene, apologized to the audience "
-    "and began again. The second time everything went well, and the applause lasted for minutes.",
-    "Glaciers move slowly downhill under their own weight. They carry stones of every size with "
-    "them, which scratch the rock beneath the ice. Where a glacier ends it leaves these stones in "
-    "long ridges, from which one can tell how far it once reached.",
-    "To repot the plant, water it a day before, turn the pot upside down and tap the rim against "
-    "a table. Shake the old soil from the roots, cut away those that are brown and soft, and set "
-    "the plant into fresh soil in a pot that is only a little wider than the old one.",
-    "The train was meant to leave at noon, but the engine would not start. The passengers sat on "
-    "their suitcases in the shade of the station roof. A man with an accordion played for them, "
-    "and by the time the second engine came nobody was in a hurry any longer.",
-    "Vaccines show the immune system a harmless part of a virus or a bacterium. The body makes "
-    "antibodies against it and keeps cells that remember it. When the real germ arrives later, "
-    "these cells multiply quickly, and most people do not fall ill.",
-)

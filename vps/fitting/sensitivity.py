@@ -1,4 +1,4 @@
-"""∂L/∂γ of every layer at γ = 0, and how much of it is noise, without fitting anything."""
+"""Measure ∂L/∂γ of every layer at γ = 0, and how much of it is noise; nothing is fitted."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from vps.config import VPSConfig
+from vps.fitting.candidates import Sharpening
 from vps.fitting.descent import gradients
 from vps.fitting.examples import LONGEST, Encoded, parse_all, told, usable
-from vps.fitting.forms import Sharpening
 from vps.model.capture import restored
 from vps.model.patching import check_scope, patch, policy_state, sharpened_layers, unpatch
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One layer.
+    """Hold ∂L/∂γ of one layer.
 
     Args:
         name: of the layer.
@@ -39,14 +39,14 @@ class Sensitivity:
 
     @property
     def ratio(self) -> float:
-        """``|gradient| / error``; 0 where both are."""
+        """Return ``|gradient| / error``; 0 where both are."""
         if self.gradient == 0:
             return 0.0
         return math.inf if self.error == 0 else abs(self.gradient) / self.error
 
     @property
     def agrees(self) -> bool:
-        """Whether both halves have the sign of the whole."""
+        """Tell whether both halves have the sign of the whole."""
         return all(half * self.gradient > 0 for half in self.halves)
 
 
@@ -62,7 +62,7 @@ def sensitivity(
     progress: Callable[[str, int], None] | None = None,
     advance: Callable[[], None] | None = None,
 ) -> list[Sensitivity]:
-    """``∂L/∂γ`` of every layer at γ = 0 with its noise; nothing is fitted, the largest first.
+    """Measure ``∂L/∂γ`` of every layer at γ = 0 with its noise, the largest first.
 
     Args: as for :func:`calibrate`.
 
@@ -85,13 +85,13 @@ def sensitivity(
         use = [code for _, code in codes]
         if progress is not None:
             progress("taking gradients", len(use))
-        form = Sharpening(model, list(sharpened_layers(model)), False)
-        return sensitivities(model, form, use, advance or (lambda: None))
+        candidate = Sharpening(model, list(sharpened_layers(model)), False)
+        return sensitivities(model, candidate, use, advance or (lambda: None))
 
 
 @contextmanager
 def prepared(model: nn.Module, config: VPSConfig | None, scope: str) -> Iterator[VPSConfig]:
-    """``model`` sharpened, frozen and scored under ``scope``; its config. Then as it was.
+    """Sharpen and freeze ``model`` under ``scope``, give its config, and put it back as it was.
 
     Raises:
         ValueError: layers of several configs, or of another than ``config``.
@@ -125,18 +125,18 @@ def prepared(model: nn.Module, config: VPSConfig | None, scope: str) -> Iterator
 
 def sensitivities(
     model: Any,
-    form: Sharpening,
+    candidate: Sharpening,
     examples: Sequence[Encoded],
     advance: Callable[[], None] = lambda: None,
 ) -> list[Sensitivity]:
-    """Every layer of ``form``, largest gradient first; of columns the sum.
+    """Measure every layer of ``candidate``, largest gradient first; columns are summed.
 
     Examples count by their scored tokens. Those of odd and of even place are the halves.
     """
     rows = []
     weights = torch.tensor([float(each.scored) for each in examples], dtype=torch.float64)
-    for (own,) in gradients(model, form, examples):
-        rows.append(torch.stack([own[part].sum().cpu() for _, part in form.parts.values()]))
+    for (own,) in gradients(model, candidate, examples):
+        rows.append(torch.stack([own[part].sum().cpu() for _, part in candidate.parts.values()]))
         advance()
     table = torch.stack(rows).double()
     share = (weights / weights.sum()).unsqueeze(1)
@@ -151,14 +151,14 @@ def sensitivities(
     found = [
         Sensitivity(name, gradient, deviation, (first, second))
         for (name, _), gradient, deviation, first, second in zip(
-            form.parts.values(), *columns, strict=True
+            candidate.parts.values(), *columns, strict=True
         )
     ]
     return sorted(found, key=lambda each: -abs(each.gradient))
 
 
 def agreement(found: Sequence[Sensitivity]) -> float:
-    """Correlation between the halves' gradients over the layers; NaN for one layer."""
+    """Correlate the gradients of the halves over the layers; NaN for one layer."""
     if len(found) < 2:
         return math.nan
     pair = torch.tensor([each.halves for each in found], dtype=torch.float64).T

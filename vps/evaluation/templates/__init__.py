@@ -1,4 +1,4 @@
-"""Templates of the tables and reports, for jinja2: HTML and Markdown escape what is filled in.
+"""Fill the templates of tables and reports by jinja2, escaping values for HTML or Markdown.
 
 ``table.md`` is the state of a run, ``report.md`` and ``report.html`` what it found.
 """
@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 
 def render(name: str, **values: Any) -> str:
     """Fill the template of that name; a value that it asks for must be there."""
@@ -18,7 +16,9 @@ def render(name: str, **values: Any) -> str:
 
 
 @cache
-def _environment(html: bool) -> jinja2.Environment:
+def _environment(html: bool) -> Any:
+    import jinja2
+
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=html,

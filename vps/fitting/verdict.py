@@ -1,4 +1,4 @@
-"""Compare the forms that were fitted on held-out examples, and say what a calibration is worth."""
+"""Compare what was fitted on held-out examples, and say what a calibration is worth."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from vps.evaluation.comparison import Comparison, compare
 from vps.evaluation.paired import Outcome
+from vps.fitting.candidates import Candidate
 from vps.fitting.descent import each_nll
 from vps.fitting.examples import Encoded, LeftOut, listed
-from vps.fitting.forms import Form
 from vps.model.calibration import Calibration
 
 HELD_OUT = "held-out examples"
@@ -30,14 +30,14 @@ TITLES = {
 
 def outcomes(
     model: Any,
-    form: Form,
+    candidate: Candidate,
     parts: Mapping[str, Sequence[Encoded]],
     advance: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """nll per scored token of every example under ``form``, weighted by tokens."""
+    """Measure the nll per scored token of every example under ``candidate``, weighted by tokens."""
     found = []
     for task, examples in parts.items():
-        values = each_nll(model, form, examples, advance)
+        values = each_nll(model, candidate, examples, advance)
         for each, value in zip(examples, values, strict=True):
             own = value / each.scored
             found.append(Outcome(task, each.identity, "nll", own, weight=float(each.scored)))
@@ -45,7 +45,7 @@ def outcomes(
 
 
 def comparisons(found: dict[str, list[Outcome]]) -> dict[str, list[Comparison]]:
-    """Sharpening against the plain model, the controls against it, sharpening against them.
+    """Compare sharpening with the plain model, the controls with it, sharpening with them.
 
     Each is a family of Holm's correction. Tasks are compared apart: there is no pooled row.
     """
@@ -72,8 +72,8 @@ def comparisons(found: dict[str, list[Outcome]]) -> dict[str, list[Comparison]]:
 
 
 def improves(families: dict[str, list[Comparison]]) -> bool | None:
-    """Whether sharpening is better than the plain model on held-out examples; ``None`` where there
-    are too few to tell."""
+    """Tell whether sharpening is better than the plain model on held-out examples; ``None`` where
+    there are too few."""
     for each in families.get("sharpening", []):
         if each.task == HELD_OUT:
             return each.verdict == "better" if each.n > 1 else None
@@ -81,7 +81,7 @@ def improves(families: dict[str, list[Comparison]]) -> bool | None:
 
 
 def as_dict(families: dict[str, list[Comparison]]) -> dict[str, list[dict[str, Any]]]:
-    """Plain values, for JSON: what is not a number is ``None``."""
+    """Return plain values for JSON, ``None`` for what is not a number."""
     return {
         title: [
             {
@@ -95,7 +95,7 @@ def as_dict(families: dict[str, list[Comparison]]) -> dict[str, list[dict[str, A
 
 
 def text(calibration: Calibration) -> str:
-    """A few lines: what was fitted, its held-out loss against plain model and controls, side
+    """Say in a few lines what was fitted, its held-out loss against plain model and controls, side
     effects, and what follows."""
     report = calibration.report
     examples = report["examples"]
@@ -120,8 +120,8 @@ def text(calibration: Calibration) -> str:
         lines += _table(families, forms)
     unfinished = [
         TITLES[name]
-        for name, form in forms.items()
-        if form.get("step") == report["options"]["steps"]
+        for name, candidate in forms.items()
+        if candidate.get("step") == report["options"]["steps"]
     ]
     if unfinished:
         lines.append(f"Lowest at the last step, so more may lower it: {'; '.join(unfinished)}.")

@@ -1,4 +1,4 @@
-"""The controls that are fitted beside sharpening, each to as many numbers.
+"""Make the controls that are fitted beside sharpening, each to as many numbers.
 
 An output scale, and a LoRA of rank 1 through PEFT; sharpening of features that are drawn at random
 or were selected most often is :class:`Sharpening` with ``features``.
@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vps.algorithm import selection
+from vps.fitting.candidates import Candidate, Features, matrix_of
 from vps.fitting.descent import gradients
 from vps.fitting.examples import Encoded
-from vps.fitting.forms import Features, Form, matrix_of
 from vps.model.calibration import columns_of
 from vps.model.patching import disabled
 
 ADAPTER = "default"
 
 
-class Scale(Form):
-    """``(1 + a) · H``; with a number a column, as many blocks of output features have their own."""
+class Scale(Candidate):
+    """Scale the output, ``(1 + a) · H``; by column, as many blocks of features have their own a."""
 
     name = "scale"
 
@@ -44,8 +44,8 @@ class Scale(Form):
         return y if layer.bias is None else y + layer.bias
 
 
-class LoRA(Form):
-    """``y = H + b + B A x`` with A drawn and B 0 at first, in the layers of ``chosen``.
+class LoRA(Candidate):
+    """Compute ``y = H + b + B A x`` with A drawn and B 0 at first, in the layers of ``chosen``.
 
     Args:
         model: a patched model.
@@ -127,7 +127,7 @@ def lora(
     seed: int,
     advance: Callable[[], None] = lambda: None,
 ) -> LoRA:
-    """A LoRA of ``count`` numbers on the layers of ``names`` that have the most to gain.
+    """Make a LoRA of ``count`` numbers on the layers of ``names`` that have the most to gain.
 
     Args:
         model: a patched model, frozen.
@@ -153,23 +153,23 @@ def lora(
     return LoRA(model, chosen, count, seed)
 
 
-def random_features(form: Form, seed: int) -> dict[str, Features]:
-    """Features of every layer of ``form`` drawn by ``seed``, others in every layer."""
+def random_features(candidate: Candidate, seed: int) -> dict[str, Features]:
+    """Draw features of every layer of ``candidate`` by ``seed``, others in every layer."""
     found = {}
-    for number, name in enumerate(form.names):
-        layer = form.layers[name]
+    for number, name in enumerate(candidate.names):
+        layer = candidate.layers[name]
         d_out, d_in = layer.widths
         own = seed * 1_000_003 + number
         drawn = selection.random_features(own, d_in, d_out, columns_of(layer))
-        found[name] = tuple(torch.tensor(index, device=form.values.device) for index in drawn)
+        found[name] = tuple(torch.tensor(index, device=candidate.values.device) for index in drawn)
     return found  # type: ignore[return-value]
 
 
-def frequent_features(form: Form, counts: Mapping[str, Features]) -> dict[str, Features]:
-    """The features that every layer selected most often, best first, ties to the lower index."""
+def frequent_features(candidate: Candidate, counts: Mapping[str, Features]) -> dict[str, Features]:
+    """Return the features that every layer selected most often, ties to the lower index."""
     found = {}
-    for name in form.names:
-        r = columns_of(form.layers[name])
+    for name in candidate.names:
+        r = columns_of(candidate.layers[name])
         found[name] = tuple(
             torch.sort(count, descending=True, stable=True).indices[:r] for count in counts[name]
         )

@@ -1,8 +1,8 @@
-"""The forms that are fitted: sharpening, and what it has to beat with as many numbers.
+"""Compute a patched model with numbers that can be fitted, such as γ of its layers.
 
-A form holds its numbers, all 0 at first, which leaves the model as it is; inside
-:meth:`Form.applied` the patched model computes with them, differentiably. Selections are constants,
-and autograd does the rest of SPEC §6: what the core owes to γ is made of r × r numbers.
+All numbers are 0 at first, which leaves the model as it is; inside :meth:`Candidate.applied` it
+computes with them, differentiably. Selections are constants, and autograd does the rest of SPEC §6:
+what the core owes to γ is made of r × r numbers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Features = tuple[Tensor, Tensor]  # I_in and I_out, [r]
 Norms = tuple[Tensor, Tensor]  # of the rows [d_out] and the columns [d_in] of W
 
 
-class Form:
-    """One float64 tensor of numbers ``[n]``, a number a layer or one a column.
+class Candidate:
+    """Hold float64 numbers ``[n]``, a number a layer or one a column.
 
     By itself it is the plain model, whose numbers do nothing.
 
@@ -60,22 +60,22 @@ class Form:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What an optimizer changes."""
+        """Return what an optimizer changes."""
         return [self.values]
 
     @property
     def scope(self) -> str:
-        """Under which the layers count their tokens."""
+        """Return the scope of the layers."""
         scope: str = next(iter(self.layers.values())).config.scope
         return scope
 
     @property
     def count(self) -> int:
-        """How many numbers are fitted."""
+        """Count the numbers that are fitted."""
         return len(self.values)
 
     def own(self, layer: Any) -> Tensor | None:
-        """The numbers of a layer, without dims or ``[r]``; ``None`` where it has none."""
+        """Return the numbers of a layer, without dims or ``[r]``; ``None`` where it has none."""
         part = self.parts.get(id(layer))
         if part is None:
             return None
@@ -83,12 +83,12 @@ class Form:
         return own if self.by_column else own[0]
 
     def compute(self, layer: Any, x: Tensor) -> Tensor | None:
-        """Output of ``layer`` for x ``[..., d_in]``; ``None`` for that of its base."""
+        """Compute the output of ``layer`` for x ``[..., d_in]``; ``None`` leaves it to the base."""
         return None
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the numbers inside."""
+        """Let the model compute with the numbers."""
         try:
             for layer in self.layers.values():
                 layer.sharpen = partial(self.compute, layer)
@@ -98,7 +98,7 @@ class Form:
                 vars(layer).pop("sharpen", None)
 
     def state(self) -> list[list[float]]:
-        """The numbers, for JSON."""
+        """Return the numbers, for JSON."""
         return [parameter.detach().flatten().tolist() for parameter in self.parameters]
 
     @torch.no_grad()
@@ -108,13 +108,13 @@ class Form:
             parameter.copy_(torch.tensor(values, dtype=torch.float64).view_as(parameter))
 
 
-class Sharpening(Form):
-    """γ of the update, in one of three ways to select its features.
+class Sharpening(Candidate):
+    """Sharpen with γ as the numbers, by features selected for the input or by given ones.
 
     Args:
-        model, names, by_column: as for :class:`Form`.
+        model, names, by_column: as for :class:`Candidate`.
         features: of every layer, in place of those selected for the input.
-        name: of the form.
+        name: of the candidate.
     """
 
     name = "sharpening"
@@ -135,7 +135,7 @@ class Sharpening(Form):
         self._norms: dict[str, Norms] = {}
 
     def gammas(self) -> dict[str, float | tuple[float, ...]]:
-        """γ by name of every sharpened layer, 0 where it has none."""
+        """Return γ by name of every sharpened layer, 0 where it has none."""
         found: dict[str, float | tuple[float, ...]] = dict.fromkeys(self.layers, 0.0)
         for name, part in self.parts.values():
             own = tuple(self.values[part].tolist())
@@ -189,7 +189,7 @@ class Sharpening(Form):
         return y.view(*x.shape[:-1], -1)
 
     def _jointly(self, layer: Any, inputs: Inputs, settings: Settings) -> Inputs:
-        """``inputs`` of a coupled query or key, with what it decides together with its peer."""
+        """Add to ``inputs`` of a coupled query or key what it decides together with its peer."""
         query, key = layer.deciding()
         pair, x = layer.coupling, inputs.x.detach()
         held = self._joint
@@ -211,7 +211,7 @@ class Sharpening(Form):
     def _differentiable(
         self, name: str, inputs: Inputs, own: Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        """Output ``[G, T, d_out]`` of the layer of that name, and ``I_in`` ``[G, r]``."""
+        """Select for the layer of that name and compute ``[G, T, d_out]``; return ``I_in``, too."""
         with torch.no_grad():
             chosen = self._selected(inputs, settings)
             I_in, I_out = chosen.I_in, chosen.I_out
@@ -227,7 +227,7 @@ class Sharpening(Form):
 
     @staticmethod
     def _selected(inputs: Inputs, settings: Settings) -> Inputs:
-        """``inputs`` with all that a layer chooses: H, energy, ``I_in`` and ``I_out``."""
+        """Add to ``inputs`` all that a layer chooses: H, energy, ``I_in`` and ``I_out``."""
         x, mask, I_in, I_out = inputs.x.detach(), inputs.mask, inputs.I_in, inputs.I_out
         H, energy = inputs.H, inputs.energy
         if H is None:
@@ -257,14 +257,14 @@ class Sharpening(Form):
 
 
 def _same(held: tuple[Tensor, int, Any], x: Tensor) -> bool:
-    """Whether ``held``, which is kept alive, is ``x``, unchanged."""
+    """Tell whether ``held``, which is kept alive, is ``x``, unchanged."""
     other, version, _ = held
     alike = other.data_ptr() == x.data_ptr() and other.shape == x.shape
     return alike and other.stride() == x.stride() and version == x._version
 
 
 def norms(weight: Tensor) -> Norms:
-    """Norms of the rows and columns of W, which is frozen, in the accumulation dtype."""
+    """Return the norms of the rows and columns of W, which is frozen."""
     dtype = selection.accumulation_dtype(weight.dtype)
     rows, columns = (torch.linalg.vector_norm(weight, 2, dim=d, dtype=dtype) for d in (1, 0))
     return rows, columns
@@ -273,7 +273,7 @@ def norms(weight: Tensor) -> Norms:
 def differentiable(
     chosen: Inputs, gamma: Tensor, settings: Settings, weight_norms: Norms
 ) -> Tensor:
-    """Output ``[G, T, d_out]``, differentiable by x and γ (SPEC §6).
+    """Compute the output ``[G, T, d_out]``, differentiable by x and γ (SPEC §6).
 
     Without a clamp nothing wider than ``[N, r]`` is kept for the backward pass.
 
@@ -306,7 +306,7 @@ def differentiable(
 
 
 def _products(chosen: Inputs, settings: Settings, weight_norms: Norms) -> Products:
-    """What the core asks of W, whose norms are known."""
+    """Return what the core asks of W, whose norms are known."""
     x, W, _, _, I_in, I_out, _, _, H, _ = chosen
     assert I_in is not None and I_out is not None and H is not None
     if settings.tau is None or settings.spectral:
@@ -320,7 +320,7 @@ def _products(chosen: Inputs, settings: Settings, weight_norms: Norms) -> Produc
 
 
 class _Base(torch.autograd.Function):
-    """``H = x Wᵀ``, which is known, and ``H[:, I_out]``, keeping W and I_out alone."""
+    """Return ``H = x Wᵀ``, which is known, and ``H[:, I_out]``, keeping W and I_out alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, H: Tensor, W: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,7 +334,7 @@ class _Base(torch.autograd.Function):
 
 
 class _Expanded(torch.autograd.Function):
-    """``u Bᵀ``, ``[G, T, r]`` to ``[G, T, d_out]``, keeping W and I_in alone.
+    """Multiply by ``Bᵀ``, ``[G, T, r]`` to ``[G, T, d_out]``, keeping W and I_in alone.
 
     Tokens that select alike share the columns of W, so B is read by its distinct columns.
     """
@@ -353,13 +353,13 @@ class _Expanded(torch.autograd.Function):
 
     @staticmethod
     def columns(W: Tensor, I_in: Tensor) -> tuple[Tensor, Tensor]:
-        """The distinct columns ``[d_out, u]``, and where each of B is, ``[G, 1, r]``."""
+        """Return the distinct columns ``[d_out, u]``, and where each of B is, ``[G, 1, r]``."""
         features, slots = torch.unique(I_in, return_inverse=True)
         return W.index_select(1, features), slots.unsqueeze(1)
 
 
 def matrix_of(name: str, layer: Any) -> Tensor:
-    """``W`` ``[d_out, d_in]`` of a layer.
+    """Return ``W`` ``[d_out, d_in]`` of a layer.
 
     Raises:
         ValueError: it has no plain matrix in memory.
