@@ -75,7 +75,8 @@ void gather_columns(const Matrix& W, const Distinct& wanted, void* columns_) {
   constexpr int64_t kMiss = 32;  // what an element from memory costs in elements from a cache
   const Bits* data = static_cast<const Bits*>(W.data);
   Bits* columns = static_cast<Bits*>(columns_);
-  parallel((W.rows + kBlock - 1) / kBlock, kMiss * kBlock * wanted.count, [&](int64_t b, int64_t e) {
+  const int64_t blocks = (W.rows + kBlock - 1) / kBlock;
+  parallel(blocks, kMiss * kBlock * wanted.count, [&](int64_t b, int64_t e) {
     for (; b < e; ++b) {
       const int64_t end = std::min(W.rows, (b + 1) * kBlock);
       for (int64_t c = 0; c < wanted.count; ++c) {

@@ -1,5 +1,5 @@
-// One sharpened layer on a CPU: y = H + b + γ · clamp(H[:, I_out] C Bᵀ). The base product is torch's,
-// or for few tokens our own (gemv.inc); the rest is one pass for scores and one to apply.
+// One sharpened layer on a CPU: y = H + b + γ · clamp(H[:, I_out] C Bᵀ). The base product is
+// torch's, or for few tokens our own (gemv.inc); the rest is one pass for scores, one to apply.
 #include "layer.h"
 
 #include <algorithm>

@@ -7,7 +7,7 @@
 
 namespace vps {
 
-/// A base product to be overwritten with y, and the columns of W that are in use, if they are known.
+/// A base product to be overwritten with y, and the columns of W in use, if they are known.
 struct Product {
   Tensor H;             // [G, T, d_out], contiguous
   const void* columns;  // of the distinct features of I_in (gather.h), or null

@@ -1,4 +1,4 @@
-// A query and a key projection of one x on a CPU (SPEC §7): what they decide together, and both layers.
+// A query and a key projection of one x on a CPU (SPEC §7): joint decision, and both layers.
 #include "pair.h"
 
 #include "statistics.h"

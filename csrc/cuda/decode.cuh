@@ -1,5 +1,5 @@
-// Decode of one token in one cooperative launch: GEMV, exchange of the best r outputs over the grid,
-// update of the outputs that every block still holds in shared memory (PERFORMANCE.md, design for
+// Decode of one token in one cooperative launch: GEMV, exchange of the best r outputs over the
+// grid, update of the outputs that every block still holds in shared memory (PERFORMANCE.md, design for
 // N = 1). Plain selection, component clip or none, first order.
 #pragma once
 

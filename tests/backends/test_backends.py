@@ -108,6 +108,6 @@ def test_triton_decodes_under_a_mask_in_its_own_kernels(groups, monkeypatch):
     inputs = Inputs(x, W, b, mask, None, None, plan.numbers(None), None)
     monkeypatch.setattr(triton_backend.F, "linear", lambda *_: pytest.fail("a product of torch"))
     monkeypatch.setattr(torch, "stack", lambda *_: pytest.fail("features are copied"))
-    y = operator._triton(*inputs, *plan.settings)[0]
+    y = operator._triton(*inputs, *plan.settings.packed())[0]
     monkeypatch.undo()
     assert relative_error(y, expected) <= 1e-6
