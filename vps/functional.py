@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vps import masking
-from vps.algorithm import constants, policy, selection, tracing
+from vps.algorithm import policy, tracing
 from vps.algorithm.flow import Given, Layer
 from vps.algorithm.lbfgs import CurvatureMemory
-from vps.algorithm.weight import FLOATING, Matrix, Weight, cast
+from vps.algorithm.policy import own_gamma, plan_for
+from vps.algorithm.weight import Matrix, Weight, autocast_dtype, cast, check_input
 from vps.backends import dispatch, reference_backend, sharing, torch_backend
 from vps.backends.call import Call, Kind
+from vps.backends.sharing import Kept
 from vps.config import VPSConfig
-from vps.masking import STATE
+from vps.masking import STATE, check_mask, group
 from vps.packing import Packing
 
 # Of every call, so found once.
@@ -265,74 +267,11 @@ def prepare(
         drawn = own.drawn
         pairs = one.memory.pairs if one.memory is not None and config.lbfgs else ()
         has_pairs = has_pairs or bool(pairs)
-        found.append(
-            Layer(
-                weight,
-                one.bias,
-                own.settings,
-                own.numbers(one.gamma),
-                pairs,
-                one.is_plain(),
-                one.gamma,
-            )  # fmt: skip
-        )
+        of_layer = own.settings, own.numbers(one.gamma), pairs, one.is_plain(), one.gamma
+        found.append(Layer(weight, one.bias, *of_layer))
     is_matrix = all(isinstance(weight, Matrix) for weight in weights)
     kind = Kind(x.device.type, x.dtype, is_matrix, has_pairs)
     return Plan(tuple(found), config, state, heads, drawn, kind, dispatch.fastest(kind))
-
-
-class Kept:
-    """A plan that layers keep, and what it was made for; neither copied nor pickled.
-
-    Args:
-        layers: whose weights are their parameters; not held.
-        plan: of these.
-        x: an input of theirs.
-    """
-
-    def __init__(self, layers: tuple[Any, ...], plan: Plan, x: Tensor) -> None:
-        self.plan, self.dtype, self.device, self.width = plan, x.dtype, x.device, x.shape[-1]
-        self.state = layers[0].state
-        self.outcomes = self.state.outcomes
-        self.parts = [self._part(layer) for layer in layers]
-
-    @staticmethod
-    def _part(layer: Any) -> tuple[Any, ...]:
-        own, memory = layer._parameters, layer.memory
-        pairs = None if memory is None else memory.pairs
-        weight = own["weight"]
-        of_layer = layer.config, layer.gradient, layer.gamma
-        return weight, weight.shape, own["bias"], *of_layer, pairs
-
-    def fits(self, layers: tuple[Any, ...], x: Tensor) -> bool:
-        """Return whether the plan is right for this input, of layers as they are now."""
-        if (
-            type(x) is not Tensor
-            or x.dtype is not self.dtype
-            or x.device != self.device
-            or x.shape[-1:] != (self.width,)
-            or not x.numel()
-            or _is_any_autocast_enabled()
-        ):
-            return False
-        for layer, part in zip(layers, self.parts, strict=True):
-            weight, shape, bias, config, gradient, gamma, pairs = part
-            own, memory = layer._parameters, layer.memory
-            if (
-                own.get("weight") is not weight
-                or weight.shape != shape
-                or own.get("bias") is not bias
-                or layer.config is not config
-                or layer.state is not self.state
-                or layer.gradient is not gradient
-                or layer.gamma is not gamma
-                or (None if memory is None else memory.pairs) is not pairs
-            ):
-                return False
-        return self.state.outcomes is self.outcomes
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
 
 
 def keep(
@@ -362,7 +301,7 @@ def compute(
 ) -> list[Tensor | None]:
     """Return the output ``[..., d_out]`` of each layer of a plan, ``None`` for a plain one."""
     if forward_ad._current_level >= 0:
-        refuse_tangents(x, *(W for layer in plan.layers for W in layer.weight.parameters()))
+        tracing.refuse_tangents(x, *(W for layer in plan.layers for W in layer.weight.parameters()))
     grouped, mask, counted, packing = arrange(x, mask, plan.config.scope)
     if packing is not None:
         return packing.apply_all(x, partial(compute, plan=plan))
@@ -404,121 +343,10 @@ def _reverse_only(plan: Plan, x: Tensor) -> tuple[Plan, Tensor]:
     for layer in plan.layers:
         weight, bias = layer.weight, layer.bias
         if isinstance(weight, Matrix):
-            weight = Matrix(_ReverseOnly.apply(weight.W))
-        bias = None if bias is None else _ReverseOnly.apply(bias)
+            weight = Matrix(tracing.reverse_only(weight.W))
+        bias = None if bias is None else tracing.reverse_only(bias)
         layers.append(layer._replace(weight=weight, bias=bias))
-    return plan._replace(layers=tuple(layers)), _ReverseOnly.apply(x)
-
-
-class _ReverseOnly(torch.autograd.Function):
-    """A tensor through which forward mode, which SPEC §6 does not define, is refused."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Any:
-        raise NotImplementedError(tracing.NO_FORWARD_MODE)
-
-
-class _Own(NamedTuple):
-    """What is settled of one layer before the input comes."""
-
-    settings: policy.Settings
-    bounds: Tensor  # of the policy, float64 [9]
-    drawn: tuple[Tensor, Tensor] | None  # I_in and I_out [r] of the random builder
-
-    def numbers(self, gamma: policy.LayerGamma | None) -> Tensor:
-        """The policy ``[9]``, or with the γ of a layer ``[9]`` or ``[9 + r]``."""
-        return self.bounds if gamma is None else gamma.in_policy(self.bounds, self.settings.r)
-
-
-@constants.kept
-def plan_for(
-    config: VPSConfig,
-    gradient: bool,
-    factor: float,
-    d_out: int,
-    d_in: int,
-    device: torch.device,
-    calibrated: bool = False,
-) -> _Own | None:
-    """Return what is settled of a layer of this shape; ``None`` when γ is 0 whatever the input."""
-    settings = policy.settings(config, gradient, d_in, d_out, calibrated)
-    if settings is None:
-        return None
-    drawn = None
-    if config.builder == "random":
-        features = selection.random_features(config.seed, d_in, d_out, settings.r)
-        I_in, I_out = (constants.vector(index, torch.int64, device) for index in features)
-        drawn = I_in, I_out
-    numbers = constants.vector(policy.bounds(config, factor), torch.float64, device)
-    return _Own(settings, numbers, drawn)
-
-
-def own_gamma(
-    gamma: policy.LayerGamma | float | Sequence[float] | Tensor | None,
-) -> policy.LayerGamma | None:
-    """Return ``gamma`` as the layers hold it."""
-    if gamma is None or isinstance(gamma, policy.LayerGamma):
-        return gamma
-    return policy.LayerGamma(gamma)
-
-
-def check_input(x: Tensor) -> None:
-    """Raise where x is no dense floating-point tensor.
-
-    Raises:
-        TypeError: saying what it is.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"vps: x must be a tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"vps: x must be a dense tensor, got layout {x.layout}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"vps: x must be floating point (16 to 64 bits), got {x.dtype}")
-
-
-def check_mask(x: Tensor, mask: Tensor) -> None:
-    """Raise where a mask is none for x ``[..., d_in]``."""
-    if mask.dtype is not torch.bool:
-        raise TypeError(f"vps_linear: mask must be bool, got {mask.dtype}")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(
-            f"vps_linear: mask must be {tuple(x.shape[:-1])}, x without its last dim, "
-            f"got {tuple(mask.shape)}"
-        )
-
-
-def refuse_tangents(*tensors: Tensor) -> None:
-    """Refuse forward mode, which is not defined (SPEC §6) and would lose the tangents.
-
-    Raises:
-        NotImplementedError: a tensor carries one.
-    """
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
-        raise NotImplementedError(tracing.NO_FORWARD_MODE)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return what autocast casts to on the device of x, where it is on."""
-    if not torch.compiler.is_compiling() and not _is_any_autocast_enabled():
-        return None  # without the name of the device, which takes longer
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return plan._replace(layers=tuple(layers)), tracing.reverse_only(x)
 
 
 def arrange(
@@ -549,15 +377,3 @@ def arrange(
     if counted.shape != grouped.shape[:-1]:
         counted = counted.reshape(grouped.shape[:-1])
     return grouped, mask, counted, None
-
-
-def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
-    """Return x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
-    if scope == "sequence" and x.dim() == 3:
-        return x
-    tokens = masking.count(dims)
-    if scope == "token":
-        length = 1
-    else:
-        length = dims[-1] if scope == "sequence" and dims else tokens
-    return x.reshape(tokens // length, length, x.shape[-1])

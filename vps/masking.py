@@ -210,3 +210,26 @@ def _is_encoded(x: Tensor, states: Tensor, shape: tuple[int, ...]) -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._is_alias_of(x, states))  # type: ignore[attr-defined]
+
+
+def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
+    """Return x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
+    if scope == "sequence" and x.dim() == 3:
+        return x
+    tokens = count(dims)
+    if scope == "token":
+        length = 1
+    else:
+        length = dims[-1] if scope == "sequence" and dims else tokens
+    return x.reshape(tokens // length, length, x.shape[-1])
+
+
+def check_mask(x: Tensor, mask: Tensor) -> None:
+    """Raise where a mask is none for x ``[..., d_in]``."""
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"vps_linear: mask must be bool, got {mask.dtype}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"vps_linear: mask must be {tuple(x.shape[:-1])}, x without its last dim, "
+            f"got {tuple(mask.shape)}"
+        )

@@ -74,7 +74,7 @@ def fill(values: list[float], dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
-# An operator, so that a traced graph makes equal vectors once (vps.backends.traced_sharing).
+# An operator, so that a traced graph makes equal vectors once (vps.backends.sharing).
 numbers = torch.library.custom_op(
     "vps::numbers",
     fill,

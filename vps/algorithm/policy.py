@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vps.algorithm import constants, selection
 from vps.algorithm.constants import constant
 from vps.config import VPSConfig
 
@@ -311,3 +312,47 @@ def decide(
     inactive = levels[:, 1:3].amin(1, keepdim=True) < constant(needed, strength)
     second = levels[:, 3] >= 2 - FLOOR_GUARD if settings.second_order else None
     return Decision(levels[:, 0], inactive, second)
+
+
+class Settled(NamedTuple):
+    """What is settled of one layer before the input comes."""
+
+    settings: Settings
+    bounds: Tensor  # of the policy, float64 [9]
+    drawn: tuple[Tensor, Tensor] | None  # I_in and I_out [r] of the random builder
+
+    def numbers(self, gamma: LayerGamma | None) -> Tensor:
+        """The policy ``[9]``, or with the γ of a layer ``[9]`` or ``[9 + r]``."""
+        return self.bounds if gamma is None else gamma.in_policy(self.bounds, self.settings.r)
+
+
+@constants.kept
+def plan_for(
+    config: VPSConfig,
+    gradient: bool,
+    factor: float,
+    d_out: int,
+    d_in: int,
+    device: torch.device,
+    calibrated: bool = False,
+) -> Settled | None:
+    """Return what is settled of a layer of this shape; ``None`` when γ is 0 whatever the input."""
+    own = settings(config, gradient, d_in, d_out, calibrated)
+    if own is None:
+        return None
+    drawn = None
+    if config.builder == "random":
+        features = selection.random_features(config.seed, d_in, d_out, own.r)
+        I_in, I_out = (constants.vector(index, torch.int64, device) for index in features)
+        drawn = I_in, I_out
+    numbers = constants.vector(bounds(config, factor), torch.float64, device)
+    return Settled(own, numbers, drawn)
+
+
+def own_gamma(
+    gamma: LayerGamma | float | Sequence[float] | Tensor | None,
+) -> LayerGamma | None:
+    """Return ``gamma`` as the layers hold it."""
+    if gamma is None or isinstance(gamma, LayerGamma):
+        return gamma
+    return LayerGamma(gamma)

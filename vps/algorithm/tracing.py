@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 NO_FORWARD_MODE = (
     "vps: x or weight carries a tangent of forward-mode differentiation (jvp), expected reverse "
@@ -52,3 +56,43 @@ is_compiled_transform._dynamo_marked_constant = True  # type: ignore[attr-define
 def is_differentiated() -> bool:
     """Whether what is computed now, such as a gradient, may itself be differentiated or mapped."""
     return torch.is_grad_enabled() or is_transforming()
+
+
+def reverse_only(tensor: Tensor) -> Tensor:
+    """Return a tensor, inside a transform, through which forward mode is refused (SPEC §6)."""
+    result: Tensor = _ReverseOnly.apply(tensor)
+    return result
+
+
+class _ReverseOnly(torch.autograd.Function):
+    """A tensor as it is, with a gradient and no tangent."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Refuse forward mode, which is not defined (SPEC §6) and would lose the tangents.
+
+    Raises:
+        NotImplementedError: a tensor carries one.
+    """
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise NotImplementedError(NO_FORWARD_MODE)

@@ -304,6 +304,28 @@ def matrix_products(
     return Products(gather(H, I_out), X_A, norm_A, gram_A, norm_B, gram_B, crossing)
 
 
+def check_input(x: Tensor) -> None:
+    """Raise where x is no dense floating-point tensor.
+
+    Raises:
+        TypeError: saying what it is.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"vps: x must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"vps: x must be a dense tensor, got layout {x.layout}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"vps: x must be floating point (16 to 64 bits), got {x.dtype}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what autocast casts to on the device of x, where it is on."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None  # without the name of the device, which takes longer
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what autocast makes of an argument of F.linear: all but float64 takes its dtype."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -7,7 +7,7 @@
 - ``cpp``: csrc, for CPUs
 - ``triton``, ``triton_backend``: which calls the kernels of ``vps.kernels`` take, and their layer
 - ``cuda``, ``cuda_build``: one token in a single launch, and its compilation
-- ``sharing``, ``traced_sharing``: one input selection for the layers that read one x
+- ``sharing``: one input selection for the layers that read one x, and the plan that a layer keeps
 """
 
 import sys

@@ -16,7 +16,7 @@ from vps.algorithm import coupling, gradient, tracing
 from vps.algorithm.core import square
 from vps.algorithm.policy import Settings
 from vps.algorithm.selection import accumulation_dtype
-from vps.backends import torch_backend, traced_sharing
+from vps.backends import sharing, torch_backend
 from vps.backends.call import Call, Inputs, Outputs, Result, needs_gradient, run_native
 
 LIBRARY = torch.library.Library("vps", "DEF")
@@ -48,7 +48,7 @@ LIBRARY.define(
     "-> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
-traced_sharing.register(LIBRARY)
+sharing.register(LIBRARY)
 _packed_settings = lru_cache(Settings.packed)
 LINEAR = torch.ops.vps.linear.default
 LINEAR_ONLY = torch.ops.vps.linear_only.default

@@ -22,8 +22,8 @@ from vps.algorithm.flow import Given
 from vps.algorithm.weight import statistics
 from vps.backends.dispatch import backend
 from vps.config import VPSConfig
-from vps.functional import arrange, group, sharpen
-from vps.masking import STATE
+from vps.functional import arrange, sharpen
+from vps.masking import STATE, group
 from vps.model.matching import experts
 from vps.model.patching import disabled, patch, sharpened_layers
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from vps.algorithm import core as cores
 from vps.algorithm import coupling, gradient, selection
 from vps.algorithm.flow import Given, Layer
-from vps.algorithm.policy import NUMBERS, LayerGamma, Settings
+from vps.algorithm.policy import NUMBERS, LayerGamma, Settings, plan_for
 from vps.algorithm.weight import Matrix, Products, gather, matrix_products, needs_gram_of_rows
 from vps.backends import dispatch, sharing
 from vps.backends.call import Call, Inputs, Kind
-from vps.functional import arrange, plan_for
+from vps.functional import arrange
 from vps.masking import token_mask
 from vps.model.calibration import columns_of
 from vps.model.patching import sharpened_layers

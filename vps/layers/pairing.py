@@ -2,7 +2,7 @@
 
 Whichever is called first computes both; the other's output waits until the block is done, for the
 very same x. Outside its block, and where a tracer runs, each call computes both for itself; a graph
-keeps one of equal calls (:mod:`vps.backends.traced_sharing`).
+keeps one of equal calls (:mod:`vps.backends.sharing`).
 """
 
 from __future__ import annotations

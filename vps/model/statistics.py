@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vps import masking
 from vps.algorithm import policy, selection
-from vps.functional import group
+from vps.masking import group
 from vps.model.generation import input_device
 from vps.model.patching import sharpened_layers
 
