@@ -279,15 +279,16 @@ def keep(
 ) -> Kept | None:
     """Return the plan of layers with an input like x, where it may be kept.
 
-    A weight that is made anew at each call, such as a transposed one, is not kept; nor is anything
-    while a tracer, a mode or a transform looks on, or where autocast casts.
+    A weight that is made anew at each call, such as a transposed one, is not kept, nor one that
+    accelerate brings into memory for a call; nor is anything while a tracer, a mode or a transform
+    looks on, or where autocast casts.
     """
     first = layers[0]
     for layer, one in zip(layers, projections, strict=True):
         own = layer.__dict__.get("_parameters", {})
         if not isinstance(one.weight, Tensor) or own.get("weight") is not one.weight:
             return None
-        if "bias" not in own:
+        if "bias" not in own or "_hf_hook" in layer.__dict__:
             return None
     if type(x) is not Tensor or not tracing.is_alone() or _is_any_autocast_enabled():
         return None

@@ -22,6 +22,7 @@ from transformers import (
 import vps
 from vps.algorithm import flow
 from vps.algorithm.weight import Matrix
+from vps.backends import torch_backend
 
 HIDDEN, VOCABULARY = 32, 64
 RANKS = (2, 4)
@@ -120,6 +121,7 @@ def recorded():
 
     with (
         vps.backend("torch"),
+        mock.patch.object(torch_backend, "_is_short", lambda call: False),
         mock.patch.object(flow, "sharpen", keeping(flow.sharpen)),
     ):
         yield plain, split
