@@ -172,6 +172,10 @@ def gradients(group):
                 weights = [w.full_tensor() if hasattr(w, "full_tensor") else w for w in weights]
                 found.append([embeds.grad, *(w.clone() for w in weights)])
                 model.zero_grad()
+                x = embedded()  # of a gradient, through layers split by columns and by rows
+                y = model.model.layers[0].mlp(x)
+                (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+                found[-1] += torch.autograd.grad(g.square().sum() / 1e4, x)
             results[name] = {
                 "error": max(error(a, b) for a, b in zip(*found, strict=True)),
                 "size": float(found[0][0].abs().max()),

@@ -124,7 +124,7 @@ class ColumnProjection(MatrixProjection):
         assert self.t is not None
         local, held = self.shard.locate(I_out)
         own = super().selected(local).masked_fill(~held.unsqueeze(1), 0.0)
-        return sharding.copied(sharding.reduced(own, self.t), self.shard)
+        return sharding.copied(sharding.reduced(own, self.t, self.shard), self.shard)
 
     def parts(self, I_out: Tensor, settings: Settings, gram_A: Tensor | None) -> Products:
         """Return what this rank adds to the products, with ``norm_B`` squared."""

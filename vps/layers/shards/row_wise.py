@@ -89,7 +89,7 @@ class RowProjection(Projection):
         self.frozen = self.W.detach()
         own = F.linear(x, self.W)
         self.total = self._added_up(own.detach())
-        self.H = self.output = sharding.reduced(own, self.total)
+        self.H = self.output = sharding.reduced(own, self.total, self.shard)
 
     def _added_up(self, own: Tensor) -> Tensor:
         """Return H of all ranks; the distinct columns I_in of W ride along, as rows of the layer's
@@ -116,7 +116,7 @@ class RowProjection(Projection):
     def selected(self, I_out: Tensor) -> Tensor:
         H = self.H
         if self.W.requires_grad and torch.is_grad_enabled():
-            H = sharding.reduced(F.linear(self.x, self.frozen), self.total)
+            H = sharding.reduced(F.linear(self.x, self.frozen), self.total, self.shard)
         return gather(H, I_out)
 
     def expand(self, u: Tensor) -> Tensor:

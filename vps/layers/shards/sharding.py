@@ -129,11 +129,11 @@ def add_up(parts: Sequence[Tensor | None], shard: Shard) -> list[Tensor | None]:
     return [None if part is None else next(sums).view(part.shape).to(part.dtype) for part in parts]
 
 
-def reduced(own: Tensor, total: Tensor) -> Tensor:
+def reduced(own: Tensor, total: Tensor, shard: Shard) -> Tensor:
     """Return ``total``, the sum of every rank's ``own``, whose gradient is that of each summand."""
     if not (torch.is_grad_enabled() and own.requires_grad):
         return total
-    result: Tensor = _Reduced.apply(own, total)
+    result: Tensor = _Reduced.apply(own, total, shard)
     return result
 
 
@@ -141,31 +141,35 @@ def copied(values: Tensor, shard: Shard) -> Tensor:
     """Return values that are the same on every rank, whose gradient is added up over the ranks."""
     if not (torch.is_grad_enabled() and values.requires_grad):
         return values
-    result: Tensor = _Copied.apply(values, shard.group)
+    result: Tensor = _Copied.apply(values, shard)
     return result
+
+
+# Each is the backward pass of the other, so that gradients of gradients are right, too.
 
 
 class _Reduced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Tensor, total: Tensor) -> Tensor:
+    def forward(ctx: Any, own: Tensor, total: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
         return total.view_as(total)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return copied(g, ctx.shard), None, None
 
 
 class _Copied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, values: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         total = g.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return reduced(g, total), None
+        dist.all_reduce(total, group=ctx.shard.group)
+        return reduced(g, total, ctx.shard), None
 
 
 def products_of_rows(
