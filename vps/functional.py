@@ -270,7 +270,8 @@ def prepare(
         of_layer = own.settings, own.numbers(one.gamma), pairs, one.is_plain(), one.gamma
         found.append(Layer(weight, one.bias, *of_layer))
     is_matrix = all(isinstance(weight, Matrix) for weight in weights)
-    kind = Kind(x.device.type, x.dtype, is_matrix, has_pairs)
+    rules = config.builder, config.clip
+    kind = Kind(x.device.type, x.dtype, is_matrix, has_pairs, *rules)
     return Plan(tuple(found), config, state, heads, drawn, kind, dispatch.fastest(kind))
 
 

@@ -116,13 +116,14 @@ def _clip(
     tau: float,
 ) -> Tensor:
     """Return ``s`` of SPEC §4, ``[G, r]`` or ``[G, 1]``, from norms and Gram matrices alone."""
-    if mixing is None and not settings.spectral:
+    component = settings.clip == "component"
+    if mixing is None and component:
         return component_scale(_given(products.norm_A), _given(products.norm_B), tau)
     gram_A = _given(products.gram_A)
     if mixing is not None:
         mixing = mixing.to(gram_A.dtype)
         gram_A = mixing.mT @ gram_A @ mixing
-    if not settings.spectral:
+    if component:
         norm_A = gram_A.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         return component_scale(norm_A, _given(products.norm_B), tau)
     if inactive is not None:

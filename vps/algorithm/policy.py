@@ -21,6 +21,10 @@ from vps.config import VPSConfig
 NUMBERS = 9  # of the policy; what follows them is a factor of each column
 HISTORY = 5
 FLOOR_GUARD = 2.0**-20
+CLIPS = (
+    "component",
+    "spectral",
+)  # that compiled backends know, by their numbers in csrc/settings.h
 
 
 class PolicyState:
@@ -193,7 +197,7 @@ class Settings(NamedTuple):
         second_order: whether the order may be 2.
         alpha: ridge of SC.
         tau: bound of the clip, or ``None``.
-        spectral: whether the clip bounds the whole update instead of each component.
+        clip: which rule bounds the update, as in the config.
         clamp: bound of δ, or ``None``.
     """
 
@@ -203,27 +207,27 @@ class Settings(NamedTuple):
     second_order: bool
     alpha: float
     tau: float | None
-    spectral: bool
+    clip: str
     clamp: float | None
 
     @property
     def is_plain(self) -> bool:
         """Whether C is the diagonal of the component clip: SK of the first order."""
-        return not (self.coupled or self.second_order or self.spectral)
+        return not (self.coupled or self.second_order) and self.clip == "component"
 
     def packed(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Return ``rules`` and ``numbers`` as every operator takes them (csrc/settings.h)."""
-        r, adaptive, coupled, second_order, alpha, tau, spectral, clamp = self
+        r, adaptive, coupled, second_order, alpha, tau, clip, clamp = self
         clips, clamps = tau is not None, clamp is not None
         return (
-            (r, +adaptive, +coupled, +second_order, +spectral, +clips, +clamps),
+            (r, +adaptive, +coupled, +second_order, CLIPS.index(clip), +clips, +clamps),
             (alpha, tau if clips else 0.0, clamp if clamps else 0.0),  # type: ignore[return-value]
         )
 
     @classmethod
     def unpacked(cls, rules: Sequence[int], numbers: Sequence[float]) -> Settings:
         """Return the settings of which :meth:`packed` made ``rules`` and ``numbers``."""
-        r, adaptive, coupled, second_order, spectral, clips, clamps = rules
+        r, adaptive, coupled, second_order, clip, clips, clamps = rules
         alpha, tau, clamp = numbers
         return cls(
             r,
@@ -232,7 +236,7 @@ class Settings(NamedTuple):
             bool(second_order),
             alpha,
             tau if clips else None,
-            bool(spectral),
+            CLIPS[clip],
             clamp if clamps else None,
         )
 
@@ -261,7 +265,7 @@ def settings(
         second_order=(config.order_bounds[1] if config.adaptive_order else config.order) == 2,
         alpha=config.alpha,
         tau=config.tau,
-        spectral=config.clip == "spectral",
+        clip=config.clip,
         clamp=config.clamp,
     )
 

@@ -291,7 +291,7 @@ def matrix_products(
     elif settings.tau is not None:
         rows = W.index_select(0, I_out.reshape(-1))
         norm_A = norm(rows, 2, dim=1, dtype=dtype).view(I_out.shape)
-    if settings.tau is not None and settings.spectral:
+    if needs_gram_of_columns(settings):
         columns = (W[:, I_in] if B is None else B).to(dtype)
         gram_B = torch.einsum("ogc,oge->gce", columns, columns)
     elif settings.tau is not None:
@@ -333,7 +333,12 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def needs_gram_of_rows(settings: Settings) -> bool:
     """Return whether the clip needs ``gram_A`` instead of ``norm_A``."""
-    return settings.tau is not None and (settings.coupled or settings.spectral)
+    return needs_gram_of_columns(settings) or settings.tau is not None and settings.coupled
+
+
+def needs_gram_of_columns(settings: Settings) -> bool:
+    """Return whether the clip needs ``gram_B`` instead of ``norm_B``."""
+    return settings.tau is not None and settings.clip != "component"
 
 
 def statistics(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor | None]:

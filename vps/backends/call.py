@@ -15,10 +15,11 @@ from torch import Tensor
 
 from vps.algorithm import gradient
 from vps.algorithm.flow import Given, Layer
-from vps.algorithm.policy import Settings
+from vps.algorithm.policy import CLIPS, Settings
 from vps.algorithm.weight import Matrix
 from vps.config import VPSConfig
 
+BUILDERS = ("sk", "sc", "hybrid", "random")  # that compiled backends know
 NOT_A_MATRIX = (
     "its weight is no plain matrix in memory, and such layers are computed by 'torch' alone"
 )
@@ -32,12 +33,15 @@ class Kind(NamedTuple):
         dtype: of x.
         is_matrix: whether W is a plain matrix in memory.
         has_pairs: whether the layer holds L-BFGS pairs.
+        builder, clip: the config's rules.
     """
 
     device: str
     dtype: torch.dtype
     is_matrix: bool = True
     has_pairs: bool = False
+    builder: str = "hybrid"
+    clip: str = "component"
 
 
 class Call(NamedTuple):
@@ -147,6 +151,11 @@ def why_not_native(kind: Kind, device: str) -> str | None:
         )
     if not kind.is_matrix:
         return NOT_A_MATRIX
+    if kind.builder not in BUILDERS or kind.clip not in CLIPS:
+        return (
+            f"it has builder={kind.builder!r} and clip={kind.clip!r}, of which this backend knows "
+            f"{', '.join(BUILDERS)} and {', '.join(CLIPS)}"
+        )
     if kind.device != device:
         return f"x is on {kind.device!r}, expected {device!r}"
     if kind.dtype == torch.float64:

@@ -20,7 +20,14 @@ from vps.algorithm import core as cores
 from vps.algorithm import coupling, gradient, selection
 from vps.algorithm.flow import Given, Layer
 from vps.algorithm.policy import NUMBERS, LayerGamma, Settings, plan_for
-from vps.algorithm.weight import Matrix, Products, gather, matrix_products, needs_gram_of_rows
+from vps.algorithm.weight import (
+    Matrix,
+    Products,
+    gather,
+    matrix_products,
+    needs_gram_of_columns,
+    needs_gram_of_rows,
+)
 from vps.backends import dispatch, sharing
 from vps.backends.call import Call, Inputs, Kind
 from vps.functional import arrange
@@ -309,7 +316,7 @@ def _products(chosen: Inputs, settings: Settings, weight_norms: Norms) -> Produc
     """Return what the core asks of W, whose norms are known."""
     x, W, _, _, I_in, I_out, _, _, H, _ = chosen
     assert I_in is not None and I_out is not None and H is not None
-    if settings.tau is None or settings.spectral:
+    if settings.tau is None or needs_gram_of_columns(settings):
         return matrix_products(x.detach(), W, H, I_in, I_out, None, settings)
     found = matrix_products(x.detach(), W, H, I_in, I_out, None, settings._replace(tau=None))
     rows, columns = weight_norms

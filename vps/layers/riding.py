@@ -23,6 +23,7 @@ from vps.algorithm.weight import (
     Projection,
     Weight,
     gather,
+    needs_gram_of_columns,
     needs_gram_of_rows,
 )
 from vps.algorithm.weight import Products as Numbers
@@ -298,7 +299,7 @@ class ForwardProjection(Projection):
             gram_A = self._gram_of_rows(I_out, dtype)
         elif settings.tau is not None:
             norm_A = base.row_norms(I_out, dtype, self.known)
-        if settings.tau is not None and settings.spectral:
+        if needs_gram_of_columns(settings):
             gram_B = _gram(table.to(dtype), place)
         elif settings.tau is not None:
             norm_B = torch.linalg.vector_norm(table, 2, dim=1, dtype=dtype)[place]

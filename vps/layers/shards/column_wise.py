@@ -25,6 +25,7 @@ from vps.algorithm.weight import (
     Weight,
     cast,
     gather,
+    needs_gram_of_columns,
     needs_gram_of_rows,
 )
 from vps.layers.shards import sharding
@@ -134,7 +135,7 @@ class ColumnProjection(MatrixProjection):
         if settings.tau is not None and gram_A is None:
             rows = W.index_select(0, local.reshape(-1))
             norm_A = norm(rows, 2, dim=1, dtype=dtype).view(local.shape).masked_fill_(~held, 0.0)
-        if settings.tau is not None and settings.spectral:
+        if needs_gram_of_columns(settings):
             columns = (W[:, self.I_in] if self.B is None else self.B).to(dtype)
             gram_B = torch.einsum("ogc,oge->gce", columns, columns)
         elif settings.tau is not None and self.B is not None:

@@ -25,6 +25,7 @@ from vps.algorithm.weight import (
     Weight,
     cast,
     gather,
+    needs_gram_of_columns,
     needs_gram_of_rows,
     statistics,
 )
@@ -139,7 +140,7 @@ class RowProjection(Projection):
             local, held = self.shard.locate(self.I_in)
             X_A = gather(self.x.detach(), local).masked_fill_(~held.unsqueeze(1), 0.0)
         squares_A, gram_A, X_A = sharding.add_up([squares_A, gram_A, X_A], self.shard)
-        if settings.tau is not None and settings.spectral:
+        if needs_gram_of_columns(settings):
             gram_B = B.to(dtype) @ B.to(dtype).mT
             if place is None:
                 gram_B = gram_B[None]
