@@ -189,6 +189,11 @@ class VPSConfig:
         """Whether γ is 0 whatever the input."""
         return (self.gamma_bounds[1] if self.adaptive_gamma else self.gamma) == 0
 
+    @property
+    def couples(self) -> bool:
+        """Whether a query and a key select together: not where features are drawn."""
+        return self.qk_coupling and self.builder != "random"
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes`` applied and checked.
 

@@ -147,7 +147,7 @@ def coupled_vps_linear(
     reason = why_not_heads(query.weight.shape[0], key.weight.shape[0], heads, kv_heads)  # type: ignore[union-attr]
     if reason is not None:
         raise ValueError(f"coupled_vps_linear: {reason}")
-    if config.qk_coupling and config.builder != "random":
+    if config.couples:
         ys = sharpen(x, both, config, heads=(heads, kv_heads), mask=mask, state=state)
     else:
         ys = [sharpen(x, (each,), config, mask=mask, state=state)[0] for each in both]

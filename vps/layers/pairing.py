@@ -81,7 +81,7 @@ class Coupling:
         config, other = self.query.config, self.key.config
         if self.query.state is not self.key.state or config is not other and config != other:
             return False
-        return config.qk_coupling and config.builder != "random"
+        return config.couples
 
     def sharpen(self, layer: Layer, x: Tensor) -> Tensor | None:
         """Output of ``layer``, one of the two, for x ``[..., d_in]``; ``None`` where it is that of

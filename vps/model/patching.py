@@ -153,7 +153,7 @@ def _sharpened(
     attention_mask.attach(model)
     coupled, uncoupled = attention.couple_blocks(model)
     not_patched = _fused_experts(model)
-    if not config.qk_coupling or config.builder == "random":
+    if not config.couples:
         coupled, uncoupled = (), {}
     names_of_forms = {name: form.name for name in wanted if isinstance(form := found[name], Form)}
     return PatchReport(tuple(wanted), refused, not_patched | uncoupled, coupled, names_of_forms)

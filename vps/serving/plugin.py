@@ -119,7 +119,7 @@ class Sharpening(QuantizationConfig):
             self.others.append(prefix)
             return None
         self.sharpened.append(prefix)
-        coupling = self.config.qk_coupling and self.config.builder != "random"
+        coupling = self.config.couples
         if coupling and hasattr(layer, "num_kv_heads"):
             coupled = parts.couple(fused, layer.num_heads, layer.num_kv_heads)
             if isinstance(coupled, parts.Fused):
