@@ -69,12 +69,13 @@ class Coupling:
         kv_heads: key-value heads.
     """
 
+    kept: Kept | None = None
+
     def __init__(self, query: Layer, key: Layer, heads: int, kv_heads: int) -> None:
         self.query = query
         self.key = key
         self.heads = heads
         self.kv_heads = kv_heads
-        self.kept: Kept | None = None
 
     def applies(self) -> bool:
         """Whether both layers are set alike, and to be coupled."""
