@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vps.verify.missing import missing
-
 WORKER = Path(__file__).with_name("worker.py")
 MEMORY = 1 << 30
 MAX_ANSWER = 1 << 16
@@ -54,6 +52,7 @@ class Worker:
         self.buffer = b""
         self.missing: list[str] | None = None
         path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry)]
+        path[:0] = [root for root in (str(WORKER.parents[2]),) if root not in path]
         try:
             self.send({"path": path, "memory": memory})
         except WorkerDiedError:
@@ -117,6 +116,10 @@ class Worker:
     def kill(self, wait: float = 5.0) -> None:
         """End the process and close its pipes; safe to call twice."""
         self.end(wait)
+        self.close()
+
+    def close(self) -> None:
+        """Close the pipes to the process."""
         for stream in (self.process.stdin, self.process.stdout):
             try:
                 stream.close()  # type: ignore[union-attr]
@@ -149,6 +152,7 @@ class Pool:
         self.free = threading.Condition()
         for worker in (*self.idle, *self.busy):
             worker.process.returncode = 0  # so that Popen does not wait for it, or warn
+            worker.close()
         self.idle, self.busy = [], set()
 
     def start(self) -> None:
@@ -188,7 +192,10 @@ class Pool:
                 worker.ready(deadline)
                 if worker.missing:
                     healthy = True
-                    raise missing("algebra", " and ".join(worker.missing))
+                    raise ImportError(
+                        f"vps.verify: algebra needs {' and '.join(worker.missing)}, which is not "
+                        "installed: pip install 'vps-kernels[verify]'"
+                    )
                 worker.send(request | {"seconds": max(0.0, deadline - time.monotonic())})
                 found = worker.receive(deadline)
                 healthy = not found.get("exhausted")
@@ -247,7 +254,7 @@ class Pool:
             ImportError: sympy or latex2sympy2_extended is not installed.
         """
         deadline = time.monotonic() + timeout
-        if self.ask({"left": ["symbol", "x"], "right": ["symbol", "x"]}, deadline) is None:
+        if self.ask({"prediction": "x", "gold": "x"}, deadline) is None:
             raise TimeoutError(f"vps.verify: no worker was ready within {timeout:g} s")
 
     def processes(self) -> list[int]:

@@ -1,4 +1,7 @@
-"""Units: recognized by name in text, converted by pint, which sees known names only (SPEC §9)."""
+"""Units: recognized by name in text, converted by pint, which sees known names only (SPEC §9).
+
+Money is a unit too, with conversions of its own: cents are dollars.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from vps.verify.limits import UndecidableError
-from vps.verify.missing import missing
-from vps.verify.unit_names import KNOWN, OFFSET, lookup
+from vps.verify.arithmetic import UndecidableError
 
 MAX_EXPONENT = 9
 MAX_FACTORS = 6
@@ -20,17 +21,162 @@ MAX_FACTORS = 6
 Unit = tuple[tuple[str, int], ...]
 
 PERCENT: Unit = (("percent", 1),)
+PREFIXES = {
+    "n": "nano",
+    "u": "micro",
+    "μ": "micro",
+    "m": "milli",
+    "c": "centi",
+    "d": "deci",
+    "k": "kilo",
+    "M": "mega",
+    "G": "giga",
+    "T": "tera",
+}
+# A line has pint's name, then how it is written: symbols, of which the prefixes stand behind a
+# colon, and after a bar names in any case, of which those with a plus take prefixes and s.
+TABLE = """
+meter m:nuμmcdk 米 公尺 м メートル | meter+ metre+
+kilometer Km KM 千米 公里 км キロ |
+centimeter CM 厘米 公分 см センチ |
+millimeter MM 毫米 мм |
+gram g:nuμmckM 克 г グラム | gram+
+kilogram Kg KG 千克 公斤 кг | kilo
+milligram 毫克 мг |
+second s:nuμm sec secs 秒 сек | second+
+minute min mins 分钟 分 мин | minute
+hour h hr hrs 小时 час часа часов 時間 | hour
+day 天 | day
+week 周 星期 | week
+month 个月 | month
+year yr yrs 年 | year
+century | century centuries
+liter L:uμmcd l:uμmcd 升 л | liter+ litre+
+milliliter ML 毫升 мл |
+ampere A:nuμmk | ampere+ amp+
+kelvin K:m °K | kelvin
+mole mol:nuμmk | mole+
+candela cd:m | candela
+hertz Hz:mkMGT | hertz
+kilohertz | kilohertz
+megahertz | megahertz
+gigahertz | gigahertz
+newton N:mkM | newton+
+pascal Pa:mkMG | pascal+
+joule J:mkMG | joule+
+watt W:nuμmkMGT | watt+
+watt_hour Wh:mkMGT |
+coulomb C:nuμm | coulomb
+volt V:nuμmkM | volt+
+farad F:nuμm | farad
+ohm Ω:mkM | ohm+
+siemens S:uμm | siemens
+tesla T:nuμm | tesla
+weber Wb:m | weber
+henry H:nuμm | henry henries
+electron_volt eV:mkMGT | electronvolt
+bar bar:m |
+calorie cal:k | calorie+
+bit | bit+
+byte B:kMGT | byte+
+kilobyte KB |
+lumen lm | lumen
+lux lx | lux
+becquerel Bq |
+gray Gy |
+sievert Sv |
+inch in | inch inches
+foot ft | foot feet
+yard yd yds | yard
+mile mi | mile
+acre | acre
+hectare ha 公顷 | hectare
+pound lb lbs | pound
+ounce oz | ounce
+ton | ton
+metric_ton 吨 | tonne
+gallon gal | gallon
+quart qt | quart
+pint | pint
+cup | cup
+tablespoon tbsp | tablespoon
+teaspoon tsp | teaspoon
+knot | knot
+standard_atmosphere atm | atmosphere
+horsepower | horsepower
+mile_per_hour mph |
+kilometer_per_hour kph kmh |
+pound_force_per_square_inch psi |
+revolutions_per_minute rpm |
+radian rad | radian
+degree deg ° 度 | degree
+percent % | percent
+degree_Celsius °C | celsius
+degree_Fahrenheit °F | fahrenheit
+"""
+MONEY_TABLE = """
+dollar $ USD US$ | dollar
+cent ¢ | cent
+euro € EUR | euro
+sterling £ GBP |
+yen_sign ¥ |
+yen JPY 円 | yen
+yuan RMB CNY 元 | yuan
+rupee ₹ Rs INR | rupee
+ruble ₽ руб RUB | ruble rouble
+won ₩ KRW | won
+"""
+CENT = Fraction(1, 100)
+# Names that may stand for another one, where the other answer has that.
+EITHER = {"pound": ("sterling",), "yen_sign": ("yen", "yuan")}
+LONG_PREFIXES = ("nano", "micro", "milli", "centi", "deci", "kilo", "mega", "giga", "tera")
 
 DEGREES = re.compile(r"(?:°|degrees?\b)[ \t]{0,3}(C|F|K|[Cc]elsius|[Ff]ahrenheit)(?![A-Za-z])")
-WORD = re.compile(r"°|%|[A-Za-zμΩ]{1,20}(?![A-Za-zμΩ])")
+WORD = re.compile(r"[°%$¢€£¥₹₽₩]|US\$|[^\W\d_]{1,20}(?![^\W\d_])")
 POWER = re.compile(
     r"[ \t]{0,3}(?:\^|\*\*)[ \t]{0,3}(?:\{(-?\d{1,4})\}|\((-?\d{1,4})\)|(-?\d{1,4}))(?![\w.{(])"
 )
 SPOKEN_POWER = re.compile(r"[ \t]{1,3}(squared|cubed)(?![A-Za-z])", re.IGNORECASE)
-SHAPE = re.compile(r"(square|sq\.?|cubic|cu\.?)[ \t]{1,3}", re.IGNORECASE)
+SHAPE = re.compile(r"(square|sq\.?|cubic|cu\.?)[ \t]{1,3}|(平方)|(立方)", re.IGNORECASE)
 DIVIDED = re.compile(r"[ \t]{0,3}(?:/|(?<=[ \t])per(?=[ \t]))[ \t]{0,3}", re.IGNORECASE)
 MULTIPLIED = re.compile(r"[ \t]{0,3}\*(?!\*)[ \t]{0,3}|[ \t]{1,3}|-(?=[A-Za-z])")
 WORD_FOLLOWS = re.compile(r"[ \t]+[A-Za-z\d]")
+
+
+def spellings(table: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the symbols and the names in small letters of a table, each with pint's name."""
+    symbols: dict[str, str] = {}
+    prefixed: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for line in table.strip().splitlines():
+        short, _, long = line.partition("|")
+        canonical, *written = short.split()
+        for symbol, _, prefixes in (word.partition(":") for word in written):
+            symbols[symbol] = canonical
+            prefixed |= {prefix + symbol: PREFIXES[prefix] + canonical for prefix in prefixes}
+        for name in long.split():
+            for prefix in LONG_PREFIXES if name.endswith("+") else ():
+                names[prefix + name[:-1]] = prefix + canonical
+            names[name.rstrip("+")] = canonical
+    return prefixed | symbols, names | {f"{name}s": found for name, found in names.items()}
+
+
+SYMBOLS, NAMES = spellings(TABLE)
+MONEY_SYMBOLS, MONEY_NAMES = spellings(MONEY_TABLE)
+KNOWN = frozenset(SYMBOLS.values()) | frozenset(NAMES.values())
+MONEY = frozenset(MONEY_SYMBOLS.values())
+# Measured from a zero of their own, so without powers or products.
+OFFSET = frozenset({"degree_Celsius", "degree_Fahrenheit"})
+
+
+def lookup(word: str) -> str | None:
+    """Return pint's name for a unit as it is written; ``None`` where it is another word."""
+    return SYMBOLS.get(word) or NAMES.get(word.lower())
+
+
+def currency(word: str) -> str | None:
+    """Return our name for money as it is written; ``None`` where it is another word."""
+    return MONEY_SYMBOLS.get(word) or MONEY_NAMES.get(word.lower())
 
 
 class Match(NamedTuple):
@@ -49,7 +195,7 @@ class Scale(NamedTuple):
 
 
 def match(text: str, start: int) -> Match | None:
-    """The unit that begins at ``start``, such as ``m/s^2`` or ``square feet``.
+    """Return the unit that begins at ``start``, such as ``m/s^2`` or ``square feet``.
 
     A known name with a power that is no integer from -9 to 9 makes the whole no unit.
     """
@@ -88,7 +234,7 @@ def match(text: str, start: int) -> Match | None:
 
 
 def factor(text: str, start: int) -> tuple[str, int, int] | None:
-    """Name, exponent and end of one factor of a unit."""
+    """Return name, exponent and end of one factor of a unit."""
     degrees = DEGREES.match(text, start)
     if degrees:
         scale = degrees[1][0].upper()
@@ -96,10 +242,10 @@ def factor(text: str, start: int) -> tuple[str, int, int] | None:
     exponent = 1
     shape = SHAPE.match(text, start)
     if shape:
-        exponent = 2 if shape[1][0] in "sS" else 3
+        exponent = 2 if shape[2] or (shape[1] or "c")[0] in "sS" else 3
         start = shape.end()
     word = WORD.match(text, start)
-    name = lookup(word[0]) if word else None
+    name = (lookup(word[0]) or currency(word[0])) if word else None
     if word is None or name is None:
         return None
     end = word.end()
@@ -120,7 +266,7 @@ _registry_lock = threading.Lock()
 
 
 def unlock() -> None:
-    """A lock that a thread held during a fork would stay locked in the child."""
+    """Make a new lock after a fork, where the old one stays locked if a thread held it."""
     global _registry_lock
     _registry_lock = threading.Lock()
 
@@ -130,21 +276,24 @@ if hasattr(os, "register_at_fork"):
 
 
 def registry() -> Any:
-    """pint's registry with exact fractions, made once (0.3 s)."""
+    """Return pint's registry with exact fractions, made once (0.3 s)."""
     global _registry
     with _registry_lock:
         if _registry is None:
             try:
                 import pint
             except ImportError:
-                raise missing("units", "pint") from None
+                raise ImportError(
+                    "vps.verify: units needs pint, which is not installed: "
+                    "pip install 'vps-kernels[verify]'"
+                ) from None
             _registry = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
         return _registry
 
 
 @lru_cache(maxsize=1024)
 def scale(unit: Unit) -> Scale:
-    """Dimension and conversion to base units.
+    """Return the dimension of a unit and its conversion to base units.
 
     Raises:
         ValueError: a name that is not in the table, or an exponent beyond ±9.
@@ -152,42 +301,74 @@ def scale(unit: Unit) -> Scale:
         ImportError: pint is missing.
     """
     for name, exponent in unit:
-        if name not in KNOWN or not 0 < abs(exponent) <= MAX_EXPONENT:
+        if name not in KNOWN | MONEY or not 0 < abs(exponent) <= MAX_EXPONENT:
             raise ValueError(f"vps.verify: no unit that is known: {name}^{exponent}")
     if unit == PERCENT:
         return Scale((), Fraction(1, 100), Fraction(0))
+    factor = Fraction(1)
+    dimension: dict[str, Fraction] = {}
+    for name, exponent in unit:
+        if name in MONEY:
+            base = "dollar" if name == "cent" else name
+            dimension[base] = dimension.get(base, Fraction(0)) + exponent
+            factor *= (CENT if name == "cent" else Fraction(1)) ** exponent
+    physical = [(name, exponent) for name, exponent in unit if name not in MONEY]
+    if not physical:
+        return Scale(tuple(sorted(dimension.items())), factor, Fraction(0))
     units = registry()
     with _registry_lock:
         try:
             product = units.Unit("")
-            for name, exponent in unit:
+            for name, exponent in physical:
                 product = product * units.Unit(name) ** exponent
             zero, one = (
                 Fraction(units.Quantity(Fraction(value), product).to_base_units().magnitude)
                 for value in (0, 1)
             )
-            dimension = sorted(
-                (str(base), Fraction(power)) for base, power in product.dimensionality.items()
-            )
+            for base, power in product.dimensionality.items():
+                dimension[str(base)] = Fraction(power)
         except Exception as error:  # pint has no common base of its errors
             raise UndecidableError(f"pint: {error}") from None
-    return Scale(tuple(dimension), one - zero, zero)
+    return Scale(tuple(sorted(dimension.items())), factor * (one - zero), zero)
+
+
+def resolved(unit: Unit | None, other: Unit | None) -> Unit | None:
+    """Return ``unit``, or ``other`` where a word may mean either: pounds are weight and money."""
+    if unit and other and len(unit) == len(other) == 1 and unit[0][1] == other[0][1]:
+        if other[0][0] in EITHER.get(unit[0][0], ()):
+            return other
+    return unit
+
+
+def is_money(unit: Unit | None) -> bool:
+    """Tell whether a unit is an amount of money, which may be left out of an answer."""
+    return unit is not None and len(unit) == 1 and unit[0][0] in MONEY and unit[0][1] == 1
 
 
 def same_dimension(unit: Unit | None, other: Unit | None) -> bool:
-    """Whether two units measure the same; no unit is a number without dimension."""
+    """Tell whether two units measure the same; no unit is a number without dimension."""
     if unit == other:
         return True
     return dimension(unit) == dimension(other)
 
 
 def dimension(unit: Unit | None) -> tuple[tuple[str, Fraction], ...]:
-    """Base dimensions with their powers; empty for a plain number."""
+    """Return base dimensions with their powers; empty for a plain number."""
     return scale(unit).dimension if unit else ()
 
 
+def smaller(unit: Unit, other: Unit) -> bool:
+    """Tell whether a unit is smaller than another of its dimension; none with a zero is."""
+    try:
+        ours, theirs = scale(unit), scale(other)
+    except UndecidableError:
+        return False
+    same = ours.dimension == theirs.dimension and not ours.zero and not theirs.zero
+    return bool(ours.dimension) and same and ours.factor < theirs.factor
+
+
 def convert(magnitude: Fraction, unit: Unit, to: Unit) -> Fraction:
-    """``magnitude`` of ``unit`` expressed in ``to``, of the same dimension.
+    """Express ``magnitude`` of ``unit`` in ``to``, of the same dimension.
 
     Raises:
         ValueError: the dimensions differ.
@@ -202,6 +383,6 @@ def convert(magnitude: Fraction, unit: Unit, to: Unit) -> Fraction:
 
 
 def to_base(magnitude: Fraction, unit: Unit) -> Fraction:
-    """``magnitude`` in base units."""
+    """Express ``magnitude`` in base units."""
     source = scale(unit)
     return source.factor * magnitude + source.zero
