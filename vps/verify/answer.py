@@ -43,7 +43,7 @@ BINARY = frozenset({"+", "-", "*", "/", "^", "**", "=", "<", ">", "<=", ">=", "!
 # What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
 NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\(\w{1,3}(?:,\s?\w{1,3})?\))?")
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
-LETTER = re.compile(r"[(\[]?\s?([A-Za-z])\s?[)\]]?")
+LETTER = re.compile(r"[(\[]?\s?([A-Za-z])(?:\s?,\s?[A-Za-z]){0,9}\s?[)\]]?")
 INLINE = re.compile(r"\$([^$\n]{1,400})\$|\\\(((?:[^\\\n]|\\[^)\n]){1,400})\\\)")
 LIST_BEFORE = re.compile(
     r"(?:(?:[\d%°][^\S\n]{0,3}(?:-|to|or|and|through|;)|\bbetween\b[^.\n]{1,40}\band"
@@ -129,7 +129,8 @@ def read(region: str, source: Source) -> Answer:
     """
     answer = Answer(region, source)
     text = undressed(region).strip().rstrip(".,;:? \t\n")
-    text = text.rstrip("!.,;:? ") if source == "phrase" else text
+    if source == "phrase":
+        text = re.split(r"\s(?:because|since)\b", text)[0].rstrip("!.,;:? ")
     whole = read_whole(text, answer)
     if whole is not None:
         return whole
@@ -255,7 +256,7 @@ def read_prose(text: str, answer: Answer, last: bool) -> Answer:
                 whole = read_compound(line, end, answer)
                 if whole is not None:
                     return whole
-                before = line[max(0, start - 60) : start]
+                before = "" if "=" in line[start:end] else line[max(0, start - 60) : start]
                 alone = not re.search(r"[^\W\d_]{3}", line[end:])
                 row = ROW_BEFORE.search(before)
                 row = row if row and (not row[1] or units.lookup(row[1])) else None
@@ -267,10 +268,12 @@ def read_prose(text: str, answer: Answer, last: bool) -> Answer:
 
 
 def read_compound(line: str, end: int, answer: Answer) -> Answer | None:
-    """Read several units that reach to ``end`` in a line, such as "1 hour and 30 minutes"."""
-    for start, _ in runs(line)[-kinds.MAX_PAIRS - 1 : -1]:
+    """Read units that reach to ``end`` in a line, as in "5 km/h" or "1 hour and 30 minutes"."""
+    for start, stop in runs(line)[-kinds.MAX_PAIRS - 1 :]:
         with suppress(kinds.ChangedError):
             found = kinds.compound(line, start)
+            if found is None and stop < end:
+                found = kinds.quantity(line, start, stop)
             if found and found.end >= end:
                 return replace(answer, value=found.value, unit=found.unit)
     return None

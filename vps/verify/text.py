@@ -59,7 +59,7 @@ DRESSING = [
         (r"(?<=\d)(?:\{,\}|,\\[!,]\s?)(?=\d)", ","),
         (r"(?<=\d)\\,(?=\d{3})", ","),
         (r"\\!", ""),
-        (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"\\[,;: ]|~|\\(?:q?quad|therefore|implies|Rightarrow)(?![A-Za-z])", " "),
         (r"\\%", "%"),
         (r"\$\$|\\[()\[\]]", " "),
         # No word of three letters, sign or space at the end: "$5 and $6" is money.
