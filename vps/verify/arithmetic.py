@@ -10,7 +10,6 @@ import ast
 import math
 import re
 from fractions import Fraction
-from itertools import pairwise
 
 MAX_TOKENS = 256
 MAX_DEPTH = 40
@@ -22,19 +21,21 @@ MAX_FACTORIAL = 170
 LITERAL = (
     r"(?:\d{1,3}(?:,\d{3})++(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?![A-Za-z\d]))?"
 )
-REPEATING = r"\d{0,9}\.\d{0,9}\\overline\{\d{1,9}\}"
 # What arithmetic is made of; an x counts between numbers only.
 TOKEN = re.compile(
-    rf"\s*(?:(?P<repeating>{REPEATING})|(?P<number>{LITERAL})|(?P<name>\\?(?:frac|sqrt|abs)(?![A-Za-z]|\s*\[))"
+    rf"\s*(?:(?P<number>{LITERAL})|(?P<name>(?:\\?sqrt|\\frac|abs)(?![A-Za-z]|\s*\[))"
     r"|(?P<times>(?<=[\d)}\s])(?<!\b0)[xX](?=\s{0,3}[\d(\\.]))|(?P<sign>\*\*|[-+*/^()\[\]{}!|]))"
 )
-SHORT_FRACTION = re.compile(r"\\frac\s{0,3}(\d)\s{0,3}(?:(\d)|(?=\{))")
+# LaTeX to plain signs, from the inside out.
+REPEATING = re.compile(r"(\d{0,9})\.(\d{0,9})\\overline\{(\d{1,9})\}")
+SHORT_FRACTION = re.compile(r"\\frac\s{0,3}(\d)\s{0,3}(\d|(?=\{))")
 MIXED = re.compile(
-    r"(?<![\d./^])(?<![/^]\s)(\d{1,9})(?:\s{1,3}(\d{1,9})/(\d{1,9})|\s{0,3}\\frac\{(\d{1,9})\}\{(\d{1,9})\})"
-    r"(?![\d.^])"
+    r"(?<![\d./^])(?<![/^]\s)(\d{1,9})(?:\s{1,3}(\d{1,9})/(\d{1,9})"
+    r"|\s{0,3}\\frac\{(\d{1,9})\}\{(\d{1,9})\})(?![\d.^])"
 )
-OPENING, CLOSING = "([{", ")]}"
-CALLS = ("sqrt", "abs", "frac")
+FRACTION = re.compile(r"\\frac\s{0,3}\{([^{}]*)\}\s{0,3}\{([^{}]*)\}")
+BRACES = re.compile(r"(?<!frac)(?<!frac\s)(?<!\})\{([^{}]*)\}")
+SIGNS = {"^": "**", "!": ".f", "{": "(", "[": "(", "}": ")", "]": ")", "x": "*", "X": "*"}
 
 
 class UndecidableError(ValueError):
@@ -43,7 +44,7 @@ class UndecidableError(ValueError):
 
 def end(text: str, start: int) -> int:
     """Return where the stretch of arithmetic ends that begins at ``start``."""
-    while match := TOKEN.match(text, start):
+    while match := REPEATING.match(text, start) or TOKEN.match(text, start):
         start = match.end()
     return start
 
@@ -57,83 +58,60 @@ def evaluate(text: str) -> Fraction | None:
     Raises:
         UndecidableError: too long, too deep, without a value, or a step is too large.
     """
+    depth = 0
+    for bracket in re.finditer(r"[()\[\]{}]", text):
+        depth += 1 if bracket[0] in "([{" else -1
+        if depth > MAX_DEPTH:
+            raise UndecidableError("nested too deep")
+    text = REPEATING.sub(repeating, text)
+    text = MIXED.sub(mixed, SHORT_FRACTION.sub(short_fraction, text))
+    for _ in range(MAX_DEPTH if "{" in text else 0):
+        text = FRACTION.sub(r"((\1)/(\2))", BRACES.sub(r"(\1)", text))
     source: list[str] = []
     values: dict[str, Fraction] = {}
-    depth, bars, position = 0, 0, 0
-    text = MIXED.sub(mixed, SHORT_FRACTION.sub(lambda m: rf"\frac{{{m[1]}}}{braced(m[2])}", text))
+    position = bars = 0
     while token := TOKEN.match(text, position):
-        position = token.end()
-        if len(source) >= MAX_TOKENS or depth > MAX_DEPTH:
-            raise UndecidableError("too many tokens or brackets")
-        piece = token[token.lastgroup or 0]
-        if token.lastgroup in ("number", "repeating"):
+        position, piece = token.end(), token[token.lastgroup or 0]
+        if len(source) >= MAX_TOKENS:
+            raise UndecidableError("too many tokens")
+        before = source[-1] if source else "("
+        operand = before in (")", ".f") or before in values
+        if token["number"]:
+            if before in values:
+                return None  # two numbers in a row
             piece = f"n{len(values)}"
-            values[piece] = literal(token[token.lastgroup])
-        elif token.lastgroup == "name":
-            piece = piece.lstrip("\\")
+            values[piece] = literal(token["number"])
         elif piece == "|":
-            opens = not source or source[-1] in ("(", "*", "+", "-", "/", "**")
-            bars += 1 if opens else -1
-            piece = "abs(" if opens else ")"
-        else:
-            depth += (piece in OPENING) - (piece in CLOSING)
-            piece = {"^": "**", "!": ".f"}.get(piece, piece)
-            piece = "(" if piece in OPENING else ")" if piece in CLOSING else piece
-            piece = "*" if token.lastgroup == "times" else piece
-        source.append(piece)
+            bars += -1 if operand else 1
+            piece = ")" if operand else "abs("
+        piece = SIGNS.get(piece, piece).lstrip("\\")
+        if operand and (piece in values or piece in ("(", "abs(", "sqrt")):
+            source.append("*")
+        source += ["(", piece, ")"] if before == "sqrt" and piece in values else [piece]
     if text[position:].strip() or not values or bars:
         return None
-    tree = parsed(source)
-    return None if tree is None else worked_out(tree, values)
-
-
-def braced(digit: str | None) -> str:
-    """Put a digit into braces."""
-    return f"{{{digit}}}" if digit else ""
-
-
-def mixed(match: re.Match[str]) -> str:
-    r"""Return ``1 3/4`` or ``1\frac{3}{4}`` as a sum; no other fraction is mixed."""
-    whole, *parts = (part for part in match.groups() if part)
-    proper = 0 < int(parts[0]) < int(parts[1])
-    return f"({whole}+{parts[0]}/{parts[1]})" if proper else match[0]
-
-
-def parsed(source: list[str]) -> ast.expr | None:
-    """Return the syntax tree of tokens, with signs where a product has none."""
-    pieces = source[:1]
-    for before, after in pairwise(source):
-        ends = before[0] == "n" or before in (")", ".f")
-        if ends and after[0] in "nsaf" or before[0] == "n" and after == "(":
-            if before[0] == after[0] == "n":
-                return None  # two numbers in a row
-            pieces.append("*")
-        elif before in (")", ".f") and after == "(":
-            pieces.append("@")  # a product, or the second argument of \frac
-        elif before == "sqrt" and after[0] == "n":
-            pieces += ["(", after, ")"]
-            continue
-        pieces.append(after)
     try:
-        return ast.parse(second_arguments(pieces), mode="eval").body
+        return worked_out(ast.parse("".join(source), mode="eval").body, values)
     except (SyntaxError, MemoryError, RecursionError):
         return None
 
 
-def second_arguments(pieces: list[str]) -> str:
-    r"""Join tokens; ``@`` is a comma within ``\frac``, and a product elsewhere."""
-    opened: list[bool] = []
-    closed_fraction = False
-    joined: list[str] = []
-    for before, piece in zip(["", *pieces], pieces, strict=False):
-        if piece == "@":
-            joined.append("" if closed_fraction else "*")
-            continue
-        if piece in ("(", "abs("):
-            opened.append(before == "frac")
-        closed_fraction = piece == ")" and bool(opened) and opened.pop()
-        joined.append(piece)
-    return "".join(joined)
+def repeating(match: re.Match[str]) -> str:
+    r"""Return ``0.1\overline{6}`` as a fraction."""
+    whole, fixed, repeated = match.groups()
+    nines = "9" * len(repeated) + "0" * len(fixed)
+    return f"({whole or 0}+({int(fixed + repeated) - int(fixed or 0)})/{nines})"
+
+
+def short_fraction(match: re.Match[str]) -> str:
+    r"""Return ``\frac12`` and ``\frac1{2}`` with braces."""
+    return rf"\frac{{{match[1]}}}" + (f"{{{match[2]}}}" if match[2] else "")
+
+
+def mixed(match: re.Match[str]) -> str:
+    r"""Return ``1 3/4`` or ``1\frac{3}{4}`` as a sum; no other fraction is mixed."""
+    whole, above, below = (part for part in match.groups() if part)
+    return f"({whole}+{above}/{below})" if 0 < int(above) < int(below) else match[0]
 
 
 def worked_out(node: ast.expr, values: dict[str, Fraction]) -> Fraction | None:
@@ -141,23 +119,30 @@ def worked_out(node: ast.expr, values: dict[str, Fraction]) -> Fraction | None:
     match node:
         case ast.Name(id=name):
             return values.get(name)
-        case ast.Call(func=ast.Call(func=ast.Name(id="frac"), args=[above]), args=[below]):
-            node = ast.BinOp(above, ast.Div(), below)
-        case ast.Call(func=ast.Name(id=name), args=[argument]) if name in CALLS[:2]:
-            value = worked_out(argument, values)
-            return None if value is None else abs(value) if name == "abs" else root(value, 2)
-        case ast.Attribute(value=operand):
-            value = worked_out(operand, values)
-            return None if value is None else factorial(value)
-        case ast.UnaryOp(op=op, operand=operand):
-            value = worked_out(operand, values)
-            return None if value is None else -value if isinstance(op, ast.USub) else value
-    if not isinstance(node, ast.BinOp):
-        return None
-    left, right = worked_out(node.left, values), worked_out(node.right, values)
-    if left is None or right is None:
-        return None
-    match node.op:
+        case ast.BinOp(left=first, right=second):
+            left, right = worked_out(first, values), worked_out(second, values)
+            return None if left is None or right is None else binary(node.op, left, right)
+        case ast.UnaryOp(operand=inner) | ast.Attribute(value=inner) | ast.Call(args=[inner]):
+            value = worked_out(inner, values)
+        case _:
+            return None
+    match node:
+        case _ if value is None:
+            return None
+        case ast.Attribute():
+            return factorial(value)
+        case ast.Call(func=ast.Name(id="sqrt")):
+            return root(value, 2)
+        case ast.Call(func=ast.Name(id="abs")):
+            return abs(value)
+        case ast.UnaryOp(op=op):
+            return -value if isinstance(op, ast.USub) else value
+    return None
+
+
+def binary(op: ast.operator, left: Fraction, right: Fraction) -> Fraction | None:
+    """Return the value of two numbers with a sign between them."""
+    match op:
         case ast.Add():
             return bounded(left + right)
         case ast.Sub():
@@ -174,16 +159,11 @@ def worked_out(node: ast.expr, values: dict[str, Fraction]) -> Fraction | None:
 
 
 def literal(text: str) -> Fraction:
-    r"""Return the value of ``1,234.5``, ``1e-3`` or ``0.1\overline{6}``.
+    """Return the value of ``1,234.5`` or ``1e-3``.
 
     Raises:
         UndecidableError: more than 1000 digits, or an exponent beyond ±1000.
     """
-    if "\\" in text:
-        fixed, repeated = text.rstrip("}").split(r"\overline{")
-        start = Fraction(f"{fixed or '0'}0" if "." in fixed else fixed)
-        digits = len(fixed.partition(".")[2])
-        return start + Fraction(int(repeated), (10 ** len(repeated) - 1) * 10**digits)
     mantissa, _, exponent = text.replace(",", "").lower().partition("e")
     if len(mantissa) > MAX_DIGITS or len(exponent) > 5 or abs(int(exponent or 0)) > MAX_EXPONENT:
         raise UndecidableError(f"number of {len(text)} characters")

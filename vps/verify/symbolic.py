@@ -232,8 +232,8 @@ def differ(left: Any, right: Any) -> bool:
     if isinstance(a, FINITE) and isinstance(b, FINITE):
         if max(len(a), len(b)) > MAX_ELEMENTS:
             return False
-        pairs = [(here, there) for here, there in ((a, b), (b, a))]
-        return any(all(differ(x, y) for y in there) for here, there in pairs for x in here)
+        sides = ((a, b), (b, a))
+        return any(all(differ(x, y) for y in there) for here, there in sides for x in here)
     if isinstance(a, sympy.Interval) and isinstance(b, sympy.Interval):
         if (a.left_open, a.right_open) == (b.left_open, b.right_open):
             return differ(a.start, b.start) or differ(a.end, b.end)
