@@ -118,7 +118,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"vps.cli.demo": ["*.json"], "vps.kernels": ["README.md"]},
+    package_data={
+        "vps.cli.demo": ["*.json"],
+        "vps.kernels": ["README.md"],
+        "vps.verify": ["units.txt"],
+    },
     install_requires=["torch>=2.11"],
     extras_require=EXTRAS,
     **cpp_extension(),

@@ -22,9 +22,29 @@ GREEK = (
 FUNCTIONS = (
     "sin cos tan cot sec csc sinh cosh tanh asin acos atan arcsin arccos arctan exp log ln sqrt abs"
 ).split()
-WORDS_OF_FORMULAS = frozenset([*GREEK, *FUNCTIONS, "pi", "infinity", "mod", "or", "and", "in"])
-GREEK_LETTERS = "αβγδεζηθκλμνξρστυφχψωΓΔΘΛΣΦΨΩ"
 NOT_A_VALUE = ("nan", "inf", "oo")
+KNOWN = "|".join([*GREEK, *FUNCTIONS, "pi", "infinity", "mod"])
+OPERATOR = r"[-+*/^=<>]"
+# What mathematics is made of: known words, commands, numbers, signs, letters that stand alone.
+PIECE = (
+    rf"(?:{LITERAL}|\\[A-Za-z]+|\\[{{}}|]|(?<![^\W\d_])(?:{KNOWN}|[A-Za-z])(?![^\W\d_]|'[a-z])"
+    r"|!=|[-+*/^()\[\]{}=<>!_|,;:&°'])"
+)
+STRETCH = re.compile(rf"{PIECE}(?:[ \t]*{PIECE})*")
+# Two or three letters that touch a number or an operator are a product of variables.
+PRODUCT = re.compile(
+    rf"(?:(?<={OPERATOR})\s?|(?<=[\d)}}\](]))(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?![A-Za-z])"
+    rf"|(?<![A-Za-z\\])(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?=\s?{OPERATOR}|[\d({{_])"
+)
+JOINED = re.compile(
+    rf"(?<![A-Za-z\\])(?:{KNOWN}|or|and|in)(?![A-Za-z])|\\(?:begin|end)\{{[a-z]+\}}|\\[A-Za-z]+"
+)
+FOREIGN = re.compile(r"[^\W\d_]{2,}|[^\x00-\x7fα-ωΑ-Ω°]|[^\w\s°'&\\+*/^()\[\]{}=<>!|,;:.-]")
+# A letter that is a word: "a 4", "5 I".
+LETTERS_FIRST = re.compile(rf"(?:[A-Za-z][ \t]+)+(?!{OPERATOR}|[A-Za-z\\(])")
+LETTERS_LAST = re.compile(rf"(?<!{OPERATOR})(?:(?<=[\d)}}\],;:!])[ \t]+[A-Za-z])+$")
+LEADING = re.compile(r"(?:[)\]}=<>,;:+!\s°'&]|[-*]+(?=[-*]*\s))+")
+TRAILING = re.compile(r"(?:[-+*/^=<>(\[{!_,;:\s'&]|\\(?=$))+$")
 # Two numbers in a row, a base, a division by zero, a comment: no formula.
 BROKEN = re.compile(
     rf"(?<![_^\d.,])(?>{LITERAL})(?:\s+\d|\.\d|_)|(?<![A-Za-z\\])[A-Za-z]\s+\d|\d[eE]\d|\d'"
@@ -34,12 +54,6 @@ POWER = r"(?:\^|\*\*)[({\s]{0,4}-?"
 HUGE = re.compile(
     rf"(?<!\}}){POWER}(?:\d{{5,}}|\d{{2,}}[)}}\s]{{0,4}}{POWER}\d|\d[)}}\s]{{0,4}}{POWER}\d+[)}}\s]{{0,4}}{POWER}\d)"
 )
-OPENING, CLOSING = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
-TOKEN = re.compile(
-    rf"(?P<number>{LITERAL})|(?P<command>\\[A-Za-z]+|\\[{{}}|])|(?P<word>[^\W\d_]+(?:'[^\W\d_]+)*+)"
-    r"|(?P<sign>\*\*|<=|>=|!=|[-+*/^()\[\]{}=<>!_|,;:])|(?P<junk>\S)"
-)
-BINARY = frozenset({"+", "-", "*", "/", "^", "**", "=", "<", ">", "<=", ">=", "!="})
 # What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
 NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\(\w{1,3}(?:,\s?\w{1,3})?\))?")
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
@@ -141,7 +155,7 @@ def read(region: str, source: Source) -> Answer:
         whole = None if before else read_whole(content, answer)
         if whole is not None and not whole.says_words:
             return whole
-    return read_prose(text, answer, last=source == "text")
+    return read_prose(text, answer)
 
 
 def read_whole(text: str, answer: Answer) -> Answer | None:
@@ -201,201 +215,135 @@ def read_formula(text: str, answer: Answer) -> Answer | None:
     tail = re.search(r"(?<=[\s\d)}\]])([^\W\d_][^\\{}=<>]{0,30}|[°%])$", text)
     head = text[: tail.start()] if tail else ""
     found = units.match(text, tail.start(1)) if tail else None
-    if tail and found and found.end == len(text) and is_formula(head, answer.source):
+    if tail and found and found.end == len(text) and is_formula(head):
         constant = not re.search(r"(?<![\\A-Za-z])[A-Za-z]", head)
         metres = tail[1] == "m" and head[-1].isspace() and "\\" in head
         if len(tail[1]) > 1 or constant and (metres or tail[1] in "°%"):
             return replace(answer, formula=head.strip(), unit=found.unit)
-    if is_formula(text, answer.source):
+    if is_formula(text):
         return replace(answer, formula=text)
     return None
 
 
-def is_formula(text: str, source: Source) -> bool:
+def is_formula(text: str) -> bool:
     """Tell whether a text has no word but those of formulas; three letters may be a product."""
-    text = re.sub(r"\\(?:begin|end)\{[a-z]{1,12}\}", " ", text)
-    tokens = list(TOKEN.finditer(text))
-    if not tokens or BROKEN.search(text) or tokens[-1][0] in BINARY:
+    if BROKEN.search(text) or re.search(rf"{OPERATOR}\s*$", text) or excess(text):
         return False
-    opened = sum((token[0] in OPENING) - (token[0] in CLOSING) for token in tokens)
-    for before, token, after in zip([None, *tokens], tokens, [*tokens[1:], None], strict=False):
-        word = token["word"]
-        if token["junk"] and token[0] not in "°'&\\":
-            return False
-        if word and not (word.isascii() or len(word) == 1 and word in GREEK_LETTERS):
-            return False
-        if word and len(word) > 1 and word not in WORDS_OF_FORMULAS:
-            product = len(word) < 4 and word.lower() not in NOT_A_VALUE
-            differential = word[0] == "d" and len(word) == 2 and "\\int" in text
-            if not product or not differential and is_prose(token, before, after, 3):
-                return False
-    return opened == 0 and (informative(text) or bool(LETTER.fullmatch(text)))
+    if "\\int" in text:
+        text = re.sub(r"\bd[a-z]\b", " ", text)
+    if FOREIGN.search(PRODUCT.sub(" ", JOINED.sub(" ", text))):
+        return False
+    return informative(text) or bool(LETTER.fullmatch(text))
+
+
+def excess(text: str) -> int:
+    """Count the brackets that are open at the end of a text."""
+    return sum(text.count(bracket) for bracket in "([{") - sum(map(text.count, ")]}"))
 
 
 def informative(text: str) -> bool:
     """Tell whether a text says something: a number, a command, or an operator by a symbol."""
-    found = [token for token in TOKEN.finditer(text) if token.lastgroup != "junk"]
-    words = any(token["word"] for token in found)
-    return any(
-        token.lastgroup in ("number", "command") or words and token[0] in BINARY for token in found
+    return bool(
+        re.search(r"\d|\\[A-Za-z]", text)
+        or re.search(r"[^\W_]", text)
+        and re.search(OPERATOR, text)
     )
 
 
-def read_prose(text: str, answer: Answer, last: bool) -> Answer:
+def read_prose(text: str, answer: Answer) -> Answer:
     """Read the last number or formula of a text, or the first behind a mark."""
-    if not last:
-        for start, end in runs(text, 1 if answer.source == "phrase" else 3):
-            if informative(text[start:end]):
-                return read_run(text, start, end, answer)
-        return checked(answer)
-    at = len(text)
-    for line in reversed(text.split("\n")):
-        at -= len(line)
-        for start, end in reversed(runs(line)):
-            if informative(line[start:end]):
-                whole = read_compound(line, end, answer)
-                if whole is not None:
-                    return whole
-                before = "" if "=" in line[start:end] else line[max(0, start - 60) : start]
-                alone = not re.search(r"[^\W\d_]{3}", line[end:])
-                row = ROW_BEFORE.search(before)
-                row = row if row and (not row[1] or units.lookup(row[1])) else None
-                if row or LIST_BEFORE.search(before) or alone and COMMA_BEFORE.search(before):
-                    raise UndecidableError("several numbers")
-                return read_run(line, start, end, answer)
-        at -= 1
-    return checked(answer)
+    lines = text.split("\n")
+    for line in lines if answer.source != "text" else reversed(lines):
+        found = stretches(line)
+        if found and answer.source != "text":
+            return read_stretch(line, *found[0], answer)
+        if found:
+            start, end = found[-1]
+            quantity = reaching(line, found, end)
+            if quantity:
+                return replace(answer, value=quantity.value, unit=quantity.unit)
+            before = "" if "=" in line[start:end] else line[max(0, start - 60) : start]
+            alone = not re.search(r"[^\W\d_]{3}", line[end:])
+            row = ROW_BEFORE.search(before)
+            row = row if row and (not row[1] or units.lookup(row[1])) else None
+            if row or LIST_BEFORE.search(before) or alone and COMMA_BEFORE.search(before):
+                raise UndecidableError("several numbers")
+            return read_stretch(line, start, end, answer)
+    # LaTeX that says more than words
+    return replace(answer, undecidable="\\" in undressed(answer.text))
 
 
-def read_compound(line: str, end: int, answer: Answer) -> Answer | None:
+def reaching(line: str, found: list[tuple[int, int]], end: int) -> kinds.Quantity | None:
     """Read units that reach to ``end`` in a line, as in "5 km/h" or "1 hour and 30 minutes"."""
-    for start, stop in runs(line)[-kinds.MAX_PAIRS - 1 :]:
+    for start, stop in found[-kinds.MAX_PAIRS - 1 :]:
         with suppress(kinds.ChangedError):
-            found = kinds.compound(line, start)
-            if found is None and stop < end:
-                found = kinds.quantity(line, start, stop)
-            if found and found.end >= end:
-                return replace(answer, value=found.value, unit=found.unit)
+            quantity = kinds.compound(line, start)
+            if quantity is None and stop < end:
+                quantity = kinds.quantity(line, start, stop)
+            if quantity and quantity.end >= end:
+                return quantity
     return None
 
 
-def checked(answer: Answer) -> Answer:
-    """Return an answer in words; LaTeX that says more than words is undecidable."""
-    commands = "\\" in undressed(answer.text)
-    return replace(answer, undecidable=True) if commands else answer
-
-
-def read_run(text: str, start: int, end: int, answer: Answer) -> Answer:
+def read_stretch(text: str, start: int, end: int, answer: Answer) -> Answer:
     """Read one stretch of mathematics: a number with the unit behind it, or a formula."""
-    start, end = trimmed(text, start, end)
     sides = list(EQUALS.finditer(text, start, end))
     found = None
+    if structure := kinds.structure(text[start:end]):
+        return replace(answer, parts=structure[0], unit=structure[1])
     if not re.search(r"(?<![<>])[<>]", text[start:end]):
         first = sides[-1].end() if sides else start
         first += len(text[first:]) - len(text[first:].lstrip())
         before = re.search(r"(?:US)?[$€£¥₹₽₩]\s?-?$|-[$€£]$", text[:first])
-        if structure := kinds.structure(text[start:end]):
-            return replace(answer, parts=structure[0], unit=structure[1])
         found = kinds.quantity(text, before.start() if before else first, end)
     if found and found.end >= end:
         return replace(answer, value=found.value, unit=found.unit)
-    run = text[start:end]
-    if not informative(run):
-        return checked(answer)
-    whole = read_whole(run.strip(), answer)
+    whole = read_whole(text[start:end], answer)
     if whole is None:
         raise UndecidableError("a part of it would be dropped")
     return whole
 
 
+def stretches(text: str) -> list[tuple[int, int]]:
+    """Find from where to where mathematics stands in a line, without what leads to nothing."""
+    found = []
+    for match in STRETCH.finditer(text):
+        for part in (
+            re.finditer(r"(?:[^,;:]|[,;:](?!\s|$))+", match[0]) if bare(match[0]) else [match]
+        ):
+            start, end = match.start() + part.start(), match.start() + part.end()
+            if part is match:
+                start, end = match.span()
+            found.append(trimmed(text, start, end))
+    return [(start, end) for start, end in found if informative(text[start:end])]
+
+
+def bare(text: str) -> bool:
+    """Tell whether a comma in a text separates: none stands within brackets."""
+    return not re.search(r"[(\[{][^)\]}]*[,;:]", text)
+
+
 def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """Narrow a run to what operators and brackets that lead to nothing leave of it.
+    """Narrow a stretch by operators, brackets and letters that lead to nothing.
 
-    A hyphen after a word and a bullet before a space are no signs; a power or product that a
-    word is part of (``foo**9``) stays, and is no number.
+    A hyphen after a word and a bullet before a space are no signs.
     """
-    tokens = list(TOKEN.finditer(text, start, end))
-    excess = sum((t[0] in "([{") - (t[0] in ")]}") for t in tokens)
-    bars = sum(t[0] == "|" for t in tokens)
-    low, high = 0, len(tokens)
-    while low < high:
-        first, last = tokens[low], tokens[high - 1]
-        closes = last[0] == "|" and bars % 2 == 0
-        if last[0] in BINARY | {"(", "[", "{", "!", "_", ",", ";", ":", "|"} and not closes:
-            gone, high = last, high - 1
-        elif last[0] in ")]}" and excess < 0:
-            gone, high = last, high - 1
-        elif first[0] in (")", "]", "}", "=", "<", ">", "<=", ">=", ",", ";", ":", "+"):
-            gone, low = first, low + 1
-        elif first[0] in "([{" and excess > 0:
-            gone, low = first, low + 1
-        elif first[0] in ("-", "*", "**") and not is_sign(text, first, tokens[low + 1 : low + 2]):
-            gone, low = first, low + 1
-        else:
+    for _ in range(9):
+        before = start, end
+        last = TRAILING.search(text, start, end)
+        end = last.start() if last else end
+        letter = LETTERS_LAST.search(text, start, end)
+        end = letter.start() if letter else end
+        for pattern in (LEADING, LETTERS_FIRST):
+            first = pattern.match(text, start, end)
+            start = first.end() if first else start
+        if text[start:end].startswith("-") and text[start - 1 : start].isalnum():
+            start += 1
+        left = excess(text[start:end])
+        if left > 0 and text[start] in "([{":
+            start += 1
+        elif left < 0 and text[end - 1] in ")]}":
+            end -= 1
+        if (start, end) == before:
             break
-        excess -= (gone[0] in "([{") - (gone[0] in ")]}")
-        bars -= gone[0] == "|"
-    return (tokens[low].start(), tokens[high - 1].end()) if low < high else (start, start)
-
-
-def is_sign(text: str, first: re.Match[str], following: list[re.Match[str]]) -> bool:
-    """Tell whether a leading operator belongs to the number behind it."""
-    before = text[first.start() - 1] if first.start() else " "
-    if first[0] != "-":
-        return not before.isspace()
-    gap = not following or following[0].start() > first.end()
-    return not gap and not before.isalnum()
-
-
-def runs(text: str, letters: int = 1) -> list[tuple[int, int]]:
-    """Find the stretches of mathematics in prose: from and to, between words and sentence marks.
-
-    Args:
-        text: plain text.
-        letters: the longest unknown word that may be a product of variables. It counts as
-            mathematics where it touches a number or an operator.
-    """
-    tokens = list(TOKEN.finditer(text))
-    found: list[list[int]] = [[]]
-    depth = 0
-    for index, token in enumerate(tokens):
-        before = tokens[index - 1] if index else None
-        after = tokens[index + 1] if index + 1 < len(tokens) else None
-        depth = max(0, depth + (token[0] in "([{") - (token[0] in ")]}"))
-        if token["junk"] or token["word"] and is_prose(token, before, after, letters):
-            depth = 0
-            found.append([])
-            continue
-        ends = token[0] in ",;:" and depth == 0 and not text[token.end() : token.end() + 1].strip()
-        if ends or before and "\n" in text[before.end() : token.start()]:
-            found.append([])
-        if not ends:
-            found[-1] += [token.start(), token.end()]
-    return [(run[0], run[-1]) for run in found if run]
-
-
-def is_prose(
-    token: re.Match[str], before: re.Match[str] | None, after: re.Match[str] | None, letters: int
-) -> bool:
-    """Tell whether a word belongs to the sentence rather than to a formula."""
-    word = token[0]
-    if len(word) > 1 and word in WORDS_OF_FORMULAS - {"or", "and", "in"}:
-        return False
-    if len(word) > letters or not word.isascii():
-        return True
-    if before and before[0].lstrip("\\") in FUNCTIONS and len(word) == 1:
-        return False
-    if word in "xX" and before and after and before["number"] and after["number"]:
-        return False
-    for other, gap in (
-        (before, token.start() - before.end() if before else 1),
-        (after, after.start() - token.end() if after else 1),
-    ):
-        if other is None or other["junk"]:
-            continue
-        hyphen = other[0] == "-" and other is after and gap == 0
-        if other[0] in BINARY and not hyphen:
-            return False
-        if gap == 0 and not other["word"] and other[0] not in "!,;:":
-            return False
-    return True
+    return start, max(start, end)

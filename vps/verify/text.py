@@ -20,18 +20,9 @@ SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 VULGAR_FRACTION = re.compile("([¼-¾⅐-⅞↉])")
 BOLD = re.compile(r"(?<![\w)\]}*])\*\*([^*\n]{1,200})\*\*(?![\w(*])")
 FIRST_WORD = re.compile(r"[\w.,^*/+\-\\{}()\[\]]*")
-COMMANDS = {
-    "≠": "neq",
-    "≈": "approx",
-    "π": "pi",
-    "∞": "infty",
-    "√": "sqrt",
-    "∈": "in",
-    "∪": "cup",
-    "∩": "cap",
-    "∅": "emptyset",
-    "±": "pm",
-}
+COMMANDS = dict(
+    zip("≠≈π∞√∈∪∩∅±", "neq approx pi infty sqrt in cup cap emptyset pm".split(), strict=True)
+)
 CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("−‒–‐‑﹣－", "-"),
@@ -59,9 +50,9 @@ DRESSING = [
         (r"(?<=\d)(?:\{,\}|,\\[!,]\s?)(?=\d)", ","),
         (r"(?<=\d)\\,(?=\d{3})", ","),
         (r"\\!", ""),
-        (r"\\[,;: ]|~|\\(?:q?quad|therefore|implies|Rightarrow)(?![A-Za-z])", " "),
+        (r"(?<!\\)\\[,;: ]|~|\\(?:q?quad|therefore|implies|Rightarrow)(?![A-Za-z])", " "),
         (r"\\%", "%"),
-        (r"\$\$|\\[()\[\]]", " "),
+        (r"\$\$|(?<!\\)\\[()\[\]]", " "),
         # No word of three letters, sign or space at the end: "$5 and $6" is money.
         (r"(?<!\\)\$((?:[^$\\\n]|\\.)*?[^\s$\\+*/,-])\$(?!\d)", None),
         (r"\\?\$(?=\s?-?[\d.])|(?<=\d)\s?\\?\$", "$"),
@@ -85,6 +76,7 @@ DRESSING = [
         (r"\\(?:mu|micro)(?=[A-Za-z])", "μ"),
     )
 ]
+DOUBLED = re.compile(r"\\(?=\\[A-Za-z])")
 PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
@@ -158,6 +150,8 @@ def undressed(text: str) -> str:
     """
     if "\\" not in text and "$" not in text and "{" not in text:
         return text.replace("~", " ")
+    if "\\begin" not in text:
+        text = DOUBLED.sub("", text)
     for pattern, replacement in DRESSING:
         text = pattern.sub(inline if replacement is None else replacement, text)
     return text

@@ -10,6 +10,7 @@ import re
 import threading
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vps.verify.arithmetic import UndecidableError
@@ -21,115 +22,12 @@ MAX_FACTORS = 6
 Unit = tuple[tuple[str, int], ...]
 
 PERCENT: Unit = (("percent", 1),)
-PREFIXES = {
-    "n": "nano",
-    "u": "micro",
-    "μ": "micro",
-    "m": "milli",
-    "c": "centi",
-    "d": "deci",
-    "k": "kilo",
-    "M": "mega",
-    "G": "giga",
-    "T": "tera",
-}
-# A line has pint's name, then how it is written: symbols, of which the prefixes stand behind a
-# colon, and after a bar names in any case, of which those with a plus take prefixes and s.
-TABLE = """
-meter m:nuμmcdk 米 公尺 м メートル | meter+ metre+
-kilometer Km KM 千米 公里 км キロ |
-centimeter CM 厘米 公分 см センチ |
-millimeter MM 毫米 мм |
-gram g:nuμmckM 克 г グラム | gram+
-kilogram Kg KG 千克 公斤 кг | kilo
-milligram 毫克 мг |
-second s:nuμm sec secs 秒 сек | second+
-minute min mins 分钟 分 мин | minute
-hour h hr hrs 小时 час часа часов 時間 | hour
-day 天 | day
-week 周 星期 | week
-month 个月 | month
-year yr yrs 年 | year
-century | century centuries
-liter L:uμmcd l:uμmcd 升 л | liter+ litre+
-milliliter ML 毫升 мл |
-ampere A:nuμmk | ampere+ amp+
-kelvin K:m °K | kelvin
-mole mol:nuμmk | mole+
-candela cd:m | candela
-hertz Hz:mkMGT | hertz
-kilohertz | kilohertz
-megahertz | megahertz
-gigahertz | gigahertz
-newton N:mkM | newton+
-pascal Pa:mkMG | pascal+
-joule J:mkMG | joule+
-watt W:nuμmkMGT | watt+
-watt_hour Wh:mkMGT |
-coulomb C:nuμm | coulomb
-volt V:nuμmkM | volt+
-farad F:nuμm | farad
-ohm Ω:mkM | ohm+
-siemens S:uμm | siemens
-tesla T:nuμm | tesla
-weber Wb:m | weber
-henry H:nuμm | henry henries
-electron_volt eV:mkMGT | electronvolt
-bar bar:m |
-calorie cal:k | calorie+
-bit | bit+
-byte B:kMGT | byte+
-kilobyte KB |
-lumen lm | lumen
-lux lx | lux
-becquerel Bq |
-gray Gy |
-sievert Sv |
-inch in | inch inches
-foot ft | foot feet
-yard yd yds | yard
-mile mi | mile
-acre | acre
-hectare ha 公顷 | hectare
-pound lb lbs | pound
-ounce oz | ounce
-ton | ton
-metric_ton 吨 | tonne
-gallon gal | gallon
-quart qt | quart
-pint | pint
-cup | cup
-tablespoon tbsp | tablespoon
-teaspoon tsp | teaspoon
-knot | knot
-standard_atmosphere atm | atmosphere
-horsepower | horsepower
-mile_per_hour mph |
-kilometer_per_hour kph kmh |
-pound_force_per_square_inch psi |
-revolutions_per_minute rpm |
-radian rad | radian
-degree deg ° 度 | degree
-percent % | percent
-degree_Celsius °C | celsius
-degree_Fahrenheit °F | fahrenheit
-"""
-MONEY_TABLE = """
-dollar $ USD US$ | dollar
-cent ¢ | cent
-euro € EUR | euro
-sterling £ GBP |
-yen_sign ¥ |
-yen JPY 円 | yen
-yuan RMB CNY 元 | yuan
-rupee ₹ Rs INR | rupee
-ruble ₽ руб RUB | ruble rouble
-won ₩ KRW | won
-"""
+LONG_PREFIXES = "nano micro micro milli centi deci kilo mega giga tera".split()
+PREFIXES = dict(zip("nuμmcdkMGT", LONG_PREFIXES, strict=True))
+TABLE = Path(__file__).with_name("units.txt")
 CENT = Fraction(1, 100)
 # Names that may stand for another one, where the other answer has that.
 EITHER = {"pound": ("sterling",), "yen_sign": ("yen", "yuan")}
-LONG_PREFIXES = ("nano", "micro", "milli", "centi", "deci", "kilo", "mega", "giga", "tera")
 
 DEGREES = re.compile(r"(?:°|degrees?\b)[ \t]{0,3}(C|F|K|[Cc]elsius|[Ff]ahrenheit)(?![A-Za-z])")
 WORD = re.compile(r"[°%$¢€£¥₹₽₩]|US\$|[^\W\d_]{1,20}(?![^\W\d_])")
@@ -161,8 +59,9 @@ def spellings(table: str) -> tuple[dict[str, str], dict[str, str]]:
     return prefixed | symbols, names | {f"{name}s": found for name, found in names.items()}
 
 
-SYMBOLS, NAMES = spellings(TABLE)
-MONEY_SYMBOLS, MONEY_NAMES = spellings(MONEY_TABLE)
+PHYSICAL, FINANCIAL = TABLE.read_text(encoding="utf-8").split("\n# Money")
+SYMBOLS, NAMES = spellings(PHYSICAL.partition("prefixes.\n")[2])
+MONEY_SYMBOLS, MONEY_NAMES = spellings(FINANCIAL.partition("\n")[2])
 KNOWN = frozenset(SYMBOLS.values()) | frozenset(NAMES.values())
 MONEY = frozenset(MONEY_SYMBOLS.values())
 # Measured from a zero of their own, so without powers or products.

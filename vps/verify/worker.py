@@ -11,31 +11,16 @@ import json
 import os
 import select
 import sys
+from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, TextIO
 
 PACKAGES = ("sympy", "latex2sympy2_extended", "math_verify")
 FORBIDDEN_IMPORTS = ("torch", "numpy", "transformers", "triton")
 FORBIDDEN_EVENTS = (
-    "os.system",
-    "os.exec",
-    "os.fork",
-    "os.forkpty",
-    "os.posix_spawn",
-    "os.spawn",
-    "os.remove",
-    "os.rename",
-    "os.mkdir",
-    "os.rmdir",
-    "os.link",
-    "os.symlink",
-    "os.truncate",
-    "os.chmod",
-    "os.kill",
-    "shutil.",
-    "socket.",
-    "subprocess.",
-    "ctypes.",
-    "urllib.",
+    *("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "subprocess."),
+    *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"),
+    *("os.chmod", "shutil.", "socket.", "ctypes.", "urllib."),
 )
 # What the parser meets before the first request; the first one loads most of sympy.
 EXAMPLES = [
@@ -70,42 +55,33 @@ def refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 def limit_resources(memory: int) -> None:
     """Limit address space, files and core dumps, where the system knows such limits."""
-    try:
+    with suppress(ImportError):  # no such limits on Windows
         import resource
-    except ImportError:  # no such limits on Windows
-        return
-    for kind, amount in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        try:
-            resource.setrlimit(kind, (amount, amount))
-        except (ValueError, OSError):  # a lower one is set, or the system has none
-            continue
+
+        for kind, amount in (
+            (resource.RLIMIT_AS, memory),
+            (resource.RLIMIT_FSIZE, 0),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            with suppress(ValueError, OSError):  # a lower one is set, or the system has none
+                resource.setrlimit(kind, (amount, amount))
 
 
 def limit_processor(seconds: float) -> None:
     """Let the system end this process if it goes on when its parent is gone."""
-    try:
+    with suppress(ImportError):
         import resource
-    except ImportError:
-        return
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime + seconds) + 2
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    if hard == resource.RLIM_INFINITY or soft < hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        soft = int(used.ru_utime + used.ru_stime + seconds) + 2
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        if hard == resource.RLIM_INFINITY or soft < hard:
+            resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def warm() -> list[str]:
     """Import what requests need; return the packages that are missing."""
-    absent = []
-    for name in PACKAGES:
-        try:
-            __import__(name)
-        except ImportError:
-            absent.append(name)
+    absent = [name for name in PACKAGES if find_spec(name) is None]
     if not absent:
         from vps.verify import symbolic
 
