@@ -109,9 +109,9 @@ def test_verdict(guarded, prediction, gold, verdict):
 )
 def test_verdict_and_loss_of_every_kind(before, prediction, gold, verdicts):
     """Loss agrees with verdict: none where equality is shown, some where a difference is."""
-    verdict = check(prediction, gold).value
+    verdict = check(prediction, gold, timeout=30).value
     assert verdict in verdicts
-    parts = CompositeVerifier()(prediction, gold).parts
+    parts = CompositeVerifier(timeout=30)(prediction, gold).parts
     if verdict == "correct":
         assert parts == {"numeric": 0, "units": 0, "algebraic": 0}
     elif verdict == "wrong":
@@ -122,7 +122,7 @@ def test_an_answer_is_itself(before):
     """Both sides of every row that is no undefined value answer themselves."""
     for prediction, gold, _ in KINDS:
         for text in {prediction, gold}:
-            assert check(text, text).value != "wrong", text
+            assert check(text, text, timeout=30).value != "wrong", text
 
 
 def test_table():

@@ -28,7 +28,7 @@ OPERATOR = r"[-+*/^=<>]"
 # What mathematics is made of: known words, commands, numbers, signs, letters that stand alone.
 PIECE = (
     rf"(?:{LITERAL}|\\[A-Za-z]+|\\[{{}}|]|(?<![^\W\d_])(?:{KNOWN}|[A-Za-z])(?![^\W\d_]|'[a-z])"
-    r"|!=|[-+*/^()\[\]{}=<>!_|,;:&°'])"
+    r"|!=|[-+*/^()\[\]{}=<>!_|°]|[,;:](?=\S|\s[^()\[\]{{}}\n]{{0,60}}[)\]}}]))"
 )
 STRETCH = re.compile(rf"{PIECE}(?:[ \t]*{PIECE})*")
 # Two or three letters that touch a number or an operator are a product of variables.
@@ -306,21 +306,8 @@ def read_stretch(text: str, start: int, end: int, answer: Answer) -> Answer:
 
 def stretches(text: str) -> list[tuple[int, int]]:
     """Find from where to where mathematics stands in a line, without what leads to nothing."""
-    found = []
-    for match in STRETCH.finditer(text):
-        for part in (
-            re.finditer(r"(?:[^,;:]|[,;:](?!\s|$))+", match[0]) if bare(match[0]) else [match]
-        ):
-            start, end = match.start() + part.start(), match.start() + part.end()
-            if part is match:
-                start, end = match.span()
-            found.append(trimmed(text, start, end))
+    found = [trimmed(text, *match.span()) for match in STRETCH.finditer(text)]
     return [(start, end) for start, end in found if informative(text[start:end])]
-
-
-def bare(text: str) -> bool:
-    """Tell whether a comma in a text separates: none stands within brackets."""
-    return not re.search(r"[(\[{][^)\]}]*[,;:]", text)
 
 
 def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
@@ -340,10 +327,10 @@ def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
         if text[start:end].startswith("-") and text[start - 1 : start].isalnum():
             start += 1
         left = excess(text[start:end])
-        if left > 0 and text[start] in "([{":
-            start += 1
-        elif left < 0 and text[end - 1] in ")]}":
-            end -= 1
+        opening = re.compile(r"[(\[{\s]+").match(text, start, end)
+        closing = re.compile(r"[)\]}]+$").search(text, max(start, end - abs(left)), end)
+        start += min(left, opening.end() - start) if opening and left > 0 else 0
+        end = max(end + left, closing.start()) if closing and left < 0 else end
         if (start, end) == before:
             break
     return start, max(start, end)

@@ -44,7 +44,11 @@ class UndecidableError(ValueError):
 
 def end(text: str, start: int) -> int:
     """Return where the stretch of arithmetic ends that begins at ``start``."""
+    depth = 0
     while match := REPEATING.match(text, start) or TOKEN.match(text, start):
+        depth += (match[0][-1] in "([{") - (match[0][-1] in ")]")
+        if depth < 0:
+            break
         start = match.end()
     return start
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Worker:
             start_new_session=True,
         )
         self.buffer = b""
-        self.missing: list[str] | None = None
+        self.missing: list[str] | None = None  # packages, once it has started
         path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry)]
         path[:0] = [root for root in (str(WORKER.parents[2]),) if root not in path]
         try:
@@ -66,7 +67,7 @@ class Worker:
             WorkerDiedError: nobody reads it.
         """
         try:
-            self.process.stdin.write(json.dumps(message, default=str).encode() + b"\n")  # type: ignore[union-attr]
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
         except (OSError, ValueError):
             raise WorkerDiedError("the worker is gone") from None
 
@@ -89,42 +90,43 @@ class Worker:
                     raise WorkerDiedError("the worker ended")
         line, _, self.buffer = self.buffer.partition(b"\n")
         try:
-            found = json.loads(line)
-        except ValueError:
-            raise WorkerDiedError("the worker sent no JSON") from None
-        if not isinstance(found, dict):
-            raise WorkerDiedError("the worker sent no object")
-        return found
+            return dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise WorkerDiedError("the worker sent no object") from None
 
-    def ready(self, deadline: float) -> None:
-        """Wait until it has started.
+    def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """Return the answer to a request, after the start if need be.
 
         Raises:
             WorkerLateError, WorkerDiedError: as for :meth:`receive`.
+            ImportError: it lacks packages.
         """
         if self.missing is None:
             self.missing = list(self.receive(deadline).get("missing", ()))
+        if self.missing:
+            raise ImportError(
+                f"vps.verify: algebra needs {' and '.join(self.missing)}, which is not installed: "
+                "pip install 'vps-kernels[verify]'"
+            )
+        self.send(request | {"seconds": max(0.0, deadline - time.monotonic())})
+        return self.receive(deadline)
 
     def end(self, wait: float = 5.0) -> None:
         """End the process and collect it; another thread may be reading from it."""
         self.process.kill()
-        try:
+        with suppress(subprocess.TimeoutExpired):  # stuck in the system; collected later
             self.process.wait(timeout=wait)
-        except subprocess.TimeoutExpired:  # stuck in the system; Popen collects it later
-            return
+
+    def close(self) -> None:
+        """Close the pipes to the process."""
+        for stream in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
 
     def kill(self, wait: float = 5.0) -> None:
         """End the process and close its pipes; safe to call twice."""
         self.end(wait)
         self.close()
-
-    def close(self) -> None:
-        """Close the pipes to the process."""
-        for stream in (self.process.stdin, self.process.stdout):
-            try:
-                stream.close()  # type: ignore[union-attr]
-            except OSError:
-                continue
 
 
 class Pool:
@@ -158,14 +160,17 @@ class Pool:
     def start(self) -> None:
         """Start one worker, if there is none, and do not wait for it."""
         with self.free:
-            if not self.closed and not self.idle and not self.busy:
-                try:
-                    self.idle.append(Worker(self.script, self.memory))
-                except (OSError, WorkerDiedError):
-                    pass  # take() tries again, and then it is logged
+            if not self.idle and not self.busy:
+                self.add()
+
+    def add(self) -> None:
+        """Start an idle worker; where that fails, the next request tries again and tells."""
+        if not self.closed:
+            with suppress(OSError, WorkerDiedError):
+                self.idle.append(Worker(self.script, self.memory))
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any] | None:
-        """The answer of a worker; ``None`` if there is none at ``deadline``.
+        """Return the answer of a worker; ``None`` if there is none at ``deadline``.
 
         A worker that died is replaced and the next one asked, one that is late is killed.
 
@@ -174,9 +179,9 @@ class Pool:
             deadline: in ``time.monotonic()``.
 
         Raises:
-            ImportError: sympy or latex2sympy2_extended is not installed.
+            ImportError: a package that the worker needs is not installed.
         """
-        if len(json.dumps(request, default=str)) > MAX_REQUEST:
+        if len(json.dumps(request)) > MAX_REQUEST:
             return None
         # All idle workers may have been killed from outside.
         for _ in range(self.size + 1):
@@ -189,15 +194,7 @@ class Pool:
                 return None
             healthy = False
             try:
-                worker.ready(deadline)
-                if worker.missing:
-                    healthy = True
-                    raise ImportError(
-                        f"vps.verify: algebra needs {' and '.join(worker.missing)}, which is not "
-                        "installed: pip install 'vps-kernels[verify]'"
-                    )
-                worker.send(request | {"seconds": max(0.0, deadline - time.monotonic())})
-                found = worker.receive(deadline)
+                found = worker.ask(request, deadline)
                 healthy = not found.get("exhausted")
                 return found
             except WorkerLateError:
@@ -205,13 +202,12 @@ class Pool:
             except WorkerDiedError:
                 if worker.missing is None:
                     logger.warning("a worker ended while it started")
-                continue
             finally:
-                self.give_back(worker, healthy)
+                self.give_back(worker, healthy or bool(worker.missing))
         return None
 
     def take(self, deadline: float) -> Worker | None:
-        """A living worker for this thread alone; ``None`` if all are busy until ``deadline``."""
+        """Return a living worker for this thread alone; ``None`` if all are busy till then."""
         with self.free:
             while not self.closed:
                 while self.idle:
@@ -240,10 +236,7 @@ class Pool:
             elif healthy:
                 self.idle.append(worker)
             elif worker.missing is not None:  # else it never got ready, nor would the next
-                try:
-                    self.idle.append(Worker(self.script, self.memory))
-                except (OSError, WorkerDiedError):
-                    pass  # take() tries again and raises
+                self.add()
             self.free.notify()
 
     def warm(self, timeout: float = 60.0) -> None:
@@ -251,14 +244,13 @@ class Pool:
 
         Raises:
             TimeoutError: it did not start in time.
-            ImportError: sympy or latex2sympy2_extended is not installed.
+            ImportError: a package that the worker needs is not installed.
         """
-        deadline = time.monotonic() + timeout
-        if self.ask({"prediction": "x", "gold": "x"}, deadline) is None:
+        if self.ask({"prediction": "x", "gold": "x"}, time.monotonic() + timeout) is None:
             raise TimeoutError(f"vps.verify: no worker was ready within {timeout:g} s")
 
     def processes(self) -> list[int]:
-        """Process ids of the living workers."""
+        """List the process ids of the living workers."""
         with self.free:
             return [worker.process.pid for worker in (*self.idle, *self.busy)]
 
@@ -276,7 +268,7 @@ class Pool:
 
 
 def check_timeout(timeout: float) -> float:
-    """A time limit in seconds.
+    """Return a time limit in seconds.
 
     Raises:
         TypeError, ValueError: not a positive number.
@@ -293,7 +285,7 @@ _default_lock = threading.Lock()
 
 
 def unlock() -> None:
-    """A lock that a thread held during a fork would stay locked in the child."""
+    """Make a new lock after a fork, where the old one stays locked if a thread held it."""
     global _default_lock
     _default_lock = threading.Lock()
 
@@ -303,7 +295,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def default_pool() -> Pool:
-    """The pool that verdicts use where none is named."""
+    """Return the pool that verdicts use where none is named."""
     global _default
     with _default_lock:
         if _default is None or _default.closed:
