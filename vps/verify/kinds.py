@@ -15,16 +15,8 @@ from vps.verify.arithmetic import LITERAL, UndecidableError
 
 MAX_PAIRS = 4
 MAGNITUDES = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "lakh": 10**5,
-    "crore": 10**7,
-    "万": 10**4,
-    "亿": 10**8,
+    **{"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9},
+    **{"trillion": 10**12, "lakh": 10**5, "crore": 10**7, "万": 10**4, "亿": 10**8},
 }
 MAGNITUDE = re.compile(rf"[\s-]?\s?({'|'.join(MAGNITUDES)})s?(?![A-Za-z])", re.IGNORECASE)
 SIGN = re.compile(r"([-+]?)\s?(US\$|[$€£¥₹₽₩])\s?(?=-?[\d.])")
@@ -58,38 +50,29 @@ ITEM = rf"[$€£-]?(?:{LITERAL})(?:\s?[^\W\d_]{{1,12}})?"
 LISTED = re.compile(rf"\(?{ITEM}(?:\s{{0,3}}(?:[,;:]|and|or|to)\s{{0,3}}{ITEM}){{1,40}}\)?")
 
 NUMBER = rf"-?(?:{LITERAL})"
-RATIO = re.compile(rf"({NUMBER})((?:\s?:\s?{NUMBER}){{1,5}})")
+RATIO = re.compile(rf"{NUMBER}(?:\s?:\s?{NUMBER}){{1,5}}")
 TIME = re.compile(
-    r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s?(?:([ap])\.?m\.?|o'clock)?", re.IGNORECASE
+    r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s?(?:([ap])\.?m\.?|(o'clock))?", re.IGNORECASE
 )
 RANGE = re.compile(
-    rf"(?:from |between )?([$€£]?)({NUMBER})([^\d-]{{0,12}}?)\s?(-|to|through|and|\.\.)\s?"
-    rf"[$€£]?({NUMBER})(\D{{0,20}})",
+    rf"(?:(?:from )?([$€£]?)({NUMBER})([^\d-]{{0,12}}?)\s?(to|through|\.\.|(?<! )-(?! ))"
+    rf"|between ([$€£]?)({NUMBER})([^\d-]{{0,12}}?)\s?(and))\s?[$€£]?({NUMBER})(\D{{0,20}})",
     re.IGNORECASE,
 )
 BASED = re.compile(r"([0-9A-Fa-f]{1,64})_\{?\s{0,2}(\d{1,2})\s{0,2}\}?")
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-MONTH = r"(jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]{0,6}\.?"
+MONTH = rf"(?P<name>(?:{'|'.join(MONTHS)})[a-z]{{0,6}})\.?"
+DAY, YEAR = r"(?P<d>\d{1,2})(?:st|nd|rd|th)?", r"(?P<y>\d{4})"
 DATES = [
-    (re.compile(r"(?P<y>\d{4})[-/.](?P<m>\d{1,2})[-/.](?P<d>\d{1,2})"), "ymd"),
-    (re.compile(r"(?P<y>\d{4})年(?:(?P<m>\d{1,2})月)?(?:(?P<d>\d{1,2})[日号])?"), "ymd"),
-    (re.compile(r"(?P<m>\d{1,2})月(?P<d>\d{1,2})[日号]"), "md"),
-    (
-        re.compile(
-            rf"(?P<name>{MONTH})\s(?P<d>\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s(?P<y>\d{{4}}))?", re.I
-        ),
-        "md",
-    ),
-    (
-        re.compile(
-            rf"(?:the )?(?P<d>\d{{1,2}})(?:st|nd|rd|th)?(?: of)?\s(?P<name>{MONTH})"
-            r"(?:,?\s(?P<y>\d{4}))?",
-            re.I,
-        ),
-        "md",
-    ),
-    (re.compile(rf"(?P<name>{MONTH})\s(?P<y>\d{{4}})", re.I), "my"),
-    (re.compile(r"(?P<a>\d{1,2})[/.](?P<b>\d{1,2})[/.](?P<y>\d{2,4})"), "unclear"),
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"{YEAR}([-/.])(?P<m>\d{{1,2}})\2(?P<d>\d{{1,2}})",
+        rf"(?:{YEAR}年)?(?P<m>\d{{1,2}})月(?:(?P<d>\d{{1,2}})[日号])?",
+        rf"{MONTH}\s{DAY}(?:,?\s{YEAR})?",
+        rf"(?:the )?{DAY}(?: of)?\s{MONTH}(?:,?\s{YEAR})?",
+        rf"{MONTH}\s{YEAR}",
+        r"(?P<a>\d{1,2})[/.](?P<b>\d{1,2})[/.](?P<y>\d{2,4})",
+    )
 ]
 
 # A kind's name and what it is made of: ("time", 17, 30, 0), ("ratio", 3, 2).
@@ -174,69 +157,57 @@ def compound(text: str, start: int = 0) -> Quantity | None:
     Raises:
         ImportError: pint is missing.
     """
-    total, last, at, end = Fraction(0), None, start, 0
+    total, end, last = Fraction(0), start, None
     for count in range(MAX_PAIRS + 1):
-        found = quantity(text, at) if count < MAX_PAIRS and text[at : at + 1].strip() else None
-        ends = found is None or found.unit is None or len(found.unit) != 1
-        if (
-            found is None
-            or found.unit is None
-            or ends
-            or last
-            and not units.smaller(found.unit, last)
-        ):
+        at = end + len(BETWEEN.match(text, end)[0]) if count else start  # type: ignore[index]
+        found = quantity(text, at) if at < len(text) else None
+        unit = found.unit if found else None
+        if not found or not unit or len(unit) != 1 or last and not units.smaller(unit, last):
             return Quantity(total, last, end) if count > 1 else None
-        total = units.convert(total, last, found.unit) if last else total
-        total, last, end = total + found.value, found.unit, found.end
-        at = end + len(BETWEEN.match(text, end)[0])  # type: ignore[index]
+        total = found.value + (units.convert(total, last, unit) if last else 0)
+        end, last = found.end, unit
     return None
 
 
 def structure(text: str) -> tuple[Parts, units.Unit | None] | None:
     """Read a ratio, a time, a date or a range that all of ``text`` is, with a range's unit."""
-    for pattern, _ in DATES:
+    for pattern in DATES:
         if date := pattern.fullmatch(text):
             return dated(date.groupdict()), None
     time = TIME.fullmatch(text)
-    if time and (time[2] or time[4] or "o'" in text.lower()):
+    if time and (time[2] or time[4] or time[5]):
         hour, minute, second = int(time[1]), int(time[2] or 0), int(time[3] or 0)
         if time[4]:
             hour = hour % 12 + 12 * (time[4] in "pP")
         if time[4] or time[1] == "0" or (time[2] or "0")[0] == "0":
-            return ("time", hour, minute, second, bool(time[4]) or hour > 12 or hour == 0), None
+            return ("time", hour, minute, second, bool(time[4]) or not 0 < hour <= 12), None
         if hour < 24 and minute < 60 and not time[3]:
             return ("clock", hour, minute), None
-    if ratio := RATIO.fullmatch(text):
-        terms = [ratio[1], *re.split(r"\s?:\s?", ratio[2].strip())[1:]]
-        return ("ratio", *map(signed, terms)), None
-    range_ = RANGE.fullmatch(text)
-    if range_:
-        low, high = signed(range_[2]), signed(range_[5])
-        written = range_[4].lower()
-        glued = written != "-" or " " not in text[range_.end(2) : range_.start(5)]
-        joined = written != "and" or text[:7].lower() == "between"
-        words = range_[3].strip() + range_[6]
-        if joined and low < high and glued and (written != "-" or low >= 0):
-            sign, _, unit = range_[1], 0, range_[6].strip() or range_[3].strip()
-            found = units.match(unit, 0) if unit else None
-            if unit and not found and not NOUNS.fullmatch(words):
-                return None
-            money = ((units.currency(sign) or "", 1),) if sign else None
-            return (
-                ("span" if written == "-" else "range"),
-                low,
-                high,
-            ), found.unit if found else money
-    return None
+    if RATIO.fullmatch(text):
+        return ("ratio", *(signed(term.strip()) for term in text.split(":"))), None
+    span = RANGE.fullmatch(text)
+    if span is None:
+        return None
+    sign, first, unit, joint = (span[at] or span[at + 4] or "" for at in range(1, 5))
+    low, high, kind = signed(first), signed(span[9]), "span" if joint == "-" else "range"
+    found = units.match(sign or span[10].strip() or unit.strip(), 0)
+    named = found or not NOUNS.fullmatch(f" {unit}{span[10]}") and not (unit + span[10]).strip()
+    if low >= high or kind == "span" and low < 0 or not (named or NOUNS.fullmatch(span[10])):
+        return None
+    return (kind, low, high), found.unit if found else None
 
 
 def dated(found: dict[str, str | None]) -> Parts:
     """Return year, month and day; of ``5/3/2019`` the numbers as they stand."""
-    if found.get("a"):
-        return ("unclear date", int(found["y"] or 0), int(found["a"] or 0), int(found["b"] or 0))
-    name = found.get("name")
-    month = MONTHS.index(name[:3].lower()) + 1 if name else int(found.get("m") or 0)
-    return ("date", int(found.get("y") or 0), month, int(found.get("d") or 0))
+    year, month, day, a, b = (int(found.get(part) or 0) for part in "ymdab")
+    if a:
+        return ("unclear date", year, a, b)
+    return (
+        "date",
+        year,
+        MONTHS.index(name[:3].lower()) + 1 if (name := found.get("name")) else month,
+        day,
+    )
 
 
 def signed(text: str) -> Fraction:

@@ -92,6 +92,8 @@ def magnitudes(prediction: Answer, gold: Answer) -> list[tuple[Fraction, Fractio
     if prediction.value is None or gold.value is None:
         raise ValueError("magnitudes: both answers must have a value")
     raw = (prediction.value, gold.value)
+    if None in (prediction.unit, gold.unit) and units.is_money(prediction.unit or gold.unit):
+        return [raw]
     theirs = units.resolved(prediction.unit, gold.unit)
     ours = units.resolved(gold.unit, prediction.unit)
     if theirs == ours:

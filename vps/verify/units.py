@@ -25,7 +25,6 @@ PERCENT: Unit = (("percent", 1),)
 LONG_PREFIXES = "nano micro micro milli centi deci kilo mega giga tera".split()
 PREFIXES = dict(zip("nuμmcdkMGT", LONG_PREFIXES, strict=True))
 TABLE = Path(__file__).with_name("units.txt")
-CENT = Fraction(1, 100)
 # Names that may stand for another one, where the other answer has that.
 EITHER = {"pound": ("sterling",), "yen_sign": ("yen", "yuan")}
 
@@ -187,6 +186,9 @@ def registry() -> Any:
                     "pip install 'vps-kernels[verify]'"
                 ) from None
             _registry = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
+            for name in MONEY - {"us_cent"}:
+                _registry.define(f"{name} = [{name}]")
+            _registry.define("us_cent = dollar / 100")
         return _registry
 
 
@@ -204,31 +206,22 @@ def scale(unit: Unit) -> Scale:
             raise ValueError(f"vps.verify: no unit that is known: {name}^{exponent}")
     if unit == PERCENT:
         return Scale((), Fraction(1, 100), Fraction(0))
-    factor = Fraction(1)
-    dimension: dict[str, Fraction] = {}
-    for name, exponent in unit:
-        if name in MONEY:
-            base = "dollar" if name == "cent" else name
-            dimension[base] = dimension.get(base, Fraction(0)) + exponent
-            factor *= (CENT if name == "cent" else Fraction(1)) ** exponent
-    physical = [(name, exponent) for name, exponent in unit if name not in MONEY]
-    if not physical:
-        return Scale(tuple(sorted(dimension.items())), factor, Fraction(0))
     units = registry()
     with _registry_lock:
         try:
             product = units.Unit("")
-            for name, exponent in physical:
+            for name, exponent in unit:
                 product = product * units.Unit(name) ** exponent
             zero, one = (
                 Fraction(units.Quantity(Fraction(value), product).to_base_units().magnitude)
                 for value in (0, 1)
             )
-            for base, power in product.dimensionality.items():
-                dimension[str(base)] = Fraction(power)
+            dimension = sorted(
+                (str(base), Fraction(power)) for base, power in product.dimensionality.items()
+            )
         except Exception as error:  # pint has no common base of its errors
             raise UndecidableError(f"pint: {error}") from None
-    return Scale(tuple(sorted(dimension.items())), factor * (one - zero), zero)
+    return Scale(tuple(dimension), one - zero, zero)
 
 
 def resolved(unit: Unit | None, other: Unit | None) -> Unit | None:
