@@ -164,6 +164,7 @@ def test_plain_install(tmp_path, source):
     assert run.returncode == 0, run.stderr
     assert (target / "vps/cli/demo/__init__.py").is_file()
     assert (target / "vps/kernels/probe.py").is_file()
+    assert (target / "vps/verify/units.txt").is_file()
     assert not (target / "kernels").exists()
     run = python(
         "import vps, vps.kernels.probe; print(vps.__file__)", tmp_path, PYTHONPATH=str(target)

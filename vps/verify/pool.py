@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import queue
 import selectors
 import subprocess
 import sys
@@ -141,33 +142,45 @@ class Pool:
         if size < 1:
             raise ValueError(f"vps.verify.Pool: size must be at least 1, got {size}")
         self.size, self.memory, self.script = size, memory, script
-        self.free = threading.Condition()
-        self.idle: list[Worker] = []
-        self.busy: set[Worker] = set()
         self.closed = False
+        self.forget()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.forget)
         atexit.register(self.close)
 
     def forget(self) -> None:
-        """Let go of all workers without ending them: after a fork they are the parent's."""
-        self.free = threading.Condition()
-        for worker in (*self.idle, *self.busy):
+        """Begin without workers; after a fork those from before are the parent's."""
+        for worker in getattr(self, "workers", ()):
             worker.process.returncode = 0  # so that Popen does not wait for it, or warn
             worker.close()
-        self.idle, self.busy = [], set()
+        self.workers: set[Worker] = set()
+        # A place for each worker, with one that waits or without; the last that came goes first.
+        self.places: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        for _ in range(self.size):
+            self.places.put(None)
 
     def start(self) -> None:
         """Start one worker, if there is none, and do not wait for it."""
-        with self.free:
-            if not self.idle and not self.busy:
-                self.add()
+        if not self.workers:
+            with suppress(queue.Empty):
+                self.places.put(self.places.get_nowait() or self.add())
 
-    def add(self) -> None:
-        """Start an idle worker; where that fails, the next request tries again and tells."""
-        if not self.closed:
-            with suppress(OSError, WorkerDiedError):
-                self.idle.append(Worker(self.script, self.memory))
+    def add(self) -> Worker | None:
+        """Start a worker; ``None`` where that fails, which the log tells."""
+        if self.closed:
+            return None
+        try:
+            worker = Worker(self.script, self.memory)
+        except (OSError, WorkerDiedError) as error:
+            logger.warning("no worker could be started: %s", error)
+            return None
+        self.workers.add(worker)
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        """Kill a worker; a verdict waits for this, so not for long."""
+        self.workers.discard(worker)
+        worker.kill(wait=0.05)
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any] | None:
         """Return the answer of a worker; ``None`` if there is none at ``deadline``.
@@ -181,16 +194,20 @@ class Pool:
         Raises:
             ImportError: a package that the worker needs is not installed.
         """
-        if len(json.dumps(request)) > MAX_REQUEST:
+        if self.closed or len(json.dumps(request)) > MAX_REQUEST:
             return None
-        # All idle workers may have been killed from outside.
+        # All waiting workers may have been killed from outside.
         for _ in range(self.size + 1):
             try:
-                worker = self.take(deadline)
-            except (OSError, WorkerDiedError) as error:
-                logger.warning("no worker could be started: %s", error)
+                worker = self.places.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
                 return None
+            if worker is not None and worker.process.poll() is not None:
+                self.remove(worker)
+                worker = None
+            worker = worker or self.add()
             if worker is None:
+                self.places.put(None)
                 return None
             healthy = False
             try:
@@ -203,41 +220,13 @@ class Pool:
                 if worker.missing is None:
                     logger.warning("a worker ended while it started")
             finally:
-                self.give_back(worker, healthy or bool(worker.missing))
+                following: Worker | None = worker
+                if self.closed or not (healthy or worker.missing):
+                    self.remove(worker)
+                    # One that never got ready has no successor, which would not either.
+                    following = self.add() if worker.missing is not None else None
+                self.places.put(following)
         return None
-
-    def take(self, deadline: float) -> Worker | None:
-        """Return a living worker for this thread alone; ``None`` if all are busy till then."""
-        with self.free:
-            while not self.closed:
-                while self.idle:
-                    worker = self.idle.pop()
-                    if worker.process.poll() is None:
-                        self.busy.add(worker)
-                        return worker
-                    worker.kill()
-                if len(self.busy) < self.size:
-                    worker = Worker(self.script, self.memory)
-                    self.busy.add(worker)
-                    return worker
-                left = deadline - time.monotonic()
-                if left <= 0 or not self.free.wait(left):
-                    return None
-        return None
-
-    def give_back(self, worker: Worker, healthy: bool) -> None:
-        """End the use of a worker; one that is not healthy is killed and another started."""
-        if not healthy:
-            worker.kill(wait=0.05)  # a verdict waits for this
-        with self.free:
-            self.busy.discard(worker)
-            if self.closed:
-                worker.kill()
-            elif healthy:
-                self.idle.append(worker)
-            elif worker.missing is not None:  # else it never got ready, nor would the next
-                self.add()
-            self.free.notify()
 
     def warm(self, timeout: float = 60.0) -> None:
         """Wait until a worker is ready, so that the first verdict does not wait for it.
@@ -251,20 +240,18 @@ class Pool:
 
     def processes(self) -> list[int]:
         """List the process ids of the living workers."""
-        with self.free:
-            return [worker.process.pid for worker in (*self.idle, *self.busy)]
+        return [worker.process.pid for worker in list(self.workers)]
 
     def close(self) -> None:
         """Kill all workers; requests after that are not answered."""
-        with self.free:
-            self.closed = True
-            idle, busy = list(self.idle), list(self.busy)
-            self.idle.clear()
-            self.free.notify_all()
-        for worker in busy:
-            worker.end()
-        for worker in idle:
-            worker.kill()
+        self.closed = True
+        for worker in list(self.workers):
+            worker.end()  # its pipes may be in use by another thread
+        with suppress(queue.Empty):
+            for _ in range(self.size):
+                waiting = self.places.get_nowait()
+                if waiting is not None:
+                    waiting.close()
 
 
 def check_timeout(timeout: float) -> float:

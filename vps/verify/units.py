@@ -28,13 +28,14 @@ TABLE = Path(__file__).with_name("units.txt")
 # Names that may stand for another one, where the other answer has that.
 EITHER = {"pound": ("sterling",), "yen_sign": ("yen", "yuan")}
 
-DEGREES = re.compile(r"(?:°|degrees?\b)[ \t]{0,3}(C|F|K|[Cc]elsius|[Ff]ahrenheit)(?![A-Za-z])")
-WORD = re.compile(r"[°%$¢€£¥₹₽₩]|US\$|[^\W\d_]{1,20}(?![^\W\d_])")
-POWER = re.compile(
-    r"[ \t]{0,3}(?:\^|\*\*)[ \t]{0,3}(?:\{(-?\d{1,4})\}|\((-?\d{1,4})\)|(-?\d{1,4}))(?![\w.{(])"
+FACTOR = re.compile(
+    r"(?P<square>(?:square|sq\.?)[ \t]{1,3}|平方)?(?P<cubic>(?:cubic|cu\.?)[ \t]{1,3}|立方)?"
+    r"(?:(?:°|degrees?\b)[ \t]{0,3}(?P<scale>[CFK]|celsius|fahrenheit)(?![A-Za-z])"
+    r"|(?P<word>[°%$¢€£¥₹₽₩]|US\$|[^\W\d_]{1,20}(?![^\W\d_])))"
+    r"(?:[ \t]{0,3}(?:\^|\*\*)[ \t]{0,3}[{(]?(?P<power>-?\d{1,4})[)}]?(?![\w.{(])"
+    r"|[ \t]{1,3}(?P<squared>squared)(?![A-Za-z])|[ \t]{1,3}(?P<cubed>cubed)(?![A-Za-z]))?",
+    re.IGNORECASE,
 )
-SPOKEN_POWER = re.compile(r"[ \t]{1,3}(squared|cubed)(?![A-Za-z])", re.IGNORECASE)
-SHAPE = re.compile(r"(square|sq\.?|cubic|cu\.?)[ \t]{1,3}|(平方)|(立方)", re.IGNORECASE)
 DIVIDED = re.compile(r"[ \t]{0,3}(?:/|(?<=[ \t])per(?=[ \t]))[ \t]{0,3}", re.IGNORECASE)
 MULTIPLIED = re.compile(r"[ \t]{0,3}\*(?!\*)[ \t]{0,3}|[ \t]{1,3}|-(?=[A-Za-z])")
 WORD_FOLLOWS = re.compile(r"[ \t]+[A-Za-z\d]")
@@ -133,30 +134,17 @@ def match(text: str, start: int) -> Match | None:
 
 def factor(text: str, start: int) -> tuple[str, int, int] | None:
     """Return name, exponent and end of one factor of a unit."""
-    degrees = DEGREES.match(text, start)
-    if degrees:
-        scale = degrees[1][0].upper()
-        return lookup(f"°{scale}") or "", 1, degrees.end()
-    exponent = 1
-    shape = SHAPE.match(text, start)
-    if shape:
-        exponent = 2 if shape[2] or (shape[1] or "c")[0] in "sS" else 3
-        start = shape.end()
-    word = WORD.match(text, start)
-    name = (lookup(word[0]) or currency(word[0])) if word else None
-    if word is None or name is None:
+    found = FACTOR.match(text, start)
+    if found is None:
         return None
-    end = word.end()
-    if word[0] == "in" and WORD_FOLLOWS.match(text, end):
+    word = f"°{found['scale'][0].upper()}" if found["scale"] else found["word"]
+    name = lookup(word) or currency(word)
+    if name is None or word == "in" and WORD_FOLLOWS.match(text, found.end()):
         return None  # "5 in total"
-    power = POWER.match(text, end)
-    if power:
-        exponent *= int(power[1] or power[2] or power[3])
-        return (name, exponent, power.end()) if abs(exponent) <= MAX_EXPONENT else None
-    spoken = SPOKEN_POWER.match(text, end)
-    if spoken:
-        return name, exponent * (2 if spoken[1][0] in "sS" else 3), spoken.end()
-    return name, exponent, end
+    exponent = int(found["power"] or 1)
+    exponent *= 2 if found["square"] or found["squared"] else 1
+    exponent *= 3 if found["cubic"] or found["cubed"] else 1
+    return (name, exponent, found.end()) if abs(exponent) <= MAX_EXPONENT else None
 
 
 _registry: Any = None
