@@ -66,7 +66,7 @@ INJECTION = [
     (r"\newcommand{\a}{\a\a}\a", "5", U),
     (r"\loop\iftrue\repeat", "5", U),
     (r"\csname end\endcsname", "5", U),
-    (r"\catcode`\@=11 5", "12", U),
+    (r"\catcode`\@=11 5", "12", W),
     ("x.free_symbols.pop()", "x", W),
     ('S(\'open("CANARY","w")\')', "x", W),
     ("pickle.loads(b'cos\\nsystem\\n(S\"touch CANARY\"\\ntR.')", "1", U),

@@ -27,10 +27,13 @@ KNOWN = "|".join([*GREEK, *FUNCTIONS, "pi", "infinity", "mod"])
 OPERATOR = r"[-+*/^=<>]"
 # What mathematics is made of: known words, commands, numbers, signs, letters that stand alone.
 PIECE = (
-    rf"(?:{LITERAL}|\\[A-Za-z]+|\\[{{}}|]|(?<![^\W\d_])(?:{KNOWN}|[A-Za-z])(?![^\W\d_]|'[a-z])"
-    r"|!=|[-+*/^()\[\]{}=<>!_|°]|[,;:](?=\S|\s[^()\[\]{{}}\n]{{0,60}}[)\]}}]))"
+    rf"(?:{LITERAL}|\\[A-Za-z]+[ \t]*|\\[{{}}|]|(?<![^\W\d_])(?:(?:{KNOWN})(?![^\W\d_])[ \t]*"
+    r"|[A-Za-z](?![^\W\d_]|'[a-z]))"
+    r"|!=|[-+*/^()\[\]{}=<>!_|°]|[,;:](?=\S|\s[^()\[\]{}\n]{0,60}[)\]}]))"
 )
-STRETCH = re.compile(rf"{PIECE}(?:[ \t]*{PIECE})*")
+# A number ends what stands before it, but for "1 3/4": "5 5" and "3 m 4 m" are rows.
+JOINT = r"(?:[ \t]*(?![ \t\d.])|(?<![A-Za-z\d.])[ \t]*|(?=\S)|(?<=\d)[ \t]+(?=\d{1,9}/\d))"
+STRETCH = re.compile(rf"{PIECE}(?:{JOINT}{PIECE})*")
 # Two or three letters that touch a number or an operator are a product of variables.
 PRODUCT = re.compile(
     rf"(?:(?<={OPERATOR})\s?|(?<=[\d)}}\](]))(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?![A-Za-z])"
@@ -63,7 +66,6 @@ LIST_BEFORE = re.compile(
     r"(?:(?:[\d%°][^\S\n]{0,3}(?:-|to|or|and|through|;)|\bbetween\b[^.\n]{1,40}\band"
     r"|\bfrom\b[^.\n]{1,40}\bto)[^\S\n]{0,3}|\d[:/])[$€£]?$"
 )
-ROW_BEFORE = re.compile(r"\d[^\S\n]?([^\W\d_]{1,12})?[^\S\n]{1,3}$")
 COMMA_BEFORE = re.compile(r"\d,\s{1,3}[$€£]?$")
 
 
@@ -258,15 +260,15 @@ def read_prose(text: str, answer: Answer) -> Answer:
         if found and answer.source != "text":
             return read_stretch(line, *found[0], answer)
         if found:
+            if len(found) > arithmetic.MAX_TOKENS and not re.search(r"[^\W\d_]{2}", line):
+                raise UndecidableError("a row too long")
             start, end = found[-1]
             quantity = reaching(line, found, end)
             if quantity:
                 return replace(answer, value=quantity.value, unit=quantity.unit)
             before = "" if "=" in line[start:end] else line[max(0, start - 60) : start]
             alone = not re.search(r"[^\W\d_]{3}", line[end:])
-            row = ROW_BEFORE.search(before)
-            row = row if row and (not row[1] or units.lookup(row[1])) else None
-            if row or LIST_BEFORE.search(before) or alone and COMMA_BEFORE.search(before):
+            if LIST_BEFORE.search(before) or alone and COMMA_BEFORE.search(before):
                 raise UndecidableError("several numbers")
             return read_stretch(line, start, end, answer)
     # LaTeX that says more than words
