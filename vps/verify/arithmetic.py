@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from operator import add, mul, sub
 
 MAX_TOKENS = 256
 MAX_DEPTH = 40
@@ -120,54 +122,30 @@ def mixed(match: re.Match[str]) -> str:
 
 def worked_out(node: ast.expr, values: dict[str, Fraction]) -> Fraction | None:
     """Return the value of a syntax tree of names, signs, roots and factorials."""
+    function: Callable[[Fraction], Fraction | None]
     match node:
         case ast.Name(id=name):
             return values.get(name)
         case ast.BinOp(left=first, right=second):
             left, right = worked_out(first, values), worked_out(second, values)
-            return None if left is None or right is None else binary(node.op, left, right)
-        case ast.UnaryOp(operand=inner) | ast.Attribute(value=inner) | ast.Call(args=[inner]):
-            value = worked_out(inner, values)
+            work = BINARY.get(type(node.op))
+            return None if left is None or right is None or work is None else work(left, right)
+        case ast.Attribute(value=inner):
+            function = factorial
+        case ast.Call(func=ast.Name(id="sqrt"), args=[inner]):
+            function = square_root
+        case ast.Call(func=ast.Name(id="abs"), args=[inner]):
+            function = abs
+        case ast.UnaryOp(op=sign, operand=inner):
+            function = Fraction.__neg__ if isinstance(sign, ast.USub) else Fraction
         case _:
             return None
-    match node:
-        case _ if value is None:
-            return None
-        case ast.Attribute():
-            return factorial(value)
-        case ast.Call(func=ast.Name(id="sqrt")):
-            return root(value, 2)
-        case ast.Call(func=ast.Name(id="abs")):
-            return abs(value)
-        case ast.UnaryOp(op=op):
-            return -value if isinstance(op, ast.USub) else value
-    return None
-
-
-def binary(op: ast.operator, left: Fraction, right: Fraction) -> Fraction | None:
-    """Return the value of two numbers with a sign between them."""
-    match op:
-        case ast.Add():
-            return bounded(left + right)
-        case ast.Sub():
-            return bounded(left - right)
-        case ast.Mult():
-            return bounded(left * right)
-        case ast.Div() if right == 0:
-            raise UndecidableError("division by zero")
-        case ast.Div():
-            return bounded(left / right)
-        case ast.Pow():
-            return power(left, right)
-    return None
+    value = worked_out(inner, values)
+    return None if value is None else function(value)
 
 
 def literal(text: str) -> Fraction:
-    """Return the value of ``1,234.5`` or ``1e-3``.
-
-    Raises:
-        UndecidableError: more than 1000 digits, or an exponent beyond ±1000.
-    """
+    """Return the value of ``1,234.5`` or ``1e-3``, of up to 1000 digits."""
     mantissa, _, exponent = text.replace(",", "").lower().partition("e")
     if len(mantissa) > MAX_DIGITS or len(exponent) > 5 or abs(int(exponent or 0)) > MAX_EXPONENT:
         raise UndecidableError(f"number of {len(text)} characters")
@@ -179,23 +157,27 @@ def bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-def bounded(value: Fraction) -> Fraction:
-    """Return ``value`` if it is of a size to go on with.
+def bounded(function: Callable[[Fraction, Fraction], Fraction]) -> Callable[..., Fraction]:
+    """Make a function refuse values longer than 8192 bits."""
 
-    Raises:
-        UndecidableError: longer than 8192 bits.
-    """
-    if bits(value) > MAX_BITS:
-        raise UndecidableError("value too long")
-    return value
+    def checked(left: Fraction, right: Fraction) -> Fraction:
+        value = function(left, right)
+        if bits(value) > MAX_BITS:
+            raise UndecidableError("value too long")
+        return value
+
+    return checked
+
+
+def quotient(dividend: Fraction, divisor: Fraction) -> Fraction:
+    """Divide, but not by zero."""
+    if divisor == 0:
+        raise UndecidableError("division by zero")
+    return dividend / divisor
 
 
 def power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    """Return a power; ``None`` where it is not rational.
-
-    Raises:
-        UndecidableError: 0 to a power that is not positive, or the result too long.
-    """
+    """Return a power of up to 8192 bits; ``None`` where it is not rational."""
     if exponent.denominator != 1:
         if abs(exponent) > MAX_EXPONENT or exponent.denominator > MAX_EXPONENT:
             raise UndecidableError(f"exponent {exponent}")
@@ -207,30 +189,34 @@ def power(base: Fraction, exponent: Fraction) -> Fraction | None:
         return base if exponent % 2 else abs(base)
     if abs(exponent) > MAX_BITS or abs(exponent) * (bits(base) - 2) > MAX_BITS:
         raise UndecidableError("power too large")
-    return bounded(base ** int(exponent))
+    return base ** int(exponent)
 
 
 def factorial(value: Fraction) -> Fraction:
-    """Return ``n!`` for integers up to 170.
-
-    Raises:
-        UndecidableError: any other value.
-    """
+    """Return ``n!`` for integers up to 170."""
     if value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL:
         raise UndecidableError("factorial of a number that is no integer from 0 to 170")
     return Fraction(math.factorial(int(value)))
 
 
+def square_root(value: Fraction) -> Fraction | None:
+    """Return the exact root where there is one."""
+    return root(value, 2)
+
+
 def root(value: Fraction, degree: int) -> Fraction | None:
     """Return the exact root of a number that is not negative, where there is one."""
-    if value < 0:
+    if value < 0 or degree > 2 and bits(value) > MAX_EXPONENT:
         return None
-    if degree == 2:
-        found = Fraction(math.isqrt(value.numerator), math.isqrt(value.denominator))
-    elif bits(value) > 1000:
-        return None
-    else:
-        above = round(value.numerator ** (1 / degree))
-        below = round(value.denominator ** (1 / degree))
-        found = Fraction(above, below)
+    above, below = (
+        math.isqrt(part) if degree == 2 else round(part ** (1 / degree))
+        for part in (value.numerator, value.denominator)
+    )
+    found = Fraction(above, below)
     return found if found**degree == value else None
+
+
+BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | None]] = {
+    **{ast.Add: bounded(add), ast.Sub: bounded(sub), ast.Mult: bounded(mul)},
+    **{ast.Div: bounded(quotient), ast.Pow: power},
+}
