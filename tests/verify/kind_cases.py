@@ -118,6 +118,14 @@ LISTS = [
     ("The roots are 2 and 3.", "3", N),
     ("The roots are 2, 3", "3", N),
     ("5 m; 6 s", "6 s", N),
+    ("3", "x=2, y=3", W),
+    ("x=2, y=3", "3", W),
+    ("(1, 2)", "x = 1, y = 2", C),
+    ("(1, 2)", "x = 2, y = 1", W),
+    ("x = 2, y = 1", "(1, 2)", W),
+    ("x = 2, y = 1", "1, 2", W),
+    ("x = 2, y = 1", "2, 1", C),
+    ("(1, 2, 3)", "z = 3, x = 1, y = 2", C),
     ("a, b, c", "c", W),
 ]
 
@@ -136,6 +144,8 @@ RANGES = [
     ("5 to 6 km", "5 to 6 kg", N),
     ("It takes 5 to 6 hours.", "6 hours", N),
     ("It takes 5-6 hours.", "6 hours", N),
+    ("It takes 5-6 hours.", "5-6 km", W),
+    ("It takes 5-6 hours.", "300 to 360 minutes", C),
     ("pages 10-15", "15", N),
     ("$5-$6", "$6", N),
     ("$5 to $6", "$5-$6", C),

@@ -177,7 +177,7 @@ def read_whole(text: str, answer: Answer) -> Answer | None:
     if found:
         return replace(answer, value=found.value, unit=found.unit)
     sides = EQUALS.split(text)
-    if len(sides) > 1:
+    if len(sides) > 1 and not any(re.search(r"[,;]|\b(?:or|and)\b", side) for side in sides[1:-1]):
         last = read_quantity(sides[-1].strip())
         named = NAME.fullmatch(sides[0].strip())
         if last and not named:
@@ -292,7 +292,8 @@ def read_stretch(text: str, start: int, end: int, answer: Answer) -> Answer:
     sides = list(EQUALS.finditer(text, start, end))
     found = None
     if structure := kinds.structure(text[start:end]):
-        return replace(answer, parts=structure[0], unit=structure[1])
+        after = kinds.unit_at(text, end)
+        return replace(answer, parts=structure[0], unit=after.unit if after else structure[1])
     if not re.search(r"(?<![<>])[<>]", text[start:end]):
         first = sides[-1].end() if sides else start
         first += len(text[first:]) - len(text[first:].lstrip())

@@ -174,6 +174,25 @@ def beside(found: Any, other: Any) -> Any:
     return None if isinstance(other, sympy.Expr) else found
 
 
+def in_order(found: Any, other: Any) -> tuple[Any, Any]:
+    """Make points of ``x = 1, y = 2`` and an answer without names: values in the order of names."""
+    names = {part.lhs: part.rhs for part in assignments(found)}
+    bare = isinstance(other, (*FINITE, sympy.Interval)) and not assignments(other)
+    if len(names) < 2 or not bare:
+        return found, other
+    listed = getattr(other, "_unsorted_args", other.args)
+    if isinstance(other, sympy.Interval):
+        listed = (other.start, other.end)
+    return sympy.Tuple(*(names[name] for name in sorted(names, key=str))), sympy.Tuple(*listed)
+
+
+def assignments(found: Any) -> list[Any]:
+    """List the equations of a set that has nothing but equations that name a variable."""
+    parts = list(found.args) if isinstance(found, sympy.FiniteSet) else []
+    named = all(isinstance(part, sympy.Eq) and part.lhs.is_Symbol for part in parts)
+    return parts if named else []
+
+
 def undefined(found: Any) -> bool:
     """Tell whether a formula has a part without a value, such as ``1/0`` or ``∞ - ∞``."""
     if isinstance(found, sympy.Set) or not isinstance(found, sympy.Basic) or found in INFINITIES:
@@ -184,6 +203,8 @@ def undefined(found: Any) -> bool:
 def decide(left: Any, right: Any) -> str:
     """Compare what sympy has of two formulas: numbers that differ first, then Math-Verify."""
     left, right = beside(left, right), beside(right, left)
+    left, right = in_order(left, right)
+    right, left = in_order(right, left)
     if left is None or right is None:
         return DIFFERENT
     if undefined(left) or undefined(right):
