@@ -61,9 +61,14 @@ HUGE = re.compile(
 NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\(\w{1,3}(?:,\s?\w{1,3})?\))?")
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
 LETTER = re.compile(r"[(\[]?\s?([A-Za-z])(?:\s?,\s?[A-Za-z]){0,9}\s?[)\]]?")
-INLINE = re.compile(r"\$([^$\n]{1,400})\$|\\\(((?:[^\\\n]|\\[^)\n]){1,400})\\\)")
+INLINE = r"(?:\$[^$\n]{1,400}\$|\\\((?:[^\\\n]|\\[^)\n]){1,400}\\\))"
+# At the end of a text, one or several with "and", "or" or a comma between them.
+INLINES = re.compile(rf"{INLINE}(?:[\s,;]{{0,3}}(?:and|or)?\s{{0,3}}{INLINE}){{0,9}}\W*$")
+LAST_LIST = re.compile(
+    rf"(?<![\w.,])-?{LITERAL}(?:\s?(?:,\s?(?:and|or)?|and|or)\s?-?{LITERAL}){{1,20}}[.!]?\s*$"
+)
 LIST_BEFORE = re.compile(
-    r"(?:(?:[\d%°][^\S\n]{0,3}(?:-|to|or|and|through|;)|\bbetween\b[^.\n]{1,40}\band"
+    r"(?:(?:[\d%°],?[^\S\n]{0,3}(?:-|to|or|and|through|;)|\bbetween\b[^.\n]{1,40}\band"
     r"|\bfrom\b[^.\n]{1,40}\bto)[^\S\n]{0,3}|\d[:/])[$€£]?$"
 )
 COMMA_BEFORE = re.compile(r"\d,\s{1,3}[$€£]?$")
@@ -150,11 +155,10 @@ def read(region: str, source: Source) -> Answer:
     whole = read_whole(text, answer)
     if whole is not None:
         return whole
-    inline = list(INLINE.finditer(region))
-    if inline and source != "boxed" and not re.search(r"\w", region[inline[-1].end() :]):
-        content = undressed(inline[-1][1] or inline[-1][2] or "").strip()
-        before = LIST_BEFORE.search(region[: inline[-1].start()].replace("$", " "))
-        whole = None if before else read_whole(content, answer)
+    inline = None if source == "boxed" else INLINES.search(region)
+    if inline and not LIST_BEFORE.search(region[: inline.start()].replace("$", " ")):
+        contents = [undressed(found[0]).strip() for found in re.finditer(INLINE, inline[0])]
+        whole = read_whole(", ".join(contents), answer)
         if whole is not None and not whole.says_words:
             return whole
     return read_prose(text, answer)
@@ -170,6 +174,8 @@ def read_whole(text: str, answer: Answer) -> Answer | None:
         text = text.replace(" ", "")
     if structure := kinds.structure(text):
         return replace(answer, parts=structure[0], unit=structure[1])
+    if re.fullmatch(r"-?(?:\d+,\d\d?|0,\d+)", text):  # a list, or a decimal beside a number
+        return replace(answer, value=Fraction(text.replace(",", ".")), formula=text)
     digits = kinds.based(text)
     if digits is not None:
         return replace(answer, value=digits)
@@ -269,7 +275,10 @@ def read_prose(text: str, answer: Answer) -> Answer:
             before = "" if "=" in line[start:end] else line[max(0, start - 60) : start]
             alone = not re.search(r"[^\W\d_]{3}", line[end:])
             if LIST_BEFORE.search(before) or alone and COMMA_BEFORE.search(before):
-                raise UndecidableError("several numbers")
+                listed = LAST_LIST.search(line)
+                if listed is None:
+                    raise UndecidableError("several numbers")
+                return replace(answer, formula=listed[0].strip(" .!"))
             return read_stretch(line, start, end, answer)
     # LaTeX that says more than words
     return replace(answer, undecidable="\\" in undressed(answer.text))

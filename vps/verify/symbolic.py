@@ -15,7 +15,6 @@ from typing import Any
 import sympy
 from latex2sympy2_extended import latex2sympy2 as latex2sympy
 from math_verify.grader import should_treat_as_complex, verify
-from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
 from vps.verify.answer import FUNCTIONS, GREEK
@@ -155,7 +154,7 @@ def is_equal(left: Any, right: Any) -> bool:
 def beside(found: Any, other: Any) -> Any:
     """Take the last side of ``x = 5`` beside an answer that is no relation.
 
-    ``f(x) = x^2`` answers ``x^2`` and ``3 + 4 = 7`` answers 7; ``None`` for ``x^2 - 1 = 0``,
+    ``f(x) = x^2`` answers ``x^2`` and ``\\cos x = 3/5`` answers 3/5; ``None`` for ``x^2 - 1 = 0``,
     which does not answer 0. ``x ∈ S`` answers S beside anything.
     """
     parts = (
@@ -168,8 +167,7 @@ def beside(found: Any, other: Any) -> Any:
         return last
     if is_relation(other):
         return found if len(parts) == 1 else sympy.Eq(first, last, evaluate=False)
-    factors = first.args if first.is_Mul else (first,)
-    if isinstance(first, AppliedUndef) or all(part.is_Symbol or part.is_number for part in factors):
+    if not first.is_Add or all(part.is_Symbol for part in first.args):
         return last
     return None if isinstance(other, sympy.Expr) else found
 
