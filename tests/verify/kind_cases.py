@@ -303,6 +303,14 @@ MARKS = [
     (r"\boxed{\text{B}}", "C", W),
     (r"\textbf{(B)}", "B", C),
     ("The answer is (B).", "(C)", W),
+    ("The answer is (C) 12", "C", C),
+    ("The answer is (C) 12", "B", W),
+    (r"\boxed{\textbf{(C)}\ 12}", "C", C),
+    ("C) 12", "C", C),
+    ("C", "(C) 12", C),
+    ("(A) 12", "(B) 12", N),
+    ("The answer is B because A is wrong", "B", C),
+    ("A cat", "A", N),
 ]
 
 FORMULAS = [

@@ -173,9 +173,9 @@ def check(
     """
     deadline = time.monotonic() + WORKING_SHARE * check_timeout(timeout)
     theirs, ours = extract_answer(prediction), extract_answer(gold)
-    if ours is None or ours.undecidable or theirs is not None and theirs.undecidable:
-        return Verdict.UNDECIDED
-    if theirs is None or units_loss(theirs, ours):
+    if ours is None or theirs is None:
+        return Verdict.WRONG if ours and not ours.undecidable else Verdict.UNDECIDED
+    if not (ours.undecidable or theirs.undecidable) and units_loss(theirs, ours):
         return Verdict.WRONG
     match compare(theirs, ours, deadline, pool):
         case Equality.EQUAL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
@@ -11,11 +12,15 @@ from vps.verify.answer import Answer, extract_answer
 from vps.verify.arithmetic import UndecidableError
 from vps.verify.kinds import Parts
 from vps.verify.pool import Pool, default_pool
+from vps.verify.text import undressed
 
 # A loss stays a finite float, also the sum of several.
 LARGEST = 1e300
 # Conversions through pint's rounded constants, such as degrees to radians.
 CONVERSION_TOLERANCE = Fraction(1, 10**9)
+
+# One of several answers that a question offers, alone or before its text: "(C) 12".
+CHOICE = re.compile(r"(?:option |choice )?(?:\(\s?)?(?P<letter>[A-Z])(?:\s?\)\.?|[.:](?=\s)|\.?$)")
 
 Samples = Sequence[str] | Callable[[], Iterable[str]]
 
@@ -41,6 +46,9 @@ def compare(
     Raises:
         ImportError: a package of the extra ``verify`` is needed and missing.
     """
+    chosen = [CHOICE.match(undressed(answer.text).strip()) for answer in (prediction, gold)]
+    if chosen[0] and chosen[1] and "" in (found.string[found.end() :] for found in chosen if found):
+        return equal_if(chosen[0]["letter"] == chosen[1]["letter"])
     if prediction.undecidable or gold.undecidable:
         return Equality.UNDECIDED
     if gold.says_words:

@@ -178,9 +178,9 @@ class Pool:
         return worker
 
     def remove(self, worker: Worker) -> None:
-        """Kill a worker; a verdict waits for this, so not for long."""
+        """Kill a worker; a verdict waits for this, within the share that is left for it."""
         self.workers.discard(worker)
-        worker.kill(wait=0.05)
+        worker.kill(wait=0.15)
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any] | None:
         """Return the answer of a worker; ``None`` if there is none at ``deadline``.
