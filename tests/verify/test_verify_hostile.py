@@ -9,8 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from formula_cases import CASES as FORMULAS
 from hostile_cases import CASES as HOSTILE
-from kind_cases import CASES as KINDS
+from kind_cases import CASES as PLAIN
 from ordinary_cases import CASES as ORDINARY
 
 from vps.verify import CompositeVerifier, check, default_pool, extract_answer, warm
@@ -22,6 +23,7 @@ pytest.importorskip("pint")
 pytest.importorskip("math_verify")
 
 CASES = HOSTILE + ORDINARY
+KINDS = PLAIN + FORMULAS
 # What a busy machine may keep this process waiting for beyond the limit.
 SLACK = 0.5
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
