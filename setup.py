@@ -31,7 +31,7 @@ PACKAGES = [
 EXTRAS = {
     "gpu": ["triton>=3.6"],
     "hf": ["transformers>=5.17", "gguf", "accelerate", "tqdm"],
-    "verify": ["sympy", "pint", "math-verify"],
+    "verify": ["sympy", "pint", "math-verify>=0.9"],
     "eval": ["lm-eval[hf]>=0.4.13", "reasoning-gym", "scipy>=1.15", "pyyaml"],
     "plots": ["matplotlib"],
     "engines": ["bitsandbytes>=0.48", "torchao>=0.14", "peft", "accelerate"],
