@@ -40,7 +40,7 @@ PRODUCT = re.compile(
     rf"|(?<![A-Za-z\\])(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?=\s?{OPERATOR}|[\d({{_])"
 )
 JOINED = re.compile(
-    rf"(?<![A-Za-z\\])(?:{KNOWN}|or|and|in)(?![A-Za-z])|\\(?:begin|end)\{{[a-z]+\}}|\\[A-Za-z]+"
+    rf"(?<![A-Za-z\\])(?:{KNOWN}|or|and|in)(?![A-Za-z])|\\(?:begin|end)\{{[a-z]+\}}(?:\{{[clr|]+\}})?|\\[A-Za-z]+"
 )
 FOREIGN = re.compile(r"[^\W\d_]{2,}|[^\x00-\x7fα-ωΑ-Ω°]|[^\w\s°'&\\+*/^()\[\]{}=<>!|,;:.-]")
 # A letter that is a word: "a 4", "5 I".
@@ -60,10 +60,16 @@ HUGE = re.compile(
 # What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
 NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\(\w{1,3}(?:,\s?\w{1,3})?\))?")
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
+# The rounded value behind an exact one: "5/3 ≈ 1.67" is 5/3, "x ≈ 11" is 11.
+APPROXIMATED = re.compile(rf"(?<=[\d)}}!%])\s{{0,3}}(?:\\approx(?![A-Za-z])|≈)\s{{0,3}}-?{LITERAL}")
 LETTER = re.compile(r"[(\[]?\s?([A-Za-z])(?:\s?,\s?[A-Za-z]){0,9}\s?[)\]]?")
-INLINE = r"(?:\$[^$\n]{1,400}\$|\\\((?:[^\\\n]|\\[^)\n]){1,400}\\\))"
-# At the end of a text, one or several with "and", "or" or a comma between them.
-INLINES = re.compile(rf"{INLINE}(?:[\s,;]{{0,3}}(?:and|or)?\s{{0,3}}{INLINE}){{0,9}}\W*$")
+INLINE = (
+    r"(?:\$\$[^$]{1,400}\$\$|\$[^$\n]{1,400}\$|\\\((?:[^\\\n]|\\[^)\n]){1,400}\\\)"
+    r"|\\\[(?:[^\\]|\\[^\]]){1,400}\\\])"
+)
+# One or several with "and", "or" or a comma between them: at the end of a text, or at a mark.
+INLINES = rf"{INLINE}(?:[\s,;]{{0,3}}(?:and|or)?\s{{0,3}}{INLINE}){{0,9}}"
+INLINES_LAST, INLINES_FIRST = re.compile(rf"{INLINES}\W*$"), re.compile(rf"\s*{INLINES}")
 LAST_LIST = re.compile(
     rf"(?<![\w.,])-?{LITERAL}(?:\s?(?:,\s?(?:and|or)?|and|or)\s?-?{LITERAL}){{1,20}}[.!]?\s*$"
 )
@@ -149,13 +155,15 @@ def read(region: str, source: Source) -> Answer:
         UndecidableError: the answer is not worked out, or a part of it would be dropped.
     """
     answer = Answer(region, source)
+    region = APPROXIMATED.sub("", region)
     text = undressed(region).strip().rstrip(".,;:? \t\n")
     if source == "phrase":
         text = re.split(r"\s(?:because|since)\b", text)[0].rstrip("!.,;:? ")
     whole = read_whole(text, answer)
     if whole is not None:
         return whole
-    inline = None if source == "boxed" else INLINES.search(region)
+    marked = source in ("phrase", "hashes")
+    inline = INLINES_FIRST.match(region) if marked else INLINES_LAST.search(region)
     if inline and not LIST_BEFORE.search(region[: inline.start()].replace("$", " ")):
         contents = [undressed(found[0]).strip() for found in re.finditer(INLINE, inline[0])]
         whole = read_whole(", ".join(contents), answer)

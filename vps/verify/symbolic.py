@@ -60,6 +60,11 @@ TYPED = [
             lambda name: rf"\{RENAMED.get(name[1], name[1])} ",
         ),
         (r"\\langle(.*)\\rangle", r"(\1)"),
+        (r"\\begin\{array\}\{[clr|]+\}", r"\\begin{matrix}"),
+        (r"\\end\{array\}", r"\\end{matrix}"),
+        (r"\\begin\{cases\}(.*)\\end\{cases\}", lambda cases: cases[1].replace(r"\\", ",")),
+        # (x, y) = (1, 2) is the point
+        (r"^\(\s?(?:x,\s?y(?:,\s?z)?|a,\s?b(?:,\s?c)?|m,\s?n|p,\s?q)\s?\)\s?=\s?(?=\()", ""),
         # {x | x > 3} is x > 3
         (
             r"^\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:[|:]|\\mid)([^|:]*[<>=q][^|:]*)\\\}$",
