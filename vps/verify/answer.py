@@ -63,13 +63,11 @@ EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
 # The rounded value behind an exact one: "5/3 ≈ 1.67" is 5/3, "x ≈ 11" is 11.
 APPROXIMATED = re.compile(rf"(?<=[\d)}}!%])\s{{0,3}}(?:\\approx(?![A-Za-z])|≈)\s{{0,3}}-?{LITERAL}")
 LETTER = re.compile(r"[(\[]?\s?([A-Za-z])(?:\s?,\s?[A-Za-z]){0,9}\s?[)\]]?")
-INLINE = (
-    r"(?:\$\$[^$]{1,400}\$\$|\$[^$\n]{1,400}\$|\\\((?:[^\\\n]|\\[^)\n]){1,400}\\\)"
-    r"|\\\[(?:[^\\]|\\[^\]]){1,400}\\\])"
+INLINE = re.compile(
+    r"\$\$[^$]{1,400}\$\$|\$[^$\n]{1,400}\$|\\\((?:[^\\\n]|\\[^)\n]){1,400}\\\)"
+    r"|\\\[(?:[^\\]|\\[^\]]){1,400}\\\]"
 )
-# One or several with "and", "or" or a comma between them: at the end of a text, or at a mark.
-INLINES = rf"{INLINE}(?:[\s,;]{{0,3}}(?:and|or)?\s{{0,3}}{INLINE}){{0,9}}"
-INLINES_LAST, INLINES_FIRST = re.compile(rf"{INLINES}\W*$"), re.compile(rf"\s*{INLINES}")
+JOINT_OF_FORMULAS = re.compile(r"[\s,;]{0,3}(?:and|or)?\s{0,3}")
 LAST_LIST = re.compile(
     rf"(?<![\w.,])-?{LITERAL}(?:\s?(?:,\s?(?:and|or)?|and|or)\s?-?{LITERAL}){{1,20}}[.!]?\s*$"
 )
@@ -162,14 +160,28 @@ def read(region: str, source: Source) -> Answer:
     whole = read_whole(text, answer)
     if whole is not None:
         return whole
-    marked = source in ("phrase", "hashes")
-    inline = INLINES_FIRST.match(region) if marked else INLINES_LAST.search(region)
-    if inline and not LIST_BEFORE.search(region[: inline.start()].replace("$", " ")):
-        contents = [undressed(found[0]).strip() for found in re.finditer(INLINE, inline[0])]
+    formulas = inline_formulas(region, first=source in ("phrase", "hashes"))
+    if formulas and not LIST_BEFORE.search(region[: formulas[0].start()].replace("$", " ")):
+        contents = [undressed(found[0]).strip() for found in formulas]
         whole = read_whole(", ".join(contents), answer)
         if whole is not None and not whole.says_words:
             return whole
     return read_prose(text, answer)
+
+
+def inline_formulas(region: str, first: bool) -> list[re.Match[str]]:
+    """Find the LaTeX that a region begins or ends with: one, or several joined by "and"."""
+    chosen: list[re.Match[str]] = []
+    found = list(INLINE.finditer(region))
+    for match in found[:10] if first else found[:-11:-1]:
+        edges = (chosen[-1].end() if chosen else 0, match.start())
+        if not first:
+            edges = (match.end(), chosen[-1].start() if chosen else len(region))
+        gap = region[slice(*edges)]
+        if not (JOINT_OF_FORMULAS.fullmatch(gap) if chosen else re.fullmatch(r"\W*", gap)):
+            break
+        chosen.append(match)
+    return chosen if first else chosen[::-1]
 
 
 def read_whole(text: str, answer: Answer) -> Answer | None:
