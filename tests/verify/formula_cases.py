@@ -131,6 +131,8 @@ FORMULAS = [
     ("x^2", "x^3", W),
     ("x", "y", W),
     ("AB", "A", W),
+    ("2√3", "√12", C),
+    (r"\varnothing", r"\emptyset", C),
     ("The answer is $x^2+1$. I hope it is correct.", "1+x^2", C),
     (r"The answer is $\{1, 2\}$ since $3$ fails.", "1, 2", C),
     (r"The answer is $\{1, 2\}$ since $3$ fails.", "3", W),

@@ -73,7 +73,7 @@ LAST_LIST = re.compile(
 )
 LIST_BEFORE = re.compile(
     r"(?:(?:[\d%°],?[^\S\n]{0,3}(?:-|to|or|and|through|;)|\bbetween\b[^.\n]{1,40}\band"
-    r"|\bfrom\b[^.\n]{1,40}\bto)[^\S\n]{0,3}|\d[:/])[$€£]?$"
+    r"|\bfrom\b[^.\n]{1,40}\bto)[^\S\n]{0,3}|\d[:/]|\d[^\S\n]?[^\W\d_]{0,3}[^\S\n]by[^\S\n])[$€£]?$"
 )
 COMMA_BEFORE = re.compile(r"\d,\s{1,3}[$€£]?$")
 

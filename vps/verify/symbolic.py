@@ -52,6 +52,8 @@ TYPED = [
         (r">=", r"\\geq "),
         (r"\*", r"\\cdot "),
         (r"°", ""),
+        (r"\\varnothing", r"\\emptyset"),
+        (r"\\sqrt\s+(\d+)", r"\\sqrt{\1}"),
         (r"(?<!\d)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[0].replace(",", "")),
         (r"(\d(?:\.\d+)?)[eE]([-+]?\d{1,4})(?![\dA-Za-z])", r"\1\\cdot 10^{\2}"),
         (r"\babs\s?\(([^()]*)\)", r"|\1|"),
