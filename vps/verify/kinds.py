@@ -29,7 +29,8 @@ ABOUT = re.compile(
 MINUS = re.compile(r"(?:minus|negative)\s{1,3}", re.IGNORECASE)
 CHANGED_BEFORE = re.compile(
     r"(?:\b(?:not|never|no|neither|nor|without|than|least|most|under|over|below|above|minus"
-    r"|negative|half|third|quarter|twice|double|triple|times|except|between|out|all but)|n't|≠|\\neq?"
+    r"|negative|half|third|quarter|twice|double|triple|times|except|between|out|all but)|n't|≠"
+    r"|\\neq?"
     r"|(?:n't|not|never)\s(?:think|believe|say)\s(?:that\s)?(?:it|this|that|the answer)(?:'s|\sis))"
     r"\s{1,3}(?:(?:a|an|the|of|equal|to|be|exactly|about|from)\s{1,3}){0,3}[$€£¥]?$",
     re.IGNORECASE,
