@@ -34,7 +34,7 @@ EXTRAS = {
     "gpu": ["triton>=3.6"],
     "cli": CLI,
     "hf": ["transformers>=5.17", "gguf", "accelerate", *CLI],
-    "verify": ["sympy", "pint", "math-verify"],
+    "verify": ["sympy", "pint", "math-verify>=0.9"],
     "eval": [
         "lm-eval[hf]>=0.4.13",
         "reasoning-gym",
@@ -133,6 +133,7 @@ setup(
         "vps.evaluation.templates": ["*.html", "*.md"],
         "vps.fitting": ["*.txt"],
         "vps.kernels": ["README.md"],
+        "vps.verify": ["units.txt"],
     },
     install_requires=["torch>=2.11"],
     extras_require=EXTRAS,

@@ -33,6 +33,8 @@ OPTIONAL = {
     "tqdm",
     "matplotlib",
     "sympy",
+    "latex2sympy2_extended",
+    "math_verify",
     "pint",
     "scipy",
     "peft",
@@ -49,7 +51,9 @@ OPTIONAL = {
 }
 # Subclasses a class of transformers, so imported inside functions only itself.
 NEEDS_TRANSFORMERS = {"layers.conv1d"}
-# Likewise of vLLM, which imports them by their names.
+# Imported by the worker process of verify alone.
+NEEDS_SYMPY = {"verify.symbolic"}
+# Subclasses classes of vLLM, which imports them by their names.
 NEEDS_VLLM = {"plugin", "linear_method", "scheduler"}
 
 
@@ -121,11 +125,11 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_optional_packages_are_imported_late(path):
-    if path.stem == "conv1d" or needs_vllm(path):
+    if path.stem in ("conv1d", "symbolic") or needs_vllm(path):
         return
     for name in eager_imports(ast.parse(path.read_text())):
         assert name.split(".")[0] not in OPTIONAL, f"{path} imports {name} when it is imported"
-        late = {f"vps.{module}" for module in NEEDS_TRANSFORMERS}
+        late = {f"vps.{module}" for module in NEEDS_TRANSFORMERS | NEEDS_SYMPY}
         late |= {f"vps.serving.{module}" for module in NEEDS_VLLM}
         assert not any(name == each or name.startswith(f"{each}.") for each in late), (
             f"{path} imports {name} when it is imported"

@@ -165,6 +165,7 @@ def test_plain_install(tmp_path, source):
     for name in ("__init__.py", "report.html", "problems.json", "calibration.json"):
         assert (target / "vps/cli/demo" / name).is_file()
     assert (target / "vps/kernels/probe.py").is_file()
+    assert (target / "vps/verify/units.txt").is_file()
     assert not (target / "kernels").exists()
     run = python(
         "import vps, vps.kernels.probe; print(vps.__file__)", tmp_path, PYTHONPATH=str(target)
@@ -225,3 +226,60 @@ assert torch.equal(again(x), model(x)) and type(again[0]) is vps.VPSLinear
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import vps.verify; assert 'torch' not in sys.modules",
+        "import vps; vps.VPSConfig; vps.__version__; dir(vps)",
+        "import vps.refine, vps; assert callable(vps.refine) and vps.refine.RefineResult",
+        "import vps; assert callable(vps.refine); from vps.refine import RefineResult",
+        "from vps.refine import refine; import vps; assert vps.refine.refine is refine",
+        "from vps import refine, patch, reference, fitting; assert callable(refine)",
+        "from vps.refine import Iteration; from vps import refine, Iteration as again\n"
+        "assert again is Iteration and 'model' in inspect.signature(refine).parameters",
+        "from vps import *; assert callable(refine) and callable(backends) and backends()",
+        "import vps; import torch; assert torch.ops.vps.linear.default",
+        "import torch; import vps; assert torch.ops.vps.linear.default",
+        "import vps.verify; from torch import nn; import torch\n"
+        "assert torch.ops.vps.linear.default",
+        "import vps; assert set(vps.__all__) <= set(dir(vps))\n"
+        "assert all(getattr(vps, name) is not None for name in vps.__all__)",
+    ],
+)
+def test_public_names_in_any_order_of_imports(code):
+    run = python(f"import inspect, sys\n{code}")
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_program_is_loaded_after_importing_vps_alone(tmp_path):
+    made = python(
+        """
+        import sys, torch, vps
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        vps.patch(model, vps.VPSConfig(target_modules=["0"]))
+        x = torch.arange(12.0).reshape(1, 3, 4)
+        program = torch.export.export(model, (x,))
+        assert "vps" in str(program.graph)
+        torch.export.save(program, "program.pt2")
+        torch.save(model, "model.pt")
+        torch.save(model(x), "y.pt")
+        """,
+        tmp_path,
+        PYTHONPATH=str(ROOT),
+    )
+    assert made.returncode == 0, made.stderr
+    for imports in ("import vps, torch", "import torch, vps"):
+        run = python(
+            f"""
+            {imports}
+            x = torch.arange(12.0).reshape(1, 3, 4)
+            y = torch.load("y.pt")
+            assert torch.equal(torch.export.load("program.pt2").module()(x), y)
+            assert torch.equal(torch.load("model.pt", weights_only=False)(x), y)
+            """,
+            tmp_path,
+            PYTHONPATH=str(ROOT),
+        )
+        assert run.returncode == 0, run.stderr

@@ -1,32 +1,33 @@
 """Virtual Parameter Sharpening: dynamic low-rank updates for frozen linear layers.
 
 ``y = Wx + b + γ(xA)Bᵀ`` with ``A = WᵀV`` and ``B = WU`` made on the fly from the layer's own
-weight and the activations passing through.
+weight and the activations passing through. Public names are loaded when they are asked for
+(PEP 562), so that ``import vps.verify`` loads no torch.
 """
 
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vps import backends, reference
-from vps.algorithm.policy import PolicyState
-from vps.backends.dispatch import backend
-from vps.config import VPSConfig
-from vps.functional import vps_linear
-from vps.layers.linear import VPSLinear
-from vps.masking import token_mask
-from vps.model.calibration import Calibration, clear_calibration
-from vps.model.capture import capture
-from vps.model.entropy import EntropyProcessor, token_entropy
-from vps.model.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
-from vps.model.settings import load, save
-from vps.refine import Iteration, RefineResult, refine
-
 if TYPE_CHECKING:
+    from vps import backends, reference
+    from vps.algorithm.policy import PolicyState
+    from vps.backends.dispatch import backend
+    from vps.config import VPSConfig
     from vps.fitting import calibrate, sensitivity
+    from vps.functional import vps_linear
+    from vps.layers.linear import VPSLinear
+    from vps.masking import token_mask
+    from vps.model.calibration import Calibration, clear_calibration
+    from vps.model.capture import capture
+    from vps.model.entropy import EntropyProcessor, token_entropy
+    from vps.model.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
+    from vps.model.settings import load, save
+    from vps.refine import Iteration, RefineResult, refine
 
 __version__ = "0.1.0"
 
@@ -60,14 +61,46 @@ __all__ = [
     "vps_linear",
 ]
 
+# Modules that are public themselves; ``backends`` and ``refine`` can be called.
+_MODULES = ("backends", "fitting", "reference", "refine")
+_HOMES = {
+    "algorithm.policy": ("PolicyState",),
+    "backends.dispatch": ("backend",),
+    "config": ("VPSConfig",),
+    "fitting": ("calibrate", "sensitivity"),
+    "functional": ("vps_linear",),
+    "layers.linear": ("VPSLinear",),
+    "masking": ("token_mask",),
+    "model.calibration": ("Calibration", "clear_calibration"),
+    "model.capture": ("capture",),
+    "model.entropy": ("EntropyProcessor", "token_entropy"),
+    "model.patching": (
+        "PatchReport",
+        "disabled",
+        "patch",
+        "policy_state",
+        "set_config",
+        "unpatch",
+    ),
+    "model.settings": ("load", "save"),
+    "refine": ("Iteration", "RefineResult"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    """Fitting, with what it needs for evaluation, when it is asked for: importing vps is light."""
-    if name == "fitting":
-        return import_module("vps.fitting")
-    if name in ("calibrate", "sensitivity"):
-        return getattr(import_module("vps.fitting"), name)
-    raise AttributeError(f"module 'vps' has no attribute {name!r}")
+    """Load a public name from its module and keep it."""
+    if name in _MODULES:
+        return import_module(f"vps.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'vps' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"vps.{_HOME[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not, and what the module holds."""
+    return sorted({*globals(), *__all__, "fitting"})
 
 
 class _Moved:
@@ -97,4 +130,30 @@ class _Moved:
         module.__spec__ = self.spec  # the import has put that of the old name there
 
 
+class _Operators:
+    """Registers ``torch.ops.vps`` when torch is imported after vps: a program that torch.export
+    saved asks for the operators by name, before any name of ours is used."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                # A torch without what we need raises when a layer is asked for.
+                with suppress(ImportError):
+                    import_module("vps.functional")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
 sys.meta_path.append(_Moved())  # type: ignore[arg-type]
+if "torch" in sys.modules:
+    import_module("vps.functional")
+else:
+    sys.meta_path.insert(0, _Operators())  # type: ignore[arg-type]

@@ -8,8 +8,10 @@ whether the verification loss fell.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -306,3 +308,13 @@ def _check_backend(model: Any) -> None:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+class _Refine(ModuleType):
+    """The module, and the function ``vps.refine()`` that has its name."""
+
+    __call__ = staticmethod(refine)
+
+
+__signature__ = inspect.signature(refine)
+sys.modules[__name__].__class__ = _Refine

@@ -6,8 +6,7 @@ import pytest
 
 from vps.verify import extract_answer, extract_number
 from vps.verify.text import LIMIT, clean
-from vps.verify.unit_names import KNOWN, OFFSET, lookup
-from vps.verify.units import convert, match, scale
+from vps.verify.units import KNOWN, OFFSET, convert, lookup, match, scale
 
 NUMBERS = [
     ("42", 42),
@@ -39,7 +38,7 @@ NUMBERS = [
     ("I have 3 and then 4 apples", 4),
     ("So 3 + 4 = 7.", 7),
     ("so a + b = 7 in all", 7),
-    ("pages 10-15", 15),
+    ("pages 10-15", None),
     ("10 - 5", 5),
     ("1,234.5", Fraction("1234.5")),
     ("It is 1,234,567.", 1234567),
@@ -93,8 +92,8 @@ NUMBERS = [
     ("5!", 120),
     ("It is 5!", 5),
     ("|3 - 5|", 2),
-    ("(3, 4)", 4),
-    ("5, 6, 7", 7),
+    ("(3, 4)", None),
+    ("5, 6, 7", None),
     ("５２", 52),
     ("٤٢", 42),
     ("४२", 42),
@@ -103,7 +102,7 @@ NUMBERS = [
     ("\u202e42", 42),
     ("42\x00", 42),
     ("\ufeff42", 42),
-    ("10:30", 30),
+    ("10:30", None),
     ("", None),
     (" \n", None),
     ("none", None),

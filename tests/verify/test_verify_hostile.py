@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from formula_cases import CASES as FORMULAS
 from hostile_cases import CASES as HOSTILE
+from kind_cases import CASES as PLAIN
 from ordinary_cases import CASES as ORDINARY
 
 from vps.verify import CompositeVerifier, check, default_pool, extract_answer, warm
@@ -18,9 +20,10 @@ from vps.verify.pool import MEMORY
 
 pytest.importorskip("sympy")
 pytest.importorskip("pint")
-pytest.importorskip("latex2sympy2_extended")
+pytest.importorskip("math_verify")
 
 CASES = HOSTILE + ORDINARY
+KINDS = PLAIN + FORMULAS
 # What a busy machine may keep this process waiting for beyond the limit.
 SLACK = 0.5
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
@@ -103,7 +106,30 @@ def test_verdict(guarded, prediction, gold, verdict):
     assert in_time(check, prediction, gold).value == verdict
 
 
+@pytest.mark.parametrize(
+    "prediction, gold, verdicts", KINDS, ids=lambda value: ascii(value[:24]).replace("::", ":")
+)
+def test_verdict_and_loss_of_every_kind(before, prediction, gold, verdicts):
+    """Loss agrees with verdict: none where equality is shown, some where a difference is."""
+    verdict = check(prediction, gold, timeout=30).value
+    assert verdict in verdicts
+    parts = CompositeVerifier(timeout=30)(prediction, gold).parts
+    if verdict == "correct":
+        assert parts == {"numeric": 0, "units": 0, "algebraic": 0}
+    elif verdict == "wrong":
+        assert any(parts.values())
+
+
+def test_an_answer_is_itself(before):
+    """Both sides of every row that is no undefined value answer themselves."""
+    for prediction, gold, _ in KINDS:
+        for text in {prediction, gold}:
+            assert check(text, text, timeout=30).value != "wrong", text
+
+
 def test_table():
+    assert len({(prediction, gold) for prediction, gold, _ in KINDS}) == len(KINDS) >= 300
+    assert min(Counter(verdicts[0] for *_, verdicts in KINDS).values()) >= 100
     assert len({(prediction, gold) for prediction, gold, _ in CASES}) == len(CASES) >= 150
     assert min(Counter(verdict for *_, verdict in CASES).values()) >= 50
 
@@ -147,6 +173,23 @@ def test_plain_answers_take_5_ms_at_most(before):
         assert check(prediction, gold).value == "correct"
         times.append(time.perf_counter() - start)
     assert sorted(times)[len(times) // 2] <= 0.005
+
+
+def test_formulas_take_50_ms_at_most(before):
+    """In the median, warm; the first of its kind takes longer."""
+    formulas = [
+        (r"\boxed{\frac{x^{2}-1}{x-1}}", "x + 1"),
+        (r"So $x = \frac{\sqrt{3}}{2}$.", r"\frac{\sqrt{3}}{2}"),
+        (r"\boxed{2\sqrt{2} + \pi}", r"\sqrt{8} + \pi"),
+        (r"\boxed{\{1, 2, 3\}}", "1, 2, 3"),
+        (r"x \in (3, 5)", "3 < x < 5"),
+    ]
+    times = []
+    for prediction, gold in formulas * 9:
+        start = time.perf_counter()
+        assert check(prediction, gold).value == "correct"
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[len(times) // 2] <= 0.05
 
 
 @pytest.mark.parametrize("mark", ["so 5 ", "the answer is 5 ", "#### 5 ", r"\boxed{5 "])

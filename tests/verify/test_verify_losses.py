@@ -17,7 +17,7 @@ from vps.verify import (
 
 pytest.importorskip("sympy")
 pytest.importorskip("pint")
-pytest.importorskip("latex2sympy2_extended")
+pytest.importorskip("math_verify")
 
 VERDICTS = [
     ("The answer is 42.", "6 * 7\n#### 42", "correct"),

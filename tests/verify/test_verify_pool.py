@@ -15,7 +15,7 @@ from vps.verify.composite import TIMEOUT
 
 pytest.importorskip("sympy")
 pytest.importorskip("pint")
-pytest.importorskip("latex2sympy2_extended")
+pytest.importorskip("math_verify")
 
 SLACK = 0.5
 ALGEBRA = ("x^2 - 1", "(x-1)(x+1)")

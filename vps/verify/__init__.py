@@ -1,8 +1,18 @@
 """Text in, losses out: verification of what a language model wrote, without evaluating it.
 
-``L = Σ w_i ℓ_i`` with parts *numeric*, *units*, *self_consistency* and *algebraic* (SPEC §9).
-Plain numbers are compared in process as exact fractions; expressions go to a worker process
-with limits on time and memory. Imports neither torch nor any other part of vps.
+``L = Σ w_i ℓ_i`` with parts *numeric*, *units*, *self_consistency* and *algebraic* (SPEC §9,
+docs/verifier.md). Imports neither torch nor any other part of vps. In reading order:
+
+- ``composite``: ``CompositeVerifier`` and ``check``, what most callers need
+- ``losses``: whether two answers are equal, and the four parts of the loss
+- ``answer``: the answer in a text: a plain one, a formula, or words
+- ``text``: hostile text made plain, and the part of it that a mark names
+- ``kinds``: quantities, ratios, times, dates and ranges
+- ``units``: names of units and money (``units.txt``), and conversion by pint
+- ``arithmetic``: exact numbers from text, bounded
+- ``pool``: worker processes behind a time limit
+- ``worker``: the process that answers, with limits on itself
+- ``symbolic``: formulas by Math-Verify, and what it lacks
 """
 
 from vps.verify.answer import Answer, extract_answer, extract_number
@@ -51,7 +61,7 @@ def warm(timeout: float = 60.0) -> None:
 
     Raises:
         TimeoutError: none was ready in time.
-        ImportError: pint, sympy or latex2sympy2_extended is not installed.
+        ImportError: pint or math-verify is not installed.
     """
     registry()
     default_pool().warm(timeout)

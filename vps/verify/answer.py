@@ -1,4 +1,4 @@
-r"""The answer in a text: last ``\boxed{}``, last ``####``, last "answer is", last number (SPEC §9).
+"""The answer in a text: a plain one worked out here, a formula for the worker, or words (SPEC §9).
 
 A marked answer is read where its mark is, whatever else the text says.
 """
@@ -6,47 +6,76 @@ A marked answer is read where its mark is, whatever else the text says.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
-from typing import Literal
 
-from vps.verify import latex
-from vps.verify.compound import compound
-from vps.verify.expression import parse_tokens
-from vps.verify.limits import NotAnExpressionError, UndecidableError
-from vps.verify.nodes import Node, value
-from vps.verify.text import clean
-from vps.verify.tokens import (
-    BINARY,
-    CLOSING,
-    CONSTANTS,
-    FUNCTIONS,
-    GREEK_NAMES,
-    OPENING,
-    Token,
-    known,
-    runs,
-    scan,
+from vps.verify import arithmetic, kinds, units
+from vps.verify.arithmetic import LITERAL, UndecidableError
+from vps.verify.text import Source, clean, locate, undressed
+
+MAX_FORMULA = 400
+GREEK = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau "
+    "phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega"
+).split()
+FUNCTIONS = (
+    "sin cos tan cot sec csc sinh cosh tanh asin acos atan arcsin arccos arctan exp log ln sqrt abs"
+).split()
+NOT_A_VALUE = ("nan", "inf", "oo")
+KNOWN = "|".join([*GREEK, *FUNCTIONS, "pi", "infinity", "mod"])
+OPERATOR = r"[-+*/^=<>]"
+# What mathematics is made of: known words, commands, numbers, signs, letters that stand alone.
+PIECE = (
+    rf"(?:{LITERAL}|\\[A-Za-z]+[ \t]*|\\[{{}}|]|(?<![^\W\d_])(?:(?:{KNOWN})(?![^\W\d_])[ \t]*"
+    r"|[A-Za-z](?![^\W\d_]|'[a-z]))"
+    r"|!=|[-+*/^()\[\]{}=<>!_|°]|[,;:](?=\S|\s[^()\[\]{}\n]{0,60}[)\]}]))"
 )
-from vps.verify.units import Unit
-
-Source = Literal["boxed", "hashes", "phrase", "text"]
-
-BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
-PHRASE = re.compile(
-    r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE
+# A number ends what stands before it, but for "1 3/4": "5 5" and "3 m 4 m" are rows.
+JOINT = r"(?:[ \t]*(?![ \t\d.])|(?<![A-Za-z\d.])[ \t]*|(?=\S)|(?<=\d)[ \t]+(?=\d{1,9}/\d))"
+STRETCH = re.compile(rf"{PIECE}(?:{JOINT}{PIECE})*")
+# Two or three letters that touch a number or an operator are a product of variables.
+PRODUCT = re.compile(
+    rf"(?:(?<={OPERATOR})\s?|(?<=[\d)}}\](]))(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?![A-Za-z])"
+    rf"|(?<![A-Za-z\\])(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?=\s?{OPERATOR}|[\d({{_])"
 )
-INLINE_LATEX = re.compile(r"\$([^$\n]{1,400})\$")
-GLUE = frozenset({"*", "**", "/", "^", "!", "_"})
-COMMAND = re.compile(r"\\([A-Za-z]+)")
-COMMANDS = frozenset({"frac", "sqrt", *FUNCTIONS, *CONSTANTS, *GREEK_NAMES})
-INTERVAL = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
-PLAIN_SET = re.compile(r"\{[^{}\\]+,[^{}\\]+\}")
-ALTERNATIVES = re.compile(r"(?:,|\b)\s{1,9}(?:or|and)\s{1,9}")
-SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
-MAX_LATEX = 400
+JOINED = re.compile(
+    rf"(?<![A-Za-z\\])(?:{KNOWN}|or|and|in)(?![A-Za-z])|\\(?:begin|end)\{{[a-z]+\}}(?:\{{[clr|]+\}})?|\\[A-Za-z]+"
+)
+FOREIGN = re.compile(r"[^\W\d_]{2,}|[^\x00-\x7fα-ωΑ-Ω°]|[^\w\s°'&\\+*/^()\[\]{}=<>!|,;:.-]")
+# A letter that is a word: "a 4", "5 I".
+LETTERS_FIRST = re.compile(rf"(?:[A-Za-z][ \t]+)+(?!{OPERATOR}|[A-Za-z\\(])")
+LETTERS_LAST = re.compile(rf"(?<!{OPERATOR})(?:(?<=[\d)}}\],;:!])[ \t]+[A-Za-z])+$")
+LEADING = re.compile(r"(?:[)\]}=<>,;:+!\s°'&]|[-*]+(?=[-*]*\s))+")
+TRAILING = re.compile(r"(?:[-+*/^=<>(\[{!_,;:\s'&]|\\(?=$))+$")
+# Two numbers in a row, a base, a division by zero, a comment: no formula.
+BROKEN = re.compile(
+    rf"(?<![_^\d.,])(?>{LITERAL})(?:\s+\d|\.\d|_)|(?<![A-Za-z\\])[A-Za-z]\s+\d|\d[eE]\d|\d'"
+    r"|[,;]\s{0,3}[,;]|%|^\s*[,;/^!]|/\s?0(?![.\d])"
+)
+POWER = r"(?:\^|\*\*)[({\s]{0,4}-?"
+HUGE = re.compile(
+    rf"(?<!\}}){POWER}(?:\d{{5,}}|\d{{2,}}[)}}\s]{{0,4}}{POWER}\d|\d[)}}\s]{{0,4}}{POWER}\d+[)}}\s]{{0,4}}{POWER}\d)"
+)
+# What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
+NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\(\w{1,3}(?:,\s?\w{1,3})?\))?")
+EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
+# The rounded value behind an exact one: "5/3 ≈ 1.67" is 5/3, "x ≈ 11" is 11.
+APPROXIMATED = re.compile(rf"(?<=[\d)}}!%])\s{{0,3}}(?:\\approx(?![A-Za-z])|≈)\s{{0,3}}-?{LITERAL}")
+LETTER = re.compile(r"[(\[]?\s?([A-Za-z])(?:\s?,\s?[A-Za-z]){0,9}\s?[)\]]?")
+INLINE = re.compile(
+    r"\$\$[^$]{1,400}\$\$|\$[^$\n]{1,400}\$|\\\((?:[^\\\n]|\\[^)\n]){1,400}\\\)"
+    r"|\\\[(?:[^\\]|\\[^\]]){1,400}\\\]"
+)
+JOINT_OF_FORMULAS = re.compile(r"[\s,;]{0,3}(?:and|or)?\s{0,3}")
+LAST_LIST = re.compile(
+    rf"(?<![\w.,])-?{LITERAL}(?:\s?(?:,\s?(?:and|or)?|and|or)\s?-?{LITERAL}){{1,20}}[.!]?\s*$"
+)
+LIST_BEFORE = re.compile(
+    r"(?:(?:[\d%°],?[^\S\n]{0,3}(?:-|to|or|and|through|;)|\bbetween\b[^.\n]{1,40}\band"
+    r"|\bfrom\b[^.\n]{1,40}\bto)[^\S\n]{0,3}|\d[:/]|\d[^\S\n]?[^\W\d_]{0,3}[^\S\n]by[^\S\n])[$€£]?$"
+)
+COMMA_BEFORE = re.compile(r"\d,\s{1,3}[$€£]?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +85,36 @@ class Answer:
     Attributes:
         text: the marked part, or the whole text.
         source: where it was found.
-        value: the number, exact; of an equation its last side, of several numbers the last.
-        unit: names of pint with their exponents, where a known unit follows the number.
-        expression: the parsed expression, a number too; ``None`` where there is none.
-        latex: LaTeX beyond the grammar of ``expression``, for the worker.
-        undecidable: an expression stands there that is not worked out (too large, ``1/0``), or
-            the text was cut and no answer is in what is left.
+        value: the number, exact; of "x = 5" the 5. ``None`` for several numbers.
+        unit: names of pint, or money, with their exponents, where a known unit is named.
+        parts: the kind of another plain answer and its numbers: ``("ratio", 3, 2)``, and
+            ``time``, ``date``, ``range`` alike.
+        formula: algebra or LaTeX that the worker reads.
+        undecidable: an answer stands there that is not worked out (too large, ``1/0``) or of
+            which a part would be dropped, or the text was cut and no answer is in what is left.
     """
 
     text: str
     source: Source
     value: Fraction | None = None
-    unit: Unit | None = None
-    expression: Node | None = None
-    latex: str | None = None
+    unit: units.Unit | None = None
+    parts: kinds.Parts | None = None
+    formula: str | None = None
     undecidable: bool = False
+
+    @property
+    def says_words(self) -> bool:
+        """Whether neither a number nor any mathematics was found."""
+        return self.value is None and not (self.parts or self.formula or self.undecidable)
 
     @property
     def words(self) -> str:
         """The text without case, punctuation and spacing."""
-        return " ".join(re.findall(r"\w+", latex.plain(self.text).casefold()))
+        return " ".join(re.findall(r"\w+|[-+*/^=<>&#@']", undressed(self.text).casefold()))
 
 
 def extract_answer(text: str) -> Answer | None:
-    """The answer that ``text`` gives; ``None`` for a text without any word or number.
+    """Find the answer that ``text`` gives; ``None`` for a text without any word or number.
 
     Args:
         text: any text; only its last 4096 characters are read, and nothing is evaluated but
@@ -92,14 +127,17 @@ def extract_answer(text: str) -> Answer | None:
     source, region = locate(cleaned)
     if not region:
         return Answer("", source, undecidable=True) if cut else None
-    answer = read(region, source)
-    if cut and source == "text" and answer.value is None and answer.expression is None:
+    try:
+        answer = read(region, source)
+    except (UndecidableError, RecursionError):
+        answer = Answer(region, source, undecidable=True)
+    if cut and source == "text" and answer.value is None and answer.formula is None:
         return replace(answer, undecidable=True)
     return answer
 
 
 def extract_number(text: str) -> Fraction | None:
-    """The number that ``text`` answers, exact and without its unit; ``None`` where there is none.
+    """Return the number that ``text`` answers, exact and without its unit, or ``None``.
 
     Args:
         text: as for :func:`extract_answer`.
@@ -108,272 +146,223 @@ def extract_number(text: str) -> Fraction | None:
     return answer.value if answer else None
 
 
-def locate(text: str) -> tuple[Source, str]:
-    """The part of a cleaned text that holds the answer, and what marks it."""
-    boxed = last_box(text)
-    if boxed:
-        return "boxed", boxed
-    hashes = text.rfind("####")
-    if hashes >= 0:
-        line = first_line(text[hashes:].lstrip("#"))
-        if line:
-            return "hashes", line
-    phrases = list(PHRASE.finditer(text))
-    if phrases:
-        line = first_line(text[phrases[-1].end() :])
-        if line:
-            return "phrase", line
-    return "text", text.strip()
-
-
-def last_box(text: str) -> str:
-    r"""Content of the last ``\boxed{}`` that is closed and not empty."""
-    opened: list[int | None] = []
-    best = (-1, -1)
-    for brace in BRACE.finditer(text):
-        if brace[0] == "{":
-            opened.append(None)
-        elif brace[0][0] == "\\" and brace[0][-1] == "{" and len(brace[0]) > 2:
-            opened.append(brace.end())
-        elif brace[0] == "}" and opened:
-            start = opened.pop()
-            if start is not None and start > best[0] and text[start : brace.start()].strip():
-                best = (start, brace.start())
-    return text[best[0] : best[1]].strip() if best[0] >= 0 else ""
-
-
-def first_line(text: str) -> str:
-    """The first line that is not empty; the next one with it where it ends in a colon."""
-    lines = [line for line in text.lstrip().split("\n", 9)[:9] if line.strip()]
-    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
-        return lines[1].strip()
-    return lines[0].strip() if lines else ""
-
-
 def read(region: str, source: Source) -> Answer:
-    """Number, unit and expression of a region."""
-    text = latex.plain(region).strip().rstrip(".,;:? \t\n")
-    if source == "phrase":
-        text = text.rstrip("!.,;:? ")
-    if SPACED_THOUSANDS.fullmatch(text):
-        text = text.replace(" ", "")
+    """Read a region: all of it as one answer, else a formula at its end, else from its prose.
+
+    Raises:
+        UndecidableError: the answer is not worked out, or a part of it would be dropped.
+    """
     answer = Answer(region, source)
-    tokens = list(scan(text))
-    quantity = compound(tokens)
-    if quantity and (source == "text" or quantity.first is tokens[0]):
-        node: Node = ("number", quantity.value)
-        return replace(answer, value=quantity.value, unit=quantity.unit, expression=node)
-    whole = read_whole(text, answer) or read_alternatives(text, answer)
+    region = APPROXIMATED.sub("", region)
+    text = undressed(region).strip().rstrip(".,;:? \t\n")
+    if source == "phrase":
+        text = re.split(r"\s(?:because|since)\b", text)[0].rstrip("!.,;:? ")
+    whole = read_whole(text, answer)
     if whole is not None:
         return whole
-    if source == "text":
-        inline = list(INLINE_LATEX.finditer(region))
-        if inline and not re.search(r"\w", region[inline[-1].end() :]):
-            content = latex.plain(inline[-1][1]).strip()
-            whole = read_whole(content, answer) if informative(list(scan(content))) else None
-            if whole is not None:
-                return whole
-    notation = foreign(region)
-    if notation is not None:
-        return replace(answer, latex=notation)
-    return read_prose(text, answer) if source == "text" else read_first(text, answer)
+    formulas = inline_formulas(region, first=source in ("phrase", "hashes"))
+    if formulas and not LIST_BEFORE.search(region[: formulas[0].start()].replace("$", " ")):
+        contents = [undressed(found[0]).strip() for found in formulas]
+        whole = read_whole(", ".join(contents), answer)
+        if whole is not None and not whole.says_words:
+            return whole
+    return read_prose(text, answer)
+
+
+def inline_formulas(region: str, first: bool) -> list[re.Match[str]]:
+    """Find the LaTeX that a region begins or ends with: one, or several joined by "and"."""
+    chosen: list[re.Match[str]] = []
+    found = list(INLINE.finditer(region))
+    for match in found[:10] if first else found[:-11:-1]:
+        edges = (chosen[-1].end() if chosen else 0, match.start())
+        if not first:
+            edges = (match.end(), chosen[-1].start() if chosen else len(region))
+        gap = region[slice(*edges)]
+        if not (JOINT_OF_FORMULAS.fullmatch(gap) if chosen else re.fullmatch(r"\W*", gap)):
+            break
+        chosen.append(match)
+    return chosen if first else chosen[::-1]
 
 
 def read_whole(text: str, answer: Answer) -> Answer | None:
-    """The answer where all of the text is one expression, with a unit or without."""
-    if "\n" in text:
-        return None
-    found = list(scan(text))
-    if not found:
-        return None
-    unit = found[-1].unit
-    expression = found[:-1] if unit else found
-    if any(token.kind in ("junk", "unit") for token in expression):
-        return None
-    if not (len(text) < 8 and letter_alone(expression) or letters_only(expression)):
-        # Runs leave out the commas after which a sentence goes on; here a tuple does.
-        covered = sum(len(run) for run in runs(text, 3))
-        if covered < len(found) - sum(token.text == "," for token in expression):
-            return None
+    """Read a text of which every part counts; ``None`` where it is prose."""
+    about = kinds.ABOUT.match(text)
+    text = text[about.end() :] if about else text
+    bullet = re.match(r"[-*+]\s+(?=[\d$.])|[,;:]\s*", text)
+    text = text[bullet.end() :] if bullet else text
+    if re.fullmatch(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?", text):
+        text = text.replace(" ", "")
+    if structure := kinds.structure(text):
+        return replace(answer, parts=structure[0], unit=structure[1])
+    if re.fullmatch(r"-?(?:\d+,\d\d?|0,\d+)", text):  # a list, or a decimal beside a number
+        return replace(answer, value=Fraction(text.replace(",", ".")), formula=text)
+    digits = kinds.based(text)
+    if digits is not None:
+        return replace(answer, value=digits)
+    found = read_quantity(text)
+    if found:
+        return replace(answer, value=found.value, unit=found.unit)
+    sides = EQUALS.split(text)
+    if len(sides) > 1 and not any(re.search(r"[,;]|\b(?:or|and)\b", side) for side in sides[1:-1]):
+        last = read_quantity(sides[-1].strip())
+        named = NAME.fullmatch(sides[0].strip())
+        if last and not named:
+            values = {arithmetic.evaluate(side) for side in sides[:-1]}
+            if None not in values and values != {last.value}:
+                raise UndecidableError("sides that differ")
+        if last and (named or None not in values):
+            relation = text if named and len(text) <= MAX_FORMULA else None
+            return replace(answer, value=last.value, unit=last.unit, formula=relation)
+    formula = read_formula(text, answer)
+    if formula is None and len(text) < 400 and kinds.LISTED.fullmatch(text):
+        raise UndecidableError("several quantities")
+    return formula
+
+
+def read_quantity(text: str) -> kinds.Quantity | None:
+    """Read a number with its unit, or several units, that nouns alone may follow."""
+    minus = kinds.MINUS.match(text)
+    if minus:
+        found = read_quantity(text[minus.end() :])
+        return found and found._replace(value=-found.value)
     try:
-        node = parse_tokens(expression)
-    except UndecidableError:
-        return replace(answer, undecidable=True)
-    except NotAnExpressionError:
+        for found in (kinds.compound(text), kinds.quantity(text)):
+            if found and (found.end == len(text) or kinds.NOUNS.fullmatch(text, found.end)):
+                return found
+    except kinds.ChangedError:
         return None
-    return replace(answer, value=value(node), unit=unit, expression=node)
+    return None
 
 
-def read_alternatives(text: str, answer: Answer) -> Answer | None:
-    """The answer where all of the text is expressions with "and" or "or" between them.
+def read_formula(text: str, answer: Answer) -> Answer | None:
+    """Take a text that is mathematics from end to end, without the unit at its end."""
+    if len(text) > MAX_FORMULA:
+        return None
+    if HUGE.search(text):
+        raise UndecidableError("a tower of powers")
+    tail = re.search(r"(?<=[\s\d)}\]])([^\W\d_][^\\{}=<>]{0,30}|[°%])$", text)
+    head = text[: tail.start()] if tail else ""
+    found = units.match(text, tail.start(1)) if tail else None
+    if tail and found and found.end == len(text) and is_formula(head):
+        constant = not re.search(r"(?<![\\A-Za-z])[A-Za-z]", head)
+        metres = tail[1] == "m" and head[-1].isspace() and "\\" in head
+        if len(tail[1]) > 1 or constant and (metres or tail[1] in "°%"):
+            return replace(answer, formula=head.strip(), unit=found.unit)
+    if is_formula(text):
+        return replace(answer, formula=text)
+    return None
 
-    Of inequalities they say different things, which is not worked out.
-    """
-    joined = ALTERNATIVES.sub(", ", text)
-    whole = read_whole(joined, answer) if joined != text else None
-    if whole is not None and re.search("[<>]", text):
-        return replace(answer, undecidable=True)
-    return whole
+
+def is_formula(text: str) -> bool:
+    """Tell whether a text has no word but those of formulas; three letters may be a product."""
+    if BROKEN.search(text) or re.search(rf"{OPERATOR}\s*$", text) or excess(text):
+        return False
+    if "\\int" in text:
+        text = re.sub(r"\bd[a-z]\b", " ", text)
+    if FOREIGN.search(PRODUCT.sub(" ", JOINED.sub(" ", text))):
+        return False
+    return informative(text) or bool(LETTER.fullmatch(text))
 
 
-def letters_only(tokens: Sequence[Token]) -> bool:
-    """Whether a text is mathematics whose unknown words all have one letter: ``2 x y``."""
-    return informative(tokens) and all(
-        token.kind != "word" or len(token.text) == 1 or known(token.text) for token in tokens
+def excess(text: str) -> int:
+    """Count the brackets that are open at the end of a text."""
+    return sum(text.count(bracket) for bracket in "([{") - sum(map(text.count, ")]}"))
+
+
+def informative(text: str) -> bool:
+    """Tell whether a text says something: a number, a command, or an operator by a symbol."""
+    return bool(
+        re.search(r"\d|\\[A-Za-z]", text)
+        or re.search(r"[^\W_]", text)
+        and re.search(OPERATOR, text)
     )
-
-
-def letter_alone(tokens: Sequence[Token]) -> bool:
-    """Whether a text is one letter, in brackets or not."""
-    inner = [token for token in tokens if token.text not in OPENING | CLOSING]
-    return len(inner) == 1 and len(inner[0].text) == 1
-
-
-def read_first(text: str, answer: Answer) -> Answer:
-    """The answer from the first stretch of mathematics behind a mark."""
-    for run in runs(text, 1 if answer.source == "phrase" else 3):
-        if informative(run):
-            return read_run(text, run, answer, last=False)
-    return answer
 
 
 def read_prose(text: str, answer: Answer) -> Answer:
-    """The answer from the last number of a text, and the last expression."""
-    expression = None
-    for line in reversed(text.split("\n")):
-        for run in reversed(runs(line)):
-            if has_number(run):
-                found = read_run(line, run, answer, last=True)
-                if expression is not None and not found.undecidable:
-                    found = replace(found, expression=expression)
-                return found
-            if expression is None and informative(run):
-                expression = read_run(line, run, answer, last=True).expression
-    return replace(answer, expression=expression)
+    """Read the last number or formula of a text, or the first behind a mark."""
+    lines = text.split("\n")
+    for line in lines if answer.source != "text" else reversed(lines):
+        found = stretches(line)
+        if found and answer.source != "text":
+            return read_stretch(line, *found[0], answer)
+        if found:
+            if len(found) > arithmetic.MAX_TOKENS and not re.search(r"[^\W\d_]{2}", line):
+                raise UndecidableError("a row too long")
+            start, end = found[-1]
+            quantity = reaching(line, found, end)
+            if quantity:
+                return replace(answer, value=quantity.value, unit=quantity.unit)
+            before = "" if "=" in line[start:end] else line[max(0, start - 60) : start]
+            alone = not re.search(r"[^\W\d_]{3}", line[end:])
+            if LIST_BEFORE.search(before) or alone and COMMA_BEFORE.search(before):
+                listed = LAST_LIST.search(line)
+                if listed is None:
+                    raise UndecidableError("several numbers")
+                return replace(answer, formula=listed[0].strip(" .!"))
+            return read_stretch(line, start, end, answer)
+    # LaTeX that says more than words
+    return replace(answer, undecidable="\\" in undressed(answer.text))
 
 
-def has_number(run: Sequence[Token]) -> bool:
-    """Whether a number is in a run."""
-    return any(token.kind == "number" for token in run)
+def reaching(line: str, found: list[tuple[int, int]], end: int) -> kinds.Quantity | None:
+    """Read units that reach to ``end`` in a line, as in "5 km/h" or "1 hour and 30 minutes"."""
+    for start, stop in found[-kinds.MAX_PAIRS - 1 :]:
+        with suppress(kinds.ChangedError):
+            quantity = kinds.compound(line, start)
+            if quantity is None and stop < end:
+                quantity = kinds.quantity(line, start, stop)
+            if quantity and quantity.end >= end:
+                return quantity
+    return None
 
 
-def informative(run: Sequence[Token]) -> bool:
-    """Whether a run says something: a number, a command, or an operator beside a symbol."""
-    if any(token.kind in ("number", "command") for token in run):
-        return True
-    words = sum(token.kind == "word" for token in run)
-    return words > 0 and any(token.text in BINARY for token in run)
+def read_stretch(text: str, start: int, end: int, answer: Answer) -> Answer:
+    """Read one stretch of mathematics: a number with the unit behind it, or a formula."""
+    sides = list(EQUALS.finditer(text, start, end))
+    found = None
+    if structure := kinds.structure(text[start:end]):
+        after = kinds.unit_at(text, end)
+        return replace(answer, parts=structure[0], unit=after.unit if after else structure[1])
+    if not re.search(r"(?<![<>])[<>]", text[start:end]):
+        first = sides[-1].end() if sides else start
+        first += len(text[first:]) - len(text[first:].lstrip())
+        before = re.search(r"(?:US)?[$€£¥₹₽₩]\s?-?$|-[$€£]$", text[:first])
+        found = kinds.quantity(text, before.start() if before else first, end)
+    if found and found.end >= end:
+        return replace(answer, value=found.value, unit=found.unit)
+    whole = read_whole(text[start:end], answer)
+    if whole is None:
+        raise UndecidableError("a part of it would be dropped")
+    return whole
 
 
-def read_run(text: str, run: Sequence[Token], answer: Answer, last: bool) -> Answer:
-    """The answer that one stretch of mathematics gives."""
-    unit = run[-1].unit
-    tokens = trim(text, list(run[:-1] if unit else run))
-    if last and is_range(tokens):
-        tokens = tokens[-1:]
-    try:
-        node = parse_tokens(tokens)
-    except UndecidableError:
-        return replace(answer, undecidable=True)
-    except NotAnExpressionError:
-        if any(token.kind == "command" for token in tokens):
-            return replace(answer, undecidable=True)
-        plain = plain_number(tokens, last)
-        if plain is None:
-            return replace(answer, undecidable=has_number(tokens))
-        unit = unit if plain is tokens[-1] else None
-        return read_run(text, [plain], replace(answer, unit=unit), last)
-    if last and node[0] == "equals" and node[-1][0] == "number":
-        node = node[-1]  # "so a + b = 7" in a sentence says 7
-    return replace(answer, value=value(node), unit=unit or answer.unit, expression=node)
+def stretches(text: str) -> list[tuple[int, int]]:
+    """Find from where to where mathematics stands in a line, without what leads to nothing."""
+    found = [trimmed(text, *match.span()) for match in STRETCH.finditer(text)]
+    return [(start, end) for start, end in found if informative(text[start:end])]
 
 
-def trim(text: str, tokens: list[Token]) -> list[Token]:
-    """A run without operators and brackets that lead to nothing, in one pass from both ends.
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """Narrow a stretch by operators, brackets and letters that lead to nothing.
 
-    A hyphen after a word and a bullet before a space are no signs; a power or product that a
-    word is part of (``foo**9``) stays, and is no number.
+    A hyphen after a word and a bullet before a space are no signs.
     """
-    start, end = 0, len(tokens)
-    excess = sum((token.text in OPENING) - (token.text in CLOSING) for token in tokens)
-    bars = sum(token.text == "|" for token in tokens)
-    while start < end:
-        first, last = tokens[start], tokens[end - 1]
-        closes = last.text == "|" and bars % 2 == 0
-        if last.text in BINARY | OPENING | {"!", "_", ",", "|"} and not closes:
-            gone, end = last, end - 1
-        elif last.text in CLOSING and excess:
-            gone, end = last, end - 1
-        elif first.text in CLOSING | {"=", "<", ">", "<=", ">=", ",", "+"}:
-            gone, start = first, start + 1
-        elif first.text in OPENING and excess:
-            gone, start = first, start + 1
-        elif first.text in ("-", "*", "**") and not sign(text, tokens[start : start + 2]):
-            gone, start = first, start + 1
-        else:
+    for _ in range(9):
+        before = start, end
+        last = TRAILING.search(text, start, end)
+        end = last.start() if last else end
+        letter = LETTERS_LAST.search(text, start, end)
+        end = letter.start() if letter else end
+        for pattern in (LEADING, LETTERS_FIRST):
+            first = pattern.match(text, start, end)
+            start = first.end() if first else start
+        if text[start:end].startswith("-") and text[start - 1 : start].isalnum():
+            start += 1
+        left = excess(text[start:end])
+        opening = re.compile(r"[(\[{\s]+").match(text, start, end)
+        closing = re.compile(r"[)\]}]+$").search(text, max(start, end - abs(left)), end)
+        start += min(left, opening.end() - start) if opening and left > 0 else 0
+        end = max(end + left, closing.start()) if closing and left < 0 else end
+        if (start, end) == before:
             break
-        excess -= (gone.text in OPENING) - (gone.text in CLOSING)
-        bars -= gone.text == "|"
-    return tokens[start:end]
-
-
-def sign(text: str, tokens: Sequence[Token]) -> bool:
-    """Whether the leading operator belongs to the number behind it."""
-    first = tokens[0]
-    glued_before = first.start > 0 and not text[first.start - 1].isspace()
-    if first.text == "-":
-        gap = len(tokens) < 2 or tokens[1].start > first.end
-        return not gap and not (glued_before and text[first.start - 1].isalnum())
-    return glued_before
-
-
-def is_range(tokens: Sequence[Token]) -> bool:
-    """Whether a run is ``10-15`` or ``12/05/2020``: glued numbers, all but one by signs alike."""
-    signs = [token.text for token in tokens[1::2]]
-    return (
-        (signs == ["-"] or signs in (["-", "-"], ["/", "/"]))
-        and len(tokens) % 2 == 1
-        and all(token.kind == "number" for token in tokens[::2])
-        and all(a.end == b.start for a, b in pairwise(tokens))
-    )
-
-
-def plain_number(tokens: Sequence[Token], last: bool) -> Token | None:
-    """A number of a run that no power, product or factorial touches."""
-    candidates = [
-        token
-        for index, token in enumerate(tokens)
-        if token.kind == "number"
-        and not (index and tokens[index - 1].text in GLUE)
-        and not (index + 1 < len(tokens) and tokens[index + 1].text in GLUE | {"("})
-        and not any(
-            other.kind in ("number", "word")
-            and (other.end == token.start or other.kind == "number" and other.start == token.end)
-            for other in tokens[max(0, index - 1) : index + 2]
-        )
-    ]
-    if not candidates or last and candidates[-1] is not last_number(tokens):
-        return None
-    return candidates[-1] if last else candidates[0]
-
-
-def last_number(tokens: Sequence[Token]) -> Token | None:
-    """The last number of a run."""
-    return next((token for token in reversed(tokens) if token.kind == "number"), None)
-
-
-def foreign(region: str) -> str | None:
-    r"""LaTeX beyond the parser's grammar that a region is, or that its last ``$...$`` holds."""
-    inline = list(INLINE_LATEX.finditer(region))
-    if inline and not re.search(r"\d", region[inline[-1].end() :]):
-        text = inline[-1][1].strip()
-    else:
-        text = region.strip().strip("$").strip()
-    if len(text) > MAX_LATEX or "\n" in text:
-        return None
-    if PLAIN_SET.fullmatch(text):
-        return rf"\{{{text[1:-1]}\}}"
-    if INTERVAL.fullmatch(text.replace(r"\left", "").replace(r"\right", "")) or r"\{" in text:
-        return text
-    commands = COMMAND.findall(latex.plain(text))
-    return None if all(name in COMMANDS for name in commands) else text
+    return start, max(start, end)

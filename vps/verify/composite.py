@@ -8,12 +8,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vps.verify.algebra import Equality, compare
 from vps.verify.answer import extract_answer
 from vps.verify.losses import (
+    Equality,
     Samples,
-    algebraic_loss,
+    compare,
     numeric_loss,
+    of_equality,
     sample_texts,
     self_consistency_loss,
     units_agreement_loss,
@@ -87,7 +88,7 @@ class CompositeVerifier:
     def __call__(
         self, prediction: str, gold: str | None = None, samples: Samples | None = None
     ) -> Losses:
-        """Each part and the total.
+        """Compute each part and the total.
 
         Args:
             prediction: what the model wrote.
@@ -104,18 +105,24 @@ class CompositeVerifier:
         deadline = time.monotonic() + WORKING_SHARE * self.timeout
         theirs = extract_answer(prediction)
         ours = None if gold is None else extract_answer(gold)
+        equality = Equality.DIFFERENT if ours is not None and not ours.says_words else None
+        if theirs is not None and ours is not None and {"numeric", "algebraic"} & {*self.weights}:
+            equality = compare(theirs, ours, deadline, self.pool)
         parts: dict[str, float] = {}
         undecided: list[str] = []
         for name in self.weights:
             match name:
                 case "numeric" if gold is not None:
-                    parts[name] = numeric_loss(theirs, ours)
+                    equal = equality is Equality.EQUAL
+                    parts[name] = 0.0 if equal else numeric_loss(theirs, ours)
                 case "units" if gold is not None:
                     parts[name] = units_loss(theirs, ours)
                 case "units":
                     parts[name] = units_agreement_loss(theirs, texts or [])
                 case "algebraic" if gold is not None:
-                    parts[name], decided = algebraic_loss(theirs, ours, deadline, self.pool)
+                    parts[name], decided = 0.0, True
+                    if ours is not None and equality is not None:
+                        parts[name], decided = of_equality(equality, ours)
                     undecided += [] if decided else [name]
                 case "self_consistency" if texts is not None:
                     parts[name] = self_consistency_loss(texts)
@@ -124,7 +131,7 @@ class CompositeVerifier:
 
 
 def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """A copy of the weights that :class:`CompositeVerifier` takes."""
+    """Return a copy of the weights that :class:`CompositeVerifier` takes."""
     if not isinstance(weights, Mapping):
         raise TypeError(
             "CompositeVerifier: weights must map names of parts to numbers, "
@@ -150,7 +157,7 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
 def check(
     prediction: str, gold: str, *, timeout: float = TIMEOUT, pool: Pool | None = None
 ) -> Verdict:
-    """Whether a prediction gives the gold's answer: number, unit, expression or words.
+    """Judge whether a prediction gives the gold's answer: number, unit, expression or words.
 
     Args:
         prediction, gold: texts, both untrusted.
@@ -166,9 +173,9 @@ def check(
     """
     deadline = time.monotonic() + WORKING_SHARE * check_timeout(timeout)
     theirs, ours = extract_answer(prediction), extract_answer(gold)
-    if ours is None or ours.undecidable or theirs is not None and theirs.undecidable:
-        return Verdict.UNDECIDED
-    if theirs is None or units_loss(theirs, ours):
+    if ours is None or theirs is None:
+        return Verdict.WRONG if ours and not ours.undecidable else Verdict.UNDECIDED
+    if not (ours.undecidable or theirs.undecidable) and units_loss(theirs, ours):
         return Verdict.WRONG
     match compare(theirs, ours, deadline, pool):
         case Equality.EQUAL:

@@ -7,15 +7,15 @@ import json
 import logging
 import math
 import os
+import queue
 import selectors
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from vps.verify.missing import missing
 
 WORKER = Path(__file__).with_name("worker.py")
 MEMORY = 1 << 30
@@ -52,8 +52,9 @@ class Worker:
             start_new_session=True,
         )
         self.buffer = b""
-        self.missing: list[str] | None = None
+        self.missing: list[str] | None = None  # packages, once it has started
         path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry)]
+        path[:0] = [root for root in (str(WORKER.parents[2]),) if root not in path]
         try:
             self.send({"path": path, "memory": memory})
         except WorkerDiedError:
@@ -67,7 +68,7 @@ class Worker:
             WorkerDiedError: nobody reads it.
         """
         try:
-            self.process.stdin.write(json.dumps(message, default=str).encode() + b"\n")  # type: ignore[union-attr]
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
         except (OSError, ValueError):
             raise WorkerDiedError("the worker is gone") from None
 
@@ -90,38 +91,43 @@ class Worker:
                     raise WorkerDiedError("the worker ended")
         line, _, self.buffer = self.buffer.partition(b"\n")
         try:
-            found = json.loads(line)
-        except ValueError:
-            raise WorkerDiedError("the worker sent no JSON") from None
-        if not isinstance(found, dict):
-            raise WorkerDiedError("the worker sent no object")
-        return found
+            return dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise WorkerDiedError("the worker sent no object") from None
 
-    def ready(self, deadline: float) -> None:
-        """Wait until it has started.
+    def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """Return the answer to a request, after the start if need be.
 
         Raises:
             WorkerLateError, WorkerDiedError: as for :meth:`receive`.
+            ImportError: it lacks packages.
         """
         if self.missing is None:
             self.missing = list(self.receive(deadline).get("missing", ()))
+        if self.missing:
+            raise ImportError(
+                f"vps.verify: algebra needs {' and '.join(self.missing)}, which is not installed: "
+                "pip install 'vps-kernels[verify]'"
+            )
+        self.send(request | {"seconds": max(0.0, deadline - time.monotonic())})
+        return self.receive(deadline)
 
     def end(self, wait: float = 5.0) -> None:
         """End the process and collect it; another thread may be reading from it."""
         self.process.kill()
-        try:
+        with suppress(subprocess.TimeoutExpired):  # stuck in the system; collected later
             self.process.wait(timeout=wait)
-        except subprocess.TimeoutExpired:  # stuck in the system; Popen collects it later
-            return
+
+    def close(self) -> None:
+        """Close the pipes to the process."""
+        for stream in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
 
     def kill(self, wait: float = 5.0) -> None:
         """End the process and close its pipes; safe to call twice."""
         self.end(wait)
-        for stream in (self.process.stdin, self.process.stdout):
-            try:
-                stream.close()  # type: ignore[union-attr]
-            except OSError:
-                continue
+        self.close()
 
 
 class Pool:
@@ -136,32 +142,48 @@ class Pool:
         if size < 1:
             raise ValueError(f"vps.verify.Pool: size must be at least 1, got {size}")
         self.size, self.memory, self.script = size, memory, script
-        self.free = threading.Condition()
-        self.idle: list[Worker] = []
-        self.busy: set[Worker] = set()
         self.closed = False
+        self.forget()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.forget)
         atexit.register(self.close)
 
     def forget(self) -> None:
-        """Let go of all workers without ending them: after a fork they are the parent's."""
-        self.free = threading.Condition()
-        for worker in (*self.idle, *self.busy):
+        """Begin without workers; after a fork those from before are the parent's."""
+        for worker in getattr(self, "workers", ()):
             worker.process.returncode = 0  # so that Popen does not wait for it, or warn
-        self.idle, self.busy = [], set()
+            worker.close()
+        self.workers: set[Worker] = set()
+        # A place for each worker, with one that waits or without; the last that came goes first.
+        self.places: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        for _ in range(self.size):
+            self.places.put(None)
 
     def start(self) -> None:
         """Start one worker, if there is none, and do not wait for it."""
-        with self.free:
-            if not self.closed and not self.idle and not self.busy:
-                try:
-                    self.idle.append(Worker(self.script, self.memory))
-                except (OSError, WorkerDiedError):
-                    pass  # take() tries again, and then it is logged
+        if not self.workers:
+            with suppress(queue.Empty):
+                self.places.put(self.places.get_nowait() or self.add())
+
+    def add(self) -> Worker | None:
+        """Start a worker; ``None`` where that fails, which the log tells."""
+        if self.closed:
+            return None
+        try:
+            worker = Worker(self.script, self.memory)
+        except (OSError, WorkerDiedError) as error:
+            logger.warning("no worker could be started: %s", error)
+            return None
+        self.workers.add(worker)
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        """Kill a worker; a verdict waits for this, within the share that is left for it."""
+        self.workers.discard(worker)
+        worker.kill(wait=0.15)
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any] | None:
-        """The answer of a worker; ``None`` if there is none at ``deadline``.
+        """Return the answer of a worker; ``None`` if there is none at ``deadline``.
 
         A worker that died is replaced and the next one asked, one that is late is killed.
 
@@ -170,27 +192,26 @@ class Pool:
             deadline: in ``time.monotonic()``.
 
         Raises:
-            ImportError: sympy or latex2sympy2_extended is not installed.
+            ImportError: a package that the worker needs is not installed.
         """
-        if len(json.dumps(request, default=str)) > MAX_REQUEST:
+        if self.closed or len(json.dumps(request)) > MAX_REQUEST:
             return None
-        # All idle workers may have been killed from outside.
+        # All waiting workers may have been killed from outside.
         for _ in range(self.size + 1):
             try:
-                worker = self.take(deadline)
-            except (OSError, WorkerDiedError) as error:
-                logger.warning("no worker could be started: %s", error)
+                worker = self.places.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
                 return None
+            if worker is not None and worker.process.poll() is not None:
+                self.remove(worker)
+                worker = None
+            worker = worker or self.add()
             if worker is None:
+                self.places.put(None)
                 return None
             healthy = False
             try:
-                worker.ready(deadline)
-                if worker.missing:
-                    healthy = True
-                    raise missing("algebra", " and ".join(worker.missing))
-                worker.send(request | {"seconds": max(0.0, deadline - time.monotonic())})
-                found = worker.receive(deadline)
+                found = worker.ask(request, deadline)
                 healthy = not found.get("exhausted")
                 return found
             except WorkerLateError:
@@ -198,78 +219,43 @@ class Pool:
             except WorkerDiedError:
                 if worker.missing is None:
                     logger.warning("a worker ended while it started")
-                continue
             finally:
-                self.give_back(worker, healthy)
+                following: Worker | None = worker
+                if self.closed or not (healthy or worker.missing):
+                    self.remove(worker)
+                    # One that never got ready has no successor, which would not either.
+                    following = self.add() if worker.missing is not None else None
+                self.places.put(following)
         return None
-
-    def take(self, deadline: float) -> Worker | None:
-        """A living worker for this thread alone; ``None`` if all are busy until ``deadline``."""
-        with self.free:
-            while not self.closed:
-                while self.idle:
-                    worker = self.idle.pop()
-                    if worker.process.poll() is None:
-                        self.busy.add(worker)
-                        return worker
-                    worker.kill()
-                if len(self.busy) < self.size:
-                    worker = Worker(self.script, self.memory)
-                    self.busy.add(worker)
-                    return worker
-                left = deadline - time.monotonic()
-                if left <= 0 or not self.free.wait(left):
-                    return None
-        return None
-
-    def give_back(self, worker: Worker, healthy: bool) -> None:
-        """End the use of a worker; one that is not healthy is killed and another started."""
-        if not healthy:
-            worker.kill(wait=0.05)  # a verdict waits for this
-        with self.free:
-            self.busy.discard(worker)
-            if self.closed:
-                worker.kill()
-            elif healthy:
-                self.idle.append(worker)
-            elif worker.missing is not None:  # else it never got ready, nor would the next
-                try:
-                    self.idle.append(Worker(self.script, self.memory))
-                except (OSError, WorkerDiedError):
-                    pass  # take() tries again and raises
-            self.free.notify()
 
     def warm(self, timeout: float = 60.0) -> None:
         """Wait until a worker is ready, so that the first verdict does not wait for it.
 
         Raises:
             TimeoutError: it did not start in time.
-            ImportError: sympy or latex2sympy2_extended is not installed.
+            ImportError: a package that the worker needs is not installed.
         """
-        deadline = time.monotonic() + timeout
-        if self.ask({"left": ["symbol", "x"], "right": ["symbol", "x"]}, deadline) is None:
+        if self.ask({"prediction": "x", "gold": "x"}, time.monotonic() + timeout) is None:
             raise TimeoutError(f"vps.verify: no worker was ready within {timeout:g} s")
 
     def processes(self) -> list[int]:
-        """Process ids of the living workers."""
-        with self.free:
-            return [worker.process.pid for worker in (*self.idle, *self.busy)]
+        """List the process ids of the living workers."""
+        return [worker.process.pid for worker in list(self.workers)]
 
     def close(self) -> None:
         """Kill all workers; requests after that are not answered."""
-        with self.free:
-            self.closed = True
-            idle, busy = list(self.idle), list(self.busy)
-            self.idle.clear()
-            self.free.notify_all()
-        for worker in busy:
-            worker.end()
-        for worker in idle:
-            worker.kill()
+        self.closed = True
+        for worker in list(self.workers):
+            worker.end()  # its pipes may be in use by another thread
+        with suppress(queue.Empty):
+            for _ in range(self.size):
+                waiting = self.places.get_nowait()
+                if waiting is not None:
+                    waiting.close()
 
 
 def check_timeout(timeout: float) -> float:
-    """A time limit in seconds.
+    """Return a time limit in seconds.
 
     Raises:
         TypeError, ValueError: not a positive number.
@@ -286,7 +272,7 @@ _default_lock = threading.Lock()
 
 
 def unlock() -> None:
-    """A lock that a thread held during a fork would stay locked in the child."""
+    """Make a new lock after a fork, where the old one stays locked if a thread held it."""
     global _default_lock
     _default_lock = threading.Lock()
 
@@ -296,7 +282,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def default_pool() -> Pool:
-    """The pool that verdicts use where none is named."""
+    """Return the pool that verdicts use where none is named."""
     global _default
     with _default_lock:
         if _default is None or _default.closed:

@@ -1,41 +1,91 @@
-"""Hostile text made short and plain: the last 4096 characters, NFKC, ASCII digits and signs."""
+r"""Hostile text made short and plain, and the part of it that holds the answer (SPEC §9).
+
+Read are the last 4096 characters, in NFKC with ASCII digits and signs; of them the last
+``\boxed{}``, else the last ``####``, else the last "answer is", else all.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 LIMIT = 4096
+Source = Literal["boxed", "hashes", "phrase", "text"]
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 SUPERSCRIPT_RUN = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 VULGAR_FRACTION = re.compile("([¼-¾⅐-⅞↉])")
 BOLD = re.compile(r"(?<![\w)\]}*])\*\*([^*\n]{1,200})\*\*(?![\w(*])")
 FIRST_WORD = re.compile(r"[\w.,^*/+\-\\{}()\[\]]*")
+COMMANDS = dict(
+    zip("≠≈π∞√∈∪∩∅±", "neq approx pi infty sqrt in cup cap emptyset pm".split(), strict=True)
+)
 CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("−‒–‐‑﹣－", "-"),
+        **dict.fromkeys("⁄∕÷", "/"),
+        **dict.fromkeys("×·⋅∙∗", "*"),
+        **{sign: rf" \{name} " for sign, name in COMMANDS.items()},
         "—": " ",
-        "⁄": "/",
-        "∕": "/",
-        "÷": "/",
-        "×": "*",
-        "·": "*",
-        "⋅": "*",
-        "∙": "*",
-        "∗": "*",
         "≤": "<=",
         "≥": ">=",
-        "π": r" \pi ",
-        "∞": r" \infty ",
-        "√": r" \sqrt ",
+        "ℝ": r"\mathbb{R}",
+        "∶": ":",
+        "、": ",",
         "º": "°",
         "`": " ",
         "٫": ".",
         "٬": ",",
         "’": "'",
     }
+)
+
+# LaTeX that says nothing about the value; `$` around mathematics goes, `$` of money stays.
+DRESSING = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<=\d)(?:\{,\}|,\\[!,]\s?)(?=\d)", ","),
+        (r"(?<=\d)\\,(?=\d{3})", ","),
+        (r"\\!", ""),
+        (r"(?<!\\)\\[,;: ]|~|\\(?:q?quad|therefore|implies|Rightarrow)(?![A-Za-z])", " "),
+        (r"\\%", "%"),
+        (r"\$\$|(?<!\\)\\[()\[\]]", " "),
+        # No word of three letters, sign or space at the end: "$5 and $6" is money.
+        (r"(?<!\\)\$((?:[^$\\\n]|\\.)*?[^\s$\\+*/,-])\$(?!\d)", None),
+        (r"\\?\$(?=\s?-?[\d.])|(?<=\d)\s?\\?\$", "$"),
+        (r"\\\$|\$(?!\s?-?[\d.])(?<!\d\$)", " "),
+        (r"\\(?:boxed|fbox)(?![A-Za-z])", " "),
+        (r"(?<!\\)\{\s{0,3}\}", " "),
+        (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
+        (
+            r"\\(?:text(?:normal|bf|it|rm|sf)?|mathrm|mathbf|mathit|mathsf|operatorname|mbox)"
+            r"\s{0,3}\{([^{}]*)\}",
+            r" \1 ",
+        ),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
+        (r"\\div(?![A-Za-z])", "/"),
+        (r"\\leq?(?:slant)?(?![A-Za-z])", "<="),
+        (r"\\geq?(?:slant)?(?![A-Za-z])", ">="),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\^\s{0,3}(?:\{\s{0,3}\\circ\s{0,3}\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
+        (r"\\(?:mu|micro)(?=[A-Za-z])", "μ"),
+    )
+]
+DOUBLED = re.compile(r"\\(?=\\[A-Za-z])")
+PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
+
+BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
+BETWEEN_BOXES = re.compile(r"[\s$,;}]{0,9}(?:\\text\{)?\s{0,3}(?:and|or|,|;)?[\s$}]{0,9}")
+HASHES = re.compile(r"#{4,}[ \t]*([^\n]*)")
+HEADING = re.compile(r"(?:final |the )?(?:answer|solution|result|conclusion)s?\b\W*", re.IGNORECASE)
+STEP = re.compile(r"(?:step|part|case)\b", re.IGNORECASE)
+PHRASE = re.compile(
+    r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE
 )
 
 
@@ -47,7 +97,7 @@ class Cleaned(NamedTuple):
 
 
 def clean(text: str) -> Cleaned:
-    """The end of ``text`` in plain characters.
+    """Return the end of ``text`` in plain characters.
 
     Args:
         text: anything; only its last 4096 characters are read. A word that the cut went through
@@ -65,20 +115,21 @@ def clean(text: str) -> Cleaned:
         text = text[FIRST_WORD.match(text).end() :]  # type: ignore[union-attr]
     # Before NFKC, which makes 103 of 10³ and 31/2 of 3½.
     text = SUPERSCRIPT_RUN.sub(lambda run: "^{" + run[0].translate(SUPERSCRIPTS) + "}", text)
+    text = SUBSCRIPT_RUN.sub(lambda run: "_{" + run[0].translate(SUBSCRIPTS) + "}", text)
     text = VULGAR_FRACTION.sub(r" \1", text)
     # Before it, too: it makes a space and a combining mark of º and some signs.
     text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
     if len(text) > 2 * LIMIT:
         cut, text = True, text[-2 * LIMIT :]
     if not text.isascii():
-        text = "".join(map(plain, text))
+        text = "".join(map(plain_character, text))
     else:
         text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f]", " ", text)
     return Cleaned(BOLD.sub(r"\1", text).strip(), cut)
 
 
-def plain(character: str) -> str:
-    """One character: ASCII digit for any script's digit, nothing for what has no width."""
+def plain_character(character: str) -> str:
+    """Return an ASCII digit for any script's digit, and nothing for what has no width."""
     if character.isascii():
         return character if character.isprintable() or character in "\t\n\r\v\f" else " "
     category = unicodedata.category(character)
@@ -89,3 +140,93 @@ def plain(character: str) -> str:
     if category[0] == "C" or category[0] == "Z":
         return " "
     return character
+
+
+def undressed(text: str) -> str:
+    """Take spacing, delimiters and font commands out of ``text``.
+
+    Fractions, roots, functions and Greek letters stay commands. A dollar sign stays where it
+    says money.
+    """
+    if "\\" not in text and "$" not in text and "{" not in text:
+        return text.replace("~", " ")
+    if "\\begin" not in text:
+        text = DOUBLED.sub("", text)
+    for pattern, replacement in DRESSING:
+        text = pattern.sub(inline if replacement is None else replacement, text)
+    return text
+
+
+def inline(match: re.Match[str]) -> str:
+    """Return what stands between two dollar signs without them, unless it is prose."""
+    return match[0] if PROSE.search(match[1]) else f" {match[1]} "
+
+
+def locate(text: str) -> tuple[Source, str]:
+    """Find the part of a cleaned text that holds the answer, and what marks it."""
+    boxed = last_boxes(text)
+    if boxed:
+        return "boxed", boxed
+    region = after_hashes(text)
+    if region:
+        return "hashes", region
+    phrases = list(PHRASE.finditer(text))
+    if phrases:
+        rest = text[phrases[-1].end() :]
+        line = first_line(rest)
+        if line:
+            return ("text", rest.strip()) if derives(line) else ("phrase", line)
+    return "text", text.strip()
+
+
+def last_boxes(text: str) -> str:
+    r"""Return the content of the last ``\boxed{}`` that is closed and not empty.
+
+    Boxes with nothing but "and", "or" or a comma between them are one list.
+    """
+    opened: list[tuple[int, int] | None] = []
+    closed: list[tuple[int, int, int]] = []
+    for brace in BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(None)
+        elif brace[0][0] == "\\" and brace[0][-1] == "{" and len(brace[0]) > 2:
+            opened.append(brace.span())
+        elif brace[0] == "}" and opened:
+            span = opened.pop()
+            if span is not None and text[span[1] : brace.start()].strip():
+                closed.append((*span, brace.start()))
+    if not closed:
+        return ""
+    chosen = [max(closed, key=lambda box: box[1])]
+    for box in sorted(closed, reverse=True):
+        between = text[box[2] + 1 : chosen[-1][0]]
+        if box[2] < chosen[-1][0] and BETWEEN_BOXES.fullmatch(between):
+            chosen.append(box)
+    return ", ".join(dict.fromkeys(text[start:end].strip() for _, start, end in reversed(chosen)))
+
+
+def after_hashes(text: str) -> str:
+    """Return what the last ``####`` marks; a heading over a text or a step marks nothing."""
+    marks = list(HASHES.finditer(text))
+    for mark in reversed(marks):
+        line, rest = mark[1].strip().strip("#").strip(), text[mark.end() :].strip()
+        if HEADING.fullmatch(line) or not line:
+            line = first_line(rest.lstrip("#"))
+        elif rest and (STEP.match(line) or not re.search(r"[\d\\]", line)):
+            continue
+        if line:
+            return first_line(line + "\n" + rest) if line.endswith(":") else line
+    return ""
+
+
+def first_line(text: str) -> str:
+    """Return the first line that is not empty, or the next where that one ends in a colon."""
+    lines = [line for line in text.lstrip().split("\n", 9)[:9] if line.strip()]
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        return lines[1].strip()
+    return lines[0].strip() if lines else ""
+
+
+def derives(line: str) -> bool:
+    """Tell whether a line leads to its answer: it begins with a word and has an equation."""
+    return bool(re.match(r"[A-Za-z]{2,}", line)) and bool(re.search(r"=|\n", line))

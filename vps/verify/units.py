@@ -1,4 +1,7 @@
-"""Units: recognized by name in text, converted by pint, which sees known names only (SPEC §9)."""
+"""Units: recognized by name in text, converted by pint, which sees known names only (SPEC §9).
+
+Money is a unit too, with conversions of its own: cents are dollars.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ import re
 import threading
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from vps.verify.limits import UndecidableError
-from vps.verify.missing import missing
-from vps.verify.unit_names import KNOWN, OFFSET, lookup
+from vps.verify.arithmetic import UndecidableError
 
 MAX_EXPONENT = 9
 MAX_FACTORS = 6
@@ -20,17 +22,60 @@ MAX_FACTORS = 6
 Unit = tuple[tuple[str, int], ...]
 
 PERCENT: Unit = (("percent", 1),)
+LONG_PREFIXES = "nano micro micro milli centi deci kilo mega giga tera".split()
+PREFIXES = dict(zip("nuμmcdkMGT", LONG_PREFIXES, strict=True))
+TABLE = Path(__file__).with_name("units.txt")
+# Names that may stand for another one, where the other answer has that.
+EITHER = {"pound": ("sterling",), "yen_sign": ("yen", "yuan")}
 
-DEGREES = re.compile(r"(?:°|degrees?\b)[ \t]{0,3}(C|F|K|[Cc]elsius|[Ff]ahrenheit)(?![A-Za-z])")
-WORD = re.compile(r"°|%|[A-Za-zμΩ]{1,20}(?![A-Za-zμΩ])")
-POWER = re.compile(
-    r"[ \t]{0,3}(?:\^|\*\*)[ \t]{0,3}(?:\{(-?\d{1,4})\}|\((-?\d{1,4})\)|(-?\d{1,4}))(?![\w.{(])"
+FACTOR = re.compile(
+    r"(?P<square>(?:square|sq\.?)[ \t]{1,3}|平方)?(?P<cubic>(?:cubic|cu\.?)[ \t]{1,3}|立方)?"
+    r"(?:(?:°|degrees?\b)[ \t]{0,3}(?P<scale>[CFK]|celsius|fahrenheit)(?![A-Za-z])"
+    r"|(?P<word>[°%$¢€£¥₹₽₩]|US\$|[^\W\d_]{1,20}(?![^\W\d_])))"
+    r"(?:[ \t]{0,3}(?:\^|\*\*)[ \t]{0,3}[{(]?(?P<power>-?\d{1,4})[)}]?(?![\w.{(])"
+    r"|[ \t]{1,3}(?P<squared>squared)(?![A-Za-z])|[ \t]{1,3}(?P<cubed>cubed)(?![A-Za-z]))?",
+    re.IGNORECASE,
 )
-SPOKEN_POWER = re.compile(r"[ \t]{1,3}(squared|cubed)(?![A-Za-z])", re.IGNORECASE)
-SHAPE = re.compile(r"(square|sq\.?|cubic|cu\.?)[ \t]{1,3}", re.IGNORECASE)
 DIVIDED = re.compile(r"[ \t]{0,3}(?:/|(?<=[ \t])per(?=[ \t]))[ \t]{0,3}", re.IGNORECASE)
 MULTIPLIED = re.compile(r"[ \t]{0,3}\*(?!\*)[ \t]{0,3}|[ \t]{1,3}|-(?=[A-Za-z])")
 WORD_FOLLOWS = re.compile(r"[ \t]+[A-Za-z\d]")
+
+
+def spellings(table: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the symbols and the names in small letters of a table, each with pint's name."""
+    symbols: dict[str, str] = {}
+    prefixed: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for line in table.strip().splitlines():
+        short, _, long = line.partition("|")
+        canonical, *written = short.split()
+        for symbol, _, prefixes in (word.partition(":") for word in written):
+            symbols[symbol] = canonical
+            prefixed |= {prefix + symbol: PREFIXES[prefix] + canonical for prefix in prefixes}
+        for name in long.split():
+            for prefix in LONG_PREFIXES if name.endswith("+") else ():
+                names[prefix + name[:-1]] = prefix + canonical
+            names[name.rstrip("+")] = canonical
+    return prefixed | symbols, names | {f"{name}s": found for name, found in names.items()}
+
+
+PHYSICAL, FINANCIAL = TABLE.read_text(encoding="utf-8").split("\n# Money")
+SYMBOLS, NAMES = spellings(PHYSICAL.partition("prefixes.\n")[2])
+MONEY_SYMBOLS, MONEY_NAMES = spellings(FINANCIAL.partition("\n")[2])
+KNOWN = frozenset(SYMBOLS.values()) | frozenset(NAMES.values())
+MONEY = frozenset(MONEY_SYMBOLS.values())
+# Measured from a zero of their own, so without powers or products.
+OFFSET = frozenset({"degree_Celsius", "degree_Fahrenheit"})
+
+
+def lookup(word: str) -> str | None:
+    """Return pint's name for a unit as it is written; ``None`` where it is another word."""
+    return SYMBOLS.get(word) or NAMES.get(word.lower())
+
+
+def currency(word: str) -> str | None:
+    """Return our name for money as it is written; ``None`` where it is another word."""
+    return MONEY_SYMBOLS.get(word) or MONEY_NAMES.get(word.lower())
 
 
 class Match(NamedTuple):
@@ -49,7 +94,7 @@ class Scale(NamedTuple):
 
 
 def match(text: str, start: int) -> Match | None:
-    """The unit that begins at ``start``, such as ``m/s^2`` or ``square feet``.
+    """Return the unit that begins at ``start``, such as ``m/s^2`` or ``square feet``.
 
     A known name with a power that is no integer from -9 to 9 makes the whole no unit.
     """
@@ -88,31 +133,18 @@ def match(text: str, start: int) -> Match | None:
 
 
 def factor(text: str, start: int) -> tuple[str, int, int] | None:
-    """Name, exponent and end of one factor of a unit."""
-    degrees = DEGREES.match(text, start)
-    if degrees:
-        scale = degrees[1][0].upper()
-        return lookup(f"°{scale}") or "", 1, degrees.end()
-    exponent = 1
-    shape = SHAPE.match(text, start)
-    if shape:
-        exponent = 2 if shape[1][0] in "sS" else 3
-        start = shape.end()
-    word = WORD.match(text, start)
-    name = lookup(word[0]) if word else None
-    if word is None or name is None:
+    """Return name, exponent and end of one factor of a unit."""
+    found = FACTOR.match(text, start)
+    if found is None:
         return None
-    end = word.end()
-    if word[0] == "in" and WORD_FOLLOWS.match(text, end):
+    word = f"°{found['scale'][0].upper()}" if found["scale"] else found["word"]
+    name = lookup(word) or currency(word)
+    if name is None or word == "in" and WORD_FOLLOWS.match(text, found.end()):
         return None  # "5 in total"
-    power = POWER.match(text, end)
-    if power:
-        exponent *= int(power[1] or power[2] or power[3])
-        return (name, exponent, power.end()) if abs(exponent) <= MAX_EXPONENT else None
-    spoken = SPOKEN_POWER.match(text, end)
-    if spoken:
-        return name, exponent * (2 if spoken[1][0] in "sS" else 3), spoken.end()
-    return name, exponent, end
+    exponent = int(found["power"] or 1)
+    exponent *= 2 if found["square"] or found["squared"] else 1
+    exponent *= 3 if found["cubic"] or found["cubed"] else 1
+    return (name, exponent, found.end()) if abs(exponent) <= MAX_EXPONENT else None
 
 
 _registry: Any = None
@@ -120,7 +152,7 @@ _registry_lock = threading.Lock()
 
 
 def unlock() -> None:
-    """A lock that a thread held during a fork would stay locked in the child."""
+    """Make a new lock after a fork, where the old one stays locked if a thread held it."""
     global _registry_lock
     _registry_lock = threading.Lock()
 
@@ -130,21 +162,27 @@ if hasattr(os, "register_at_fork"):
 
 
 def registry() -> Any:
-    """pint's registry with exact fractions, made once (0.3 s)."""
+    """Return pint's registry with exact fractions, made once (0.3 s)."""
     global _registry
     with _registry_lock:
         if _registry is None:
             try:
                 import pint
             except ImportError:
-                raise missing("units", "pint") from None
+                raise ImportError(
+                    "vps.verify: units needs pint, which is not installed: "
+                    "pip install 'vps-kernels[verify]'"
+                ) from None
             _registry = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
+            for name in MONEY - {"us_cent"}:
+                _registry.define(f"{name} = [{name}]")
+            _registry.define("us_cent = dollar / 100")
         return _registry
 
 
 @lru_cache(maxsize=1024)
 def scale(unit: Unit) -> Scale:
-    """Dimension and conversion to base units.
+    """Return the dimension of a unit and its conversion to base units.
 
     Raises:
         ValueError: a name that is not in the table, or an exponent beyond ±9.
@@ -152,7 +190,7 @@ def scale(unit: Unit) -> Scale:
         ImportError: pint is missing.
     """
     for name, exponent in unit:
-        if name not in KNOWN or not 0 < abs(exponent) <= MAX_EXPONENT:
+        if name not in KNOWN | MONEY or not 0 < abs(exponent) <= MAX_EXPONENT:
             raise ValueError(f"vps.verify: no unit that is known: {name}^{exponent}")
     if unit == PERCENT:
         return Scale((), Fraction(1, 100), Fraction(0))
@@ -174,20 +212,43 @@ def scale(unit: Unit) -> Scale:
     return Scale(tuple(dimension), one - zero, zero)
 
 
+def resolved(unit: Unit | None, other: Unit | None) -> Unit | None:
+    """Return ``unit``, or ``other`` where a word may mean either: pounds are weight and money."""
+    if unit and other and len(unit) == len(other) == 1 and unit[0][1] == other[0][1]:
+        if other[0][0] in EITHER.get(unit[0][0], ()):
+            return other
+    return unit
+
+
+def is_money(unit: Unit | None) -> bool:
+    """Tell whether a unit is an amount of money, which may be left out of an answer."""
+    return unit is not None and len(unit) == 1 and unit[0][0] in MONEY and unit[0][1] == 1
+
+
 def same_dimension(unit: Unit | None, other: Unit | None) -> bool:
-    """Whether two units measure the same; no unit is a number without dimension."""
+    """Tell whether two units measure the same; no unit is a number without dimension."""
     if unit == other:
         return True
     return dimension(unit) == dimension(other)
 
 
 def dimension(unit: Unit | None) -> tuple[tuple[str, Fraction], ...]:
-    """Base dimensions with their powers; empty for a plain number."""
+    """Return base dimensions with their powers; empty for a plain number."""
     return scale(unit).dimension if unit else ()
 
 
+def smaller(unit: Unit, other: Unit) -> bool:
+    """Tell whether a unit is smaller than another of its dimension; none with a zero is."""
+    try:
+        ours, theirs = scale(unit), scale(other)
+    except UndecidableError:
+        return False
+    same = ours.dimension == theirs.dimension and not ours.zero and not theirs.zero
+    return bool(ours.dimension) and same and ours.factor < theirs.factor
+
+
 def convert(magnitude: Fraction, unit: Unit, to: Unit) -> Fraction:
-    """``magnitude`` of ``unit`` expressed in ``to``, of the same dimension.
+    """Express ``magnitude`` of ``unit`` in ``to``, of the same dimension.
 
     Raises:
         ValueError: the dimensions differ.
@@ -202,6 +263,6 @@ def convert(magnitude: Fraction, unit: Unit, to: Unit) -> Fraction:
 
 
 def to_base(magnitude: Fraction, unit: Unit) -> Fraction:
-    """``magnitude`` in base units."""
+    """Express ``magnitude`` in base units."""
     source = scale(unit)
     return source.factor * magnitude + source.zero
