@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vps.algorithm.policy import PolicyState
     from vps.backends.dispatch import backend
     from vps.config import VPSConfig
-    from vps.fitting import calibrate, sensitivity
+    from vps.fitting.calibrate import calibrate
+    from vps.fitting.sensitivity import sensitivity
     from vps.functional import vps_linear
     from vps.layers.linear import VPSLinear
     from vps.masking import token_mask
