@@ -280,22 +280,21 @@ def keep(
 ) -> Kept | None:
     """Return the plan of layers with an input like x, where it may be kept.
 
-    A weight that is made anew at each call, such as a transposed one, is not kept, nor one that
-    accelerate brings into memory for a call; nor is anything while a tracer, a mode or a transform
-    looks on, or where autocast casts.
+    A weight that is made anew at each call, such as a transposed one, is not kept; nor is anything
+    while a tracer, a mode or a transform looks on, or where autocast casts.
     """
     first = layers[0]
     for layer, one in zip(layers, projections, strict=True):
         own = layer.__dict__.get("_parameters", {})
         if not isinstance(one.weight, Tensor) or own.get("weight") is not one.weight:
             return None
-        if "bias" not in own or "_hf_hook" in layer.__dict__:
+        if "bias" not in own:
             return None
     if type(x) is not Tensor or not tracing.is_alone() or _is_any_autocast_enabled():
         return None
     weights = [Matrix(one.weight) for one in projections]  # type: ignore[arg-type]
     plan = prepare(projections, weights, first.config, first.state, x, heads)
-    return None if plan is None else Kept(layers, plan, x)
+    return None if plan is None or plan.kind.has_pairs else Kept(layers, plan, x)
 
 
 def compute(
@@ -303,7 +302,9 @@ def compute(
 ) -> list[Tensor | None]:
     """Return the output ``[..., d_out]`` of each layer of a plan, ``None`` for a plain one."""
     if forward_ad._current_level >= 0:
-        tracing.refuse_tangents(x, *(W for layer in plan.layers for W in layer.weight.parameters()))
+        weights = [W for layer in plan.layers for W in layer.weight.parameters()]
+        biases = [layer.bias for layer in plan.layers if layer.bias is not None]
+        tracing.refuse_tangents(x, *weights, *biases)
     grouped, mask, counted, packing = arrange(x, mask, plan.config.scope)
     if packing is not None:
         return packing.apply_all(x, partial(compute, plan=plan))

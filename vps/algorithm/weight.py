@@ -241,7 +241,7 @@ class MatrixProjection(Projection):
     def _trains(self) -> bool:
         """Return whether W may be asked for a gradient, which that of the update is no part of."""
         compiling = torch.compiler.is_compiling()
-        if compiling and tracing.is_compiled_transform(compiling):
+        if tracing.is_compiled_transform(compiling) if compiling else tracing.is_transforming():
             return True  # inside, tensors do not say so
         # A trace is made with gradients and checked without.
         return self.W.requires_grad and (torch.is_grad_enabled() or torch.jit.is_tracing())

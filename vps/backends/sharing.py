@@ -21,6 +21,11 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, PythonFunc
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from vps.algorithm import constants
+from vps.algorithm.flow import Layer
+from vps.algorithm.weight import Matrix
+
+_is_tracing, _get_mode = torch._C._is_tracing, torch._C._get_dispatch_mode
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 # Of x and of its mask, the state of both then, the grouping, and the indices I_in [G, r]. A plain
 # tuple, since layers make and read one at each call.
@@ -40,8 +45,8 @@ _LAST = _Last()
 
 def find(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], r: int) -> Tensor | None:
     """Indices ``[G, r]`` remembered for this x and mask, grouped as ``shape``; or ``None``."""
-    if torch.compiler.is_compiling():
-        return None
+    if torch.compiler.is_compiling() or _is_tracing() or _get_mode(_PROXY) is not None:
+        return None  # a graph must select by itself
     last = _LAST.selection
     if last is None:
         return None
@@ -95,54 +100,67 @@ def _forget(reference: weakref.ref[Tensor]) -> None:
 
 
 class Kept:
-    """A plan that layers keep, and what it was made for; neither copied nor pickled.
+    """A plan that layers keep, without what belongs to them; neither copied nor pickled.
 
     Args:
-        layers: whose weights are their parameters; not held.
-        plan: of these.
+        layers: whose weights are their parameters; they are held weakly, as is all of them.
+        plan: of these, without L-BFGS pairs.
         x: an input of theirs.
     """
 
     def __init__(self, layers: tuple[Any, ...], plan: Any, x: Tensor) -> None:
-        self.plan, self.dtype, self.device, self.width = plan, x.dtype, x.device, x.shape[-1]
-        self.state = layers[0].state
-        self.outcomes = self.state.outcomes
-        self.parts = [self._part(layer) for layer in layers]
+        self.dtype, self.device, self.width = x.dtype, x.device, x.shape[-1]
+        self.plan = plan._replace(layers=(), state=None)
+        self.state = weakref.ref(plan.state)
+        self.outcomes = plan.state.outcomes
+        self.parts = [
+            (
+                weakref.ref(own.weight.W),
+                own.weight.W.shape,
+                None if own.bias is None else weakref.ref(own.bias),
+                layer.gradient,
+                own[2:],
+            )
+            for layer, own in zip(layers, plan.layers, strict=True)
+        ]
 
-    @staticmethod
-    def _part(layer: Any) -> tuple[Any, ...]:
-        own, memory = layer._parameters, layer.memory
-        pairs = None if memory is None else memory.pairs
-        weight = own["weight"]
-        of_layer = layer.config, layer.gradient, layer.gamma
-        return weight, weight.shape, own["bias"], *of_layer, pairs
-
-    def fits(self, layers: tuple[Any, ...], x: Tensor) -> bool:
-        """Return whether the plan is right for this input, of layers as they are now."""
+    def find(self, layers: tuple[Any, ...], x: Tensor) -> Any:
+        """Return the plan with the layers as they are now; ``None`` where it is not right for
+        them, or for x."""
         if (
             type(x) is not Tensor
             or x.dtype is not self.dtype
             or x.device != self.device
             or x.shape[-1:] != (self.width,)
             or not x.numel()
+            or x.layout is not torch.strided
             or torch._C._is_any_autocast_enabled()
         ):
-            return False
-        for layer, part in zip(layers, self.parts, strict=True):
-            weight, shape, bias, config, gradient, gamma, pairs = part
-            own, memory = layer._parameters, layer.memory
+            return None
+        state, config, found = layers[0].state, self.plan.config, []
+        if self.state() is not state or state.outcomes is not self.outcomes:
+            return None
+        for layer, (weight, shape, bias, gradient, rest) in zip(layers, self.parts, strict=True):
+            own, memory = layer.__dict__.get("_parameters", {}), layer.memory
+            W: Any = own.get("weight")
+            b: Any = own.get("bias")
             if (
-                own.get("weight") is not weight
-                or weight.shape != shape
-                or own.get("bias") is not bias
+                W is None
+                or W is not weight()
+                or W.shape != shape
+                or b is not (None if bias is None else bias())
                 or layer.config is not config
-                or layer.state is not self.state
+                or layer.state is not state
                 or layer.gradient is not gradient
-                or layer.gamma is not gamma
-                or (None if memory is None else memory.pairs) is not pairs
+                or layer.gamma is not rest[-1]
+                or memory is not None
+                and memory.pairs
             ):
-                return False
-        return self.state.outcomes is self.outcomes
+                return None
+            matrix = Matrix.__new__(Matrix)  # a call less than Matrix(W)
+            matrix.W = W
+            found.append(Layer(matrix, b, *rest))
+        return self.plan._replace(layers=tuple(found), state=state)
 
     def __reduce__(self) -> Any:
         return type(None), ()

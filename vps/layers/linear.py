@@ -192,19 +192,21 @@ class SharpenedLayer:
         """The output for x, or ``None`` where it is that of the base layer."""
         if not torch.compiler.is_compiling() and not STATE.disabled:
             kept = self.kept
-            if kept is not None and self.coupling is None and kept.fits((self,), x):
-                return compute(x, kept.plan)[0]
+            plan = None if kept is None or self.coupling is not None else kept.find((self,), x)
+            if plan is not None:
+                return compute(x, plan)[0]
         if STATE.disabled or self.gamma is not None or self.config.is_off:
             if self.is_off():
                 return None
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
         layers = (self.projection(x, inside=True),)
+        (y,) = sharpen(x, layers, self.config, state=self.state)
         if not torch.compiler.is_compiling():
             kept = keep(x, (self,), layers)
             if kept is not self.kept:
                 self.kept = kept
-        return sharpen(x, layers, self.config, state=self.state)[0]
+        return y
 
     def answer(self, x: Tensor) -> Tensor:
         """What the forward of the module gives for x: sharpened, or plain where that is asked."""

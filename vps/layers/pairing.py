@@ -105,16 +105,18 @@ class Coupling:
         """Both outputs, the query's first, while the forward of ``layer`` runs; ``None`` where one
         is that of the base layer."""
         layers, kept, compiling = (self.query, self.key), self.kept, torch.compiler.is_compiling()
-        if not compiling and kept is not None and kept.fits(layers, x):
-            return compute(x, kept.plan)
+        plan = None if compiling or kept is None else kept.find(layers, x)
+        if plan is not None:
+            return compute(x, plan)
         both = (
             self.query.projection(x, inside=layer is self.query),
             self.key.projection(x, inside=layer is self.key),
         )
         heads = self.heads, self.kv_heads
+        ys = sharpen(x, both, layer.config, heads=heads, state=layer.state)
         if not compiling:
             self.kept = keep(x, layers, both, heads)
-        return sharpen(x, both, layer.config, heads=heads, state=layer.state)
+        return ys
 
     def _may_wait(self, x: Tensor) -> bool:
         """Whether this runs in its block, eagerly, with an x whose changes show."""

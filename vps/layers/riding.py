@@ -355,6 +355,23 @@ class _ThroughInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+        return _Transposed.apply(g, ctx.graph), None
+
+
+class _Transposed(torch.autograd.Function):
+    """``g W`` of a layer as a function of g alone: W is a constant of the update (SPEC §6)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, graph: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.graph = graph
+        rows, output = graph
+        return torch.autograd.grad(output, rows, g, retain_graph=True)[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
         rows, output = ctx.graph
-        twice = torch.is_grad_enabled()
-        return torch.autograd.grad(output, rows, g, retain_graph=True, create_graph=twice)[0], None
+        with torch.enable_grad():
+            g = torch.zeros_like(output).requires_grad_()
+            (product,) = torch.autograd.grad(output, rows, g, create_graph=True)
+        return torch.autograd.grad(product, g, v)[0], None
