@@ -286,3 +286,24 @@ def test_forward_mode_by_the_weights_of_an_adapter_is_refused():
     call = lambda weights: torch.func.functional_call(layer, weights, (x,))  # noqa: E731
     with pytest.raises(NotImplementedError, match="tangent of forward-mode"):
         torch.func.jvp(call, (weights,), (weights,))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_the_update_is_no_part_of_the_gradient_of_weights_from_outside(backend):
+    """``∂L/∂W = gᵀx`` also where a transform does not differentiate W, or maps over it."""
+    if vps.backends()[backend] is not None:
+        pytest.skip(f"{backend}: {vps.backends()[backend]}")
+    torch.manual_seed(0)
+    layer = VPSLinear(8, 6, dtype=torch.float64)
+    x, g = torch.randn(4, 8).double(), torch.randn(4, 6).double()
+    with vps.backend("torch"):
+        (torch.func.vjp(layer, x)[0] * g).sum().backward()
+        torch.testing.assert_close(layer.weight.grad, g.T @ x)
+    dtype = torch.float32 if backend == "cpp" else torch.float64
+    weights, x = torch.randn(3, 6, 8, dtype=dtype), x.to(dtype)
+    with vps.backend(backend):
+        found = torch.func.grad(lambda W: torch.vmap(lambda w: vps.vps_linear(x, w))(W).sum())(
+            weights
+        )
+    expected = torch.ones(4, 6, dtype=dtype).T @ x
+    torch.testing.assert_close(found, expected.expand(3, -1, -1), rtol=1e-5, atol=1e-5)

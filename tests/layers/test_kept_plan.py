@@ -4,15 +4,18 @@ import copy
 import os
 import pickle
 import sys
+import weakref
 
 import pytest
 import torch
+from cases import tiny_llama
 from torch import nn
 
 import vps
 from vps import PolicyState, VPSConfig, VPSLinear, vps_linear
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma
+from vps.model.patching import sharpened_layers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(vps.__file__))) + os.sep
 
@@ -151,6 +154,45 @@ def test_query_and_key_see_changes_too():
         block.q_proj.coupling.kept = None
         for y, expected in zip(got, model(x), strict=True):
             assert torch.equal(y, expected)
+
+
+def test_nothing_of_a_layer_is_held():
+    layer, x = made()
+    layer(x)
+    weight, state = weakref.ref(layer.weight), weakref.ref(layer.state)
+    layer.weight = nn.Parameter(torch.randn(10, 12), requires_grad=False)
+    layer.state = PolicyState()
+    assert weight() is None and state() is None
+    layer(x)
+    weight = weakref.ref(layer.weight)
+    layer.to("meta")
+    assert weight() is None or weight().is_meta
+
+
+def test_an_input_that_is_none_is_refused_after_a_call_as_before():
+    layer, x = made()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x must be"):
+            layer(torch.tensor(1.0))
+        with pytest.raises(TypeError, match="dense tensor"):
+            layer(torch.randn(5, 12).to_sparse())
+        layer(x)
+
+
+@pytest.mark.parametrize("names", [["q_proj"], ["k_proj"], ["q_proj", "k_proj"]])
+def test_an_adapter_put_around_a_layer_that_has_run(names):
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    vps.patch(model, VPSConfig())
+    ids = torch.arange(6).view(1, 6)
+    model(ids)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names))
+    expected = adapted(ids).logits
+    for layer in sharpened_layers(model).values():
+        if layer.coupling is not None:
+            layer.coupling.kept = None
+        vars(layer).pop("kept", None)
+    assert torch.equal(adapted(ids).logits, expected)
 
 
 @pytest.mark.skipif(vps.backends()["cpp"] is not None, reason="needs the C++ backend")

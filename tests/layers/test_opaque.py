@@ -249,3 +249,24 @@ def test_fullgraph_compiles():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"autograd\.grad|requires_grad_"):  # later or torch 2.11
         torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_a_gradient_of_a_gradient_by_the_weight_of_the_layer():
+    """In the update W is a constant, in the base product it is not (SPEC §6)."""
+    found = []
+    for known in (True, False):
+        torch.manual_seed(0)
+        W, b, x = torch.randn(6, 8).double(), torch.randn(6).double(), torch.randn(2, 4, 8).double()
+        if known:
+            layer, weight = vps.VPSLinear(8, 6, dtype=torch.float64), None
+            layer.weight.data, layer.bias.data = W, b
+            weight = layer.weight
+        else:
+            layer = opaque(W, b, VPSConfig())
+            weight = next(p for p in layer.parameters() if p.dim() == 2)
+            weight.requires_grad_(True)
+        x.requires_grad_()
+        (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        (twice,) = torch.autograd.grad(g.square().sum(), weight)
+        found.append(twice if twice.shape == W.shape else twice.T)
+    torch.testing.assert_close(*found)

@@ -96,3 +96,16 @@ def test_a_layer_where_no_tracing_state_may_be_set(backend):
         with torch._C._ExcludeDispatchKeyGuard(tracer):
             y = layer(x)
         torch.testing.assert_close(y, layer(x))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_trace_of_an_x_that_was_just_used_selects_anew(backend):
+    if vps.backends()[backend] is not None:
+        pytest.skip(f"{backend}: {vps.backends()[backend]}")
+    torch.manual_seed(0)
+    layer = VPSLinear(24, 16).requires_grad_(False)
+    x, other = torch.randn(2, 3, 24), torch.randn(2, 3, 24)
+    with vps.backend(backend):
+        layer(x)
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        torch.testing.assert_close(traced(other), layer(other))

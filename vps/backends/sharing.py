@@ -138,15 +138,15 @@ class Kept:
         ):
             return None
         state, config, found = layers[0].state, self.plan.config, []
-        if self.state() is not state or state.outcomes is not self.outcomes:
+        own_state: Any = self.state()
+        if own_state is not state or own_state.outcomes is not self.outcomes:
             return None
         for layer, (weight, shape, bias, gradient, rest) in zip(layers, self.parts, strict=True):
-            own, memory = layer.__dict__.get("_parameters", {}), layer.memory
-            W: Any = own.get("weight")
-            b: Any = own.get("bias")
+            own: dict[str, Any] = layer.__dict__.get("_parameters", {})
+            W, b, memory = weight(), own.get("bias"), layer.memory
             if (
                 W is None
-                or W is not weight()
+                or own.get("weight") is not W
                 or W.shape != shape
                 or b is not (None if bias is None else bias())
                 or layer.config is not config
@@ -157,7 +157,7 @@ class Kept:
                 and memory.pairs
             ):
                 return None
-            matrix = Matrix.__new__(Matrix)  # a call less than Matrix(W)
+            matrix: Any = Matrix.__new__(Matrix)  # a call less than Matrix(W)
             matrix.W = W
             found.append(Layer(matrix, b, *rest))
         return self.plan._replace(layers=tuple(found), state=state)
