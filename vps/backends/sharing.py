@@ -143,7 +143,8 @@ class Kept:
             return None
         for layer, (weight, shape, bias, gradient, rest) in zip(layers, self.parts, strict=True):
             own: dict[str, Any] = layer.__dict__.get("_parameters", {})
-            W, b, memory = weight(), own.get("bias"), layer.memory
+            b, memory = own.get("bias"), layer.memory
+            W: Any = weight()
             if (
                 W is None
                 or own.get("weight") is not W
