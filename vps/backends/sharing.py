@@ -147,8 +147,8 @@ class Kept:
             W: Any = weight()
             if (
                 W is None
-                or own.get("weight") is not W
                 or W.shape != shape
+                or own.get("weight") is not W
                 or b is not (None if bias is None else bias())
                 or layer.config is not config
                 or layer.state is not state
