@@ -1,4 +1,4 @@
-"""``VPSConv1D``: the sharpened form of Hugging Face's ``Conv1D``, GPT-2's transposed linear."""
+"""``VPSConv1D``: sharpens Hugging Face's ``Conv1D``, the transposed linear layer of GPT-2."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vps.layers.own_forward import is_matrix
 
 
 class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
-    """A ``Conv1D`` with weight ``[d_in, d_out]``, sharpened with ``W`` its transpose."""
+    """A sharpened ``Conv1D``, whose weight ``[d_in, d_out]`` is the transpose of ``W``."""
 
     plain_class = Conv1D
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sharpened output ``[..., d_out]`` for x ``[..., d_in]``."""
+        """Return the sharpened output ``[..., d_out]`` for x ``[..., d_in]``."""
         if not isinstance(self, SharpenedLayer):  # a reference taken while it was sharpened
             return Conv1D.forward(self, x)
         return self.answer(x)
