@@ -121,17 +121,13 @@ class VPSConfig:
         self._check_int("seed", self.seed, 0, 2**63 - 1)
         for name, low, high in (("rank", 1, MAX_RANK), ("topk", 1, MAX_TOPK), ("order", 1, 2)):
             self._check_int(name, getattr(self, name), low, high)
-            self._check_bounds(
-                f"{name}_bounds", lambda f, v, a=low, b=high: self._check_int(f, v, a, b)
-            )
-        self._check_number("gamma", self.gamma, 0.0, inclusive=True)
-        self._check_bounds(
-            "gamma_bounds", lambda f, v: self._check_number(f, v, 0.0, inclusive=True)
-        )
-        self._check_number("alpha", self.alpha, 0.0)
+            self._check_bounds(f"{name}_bounds", self._check_int, low, high)
+        self._check_number("gamma", self.gamma, True)
+        self._check_bounds("gamma_bounds", self._check_number, True)
+        self._check_number("alpha", self.alpha, False)
         for name in ("tau", "clamp"):
             if getattr(self, name) is not None:
-                self._check_number(name, getattr(self, name), 0.0)
+                self._check_number(name, getattr(self, name), False)
         self._check_names("target_modules")
         if self.exclude_modules is not None:
             self._check_names("exclude_modules")
@@ -262,19 +258,19 @@ class VPSConfig:
             raise ValueError(f"VPSConfig.{name} is {value!r}, expected {low} to {high}")
 
     @staticmethod
-    def _check_number(name: str, value: object, low: float, inclusive: bool = False) -> None:
-        expected = f"a finite number {'≥' if inclusive else '>'} {low:g}"
+    def _check_number(name: str, value: object, zero: bool) -> None:
+        expected = f"a finite number {'≥' if zero else '>'} 0"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"VPSConfig.{name} is {value!r}, expected {expected}")
-        if not math.isfinite(value) or value < low or (value == low and not inclusive):
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise ValueError(f"VPSConfig.{name} is {value!r}, expected {expected}")
 
-    def _check_bounds(self, name: str, check: Any) -> None:
+    def _check_bounds(self, name: str, check: Any, *limits: Any) -> None:
         bounds = getattr(self, name)
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
             raise TypeError(f"VPSConfig.{name} is {bounds!r}, expected a pair (low, high)")
         for value in bounds:
-            check(name, value)
+            check(name, value, *limits)
         if bounds[0] > bounds[1]:
             raise ValueError(f"VPSConfig.{name} is {bounds!r}, expected low ≤ high")
         object.__setattr__(self, name, tuple(bounds))

@@ -167,8 +167,8 @@ class Packed:
     def _from_positions(self, positions: Tensor) -> Tensor:
         """Return starts from positions, which start again with each sequence.
 
-        A counted token starts a sequence if its position is no higher than that of the row's first
-        counted token, and no higher than that of the counted token before it.
+        A counted token starts a sequence if its position is no higher than the position of the
+        row's first counted token, and than the position of the counted token before it.
         """
         counted = self.counted
         if counted is None:

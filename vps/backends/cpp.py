@@ -44,5 +44,5 @@ def _library() -> Path | None:
     return Path(named) if named else next(Path(__file__).parents[1].glob("_cpp*.so"), None)
 
 
-if why_missing() is not None:  # graphs hold the operator, which then is computed by torch
+if why_missing() is not None:  # graphs hold the operator, so torch has to implement it
     operator.implement_in_torch()

@@ -66,7 +66,7 @@ def build(architecture: str | None = None) -> Path:
     """Compile the library and return its path.
 
     Args:
-        architecture: such as ``"sm_90"``; that of the first GPU when ``None``.
+        architecture: such as ``"sm_90"``; the first GPU's when ``None``.
 
     Raises:
         RuntimeError: no GPU to ask for its architecture, or nvcc failed; with its output.

@@ -63,7 +63,7 @@ def _pair(
     key: SharpenedLayer | None,
     config: Any,
 ) -> pairing.Coupling | str:
-    """Return the coupling of a block, or why there is none."""
+    """Return the coupling of a block, or why the block stays uncoupled."""
     if query is None or key is None:
         return f"{QUERY if query is None else KEY} is not a sharpened linear layer"
     if CROSS.search(name) or getattr(block, "is_cross_attention", False):

@@ -33,7 +33,7 @@ class SharpenedLayer:
             turns the hybrid builder to SC.
         memory: the L-BFGS memory of a refinement.
         gamma: the γ of a calibration, in place of the config's.
-        coupling: of a query or key layer, with its peer.
+        coupling: the pair of a query and a key layer to which the layer belongs.
         outer: the adapter that wraps the layer and is sharpened in its place.
         offset: whether the product without bias may still add a constant (:mod:`own_forward`).
         norms: norms of all rows of W, found once, or ``None`` to ask the backward pass.

@@ -8,6 +8,7 @@ one of equal calls (:mod:`vps.backends.sharing`).
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,10 +132,15 @@ def attach(block: nn.Module, pair: Coupling) -> None:
 def detach(model: nn.Module) -> None:
     """Remove the hooks of :func:`attach` everywhere in ``model``."""
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Enter):
-                del module._forward_pre_hooks[key]
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _leave:
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, lambda hook: isinstance(hook, _Enter) or hook is _leave)
+
+
+def remove_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
+    """Remove the forward hooks of ``module`` for which ``is_ours`` holds."""
+    for hooks, options in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_always_called),
+    ):
+        for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+            del hooks[key]
+            options.pop(key, None)

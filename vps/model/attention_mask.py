@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vps import packing
 from vps.algorithm.selection import is_read_freely
+from vps.layers.pairing import remove_hooks
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
 
 # Arguments with one input a row, beside a model's own main argument.
@@ -53,17 +54,15 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
 def detach(model: nn.Module) -> None:
     """Remove what :func:`attach` and later forward passes left in ``model``."""
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Enter) or isinstance(getattr(hook, "__self__", None), _Around):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _leave or isinstance(getattr(hook, "__self__", None), _Around):
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, _is_ours)
         checkpoint = vars(module).get("_gradient_checkpointing_func")
         if isinstance(checkpoint, _BoundCheckpoint):
             vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint
+
+
+def _is_ours(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return hook is _leave or isinstance(hook, _Enter) or isinstance(owner, _Around)
 
 
 class _Enter:

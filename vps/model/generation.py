@@ -107,21 +107,12 @@ def generate(
     :class:`vps.EntropyProcessor`. If the model's own ``generation_config`` asks for beams or
     another way to decode, this part of it is ignored; its stop strings, penalties and tokens hold.
     """
-    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    options = _settings(model, tokenizer, _ONE_SEQUENCE)
+    options |= {"do_sample": False, "num_return_sequences": 1}
+    options["streamer"] = None if advance is None else _Counter(advance)
     start = time.perf_counter()
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_return_sequences=1,
-            streamer=None if advance is None else _Counter(advance),
-            logits_processor=list(processors),
-            pad_token_id=_padding(tokenizer),
-            **_settings(model, tokenizer, _ONE_SEQUENCE),
-        )
+    (tokens,) = _continue(model, tokenizer, inputs, new_tokens, processors, options)
     seconds = time.perf_counter() - start
-    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tokens, seconds)
 
 
@@ -141,22 +132,36 @@ def sample(
     The same seed draws the same numbers, so equal models give equal samples. The caller's random
     state stays as it was.
     """
-    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    options = _settings(model, tokenizer, _ONE_SEQUENCE | _WHOLE_DISTRIBUTION)
+    options |= {"do_sample": True, "temperature": temperature, "num_return_sequences": count}
     devices = [input_device(model)] if input_device(model).type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
+        tails = _continue(model, tokenizer, inputs, new_tokens, processors, options)
+    return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    processors: Sequence[Any],
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """Return the new token ids of each continuation that ``model.generate`` makes."""
+    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    pad = tokenizer.pad_token_id
+    with torch.no_grad():
         output = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
-            do_sample=True,
-            temperature=temperature,
-            num_return_sequences=count,
             logits_processor=list(processors),
-            pad_token_id=_padding(tokenizer),
-            **_settings(model, tokenizer, _ONE_SEQUENCE | _WHOLE_DISTRIBUTION),
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            **options,
         )
-    tails = output[:, inputs["input_ids"].shape[1] :]
-    return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails.tolist()]
+    tails: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return tails
 
 
 def _settings(model: Any, tokenizer: Any, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -169,12 +174,6 @@ def _settings(model: Any, tokenizer: Any, wanted: dict[str, Any]) -> dict[str, A
     if own.stop_strings is not None:  # without any, transformers would hand it to the forward
         found["tokenizer"] = tokenizer
     return found
-
-
-def _padding(tokenizer: Any) -> int | None:
-    """Return the token that fills finished sequences."""
-    pad: int | None = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:

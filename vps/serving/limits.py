@@ -71,7 +71,7 @@ def _config_text(text: str) -> str:
 
 
 def check(engine: Any, config: VPSConfig, keeps_prompts_whole: bool) -> None:
-    """Refuse an engine whose outputs would differ from those of the sharpened model.
+    """Refuse an engine whose outputs would differ from the sharpened model's.
 
     Args:
         engine: vLLM's ``VllmConfig``.

@@ -1,8 +1,8 @@
 """Let a linear layer of vLLM multiply by ``torch.ops.vps.serve``.
 
 The operator is opaque to vLLM's compiler, and finds the requests of a batch in the forward context.
-The weight stays a plain matrix (vLLM on a CPU would pack it and drop the matrix), so the backends
-of :func:`vps.vps_linear` compute as everywhere else.
+The weight stays a plain matrix, which vLLM on a CPU would pack and drop, so the backends of
+:func:`vps.vps_linear` compute as everywhere else.
 """
 
 from __future__ import annotations

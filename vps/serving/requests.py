@@ -2,7 +2,7 @@
 
 An engine multiplies several stacked weights at once: ``qkv_proj`` is q, k and v, ``gate_up_proj``
 gate and up. Each is sharpened by itself, under its name in the model's own files. The engine puts
-the tokens of all requests into one ``x [N, d_in]``: those of a prompt are one group, and every
+the tokens of all requests into one ``x [N, d_in]``. The tokens of a prompt are one group, and every
 generated token is a group by itself, as when a request runs alone.
 """
 
