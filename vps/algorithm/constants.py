@@ -25,7 +25,7 @@ def _untraced() -> Iterator[None]:
     A later trace then finds it as a constant.
     """
     state = torch._C._get_tracing_state()
-    if state is None:  # nothing to pause, where it may not be set either
+    if state is None:  # no trace runs, and the state may not be set
         yield
         return
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ def statistics(
     if not energy:
         return sums, None
     mean = squares[0] if len(squares) == 1 else torch.cat(squares)
-    if torch.jit.is_tracing():  # whose graph holds for any number of tokens
+    if torch.jit.is_tracing():  # a trace must hold for any number
         mean = mean / values.shape[2] / (values.shape[1] if count is None else count)
         return sums, mean
     mean.div_(constant(values.shape[2] * (values.shape[1] if count is None else 1), mean))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from vps.layers import adapters
 from vps.layers.forms import WEIGHT, Form, why_not_sharpenable
 from vps.layers.linear import SharpenedLayer, parameter
 from vps.layers.own_forward import is_matrix
@@ -37,10 +34,6 @@ class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
 
     def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
         return super().forward(x) if biased else x @ self.weight
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        adapters.watch()
-        super().__setstate__(state)
 
 
 def recognise(module: nn.Module) -> Form | None:

@@ -37,7 +37,7 @@ class SharpenedLayer:
         outer: the adapter that wraps the layer and is sharpened in its place.
         offset: whether the product without bias may still add a constant (:mod:`own_forward`).
         norms: norms of all rows of W, found once, or ``None`` to ask the backward pass.
-        keeps_bias: whether the output is more than the product without bias plus the bias; the
+        keeps_bias: whether the output differs from the product without bias plus the bias; the
             product is then the output less the output for zeros.
         displaced: attributes of the base layer with one of these names.
         kept: the plan of the last call, valid until something of the layer changes.
@@ -101,6 +101,10 @@ class SharpenedLayer:
     def _own_class(self) -> Any:
         """Return the class of the layer that defines ``plain_class``."""
         return next(each for each in type(self).__mro__ if "plain_class" in vars(each))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        adapters.watch()
+        super().__setstate__(state)  # type: ignore[misc]
 
     @property
     def module(self) -> nn.Module:
@@ -314,10 +318,6 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
 
     def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
         return super().forward(x) if biased else F.linear(x, self.weight)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        adapters.watch()
-        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         """Return sizes and the main settings."""
