@@ -10,7 +10,7 @@ import vps
 from vps import Calibration, VPSConfig
 from vps.fitting import Example, read_examples
 from vps.reading import parse_json, parse_yaml, read_text, read_values
-from vps.serving import configuration
+from vps.serving import limits
 
 DEEP = "[" * 100_000
 
@@ -37,7 +37,7 @@ def test_files_of_settings(tmp_path, monkeypatch):
     assert Calibration.load(marked(tmp_path / "c.json", written)) == calibration
     assert Calibration.from_json("\ufeff" + written) == calibration
     monkeypatch.setenv("VPS_CONFIG", str(marked(tmp_path / "v.json", '{"rank":\n 3}')))
-    assert configuration.from_environment() == VPSConfig(rank=3)
+    assert limits.config_from_environment() == VPSConfig(rank=3)
 
     bad = {
         "the key 'format' comes twice": '{"format": 1, "format": 2}',
@@ -50,7 +50,7 @@ def test_files_of_settings(tmp_path, monkeypatch):
         monkeypatch.setenv("VPS_CONFIG", str(path))
         for read in (
             lambda path: vps.load(fresh, path), Calibration.load,
-            lambda path: configuration.from_environment(),
+            lambda path: limits.config_from_environment(),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=message) as caught:
                 read(path)

@@ -1,4 +1,4 @@
-"""The settings of virtual parameter sharpening: every field of SPEC §5, checked on creation."""
+"""Hold the settings of virtual parameter sharpening, the fields of SPEC §5, and check them."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ NOT_GIVEN: Any = None
 class VPSConfig:
     """How a model is sharpened.
 
-    A value that is given holds: ``gamma=0.1`` fixes γ at 0.1. The policy chooses what is left out,
-    inside its bounds. After construction every field holds what it resolved to.
+    A value that is given holds: ``gamma=0.1`` fixes γ at 0.1. A value that is left out is chosen by
+    the policy inside its bounds. After construction every field holds its resolved value.
 
     Args:
         rank: columns of the update, 1 to 64; 2 when left out and not adaptive.
         adaptive_rank: let the policy choose the rank inside ``rank_bounds``. ``None``, here and
-            below, means: where the value is left out.
-        topk: selected features per side, 1 to 64; bounds the rank. 32 when left out and not
-            adaptive, or the rank where that is more.
-        adaptive_topk: let the policy choose it inside ``topk_bounds``; ``None`` also follows
-            ``adaptive_rank``.
-        gamma: scale of the update, at least 0; 0.5 when left out and not adaptive. 0 is the base
-            layer.
+            below, lets it choose if the value is left out.
+        topk: selected features per side, 1 to 64; it bounds the rank. When left out and not
+            adaptive, it is 32 or the rank, whichever is more.
+        adaptive_topk: let the policy choose it inside ``topk_bounds``; ``None`` does so only with
+            ``adaptive_rank=True``.
+        gamma: scale of the update, at least 0; 0.5 when left out and not adaptive. With 0 the layer
+            is the base layer.
         adaptive_gamma: let the policy choose γ inside ``gamma_bounds``.
         order: terms of the expansion of ``W · exp(γ U Vᵀ W)``; 1 or 2.
         adaptive_order: let the policy choose the order inside ``order_bounds``.
@@ -52,10 +52,10 @@ class VPSConfig:
             (``clip="spectral"``), in units of the weight; ``None`` leaves out the clip.
         alpha: ridge of the SC builder, in units of ``x²``; positive.
         clamp: bound on every element of δ, in units of the output; ``None`` leaves it out.
-        builder: ``"sk"``, ``"sc"``, ``"hybrid"``, or ``"random"``: features drawn by ``seed``,
-            the control that shows whether guidance by activations matters.
+        builder: ``"sk"``, ``"sc"``, ``"hybrid"`` or ``"random"``. The last draws features by
+            ``seed``, as a control that shows whether guidance by activations matters.
         seed: seed of the random builder; at least 0.
-        scope: tokens that share one selection: ``"sequence"``, ``"batch"`` or ``"token"``.
+        scope: which tokens share one selection: ``"sequence"``, ``"batch"`` or ``"token"``.
         qk_coupling: select outputs of query and key projections jointly (SPEC §7).
         lbfgs: precondition ``B`` with the ephemeral L-BFGS memory (SPEC §8).
         target_modules: as in PEFT: a sequence of name suffixes, a string that is a regular
@@ -68,8 +68,8 @@ class VPSConfig:
         ValueError: a value out of range; the message names field, value and range.
 
     Warns:
-        UserWarning: a value beside ``adaptive_…=True``, or bounds of what is not adaptive; the
-            message says which of them decides.
+        UserWarning: a value beside ``adaptive_…=True``, or bounds of a fixed value; the message
+            says which of them decides.
 
     Source: SPEC §5; the paper, appendix B.
     """
@@ -98,7 +98,7 @@ class VPSConfig:
     target_modules: tuple[str, ...] | str = DEFAULT_TARGET_MODULES
     exclude_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | None = None
-    # Of a copy by dataclasses.replace: what the original had not been given, with what it took.
+    # For a copy by dataclasses.replace: the values that the original resolved by itself.
     _implied: InitVar[Mapping[str, Any] | None] = None
 
     ADAPTIVE: ClassVar[dict[str, Any]] = {"rank": 2, "topk": 32, "gamma": 0.5, "order": 1}
@@ -121,17 +121,13 @@ class VPSConfig:
         self._check_int("seed", self.seed, 0, 2**63 - 1)
         for name, low, high in (("rank", 1, MAX_RANK), ("topk", 1, MAX_TOPK), ("order", 1, 2)):
             self._check_int(name, getattr(self, name), low, high)
-            self._check_bounds(
-                f"{name}_bounds", lambda f, v, a=low, b=high: self._check_int(f, v, a, b)
-            )
-        self._check_number("gamma", self.gamma, 0.0, inclusive=True)
-        self._check_bounds(
-            "gamma_bounds", lambda f, v: self._check_number(f, v, 0.0, inclusive=True)
-        )
-        self._check_number("alpha", self.alpha, 0.0)
+            self._check_bounds(f"{name}_bounds", self._check_int, low, high)
+        self._check_number("gamma", self.gamma, True)
+        self._check_bounds("gamma_bounds", self._check_number, True)
+        self._check_number("alpha", self.alpha, False)
         for name in ("tau", "clamp"):
             if getattr(self, name) is not None:
-                self._check_number(name, getattr(self, name), 0.0)
+                self._check_number(name, getattr(self, name), False)
         self._check_names("target_modules")
         if self.exclude_modules is not None:
             self._check_names("exclude_modules")
@@ -139,9 +135,9 @@ class VPSConfig:
         self._warn(beside, self.ADAPTIVE if _implied is None else ())
 
     def _resolve(self, before: Mapping[str, Any] | None) -> list[str]:
-        """Fill in what was left out (SPEC §5) and return the values given beside their switch."""
+        """Resolve values that were left out (SPEC §5); return names given beside their switch."""
         for name, value in (before or {}).items():
-            if getattr(self, name) == value:  # passed on by a copy, not given
+            if getattr(self, name) == value:  # a copy passed it on; nobody gave it
                 object.__setattr__(self, name, None)
         implied: dict[str, Any] = {}
         beside = []
@@ -165,7 +161,7 @@ class VPSConfig:
         return beside
 
     def _warn(self, beside: Iterable[str], bounded: Iterable[str], stacklevel: int = 4) -> None:
-        """Say once which values, and which of the bounds of these names, have no effect."""
+        """Warn once of values, and of bounds of these names, that have no effect."""
         said = [
             f"{name}={getattr(self, name)!r} has no effect beside adaptive_{name}=True: "
             f"{name}_bounds {getattr(self, f'{name}_bounds')} decide"
@@ -181,12 +177,12 @@ class VPSConfig:
         if said:
             warnings.warn(f"VPSConfig: {'; '.join(said)}", stacklevel=stacklevel)
 
-    def __hash__(self) -> int:  # few fields: it is computed at every call of a layer
+    def __hash__(self) -> int:  # of few fields, because every call of a layer computes it
         return hash((self.rank, self.gamma, self.gamma_bounds, self.builder, self.scope))
 
     @property
     def is_off(self) -> bool:
-        """Whether γ is 0 whatever the input."""
+        """Return whether γ is 0 whatever the input."""
         return (self.gamma_bounds[1] if self.adaptive_gamma else self.gamma) == 0
 
     @property
@@ -197,12 +193,12 @@ class VPSConfig:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes`` applied and checked.
 
-        Tells a value that is given from the same one left out, as ``dataclasses.replace`` cannot.
-        A value among them holds where the original was not told to adapt it, and a switch turned on
-        lets go of the original's value.
+        Unlike ``dataclasses.replace`` it can tell a value that is given from the same value left
+        out. A changed value holds unless the original was told to adapt it. A switch that is turned
+        on drops the original's value.
 
         Raises:
-            TypeError: a name that is no field, with the nearest known one.
+            TypeError: a name is no field; the message suggests the nearest field.
         """
         for name in changes:
             if name not in self.field_names():
@@ -211,7 +207,7 @@ class VPSConfig:
         for name in self.ADAPTIVE:
             if changes.get(f"adaptive_{name}") is True:
                 changes.setdefault(name, None)
-        # What is changed is given, also where it equals what was implied.
+        # A changed value is given, also if it equals the implied value.
         left = {name: None if name in changes else implied[name] for name in implied}
         left |= {name: None for name in changes if name in self.ADAPTIVE}
         copy = dataclasses.replace(self, **changes, _implied=left)
@@ -219,7 +215,7 @@ class VPSConfig:
         return copy
 
     def to_json(self) -> str:
-        """Return the settings as a JSON object, one key a field, ``null`` where it was left out."""
+        """Return the settings as a JSON object, with ``null`` for fields that were left out."""
         left = dict.fromkeys(self._implied or ())  # type: ignore[attr-defined]
         return json.dumps(dataclasses.asdict(self) | left, indent=2)
 
@@ -228,11 +224,12 @@ class VPSConfig:
         """Read what :meth:`to_json` wrote; missing keys take their defaults.
 
         Raises:
-            ValueError: no JSON, no object, a key twice or unknown (with the nearest known one).
+            ValueError: the text is no JSON object, or has a key that is unknown or comes twice; the
+                message suggests the nearest known key.
             TypeError: a value of the wrong type.
 
         Warns:
-            UserWarning: as for the constructor; files of earlier versions have values beside
+            UserWarning: as the constructor does; files of earlier versions have values beside
                 ``adaptive_…=true``.
         """
         try:
@@ -250,7 +247,7 @@ class VPSConfig:
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """The names of all fields, in order."""
+        """Return the names of all fields, in order."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
     def _check_bool(self, name: str) -> None:
@@ -266,19 +263,19 @@ class VPSConfig:
             raise ValueError(f"VPSConfig.{name} is {value!r}, expected {low} to {high}")
 
     @staticmethod
-    def _check_number(name: str, value: object, low: float, inclusive: bool = False) -> None:
-        expected = f"a finite number {'≥' if inclusive else '>'} {low:g}"
+    def _check_number(name: str, value: object, zero: bool) -> None:
+        expected = f"a finite number {'≥' if zero else '>'} 0"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"VPSConfig.{name} is {value!r}, expected {expected}")
-        if not math.isfinite(value) or value < low or (value == low and not inclusive):
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise ValueError(f"VPSConfig.{name} is {value!r}, expected {expected}")
 
-    def _check_bounds(self, name: str, check: Any) -> None:
+    def _check_bounds(self, name: str, check: Any, *limits: Any) -> None:
         bounds = getattr(self, name)
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
             raise TypeError(f"VPSConfig.{name} is {bounds!r}, expected a pair (low, high)")
         for value in bounds:
-            check(name, value)
+            check(name, value, *limits)
         if bounds[0] > bounds[1]:
             raise ValueError(f"VPSConfig.{name} is {bounds!r}, expected low ≤ high")
         object.__setattr__(self, name, tuple(bounds))
@@ -324,6 +321,6 @@ class VPSConfig:
 
 
 def nearest_field(name: str) -> str:
-    """A hint at the field whose name comes nearest, or nothing."""
+    """Return a hint at the field with the nearest name, or an empty string."""
     close = difflib.get_close_matches(name, VPSConfig.field_names(), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

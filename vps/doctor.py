@@ -41,7 +41,7 @@ OLDEST_TRANSFORMERS = (5, 17)  # with tensor parallelism by DistributedConfig
 
 
 def diagnose() -> dict[str, dict[str, Any]]:
-    """Collect facts in sections, each a name with a value or a reason; plain data, fit for JSON."""
+    """Collect facts in sections, by name a value or a reason, as plain data fit for JSON."""
     return {
         "versions": {
             "vps": package_version("vps-kernels"),
@@ -78,12 +78,12 @@ def _devices() -> dict[str, str]:
 
 
 def package_version(package: str) -> str:
-    """Return the installed version of a package, or say that there is none."""
+    """Return the installed version of a package, or say that it is not installed."""
     return _version(package) or "not installed as a package"
 
 
 def processor_name() -> str:
-    """Return the model of the processor, or the architecture where the system does not tell."""
+    """Return the model of the processor, or the architecture if the system does not tell it."""
     try:
         found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -94,8 +94,8 @@ def processor_name() -> str:
 def engines() -> dict[str, str]:
     """Say which ways of quantizing, adapting, offloading, sharding and serving a model run here.
 
-    Answered from what is installed, without importing it: each with ``"available: …"`` or the
-    reason why it is not.
+    Each name has ``"available: …"`` or the reason why it is missing. Packages are looked up but not
+    imported.
     """
     found = {}
     for name, (package, purpose, extra) in ENGINES.items():
@@ -141,7 +141,7 @@ def _vllm() -> str:
 
 
 def _transports() -> str | None:
-    """Name what processes can talk by; ``None`` where torch has no torch.distributed."""
+    """Name the ways in which processes can talk; ``None`` if torch has no torch.distributed."""
     if not torch.distributed.is_available():
         return None
     ways = {

@@ -1,7 +1,7 @@
-"""``vps_linear``: one sharpened linear layer, ``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)``.
+"""Sharpen a linear layer: ``vps_linear``, ``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)``.
 
-The only door to the backends, for one layer or for a query and a key that select together, whatever
-their weights are.
+This is the only door to the backends, for one layer or for a query and a key that select together,
+whatever their weights are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vps.config import VPSConfig
 from vps.masking import STATE, check_mask, group
 from vps.packing import Packing
 
-# Of every call, so found once.
+# Every call needs these, so they are looked up once.
 _transform_running = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -40,7 +40,7 @@ class Projection(NamedTuple):
     """A layer to sharpen.
 
     Args:
-        weight: ``[d_out, d_in]``, or what else is known of W.
+        weight: ``[d_out, d_in]``, or another kind of :class:`~vps.algorithm.weight.Weight`.
         bias: ``[d_out]`` or ``None``.
         gradient: as for :func:`vps_linear`.
         memory: as for :func:`vps_linear`.
@@ -54,7 +54,7 @@ class Projection(NamedTuple):
     gamma: policy.LayerGamma | None = None
 
     def is_plain(self) -> bool:
-        """Return whether its own γ is 0, so that it takes part in a joint selection alone."""
+        """Return whether its own γ is 0; then it takes part in a joint selection but is plain."""
         return self.gamma is not None and self.gamma.is_zero
 
 
@@ -80,24 +80,24 @@ def vps_linear(
         mask: bool ``[...]``, x without its last dim, True counts in the statistics; ``None``
             uses what :func:`vps.token_mask` or the patched model says.
         state: entropy and improvement history.
-        gradient: the layer holds a gradient, which turns ``builder="hybrid"`` into SC.
-        memory: L-BFGS pairs of the layer; without one, or with ``lbfgs=False``, no change. Only
-            the torch backend and the reference compute with pairs.
-        gamma: γ in place of the config's, of either sign, as for
-            :class:`policy.LayerGamma`; a tensor is data, so that no value compiles anew.
+        gradient: whether the layer holds a gradient, which turns ``builder="hybrid"`` into SC.
+        memory: L-BFGS pairs of the layer. Without pairs, or with ``lbfgs=False``, it changes
+            nothing. Only the torch backend and the reference compute with pairs.
+        gamma: γ in place of the config's, of either sign, as for :class:`policy.LayerGamma`. A
+            tensor is data, so ``torch.compile`` does not compile anew for its value.
 
     Returns:
-        ``[..., d_out]`` in the dtype of x, bit-identical to ``F.linear`` where γ is 0 and, by any
-        backend but ``triton`` and ``cuda``, which add b after rounding and have products of their
-        own for a few tokens, for a group without a counted token. Differentiable in x, weight and
-        bias, twice and under the transforms of ``torch.func``, too (SPEC §6), where torch computes
-        whatever the backend.
+        ``[..., d_out]`` in the dtype of x. It is bit-identical to ``F.linear`` where γ is 0. For a
+        group without a counted token it is too, except by ``triton`` and ``cuda``, which add b
+        after rounding and have products of their own for a few tokens. It can be differentiated in
+        x, weight and bias, twice and under the transforms of ``torch.func`` (SPEC §6); there torch
+        computes, whatever the backend.
 
     Raises:
-        TypeError: x or weight no floating-point tensor, or a mask that is not bool.
-        ValueError: shapes that do not fit, naming both.
-        NotImplementedError: differentiated in forward mode (``torch.func.jvp``).
-        RuntimeError: another backend was asked for than can run this layer.
+        TypeError: x or weight is no floating-point tensor, or the mask is not bool.
+        ValueError: shapes do not fit; the message names both.
+        NotImplementedError: the call is differentiated in forward mode (``torch.func.jvp``).
+        RuntimeError: a backend was asked for that cannot run this layer.
 
     Source: SPEC §2–§6, §8.
     """
@@ -120,8 +120,8 @@ def coupled_vps_linear(
 ) -> tuple[Tensor, Tensor]:
     """Sharpen the query and the key projection of one attention block together.
 
-    They share one policy decision, and selections that rank channels by what they add to the
-    attention logits. With ``qk_coupling=False`` or ``builder="random"`` each is sharpened alone.
+    They share one policy decision, and both select channels by what these add to the attention
+    logits. With ``qk_coupling=False`` or ``builder="random"`` each is sharpened alone.
 
     Args:
         x: input of both, ``[..., d_in]``.
@@ -134,11 +134,11 @@ def coupled_vps_linear(
         state: entropy and improvement history.
 
     Returns:
-        Both outputs, each as of :func:`vps.vps_linear`.
+        Both outputs, each as :func:`vps.vps_linear` returns it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`vps.vps_linear`.
-        ValueError: head counts that do not fit the weights.
+        ValueError: the numbers of heads do not fit the weights.
 
     Source: SPEC §7.
     """
@@ -158,7 +158,7 @@ def coupled_vps_linear(
 
 
 def why_not_heads(d_q: int, d_k: int, heads: int, kv_heads: int) -> str | None:
-    """Return why projections of these widths are none of so many heads, or ``None``."""
+    """Return why projections of these widths cannot have so many heads, or ``None``."""
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         return f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}"
     if d_q % heads or d_k % kv_heads or d_q // heads != d_k // kv_heads:
@@ -183,17 +183,16 @@ def sharpen(
 
     Args:
         x: input ``[..., d_in]``.
-        layers: one, or query and key.
+        layers: one layer, or query and key.
         config: the settings.
         heads: query and key-value heads, with two layers.
         mask, state: as for :func:`vps_linear`.
-        given: features and energy of one layer that are not to be selected here, for x
-            ``[G, T, d_in]``.
+        given: features and energy of one layer that are decided already, for x ``[G, T, d_in]``.
 
     Returns:
-        For each layer its output ``[..., d_out]``, differentiable in x and in what the layer
-        trains, or ``None`` where γ is 0 whatever the input, for the caller to use the layer as it
-        is.
+        For each layer its output ``[..., d_out]``, differentiable in x and in the layer's
+        parameters; or ``None`` where γ is 0 whatever the input, so that the caller uses the layer
+        as it is.
 
     Raises:
         TypeError, ValueError, NotImplementedError, RuntimeError: as for :func:`vps_linear`.
@@ -226,13 +225,13 @@ class Plan(NamedTuple):
     """What is settled before the input comes.
 
     Args:
-        layers: as the flow takes them.
+        layers: the layers as the flow takes them.
         config: the settings.
-        state: of the policy, or ``None``.
+        state: the policy state, or ``None``.
         heads: query and key-value heads, with two layers.
         drawn: I_in and I_out ``[r]`` of the random builder, or ``None``.
-        kind: what backends choose by.
-        backend: the one that computes unless another is asked for.
+        kind: the facts by which a backend is chosen.
+        backend: the backend that computes unless another is asked for.
     """
 
     layers: tuple[Layer, ...]
@@ -278,10 +277,10 @@ def prepare(
 def keep(
     x: Tensor, layers: tuple[Any, ...], projections: tuple[Projection, ...], heads: Any = None
 ) -> Kept | None:
-    """Return the plan of layers with an input like x, where it may be kept.
+    """Return the plan of layers for inputs like x, or ``None`` where it may not be kept.
 
-    A weight that is made anew at each call, such as a transposed one, is not kept; nor is anything
-    while a tracer, a mode or a transform looks on, or where autocast casts.
+    It may not if a weight is made anew at each call, such as a transposed weight; nor while a
+    tracer, a mode or a transform looks on, or autocast casts.
     """
     first = layers[0]
     for layer, one in zip(layers, projections, strict=True):
@@ -300,7 +299,7 @@ def keep(
 def compute(
     x: Tensor, plan: Plan, mask: Tensor | None = None, given: Given = NOTHING
 ) -> list[Tensor | None]:
-    """Return the output ``[..., d_out]`` of each layer of a plan, ``None`` for a plain one."""
+    """Return the output ``[..., d_out]`` of each layer of a plan, or ``None`` for a plain layer."""
     if forward_ad._current_level >= 0:
         weights = [W for layer in plan.layers for W in layer.weight.parameters()]
         biases = [layer.bias for layer in plan.layers if layer.bias is not None]
@@ -341,7 +340,7 @@ def compute(
 
 
 def _reverse_only(plan: Plan, x: Tensor) -> tuple[Plan, Tensor]:
-    """Return a plan and its input, inside a transform, such that forward mode is refused."""
+    """Return a plan and its input, inside a transform, through which forward mode is refused."""
     layers = []
     for layer in plan.layers:
         weight, bias = layer.weight, layer.bias
@@ -355,16 +354,17 @@ def _reverse_only(plan: Plan, x: Tensor) -> tuple[Plan, Tensor]:
 def arrange(
     x: Tensor, mask: Tensor | None, scope: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Packing | None]:
-    """Return x as ``[G, T, d_in]``, the mask that applies, and that mask as ``[G, T]`` on x's
-    device; or x as it is and the packing of rows that hold several sequences, each part of which is
-    to be arranged by itself, with its mask.
+    """Return x as ``[G, T, d_in]``, its mask, and the mask as ``[G, T]`` on x's device.
+
+    If rows hold several sequences, x is returned as it is, with the packing. The caller then
+    arranges each part by itself, with its mask.
     """
     if mask is None:
         if scope == "sequence" and x.dim() == 3:
             layouts = STATE.layouts
             if not layouts:
                 return x, None, None, None
-            last = layouts[-1]  # nearly always of just these tokens
+            last = layouts[-1]  # nearly always it has just these tokens
             if last.packed is None and last.encoded is None and last.shape == x.shape[:-1]:
                 mask = last.mask
                 return x, mask, None if mask is None else mask.to(x.device), None

@@ -1,6 +1,6 @@
-"""Which tokens count and how a model lays them out, which a layer cannot see in x (SPEC §2).
+"""Tell layers which tokens count and how a model lays them out, which x does not show (SPEC §2).
 
-The facts are kept on a stack per thread, so two threads may run one model with different masks.
+Layouts are kept on a stack per thread, so two threads may run one model with different masks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vps.packing import Packed, Packing, Patches, TimeFirst
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a decoder attends to: encoder states ``[B, S, d]`` and the bool mask ``[B, S]``."""
+    """The encoder states ``[B, S, d]`` to which a decoder attends, and their mask ``[B, S]``."""
 
     states: Tensor
     mask: Tensor | None
@@ -27,14 +27,20 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Token dims ``shape`` of the running model or context, and the bool ``mask`` of that shape.
+    """The token dims and the mask of the running model, or of a :func:`token_mask`.
 
-    Without an ``owner``, from :func:`token_mask`, it must fit every layer. That of a patched model
-    applies to layers whose input has as many tokens; the rest (a vision tower) keep their own, and
-    those that read ``encoded`` (cross-attention) take its mask. A layer that is given one vector a
-    row (a pooler, a head) has as many sequences of one token: ``rows`` are how many rows the
-    inputs of the call have. ``packed`` says which rows hold several sequences. ``around`` is a
-    module around models, which knows no more than the rows that they had.
+    The layout of a patched model applies to layers whose input has as many tokens. Layers that read
+    ``encoded`` (cross-attention) take its mask; other layers (a vision tower) keep their own dims.
+
+    Args:
+        shape: token dims.
+        mask: bool of that shape, or ``None`` where all tokens count.
+        owner: the module; ``None`` for :func:`token_mask`, whose mask must fit every layer.
+        encoded: the encoder states to which the model attends.
+        rows: how many rows the inputs of the call have. A layer that gets one vector a row (a
+            pooler, a head) has as many sequences of one token.
+        packed: which rows hold several sequences.
+        around: whether the owner is a module around models, which knows no more than their rows.
     """
 
     shape: tuple[int, ...]
@@ -46,8 +52,8 @@ class TokenLayout:
     around: bool = False
 
 
-# Token dims of a layer's input, the mask of that shape, how its rows are packed, and the layout in
-# which the input does not show where its sequences are. A plain tuple: one is made at each call.
+# Token dims of a layer's input, the mask of that shape, how its rows are packed, and the layout of
+# the model where the input does not show its sequences. A plain tuple, as one is made at each call.
 _Sequences = tuple[
     tuple[int, ...],
     Tensor | None,
@@ -61,10 +67,10 @@ class _ThreadState(threading.local):
         self.layouts: list[TokenLayout] = []
         self.disabled: list[Any] = []
         self.backends: list[str] = []
-        self.plain: list[Any] = []  # modules whose own forward is being asked for
+        self.plain: list[Any] = []  # modules whose own forward runs
 
 
-# Lists, not attributes: torch.compile traces their mutation, and no ContextVar.
+# In lists, because torch.compile traces their mutation but no ContextVar.
 STATE = _ThreadState()
 
 
@@ -72,16 +78,16 @@ STATE = _ThreadState()
 def token_mask(mask: Tensor) -> Iterator[None]:
     """Say which tokens count in the statistics of every VPS layer run inside, on this thread.
 
-    A patched model does this by itself from ``attention_mask``; this is for a bare layer, or for a
-    model called without one whose tokens do not all count, such as padding to the right. With
-    ``torch.utils.checkpoint``, enter it inside the checkpointed function, which runs twice.
+    A patched model takes this from its ``attention_mask``. Use it for a bare layer, or for a model
+    that is called without an ``attention_mask`` and has padding. With ``torch.utils.checkpoint``,
+    enter it inside the checkpointed function, which runs twice.
 
     Args:
-        mask: bool ``[..., T]``, the layer's input without its last dim; True counts.
+        mask: bool ``[..., T]``, the dims of the layer's input without the last; True counts.
 
     Raises:
-        TypeError: not a bool tensor.
-        ValueError: raised by the layer when its input has other token dims.
+        TypeError: ``mask`` is no bool tensor.
+        ValueError: raised by a layer whose input has other token dims.
     """
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -93,17 +99,11 @@ def token_mask(mask: Tensor) -> Iterator[None]:
         STATE.layouts.pop()
 
 
-def current_layout() -> TokenLayout | None:
-    """The innermost layout of this thread."""
-    layouts = STATE.layouts
-    return layouts[-1] if layouts else None
-
-
 def bind_to_thread_state(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` that sees this thread's present layouts and switches wherever it runs later.
+    """Bind ``function`` to this thread's present layouts and switches, wherever it runs later.
 
-    Gradient checkpointing runs a block again during backward, after the model's forward returned
-    and perhaps on another thread.
+    Gradient checkpointing runs a block again during the backward pass, after the model's forward
+    returned and perhaps on another thread.
     """
     bound_state = {name: list(stack) for name, stack in vars(STATE).items()}
 
@@ -119,7 +119,7 @@ def bind_to_thread_state(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def count(dims: tuple[int, ...]) -> int:
-    """Tokens of these dims; a loop, which torch.compile traces with symbolic sizes too."""
+    """Return the product of dims, by a loop that torch.compile traces with symbolic sizes too."""
     tokens = 1
     for dim in dims:
         tokens *= dim
@@ -127,25 +127,24 @@ def count(dims: tuple[int, ...]) -> int:
 
 
 def token_dims(x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
-    """Token dims and mask to use for a layer input ``x`` [..., d_in].
+    """Return the token dims and the mask for a layer input ``x`` [..., d_in].
 
-    A model may flatten its ``[B, T]`` tokens before a layer (OPT, shared experts); then the
-    model's own dims are returned, so that sequences stay apart. A layer that is given one vector a
-    row (a pooler, a head) has B sequences of one token.
+    If a model flattens its ``[B, T]`` tokens before a layer (OPT, shared experts), the model's own
+    dims are returned, so that sequences stay apart. A layer that gets one vector a row (a pooler, a
+    head) has B sequences of one token.
 
     Raises:
-        ValueError: a mask of :func:`token_mask` that does not fit ``x``.
+        ValueError: the mask of a :func:`token_mask` does not fit ``x``.
     """
     return _sequences(x)[:2]
 
 
 def groups_of(x: Tensor, scope: str) -> tuple[tuple[int, ...], Tensor | None, Packing | None]:
-    """As :func:`token_dims`, and the packing of rows that hold several sequences, where ``scope``
-    asks for it.
+    """Return what :func:`token_dims` does, and the packing of rows that ``scope`` splits.
 
     Raises:
-        ValueError: a mask that does not fit ``x``, or an input from which does not show which of
-            its tokens are of one sequence.
+        ValueError: the mask does not fit ``x``, or nothing shows which tokens of ``x`` belong to
+            one sequence.
     """
     dims, mask, packed, unknown = _sequences(x)
     if scope == "token":
@@ -163,9 +162,9 @@ def groups_of(x: Tensor, scope: str) -> tuple[tuple[int, ...], Tensor | None, Pa
 
 def _sequences(x: Tensor) -> _Sequences:
     own = x.shape[:-1]
-    layout = current_layout()
-    if layout is None:
+    if not STATE.layouts:
         return own, None, None, None
+    layout = STATE.layouts[-1]
     if layout.encoded is not None and _is_encoded(x, layout.encoded.states, layout.shape):
         return own, layout.encoded.mask, None, None
     if own == layout.shape or (x.dim() <= 2 and count(own) == count(layout.shape)):
@@ -191,17 +190,17 @@ def _sequences(x: Tensor) -> _Sequences:
 
 
 def _holds_several(layout: TokenLayout, x: Tensor) -> bool:
-    """Whether the call of a layout has more than one sequence."""
+    """Return whether the call of a layout has more than one sequence."""
     if any(rows > 1 for rows in layout.rows):
         return True
     return layout.packed is not None and layout.packed.on(x.device) is not None
 
 
 def _is_encoded(x: Tensor, states: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether x is the encoder's states, in a decoder whose own tokens have dims ``shape``.
+    """Return whether x is the encoder's states, in a decoder whose own tokens have dims ``shape``.
 
-    Where both have as many tokens, or the decoder's are not known, it is the tensor itself, or as a
-    reentrant checkpoint has it.
+    Other dims than the decoder's settle it. Otherwise x must be the tensor itself, or an alias of
+    it, which a reentrant checkpoint makes.
     """
     if x is states or x.shape[:-1] != states.shape[:-1]:
         return x is states
@@ -225,7 +224,7 @@ def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
 
 
 def check_mask(x: Tensor, mask: Tensor) -> None:
-    """Raise where a mask is none for x ``[..., d_in]``."""
+    """Refuse a mask that does not fit x ``[..., d_in]``."""
     if mask.dtype is not torch.bool:
         raise TypeError(f"vps_linear: mask must be bool, got {mask.dtype}")
     if mask.shape != x.shape[:-1]:

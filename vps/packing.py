@@ -1,8 +1,8 @@
-"""Rows that hold several sequences, packed: where each starts, and its tokens as one group.
+"""Split packed rows, which hold several sequences, into a group of tokens for each sequence.
 
-A model says so by ``position_ids`` that start again, by the ``cu_seq_lens`` of FlashAttention or by
-``seq_idx`` (SPEC §2). Tokens ``[B, T]`` are computed in parts ``[S, L]``, each of S sequences of
-about one length that are filled up to the longest, and their outputs go back.
+A model shows where sequences start by ``position_ids`` that start again, by the ``cu_seq_lens`` of
+FlashAttention or by ``seq_idx`` (SPEC §2). Tokens ``[B, T]`` are computed in parts ``[S, L]``. A
+part holds S sequences of similar length, padded to the longest; their outputs go back into rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class Part(NamedTuple):
     """Some of the sequences.
 
     Args:
-        tokens: the token at each place ``[S, L]``, of ``B · T``; past its end, a sequence's first.
-        counted: bool ``[S, L]``, whether it counts.
+        tokens: the index, among ``B · T``, of the token at each place ``[S, L]``. Past the end of a
+            sequence it is the sequence's first token.
+        counted: bool ``[S, L]``, whether the token at each place counts.
     """
 
     tokens: Tensor
@@ -32,7 +33,7 @@ class Packing(NamedTuple):
     """How tokens ``[B, T]`` stand in parts.
 
     Args:
-        parts: of which each sequence is in one.
+        parts: the parts; each sequence is in one of them.
         place: the place of each token ``[B · T]`` in the parts laid end to end.
     """
 
@@ -40,7 +41,7 @@ class Packing(NamedTuple):
     place: Tensor
 
     def take(self, values: Tensor) -> list[Tensor]:
-        """``[S, L, d]`` for each part, of values ``[..., d]`` of all tokens."""
+        """Return, for each part, ``[S, L, d]`` from values ``[..., d]`` of all tokens."""
         flat = values.reshape(-1, values.shape[-1])
         return [
             flat.index_select(0, part.tokens.view(-1)).view(*part.tokens.shape, -1)
@@ -48,7 +49,7 @@ class Packing(NamedTuple):
         ]
 
     def apply(self, x: Tensor, compute: Callable[..., Tensor]) -> Tensor:
-        """As :meth:`apply_all`, for a ``compute`` of one output."""
+        """Apply a ``compute`` that returns one output, as :meth:`apply_all` does."""
         (y,) = self.apply_all(x, lambda values, mask: [compute(values, mask=mask)])
         assert y is not None
         return y
@@ -56,12 +57,12 @@ class Packing(NamedTuple):
     def apply_all(
         self, x: Tensor, compute: Callable[..., Sequence[Tensor | None]]
     ) -> list[Tensor | None]:
-        """Outputs ``[..., d_out]`` for x ``[..., d_in]``.
+        """Return outputs ``[..., d_out]`` for x ``[..., d_in]``, computed part by part.
 
         Args:
-            x: of all tokens.
-            compute: outputs ``[S, L, d_out]``, or ``None`` in every part, for x ``[S, L, d_in]`` of
-                a part and the ``mask`` of what counts in it.
+            x: the input for all tokens.
+            compute: a function of the input ``[S, L, d_in]`` of a part and the ``mask`` of its
+                counted tokens. It returns outputs ``[S, L, d_out]``, with ``None`` for a plain one.
         """
         inputs = zip(self.take(x), self.parts, strict=True)
         of_parts = [compute(values, mask=part.counted) for values, part in inputs]
@@ -71,21 +72,21 @@ class Packing(NamedTuple):
         ]
 
     def back(self, ys: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """``[..., d]`` of ``[S, L, d]`` for each part, where x has this ``shape``."""
+        """Return ``[..., d]`` from ``[S, L, d]`` for each part, where x has this ``shape``."""
         flat = torch.cat([y.flatten(0, 1) for y in ys])
         return flat.index_select(0, self.place).view(*shape[:-1], flat.shape[-1])
 
 
 class Packed:
-    """What one call says of the sequences in its rows, read when a layer first asks.
+    """What one call says about the sequences in its rows; it is read when a layer first asks.
 
     Args:
         shape: B and T.
         counted: bool ``[B, T]``, or ``None`` where all tokens count.
         bounds: ``cu_seq_lens`` ``[S + 1]``, or ``None``.
         ids: ``seq_idx`` ``[B, T]``, or ``None``.
-        positions: ``[B or 1, T]``, or ``None``.
-        mask: as the call had it.
+        positions: ``position_ids`` ``[B or 1, T]``, or ``None``.
+        mask: the ``attention_mask`` of the call.
     """
 
     def __init__(
@@ -106,18 +107,18 @@ class Packed:
         self._packing: dict[torch.device, Packing | None] = {}
 
     def is_told(self, *said: Any) -> bool:
-        """Whether it was told the very same as a model in this one: all arguments but counted."""
+        """Return whether its arguments, without ``counted``, are the very same objects."""
         shape, *rest = said
         mine = self.bounds, self.ids, self.positions, self.mask
         same = zip(mine, rest, strict=True)
         return self.shape == shape and all(one is other for one, other in same)
 
     def on(self, device: torch.device) -> Packing | None:
-        """The parts, on a device; ``None`` where every row is one sequence.
+        """Return the parts on a device, or ``None`` where every row is one sequence.
 
         Raises:
-            ValueError: bounds that do not fit the tokens, or that cannot be read where a compiler,
-                a tracer or a captured CUDA graph would keep those of one call for all.
+            ValueError: the bounds do not fit the tokens, or cannot be read because a compiler, a
+                tracer or a captured CUDA graph would keep the bounds of one call for all calls.
         """
         if device not in self._packing:
             starts = self._starts()
@@ -128,7 +129,10 @@ class Packed:
         return self._packing[device]
 
     def _starts(self) -> Tensor | None:
-        """Where sequences start, bool ``[B, T]``, not of every row; ``None`` where not known."""
+        """Return where sequences start, bool ``[B, T]``, or ``None`` where that is not known.
+
+        The first sequence of a row may be missing.
+        """
         if isinstance(self.bounds, Tensor) and not _is_readable(self.bounds):
             if self.bounds.numel() == self.shape[0] + 1:
                 return None  # as many sequences as rows
@@ -148,7 +152,7 @@ class Packed:
         return self._from_positions(self.positions.expand(self.shape))
 
     def _from_bounds(self, bounds: Any) -> Tensor:
-        """Of ``cu_seq_lens``, which count through the rows laid end to end."""
+        """Return starts from ``cu_seq_lens``, which count through the rows laid end to end."""
         total = self.shape[0] * self.shape[1]
         edges = bounds.flatten().tolist() if isinstance(bounds, Tensor) else list(bounds)
         if not edges or edges[0] != 0 or edges != sorted(edges) or edges[-1] > total:
@@ -161,8 +165,11 @@ class Packed:
         return starts[:-1].view(self.shape)
 
     def _from_positions(self, positions: Tensor) -> Tensor:
-        """A counted token starts a sequence whose position is no higher than those of the row's
-        first counted token and of the last one before it."""
+        """Return starts from positions, which start again with each sequence.
+
+        A counted token starts a sequence if its position is no higher than the position of the
+        row's first counted token, and than the position of the counted token before it.
+        """
         counted = self.counted
         if counted is None:
             counted = torch.ones(self.shape, dtype=torch.bool, device=positions.device)
@@ -178,7 +185,7 @@ class Packed:
 
 
 class TimeFirst:
-    """Tokens ``[T, B]`` of a layer that takes them so, in a model of ``[B, T]`` (XLNet, FSMT).
+    """The tokens ``[T, B]`` of a layer in a model with tokens ``[B, T]`` (XLNet, FSMT).
 
     Args:
         shape: B and T.
@@ -190,7 +197,7 @@ class TimeFirst:
         self.counted = counted
 
     def on(self, device: torch.device) -> Packing:
-        """One part, of B sequences of T tokens."""
+        """Return one part, of B sequences of T tokens."""
         rows, length = self.shape
         order = torch.arange(rows * length, device=device)
         counted = self.counted
@@ -201,12 +208,12 @@ class TimeFirst:
 
 
 class Patches:
-    """Patches of several images in one row ``[n, d]``, as a vision tower is given them (Qwen-VL).
+    """Patches of several images in one row ``[n, d]``, as a vision tower gets them (Qwen-VL).
 
     Args:
-        grid: patches of each image in time, height and width, ``[images, 3]``.
+        grid: numbers of patches of each image in time, height and width, ``[images, 3]``.
         patches: n.
-        tokens: of a layer, each of which is as many merged patches.
+        tokens: number of tokens of a layer, each merged from ``patches // tokens`` patches.
     """
 
     def __init__(self, grid: Tensor, patches: int, tokens: int) -> None:
@@ -217,16 +224,16 @@ class Patches:
         self._merged: dict[int, Patches] = {tokens: self}
 
     def merged(self, tokens: int) -> Patches:
-        """The same for a layer of so many tokens."""
+        """Return the same images for a layer with so many tokens."""
         if tokens not in self._merged:
             self._merged[tokens] = Patches(self.grid, self.patches, tokens)
         return self._merged[tokens]
 
     def on(self, device: torch.device) -> Packing | None:
-        """The parts, on a device; ``None`` where there is one image, or a compiler looks on.
+        """Return the parts on a device; ``None`` for a single image, or while a compiler looks on.
 
         Raises:
-            ValueError: an image of which no whole tokens are made.
+            ValueError: the patches of an image do not make whole tokens.
         """
         if len(self.grid) < 2 or not _is_readable(self.grid):
             return None
@@ -245,8 +252,10 @@ class Patches:
 
 
 def _pack(starts: Tensor, counted: Tensor | None, device: torch.device) -> Packing:
-    """The parts of sequences that start where bool ``[B, T]`` says, of whose tokens ``counted``
-    count."""
+    """Return the packing of sequences that start where bool ``starts`` ``[B, T]`` says.
+
+    Only the tokens of bool ``counted`` ``[B, T]`` count.
+    """
     first = starts.cpu().view(-1).nonzero().view(-1)
     total = starts.numel()
     lengths = torch.diff(first, append=torch.tensor([total]))
@@ -277,14 +286,17 @@ def packed(
     positions: Any,
     outer: Any,
 ) -> Packed | None:
-    """What a call says of the sequences in its rows; ``None`` where each row is one.
+    """Return what a call says about the sequences in its rows; ``None`` where each row is one.
 
     Args:
-        shape: of its tokens.
-        counted: as for :class:`Packed`.
-        given: the arguments of the call, of which ``mask`` and ``positions`` are two; positions may
-            have three of images beside them (Qwen-VL: ``[4, B, T]``, text first).
-        outer: what that of the model said that calls this one, which stands where it was the same.
+        shape: dims of the tokens.
+        counted: bool of these dims, or ``None`` where all tokens count.
+        given: the arguments of the call.
+        mask: the ``attention_mask`` of the call.
+        positions: the ``position_ids`` of the call. Three kinds for images may follow those of the
+            text (Qwen-VL: ``[4, B, T]``).
+        outer: the result for the model that calls this one; it is returned if both calls say the
+            same.
     """
     bounds, ids = None, given.get("seq_idx")
     for name in BOUNDS:
@@ -306,7 +318,7 @@ def packed(
 
 
 def _is_readable(values: Tensor) -> bool:
-    """Whether numbers may be read from ``values`` now, and will be those of this call alone."""
+    """Return whether numbers may be read from ``values`` now, for this call alone."""
     return not (
         values.is_meta
         or _is_traced()

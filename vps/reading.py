@@ -10,11 +10,11 @@ MARK = "\ufeff"
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8.
+        OSError: the file cannot be read.
+        ValueError: the text is not UTF-8.
     """
     try:
         return path.read_text("utf-8-sig")
@@ -23,12 +23,12 @@ def read_text(path: Path) -> str:
 
 
 def read_values(path: Path) -> Any:
-    """What a JSON or YAML file holds; JSON alone where its name ends in ``.json``.
+    """Return the value in a JSON or YAML file; a name ending in ``.json`` allows JSON alone.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is neither, or as for :func:`parse_json`.
-        ModuleNotFoundError: it is no JSON, and pyyaml is missing.
+        OSError: the file cannot be read.
+        ValueError: the text is neither JSON nor YAML, or :func:`parse_json` refuses it.
+        ModuleNotFoundError: the text is no JSON, and pyyaml is missing.
     """
     text = read_text(path)
     try:
@@ -40,10 +40,10 @@ def read_values(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value that JSON text stands for.
+    """Return the value of JSON text.
 
     Raises:
-        ValueError: no JSON, nested too deeply, or an object with a key twice.
+        ValueError: the text is no JSON, is nested too deeply, or has a key twice in one object.
     """
     try:
         return json.loads(text.removeprefix(MARK), object_pairs_hook=_once)
@@ -54,10 +54,10 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that YAML text stands for, of plain types alone.
+    """Return the value of YAML text, which may hold plain types alone.
 
     Raises:
-        ValueError: no YAML, nested too deeply, or a mapping with a key twice.
+        ValueError: the text is no YAML, is nested too deeply, or has a key twice in one mapping.
         ModuleNotFoundError: pyyaml is missing.
     """
     try:
@@ -68,12 +68,12 @@ def parse_yaml(text: str) -> Any:
         ) from None
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that comes twice, of which YAML would keep the last."""
+        """A loader that refuses a key that comes twice; YAML itself keeps the last."""
 
     def mapping(loader: Any, node: Any) -> Any:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         _once([(loader.construct_object(key, deep=True), None) for key in own])
-        loader.flatten_mapping(node)  # what is merged in may be set anew
+        loader.flatten_mapping(node)  # a key may override what is merged in
         return dict(loader.construct_pairs(node, deep=True))
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)

@@ -1,4 +1,4 @@
-"""The eager, literal algorithm: SPEC made runnable, with dense ``U, V, A = WᵀV, B = WU``.
+"""Run the algorithm literally as SPEC writes it, with dense ``U, V, A = WᵀV, B = WU``.
 
 ``y = H + b + γ · clamp((xÃ) B̃ᵀ)`` for every group of tokens (SPEC §1–§5). It is slow on purpose:
 the oracle of every other backend and the baseline of the benchmarks.
@@ -22,10 +22,11 @@ FLOOR_GUARD = 2.0**-20
 class Group:
     """Everything computed for the tokens that share one selection.
 
-    ``tokens`` [n] and ``counted`` [n] index the flattened input; ``I_in`` and ``I_out`` are the
-    pool of ``topk`` features, best first, of which the first ``rank`` are used. ``scale`` [rank]
-    is ``s_c`` of SPEC §4; ``A``, ``B`` are before, ``A_clipped``, ``B_clipped`` after the clip.
-    ``delta`` [n, d_out] is before γ. A group without a counted token has ``rank`` 0 and γ 0.
+    ``tokens`` [n] indexes the flattened input, and ``counted`` [n] says which of these count.
+    ``I_in`` and ``I_out`` are the pool of ``topk`` features, best first; the first ``rank`` are
+    used. ``scale`` [rank] is ``s_c`` of SPEC §4. ``A`` and ``B`` are before the clip, ``A_clipped``
+    and ``B_clipped`` after it. ``delta`` [n, d_out] is before γ. A group without a counted token
+    has ``rank`` 0 and γ 0.
     """
 
     tokens: Tensor
@@ -52,8 +53,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Projection:
-    """One of two coupled layers: weight [d_out, d_in], bias, and as for :func:`vps_linear`
-    ``gradient``, ``memory`` and ``gamma``."""
+    """One of two coupled layers, with the arguments of :func:`vps_linear`."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -64,7 +64,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Result:
-    """``y`` [..., d_out], ``H`` [N, d_out] without bias, and one :class:`Group` per group."""
+    """The output ``y`` [..., d_out], ``H`` [N, d_out] without bias, and all groups."""
 
     y: Tensor
     H: Tensor
@@ -97,8 +97,8 @@ def vps_linear(
         gradient: whether the layer holds a gradient, which turns ``"hybrid"`` into SC.
         memory: L-BFGS pairs ``(s, y)``, each ``[d_out]``, oldest first; unused where the config
             says ``lbfgs=False``.
-        gamma: γ in place of the config's, of either sign: a number, or one for each of the most
-            columns there can be, which scale the columns of ``Ũ`` while γ itself is 1.
+        gamma: γ in place of the config's, of either sign: a number, or one for each column that
+            there can be. Numbers for columns scale the columns of ``Ũ`` while γ itself is 1.
 
     Returns:
         The output and every intermediate.
@@ -146,13 +146,13 @@ def coupled_vps_linear(
 ) -> tuple[Result, Result]:
     """Sharpen the query and the key projection of one attention block together, literally.
 
-    They share the policy decision, made from their pooled energy, and ``I_in``; ``I_out`` ranks
-    channels by what they add to the attention logits.
+    They share ``I_in`` and the policy decision, which is made from their pooled energy. ``I_out``
+    ranks channels by what they add to the attention logits.
 
     Args:
         x: input of both, ``[..., d_in]``.
-        query: weight ``[heads * d, d_in]`` and what else belongs to the projection.
-        key: weight ``[kv_heads * d, d_in]``, likewise.
+        query: the query projection, with weight ``[heads * d, d_in]``.
+        key: the key projection, with weight ``[kv_heads * d, d_in]``.
         heads: query heads, of d channels each.
         kv_heads: key-value heads; a divisor of ``heads``.
         config, mask, entropy, outcomes: as for :func:`vps_linear`.
@@ -203,7 +203,7 @@ def coupled_vps_linear(
 def couple_heads(
     s_q: Tensor, s_k: Tensor, heads: int, kv_heads: int, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The best k output features of query and key: ``c[g, j]`` of SPEC §7 and its ``h*``."""
+    """Return the best k output features of query and key, by ``c[g, j]`` and ``h*`` of SPEC §7."""
     query = s_q.double().view(kv_heads, heads // kv_heads, -1)
     size = query.shape[-1]
     c = query.sum(1) * s_k.double().view(kv_heads, size)
@@ -217,7 +217,7 @@ def couple_heads(
 
 
 def group_tokens(shape: Sequence[int], scope: str) -> list[Tensor]:
-    """Flat token indices of each group, for token dims ``shape`` (SPEC §2, scope)."""
+    """Return the flat token indices of each group, for token dims ``shape`` (SPEC §2, scope)."""
     tokens = torch.arange(math.prod(shape))
     if scope == "token":
         return list(tokens.split(1)) if len(tokens) else []
@@ -227,17 +227,17 @@ def group_tokens(shape: Sequence[int], scope: str) -> list[Tensor]:
 
 
 def clean(values: Tensor) -> Tensor:
-    """``values`` with every non-finite element 0 (SPEC §2)."""
+    """Return ``values`` with every non-finite element set to 0 (SPEC §2)."""
     return torch.where(torch.isfinite(values), values, torch.zeros_like(values))
 
 
 def mean_square(values: Tensor) -> float:
-    """The energy ``E`` of cleaned values ``[n, d]``, 0 when there are none (SPEC §2)."""
+    """Return the energy ``E`` of cleaned values ``[n, d]``, 0 when there are none (SPEC §2)."""
     return float((values.detach() ** 2).sum() / max(1, values.numel()))
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices of the ``k`` largest scores, descending, ties to the lower index (SPEC §3)."""
+    """Return the ``k`` indices of the largest scores, best first, ties to the lower (SPEC §3)."""
     return torch.sort(scores, descending=True, stable=True).indices[:k]
 
 
@@ -255,7 +255,7 @@ def _sharpen(
     own_gamma: float | Sequence[float] | None,
     joint: tuple[float, Tensor] | None = None,
 ) -> Group:
-    """One group; ``joint`` is energy and pool of outputs where a coupling decided them."""
+    """Compute one group; ``joint`` holds energy and output pool where a coupling decides them."""
     d_out, d_in = W.shape
     x_counted, H_counted = clean(x[counted]), clean(H[counted])
     n = max(1, len(x_counted))
@@ -308,7 +308,7 @@ def _sharpen(
 def decide(
     config: Any, energy: float, entropy: float | None, outcomes: Sequence[bool]
 ) -> tuple[float, int, float, int, int]:
-    """``(σ, rank, γ, topk, order)`` of one group, in the order of SPEC §5."""
+    """Return ``(σ, rank, γ, topk, order)`` of one group, in the order of SPEC §5."""
     sigma = -math.expm1(-energy)
     if entropy is not None:
         sigma = max(sigma, min(1.0, entropy / 3))
@@ -333,16 +333,16 @@ def decide(
 
 
 def one_hot(indices: Tensor, size: int, like: Tensor) -> Tensor:
-    """Selector ``[size, r]`` with column c one at ``indices[c]``."""
+    """Return the selector ``[size, r]`` whose column c is 1 at ``indices[c]``."""
     selector = torch.zeros(size, len(indices), dtype=like.dtype, device=like.device)
     selector[indices, torch.arange(len(indices), device=like.device)] = 1
     return selector
 
 
 def couple(V: Tensor, X_A: Tensor, Y: Tensor, alpha: float) -> Tensor:
-    """``Ṽ = V Tᵀ`` with ``T = (X_AᵀX_A + αI)⁻¹ X_AᵀY``, columns of norm 1 or 0 (SPEC §3, SC).
+    """Return ``Ṽ = V Tᵀ`` with columns of norm 1 or 0, ``T = (X_AᵀX_A + αI)⁻¹ X_AᵀY`` (SPEC §3).
 
-    Solved in float64: beside the square of an outlier feature float32 loses α altogether.
+    It is solved in float64, because float32 loses α beside the square of an outlier feature.
     """
     X, Y = X_A.double(), Y.double()
     ridge = alpha * torch.eye(min(X.shape), dtype=X.dtype, device=X.device)
@@ -356,7 +356,7 @@ def couple(V: Tensor, X_A: Tensor, Y: Tensor, alpha: float) -> Tensor:
 
 
 def clip_scale(A: Tensor, B: Tensor, tau: float | None, clip: str) -> Tensor:
-    """``s`` [r], by whose root both factors are divided (SPEC §4)."""
+    """Return ``s`` [r]; the clip divides both factors by its root (SPEC §4)."""
     if tau is None or not A.shape[1]:
         return torch.ones(A.shape[1], dtype=A.dtype, device=A.device)
     if clip == "component":
@@ -366,10 +366,10 @@ def clip_scale(A: Tensor, B: Tensor, tau: float | None, clip: str) -> Tensor:
 
 
 def inverse_hessian(memory: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """``H_k`` [d_out, d_out] of L-BFGS pairs, oldest first, as one BFGS update after another.
+    """Return ``H_k`` [d_out, d_out] by one BFGS update for each pair, oldest first (SPEC §8).
 
-    ``H ← (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ`` with ``ρ = 1/sᵀy``, from ``H₀ = (sᵀy)/(yᵀy) I`` of
-    the newest pair (SPEC §8).
+    ``H ← (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ`` with ``ρ = 1/sᵀy``, starting from
+    ``H₀ = (sᵀy)/(yᵀy) I`` of the newest pair.
     """
     s, y = memory[-1]
     one = torch.eye(len(s), dtype=s.dtype, device=s.device)

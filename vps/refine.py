@@ -1,4 +1,4 @@
-"""Verified refinement: answer, verify, adapt the sharpening, answer again (SPEC §10).
+"""Refine an answer: answer, verify, adapt the sharpening, answer again (SPEC §10).
 
 ``ŷ₀`` comes from the plain model. Iteration t sets the entropy of the next token, takes the
 gradient of the gold answer's loss (SC, L-BFGS), answers ``ŷ_t`` sharpened, and tells the policy
@@ -43,20 +43,20 @@ WITHOUT_GOLD = ("self_consistency", "units")
 
 @dataclass(frozen=True)
 class Iteration:
-    """One answer and how it came about; iteration 0 is the plain model's.
+    """One answer and how it was made; iteration 0 is the plain model's answer.
 
     Args:
         index: t.
         text: the answer ŷ_t.
-        tokens: how many it has.
-        losses: parts and total of the verification loss; ``None`` where nothing was verified.
-        improved: whether the loss fell below the one before; ``None`` for iteration 0.
+        tokens: number of its tokens.
+        losses: parts and total of the verification loss; ``None`` if nothing was verified.
+        improved: whether the loss fell below the loss before; ``None`` for iteration 0.
         samples: the answers drawn for self-consistency.
         entropy: ℋ of the first new token, in nats.
-        sigma, gamma, rank: what the policy decides for the prompt with that ℋ, averaged over
-            layers; 0 in iteration 0.
-        builder: ``"base"`` in iteration 0, else ``"sk"``, ``"sc"``, ``"random"``, or ``"mixed"``
-            where some layers had no gradient.
+        sigma, gamma, rank: the policy's decision for the prompt with that ℋ, averaged over layers;
+            0 in iteration 0.
+        builder: ``"base"`` in iteration 0, else ``"sk"``, ``"sc"``, ``"random"``, or ``"mixed"`` if
+            some layers had no gradient.
         surrogate_loss: cross-entropy of the gold tokens in nats a token, or ``None``.
         pairs: L-BFGS pairs, averaged over layers.
     """
@@ -78,15 +78,15 @@ class Iteration:
 
 @dataclass(frozen=True)
 class RefineResult:
-    """What :func:`refine` returns.
+    """The result of :func:`refine`.
 
     Args:
         answer: the text kept.
-        chosen: the iteration it is from.
+        chosen: index of the iteration that gave it.
         keep: ``"best"`` or ``"last"``.
         used_labels: whether the gold answer was looked at. If so, accuracy of ``answer`` on the
             same gold is not accuracy.
-        iterations: all of them.
+        iterations: all iterations.
     """
 
     answer: str
@@ -96,7 +96,7 @@ class RefineResult:
     iterations: tuple[Iteration, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Return the result as plain values, for JSON."""
         return asdict(self)
 
 
@@ -121,33 +121,34 @@ def refine(
 ) -> RefineResult:
     """Answer ``prompt``, verify, adapt the sharpening and answer again.
 
-    With ``gold`` the answer is steered by it: the result says so in ``used_labels``. Without it
-    the plain model's answer comes back, unless ``samples`` asks for the mode that judges by
-    agreement of sampled answers and their units alone. The model comes back bit for bit as it
-    was, its config, policy state and requires_grad included, also after an exception. Meanwhile
-    no other thread may run it.
+    With ``gold`` the answer is steered by it, and the result says so in ``used_labels``. Without it
+    the plain model's answer comes back, unless ``samples`` asks to judge by the agreement of
+    sampled answers and their units alone. The model comes back bit for bit as it was, with its
+    config, policy state and requires_grad, also after an exception. No other thread may run it
+    meanwhile.
 
     Args:
         model: a sharpened Hugging Face causal language model.
         tokenizer: its tokenizer.
         prompt: the question, put into the chat template unless ``chat`` is false.
         gold: the reference answer or solution, whose last number, unit or expression counts.
-        iterations: T, answers in all, the plain one included; with 1 that one comes back.
-        keep: ``"best"`` for the lowest loss, the earliest of equals, or ``"last"``.
-        surrogate: take the gradient of the gold's cross-entropy, over its last eight tokens
-            when the whole gold follows the prompt.
+        iterations: T, the number of answers with the plain answer; 1 gives the plain answer.
+        keep: ``"best"`` for the lowest loss (the earliest of equals), or ``"last"``.
+        surrogate: take the gradient of the gold's cross-entropy. The whole gold follows the prompt,
+            and its last eight tokens count.
         samples: answers drawn in each iteration for self-consistency, 0 or at least 2.
-        weights: of the parts of the loss, as for :class:`vps.verify.CompositeVerifier`.
-        config: used instead of the layers' own, with the same target modules.
-        max_new_tokens: of every answer.
-        temperature: of the samples, positive; answers themselves are greedy.
+        weights: weights of the parts of the loss, as for :class:`vps.verify.CompositeVerifier`.
+        config: a config to use instead of the layers' own, with the same target modules.
+        max_new_tokens: most new tokens of an answer.
+        temperature: temperature of the samples, positive; answers themselves are greedy.
         timeout: seconds for one verification.
-        seed: of the samples, the same in every iteration.
-        progress: called with what begins.
+        seed: seed of the samples, the same in every iteration.
+        progress: a function that is called with the name of each step as it begins.
 
     Raises:
         TypeError: prompt or gold is no string.
-        ValueError: an argument out of range, naming it; no sharpened layer in the model.
+        ValueError: an argument is out of range (the message names it), or the model has no
+            sharpened layer.
         RuntimeError: a backend was asked for that cannot compute what the run needs.
         ImportError: verification needs a package of the extra ``verify``.
 
@@ -163,7 +164,7 @@ def refine(
     with restored(model):
         if config is not None:
             set_config(model, config)
-        if gold is not None and surrogate and iterations > 2:  # a pair comes of two passes
+        if gold is not None and surrogate and iterations > 2:  # two passes make a pair
             _check_backend(model)
         start_over(model)
         say("answering, plain")
@@ -223,7 +224,7 @@ class _Run:
     temperature: float
 
     def answer(self, processors: Any = ()) -> tuple[Generation, tuple[str, ...]]:
-        """The greedy answer, and the samples asked for, each from the same entropy."""
+        """Return the greedy answer and the samples, each begun with the same entropy."""
         common = (self.model, self.tokenizer, self.inputs, self.max_new_tokens)
         state = policy_state(self.model)
         entropy = state.entropy
@@ -238,7 +239,7 @@ class _Run:
         return answer, tuple(drawn)
 
     def look(self) -> tuple[float, list[Any]]:
-        """ℋ after the prompt, decided on energy and history alone, and what the layers saw."""
+        """Return ℋ after the prompt, computed without an entropy, and what the layers saw."""
         policy_state(self.model).set_entropy(None)
         with torch.no_grad(), observe(self.model) as observed:
             logits = self.logits(self.inputs["input_ids"], 1, self.inputs["attention_mask"])
@@ -246,8 +247,10 @@ class _Run:
         return float(entropy.nan_to_num(0.0)), observed
 
     def surrogate(self, gold: str) -> float | None:
-        """Cross-entropy of the gold's last tokens, whose gradient the layers take note of;
-        ``None`` without tokens."""
+        """Return the cross-entropy of the gold's last tokens, or ``None`` without tokens.
+
+        The layers take note of its gradient.
+        """
         ids = self.tokenizer(gold, return_tensors="pt", add_special_tokens=False)["input_ids"]
         if ids.numel() == 0:
             return None
@@ -257,7 +260,7 @@ class _Run:
             return take_gradient(self.model, self.logits, text, count)
 
     def logits(self, ids: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
-        """Logits ``[1, ≥ count, V]`` of the last tokens."""
+        """Return logits ``[1, ≥ count, V]`` of the last tokens."""
         device = input_device(self.model)
         arguments: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
         if mask is not None:
@@ -288,7 +291,7 @@ def _check(
 
 
 def _usable(weights: Mapping[str, float] | None, gold: str | None) -> Mapping[str, float] | None:
-    """The weights, without the parts that need a gold where there is none."""
+    """Return the weights; without a gold, only of the parts that need none."""
     if gold is not None:
         return weights
     checked = check_weights(DEFAULT_WEIGHTS if weights is None else weights)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import vps
 from vps import VPSConfig, reference
-from vps.serving import configuration, limits, parts
-from vps.serving.grouping import Run, runs, sharpen
+from vps.serving import limits, requests
+from vps.serving.requests import Run, runs, sharpen
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 HEADS, KV_HEADS, SIZE, D_IN = 6, 2, 5, 37
@@ -44,8 +44,8 @@ def by_request(x, weight, bias, config):
 @pytest.mark.parametrize("scope", ["sequence", "token"])
 def test_requests_of_a_batch_are_apart(qkv, scope, builder):
     config = VPSConfig(scope=scope, builder=builder, gamma=1.5, adaptive_gamma=False)
-    fused = parts.split("attn.qkv_proj", QKV, PACKED, config)
-    fused = parts.couple(fused, HEADS, KV_HEADS)
+    fused = requests.split("attn.qkv_proj", QKV, PACKED, config)
+    fused = requests.couple(fused, HEADS, KV_HEADS)
     starts = [0, *torch.tensor(PROMPTS).cumsum(0).tolist()]
     grouping = None if scope == "token" else runs(starts)
     y = sharpen(*qkv, fused, grouping)
@@ -58,7 +58,7 @@ def test_requests_of_a_batch_are_apart(qkv, scope, builder):
 def test_parts_that_are_not_named_stay_plain(qkv):
     x, weight, bias = qkv
     config = VPSConfig(target_modules=["k_proj"], scope="token", gamma=1.0, adaptive_gamma=False)
-    fused = parts.split("attn.qkv_proj", QKV, PACKED, config)
+    fused = requests.split("attn.qkv_proj", QKV, PACKED, config)
     got = sharpen(x, weight, bias, fused, None).split(QKV, -1)
     rows = torch.arange(len(weight)).split(QKV)
     for index in (0, 2):
@@ -70,7 +70,7 @@ def test_parts_that_are_not_named_stay_plain(qkv):
 
 def test_no_tokens(qkv):
     x, weight, bias = qkv
-    fused = parts.split("attn.qkv_proj", QKV, PACKED, VPSConfig())
+    fused = requests.split("attn.qkv_proj", QKV, PACKED, VPSConfig())
     for grouping in (None, []):
         assert sharpen(x[:0], weight, bias, fused, grouping).shape == (0, sum(QKV))
     with pytest.raises(RuntimeError, match="14 tokens came for requests of 12 tokens"):
@@ -88,7 +88,7 @@ def test_split():
     config = VPSConfig(target_modules=["q_proj", "k_proj", "up_proj", "o_proj", "qkv_proj"])
 
     def split(name, sizes, packed=PACKED):
-        fused = parts.split(name, sizes, packed, config)
+        fused = requests.split(name, sizes, packed, config)
         return fused and [(part.start, part.stop, part.sharpened) for part in fused.parts]
 
     assert split("m.0.qkv_proj", [8, 4, 4]) == [(0, 8, True), (8, 12, True), (12, 16, False)]
@@ -107,44 +107,44 @@ def test_layers_and_exclusions_by_the_names_of_the_parts():
     config = VPSConfig(
         target_modules=r"m\.\d\.(q|v)_proj", exclude_modules=["1.v_proj"], layers_to_transform=[1]
     )
-    assert parts.split("m.0.qkv_proj", [2, 2, 2], PACKED, config) is None
-    fused = parts.split("m.1.qkv_proj", [2, 2, 2], PACKED, config)
+    assert requests.split("m.0.qkv_proj", [2, 2, 2], PACKED, config) is None
+    fused = requests.split("m.1.qkv_proj", [2, 2, 2], PACKED, config)
     assert [part.sharpened for part in fused.parts] == [True, False, False]
 
 
 def test_couple():
-    fused = parts.split("qkv_proj", QKV, PACKED, VPSConfig())
-    coupled = parts.couple(fused, HEADS, KV_HEADS)
+    fused = requests.split("qkv_proj", QKV, PACKED, VPSConfig())
+    coupled = requests.couple(fused, HEADS, KV_HEADS)
     assert coupled.heads == (HEADS, KV_HEADS) and coupled.parts == fused.parts
-    assert "one size" in parts.couple(fused, HEADS, 1)
-    only_v = parts.split("qkv_proj", QKV, PACKED, VPSConfig(target_modules=["v_proj"]))
-    assert "not both sharpened" in parts.couple(only_v, HEADS, KV_HEADS)
-    assert "not made of separate" in parts.couple(
-        parts.split("qkv_proj", QKV, {}, VPSConfig(target_modules=["qkv_proj"])), HEADS, KV_HEADS
+    assert "one size" in requests.couple(fused, HEADS, 1)
+    only_v = requests.split("qkv_proj", QKV, PACKED, VPSConfig(target_modules=["v_proj"]))
+    assert "not both sharpened" in requests.couple(only_v, HEADS, KV_HEADS)
+    assert "not made of separate" in requests.couple(
+        requests.split("qkv_proj", QKV, {}, VPSConfig(target_modules=["qkv_proj"])), HEADS, KV_HEADS
     )
 
 
 def test_fused_as_text():
     config = VPSConfig(tau=None, clamp=0.25, layers_to_transform=[0, 1], rank_bounds=(2, 3))
-    fused = parts.couple(parts.split("m.1.qkv_proj", QKV, PACKED, config), HEADS, KV_HEADS)
-    again = parts.Fused.from_json(fused.to_json())
+    fused = requests.couple(requests.split("m.1.qkv_proj", QKV, PACKED, config), HEADS, KV_HEADS)
+    again = requests.Fused.from_json(fused.to_json())
     assert again == fused and again.config == config
-    assert parts.Fused.from_json(fused.to_json()) is again  # made once
+    assert requests.Fused.from_json(fused.to_json()) is again  # made once
 
 
 def test_settings(monkeypatch, tmp_path):
     monkeypatch.delenv("VPS_CONFIG", raising=False)
-    assert configuration.from_environment() == VPSConfig()
+    assert limits.config_from_environment() == VPSConfig()
     monkeypatch.setenv("VPS_CONFIG", '{"gamma": 0.25, "scope": "token"}')
-    assert configuration.from_environment() == VPSConfig(gamma=0.25, scope="token")
+    assert limits.config_from_environment() == VPSConfig(gamma=0.25, scope="token")
     file = tmp_path / "settings.json"
     monkeypatch.setenv("VPS_CONFIG", str(file))
     file.write_text(VPSConfig(rank=3).to_json())
-    assert configuration.from_environment() == VPSConfig(rank=3)
+    assert limits.config_from_environment() == VPSConfig(rank=3)
     model = torch.nn.ModuleDict({"o_proj": torch.nn.Linear(3, 3)})
     vps.patch(model, VPSConfig(rank=5))
     vps.save(model, file)
-    assert configuration.from_environment() == VPSConfig(rank=5)
+    assert limits.config_from_environment() == VPSConfig(rank=5)
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_bad_settings(monkeypatch, tmp_path, text, said):
     file.write_text(text)
     monkeypatch.setenv("VPS_CONFIG", str(file))
     with pytest.raises(ValueError) as caught:
-        configuration.from_environment()
+        limits.config_from_environment()
     assert str(caught.value).startswith(f"VPS_CONFIG={file}: ") and said in str(caught.value)
     if text.startswith("{"):
         monkeypatch.setenv("VPS_CONFIG", text)
         with pytest.raises(ValueError) as caught:
-            configuration.from_environment()
+            limits.config_from_environment()
         assert str(caught.value).startswith("VPS_CONFIG: ") and said in str(caught.value)
 
 
@@ -183,7 +183,7 @@ def test_settings_that_cannot_be_read(monkeypatch, tmp_path, content):
         file.write_bytes(content)
     monkeypatch.setenv("VPS_CONFIG", str(file))
     with pytest.raises(ValueError, match="expected the path of a JSON file, or a JSON object"):
-        configuration.from_environment()
+        limits.config_from_environment()
 
 
 def engine(**changes):

@@ -1,11 +1,13 @@
 """What one sharpened layer computes, in torch (SPEC §2–§6, §8). In reading order:
 
-- ``policy``: how strongly: γ, rank and order of a group of tokens
-- ``selection``, ``coupling``: which features, of one layer or of a query and a key together
-- ``weight``: what the rest asks of W, of which several kinds exist
-- ``core``: policy, SC, clip and second order in an r × r matrix
-- ``flow``: select, project, decide, update: a layer, or a query and a key
-- ``lbfgs``: the ephemeral memory of a refinement
+- ``policy``: decides γ, rank and order of a group of tokens
+- ``selection``: scores the features of a layer and selects the best
+- ``coupling``: selects features of a query and a key together
+- ``weight``: what the other files ask of W, and W as a matrix
+- ``core``: builds policy, SC, clip and second order into an r × r matrix
+- ``flow``: selects, projects, decides and updates, for a layer or for a query and a key
+- ``lbfgs``: the L-BFGS memory of a refinement
 - ``gradient``: the backward pass of compiled backends
-- ``constants``, ``tracing``: tensors made once, and what looks on while they are made
+- ``constants``: tensors that are made once
+- ``tracing``: which tracer, compiler or transform runs
 """

@@ -1,7 +1,7 @@
-"""Small constant tensors and settled choices, made once.
+"""Make small constant tensors and settled choices once.
 
-An operation between a tensor and a Python number makes a tensor of the number first, which costs
-as much as the operation itself when the tensor is small.
+An operation between a tensor and a Python number first makes a tensor of the number. For small
+tensors that costs as much as the operation itself.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @contextmanager
 def _untraced() -> Iterator[None]:
-    """Keep what is made inside out of the graph of ``torch.jit.trace``, which has it as a constant
-    the next time."""
+    """Keep what is made inside out of the graph of ``torch.jit.trace``.
+
+    A later trace then finds it as a constant.
+    """
     state = torch._C._get_tracing_state()
-    if state is None:  # nothing to pause, where it may not be set either
+    if state is None:  # no trace runs, and the state may not be set
         yield
         return
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
@@ -34,14 +36,14 @@ def _untraced() -> Iterator[None]:
 
 
 def kept(function: F) -> F:
-    """``function`` with its results kept by arguments, except while a tracer runs.
+    """Keep the results of ``function`` by arguments, except while a compiler or a mode runs.
 
-    The tensors that a compiler, or a mode such as FakeTensorMode, makes belong to it alone.
+    Tensors made under a compiler, or under a mode such as FakeTensorMode, belong to it alone.
     """
 
     @lru_cache(maxsize=4096)
     def keep(*arguments: Any) -> Any:
-        # Outside of inference mode, and of vmap, which would not let a seed draw.
+        # Outside of inference mode, and of vmap, which refuses to draw from a seed.
         with torch.inference_mode(False), torch._C._DisableFuncTorch(), _untraced():
             return function(*arguments)
 
@@ -55,13 +57,13 @@ def kept(function: F) -> F:
 
 
 def constant(value: Value, like: Tensor) -> Tensor:
-    """``value`` in dtype and device of ``like``; not to be written to."""
+    """Return ``value`` in the dtype and on the device of ``like``; never write to it."""
     return vector(value, like.dtype, like.device)
 
 
 @kept
 def vector(value: Value, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``value`` as a tensor, 0-dim or ``[n]``; not to be written to."""
+    """Return ``value`` as a tensor without dims or ``[n]``; never write to it."""
     if not torch.compiler.is_compiling():
         return torch.tensor(value, dtype=dtype, device=device)
     if not isinstance(value, tuple):
@@ -70,11 +72,11 @@ def vector(value: Value, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def fill(values: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values`` as a tensor ``[n]``, without a copy from the host: no graph could capture it."""
+    """Return ``values`` as a tensor ``[n]``, without the copy from the host that graphs refuse."""
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
-# An operator, so that a traced graph makes equal vectors once (vps.backends.sharing).
+# As an operator, so that a traced graph makes equal vectors once (vps.backends.sharing).
 numbers = torch.library.custom_op(
     "vps::numbers",
     fill,
@@ -90,11 +92,11 @@ def _fake(values: list[float], dtype: torch.dtype, device: torch.device) -> Tens
 
 @kept
 def tie_breakers(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``(offsets, factors)``, float64 ``[width]``, such that ``offsets + factors · scores`` orders
-    float32 scores as they are, and equal ones by the lower index.
+    """Return float64 ``offsets`` and ``factors`` ``[width]`` that break ties of float32 scores.
 
-    Unequal scores differ by 2⁻²⁴ of their value or more, the factors by less than 2⁻³⁰ for widths
-    up to 2²²; the offsets, beyond the reach of float32, order zeros.
+    ``offsets + factors · scores`` orders unequal scores as they are, and equal scores by the lower
+    index. Unequal scores differ by at least 2⁻²⁴ of their value, and the factors by less than 2⁻³⁰
+    for widths up to 2²²; the offsets, smaller than any float32, order zeros.
     """
     index = torch.arange(width, dtype=torch.float64, device=device)
     return (width - index) * 2.0**-400, 1 - index * 2.0**-52

@@ -1,7 +1,7 @@
-"""The r × r core ``C`` of an update: policy, SC, clip and second order, from products alone.
+"""Build the r × r core ``C`` of an update from policy, SC, clip and second order.
 
-``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)`` (SPEC §3–§5). All that is read of a layer is what
-:class:`vps.algorithm.weight.Products` holds.
+``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)`` (SPEC §3–§5). The core is made from nothing of a layer
+but its :class:`vps.algorithm.weight.Products`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Core(NamedTuple):
     """What is decided for G groups.
 
     Args:
-        matrix: ``C`` without γ, a diagonal ``[G, 1, r]`` or ``[G, r, r]``; 0 where left out.
+        matrix: ``C`` without γ, a diagonal ``[G, 1, r]`` or ``[G, r, r]``; 0 in inactive columns.
         gamma: ``[G]``, 0 for a group without a counted token.
         inactive: the columns left out, bool ``[G, r]``; ``None`` where all take part.
     """
@@ -44,15 +44,15 @@ def build(
     """Decide γ and the active columns of every group, and build the core.
 
     Args:
-        products: of the whole layer.
-        numbers: of :func:`vps.algorithm.policy.bounds`, float64 ``[9]``, or ``[9 + r]`` with a
-            factor of each column.
+        products: products of the whole layer.
+        numbers: float64 ``[9]`` as :func:`vps.algorithm.policy.bounds` returns them, or ``[9 + r]``
+            with a factor for each column.
         energy: ``[G]``; ``None`` when nothing is adaptive.
         entropy: ℋ in nats, one element, or ``None``.
-        mask: bool ``[G, T]``, True counts; ``None`` when all do.
-        settings: the rest.
+        mask: bool ``[G, T]``, True counts; ``None`` when all count.
+        settings: the settings of the layer.
     """
-    # In float64, which the policy is given in: float32 would round a σ near 1 over the next rank.
+    # In float64 like the policy: float32 would round a σ near 1 up to the next rank.
     wide = None if energy is None else energy.to(numbers.dtype, copy=True)
     groups = products.t.shape[0]
     decision = policy.decide(numbers, wide, entropy, groups, settings)
@@ -82,8 +82,8 @@ def _matrix(
 ) -> Tensor:
     """Return ``C``: a diagonal ``[G, 1, r]`` for SK of order 1, else ``[G, r, r]``.
 
-    With ``D = diag(1/√s)`` and ``w`` the factors of the columns ``[r]``, 1 where there are none:
-    ``C = V D (I + γ/2 w Mᵀ) D w``, ``M = D Vᵀ B[I_out] D`` for order 2.
+    ``C = V D (I + γ/2 w Mᵀ) D w`` with ``M = D Vᵀ B[I_out] D``, which order 1 takes as 0. Here
+    ``D`` is ``diag(1/√s)``, and ``w`` ``[r]`` holds the factors of the columns, 1 by default.
     """
     groups, r = products.t.shape[0], products.t.shape[-1]
     dtype, device = decision.gamma.dtype, decision.gamma.device
@@ -139,8 +139,8 @@ def component_scale(norm_A: Tensor, norm_B: Tensor, tau: float) -> Tensor:
 def spectral_scale(gram_A: Tensor, gram_B: Tensor, tau: float) -> Tensor:
     """Return ``s = max(1, ‖ABᵀ‖₂/τ)`` ``[G, 1]`` from Gram matrices ``[G, r, r]``.
 
-    ``‖ABᵀ‖₂² = λ_max(AᵀA · BᵀB)``, taken as a ratio of traces of powers, which unlike an
-    eigenvalue routine never waits for the device.
+    ``‖ABᵀ‖₂² = λ_max(AᵀA · BᵀB)`` is taken as a ratio of traces of powers. An eigenvalue routine
+    would wait for the device.
     """
     product = gram_A @ gram_B
     power = product
@@ -154,7 +154,7 @@ def spectral_scale(gram_A: Tensor, gram_B: Tensor, tau: float) -> Tensor:
 
 
 def square(matrix: Tensor) -> Tensor:
-    """Return a core as ``[G, r, r]``, also where it is the diagonal ``[G, 1, r]``."""
+    """Return a core as ``[G, r, r]``, also if it is given as its diagonal ``[G, 1, r]``."""
     return matrix if matrix.shape[1] == matrix.shape[2] else matrix.squeeze(1).diag_embed()
 
 

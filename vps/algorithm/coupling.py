@@ -1,4 +1,4 @@
-"""Q/K coupling: query and key projections of one attention block select together (SPEC §7).
+"""Couple the query and key projections of an attention block: they select together (SPEC §7).
 
 ``c[g, j] = (Σ_{h in group g} s_out^q[h, j]) · s_out^k[g, j]`` over key-value heads g and head
 channels j; K selects the best ``(g, j)``, Q the same channels of ``h* = argmax_{h in g} s_out^q``.
@@ -43,20 +43,20 @@ def couple(
     r: int,
     heads: int,
     kv_heads: int,
-    statistics: Statistics | None = None,
+    statistics: Statistics = selection.counted_statistics,
 ) -> Joint:
-    """Base products, pooled energy and selections of a query and a key projection.
+    """Compute base products, pooled energy and selections of a query and a key projection.
 
     Args:
         x: ``[G, T, d_in]``.
         W_q, W_k: ``[d_q, d_in]`` and ``[d_k, d_in]``.
-        mask: bool ``[G, T]``, True counts; ``None`` when all do.
-        I_in: selected inputs ``[G, r]`` where they are known.
+        mask: bool ``[G, T]``, True counts; ``None`` when all count.
+        I_in: selected inputs ``[G, r]`` if they are known.
         r: columns of the selection, at most ``d_in`` and ``d_k``.
         heads: query heads.
         kv_heads: key-value heads, a divisor of ``heads``.
-        statistics: scores ``[G, d]`` and energy ``[G]`` of values ``[G, T, d]`` under a mask;
-            those of torch when ``None``.
+        statistics: computes scores ``[G, d]`` and energy ``[G]`` of values ``[G, T, d]`` under a
+            mask, as :func:`selection.counted_statistics` does.
     """
     H_q, H_k = F.linear(x, W_q), F.linear(x, W_k)
     return decide(x, H_q, H_k, mask, I_in, r, heads, kv_heads, statistics)
@@ -71,10 +71,9 @@ def decide(
     r: int,
     heads: int,
     kv_heads: int,
-    statistics: Statistics | None = None,
+    statistics: Statistics = selection.counted_statistics,
 ) -> Joint:
-    """As :func:`couple`, from base products ``[G, T, d_q]`` and ``[G, T, d_k]``."""
-    statistics = _statistics if statistics is None else statistics
+    """Decide as :func:`couple` does, from base products ``[G, T, d_q]`` and ``[G, T, d_k]``."""
     s_q, energy_q = statistics(H_q, mask, True)
     s_k, energy_k = statistics(H_k, mask, True)
     assert energy_q is not None and energy_k is not None
@@ -87,14 +86,14 @@ def decide(
 
 
 def select(s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """``I_out`` of the query and of the key, ``[G, r]``, from scores ``[G, d_q]``, ``[G, d_k]``."""
+    """Return ``I_out`` ``[G, r]`` of query and key, from scores ``[G, d_q]`` and ``[G, d_k]``."""
     return contributions(s_q, s_k, r, heads, kv_heads)[1:]
 
 
 def contributions(
     s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All contributions ``c``, float64 ``[G, d_k]``, and what :func:`select` makes of them."""
+    """Return all contributions ``c``, float64 ``[G, d_k]``, and the two selections from them."""
     groups, size = s_k.shape[0], s_k.shape[1] // kv_heads
     per_group = heads // kv_heads
     query = s_q.double().view(groups, kv_heads, per_group, size)
@@ -103,8 +102,3 @@ def contributions(
     best_head = query.max(2).indices.flatten(1).gather(1, I_k)
     I_q = ((I_k // size) * per_group + best_head) * size + I_k % size
     return contribution, I_q, I_k
-
-
-def _statistics(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor | None]:
-    count = None if mask is None else mask.sum(1).clamp_(min=1)
-    return selection.statistics(values, mask, count, energy)

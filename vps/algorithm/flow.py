@@ -1,9 +1,9 @@
-"""The flow of a sharpened layer, or of a query and a key that select together, in torch.
+"""Sharpen a layer, or a query and a key that select together, in torch.
 
-Select inputs, project, select outputs, decide, build the core, update:
+The flow selects inputs, projects, selects outputs, decides, builds the core and updates:
 ``y = H + b + γ · clamp(H[:, I_out] C Bᵀ)`` by the identities of SPEC §4. All but H is a constant of
-the backward pass, so autograd gives SPEC §6. Nothing waits for the device, and nothing is kept
-between calls: what is read of W is right after any edit of it, of ``weight.data`` too.
+the backward pass, so autograd gives SPEC §6. Nothing waits for the device. Nothing is kept between
+calls, so any edit of W, also of ``weight.data``, shows in the next call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vps.algorithm import gradient, selection
 from vps.algorithm.core import Core
 from vps.algorithm.lbfgs import Pair, precondition
 from vps.algorithm.policy import LayerGamma, Settings
-from vps.algorithm.weight import Projection, Weight, statistics
+from vps.algorithm.weight import Projection, Weight
 
 
 class Layer(NamedTuple):
@@ -28,10 +28,11 @@ class Layer(NamedTuple):
         weight: W.
         bias: ``[held]`` or ``None``.
         settings: the choices that shape the code.
-        numbers: of the policy, ``[9]`` or ``[9 + r]``.
-        pairs: of the layer's L-BFGS memory, oldest first.
-        is_plain: whether its own γ is 0, so that it takes part in a joint selection alone.
-        gamma: γ of the layer itself, which ``numbers`` hold already, or ``None``.
+        numbers: numbers of the policy, ``[9]`` or ``[9 + r]``.
+        pairs: L-BFGS pairs of the layer, oldest first.
+        is_plain: whether its own γ is 0, so that it is not updated but still takes part in a joint
+            selection.
+        gamma: γ of the layer itself, which ``numbers`` already include, or ``None``.
     """
 
     weight: Weight
@@ -44,12 +45,12 @@ class Layer(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What is decided elsewhere: drawn features, those of a control, or shared ones.
+    """What is decided elsewhere: features that are drawn, shared, or chosen by a control.
 
     Args:
         I_in: ``[G, r]``, or ``None`` to select them.
-        I_out: of a single layer, ``[G, r]``, or ``None`` to select them.
-        energy: ``[G]``, or ``None`` to take that of the layers.
+        I_out: ``[G, r]`` for a single layer, or ``None`` to select them.
+        energy: ``[G]``, or ``None`` to measure it.
     """
 
     I_in: Tensor | None = None
@@ -64,7 +65,7 @@ class Outcome(NamedTuple):
         y: ``[G, T, held]``; ``None`` for a layer that is plain.
         I_out: ``[G, r]``.
         core: what was decided, or ``None`` for a layer that is plain.
-        t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out, or ``None`` likewise.
+        t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out, or ``None`` for a plain layer.
     """
 
     y: Tensor | None
@@ -86,15 +87,15 @@ def sharpen(
 
     Args:
         x: ``[G, T, d_in]``, G groups of T tokens that share a selection.
-        layers: one, or query and key.
-        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all do.
+        layers: one layer, or query and key.
+        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all count.
         entropy: ℋ in nats, one element, or ``None``.
         heads: query and key-value heads, with two layers.
-        given: what is not to be selected here.
-        products: H of each layer, ``[G, T, d_out]``, where it is known.
+        given: what is decided already.
+        products: H of each layer, ``[G, T, d_out]``, if it is known.
 
     Returns:
-        What came of each layer, and ``I_in`` ``[G, r]``.
+        The outcome for each layer, and ``I_in`` ``[G, r]``.
     """
     first, I_in = layers[0], given.I_in
     r = first.settings.r
@@ -102,7 +103,7 @@ def sharpen(
         with torch.no_grad():
             I_in = first.weight.select_inputs(x.detach(), mask, r)
     projections = []
-    for at, layer in enumerate(layers):  # no comprehension, where a compiler could not break
+    for at, layer in enumerate(layers):  # a compiler cannot break in a comprehension
         known = () if products is None else (products[at],)
         projections.append(layer.weight.project(x, layer.bias, I_in, *known))
     with torch.no_grad():
@@ -132,7 +133,7 @@ def _select(
     heads: tuple[int, int] | None,
     given: Given,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return ``I_out`` ``[G, r]`` of each layer, and energies ``[G]`` of what is held of each."""
+    """Return ``I_out`` ``[G, r]`` of each layer, and energies ``[G]`` of the outputs held here."""
     settings = layers[0].settings
     measuring = settings.adaptive and given.energy is None
     energies = [] if given.energy is None else [given.energy]
@@ -140,7 +141,7 @@ def _select(
         return [given.I_out], energies
     scores = []
     for projection in projections:
-        found, energy = statistics(projection.H.detach(), mask, measuring)
+        found, energy = selection.counted_statistics(projection.H.detach(), mask, measuring)
         scores.append(found)
         if energy is not None:
             energies.append(energy)
@@ -153,9 +154,9 @@ def _select(
 def _update(
     layer: Layer, projection: Projection, I_out: Tensor, core: Core, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``H + b + γ · clamp(t C Bᵀ)`` and t; a group without a token keeps the base's bits."""
+    """Return ``H + b + γ · clamp(t C Bᵀ)`` and t; a group that does not count keeps the base's."""
     clamp, t = layer.settings.clamp, projection.selected(I_out)
-    if core.inactive is not None:  # not even NaN of a column that is left out
+    if core.inactive is not None:  # keeps out even NaN
         t = t.masked_fill(core.inactive.unsqueeze(1), 0.0)
     gamma = core.gamma.view(-1, 1, 1)
     if clamp is None and not layer.pairs:

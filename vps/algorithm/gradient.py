@@ -1,7 +1,7 @@
-"""The backward pass of a layer that a compiled backend computed (SPEC §6).
+"""Compute the backward pass of a layer that a compiled backend computed (SPEC §6).
 
 ``∂L/∂x = (g + scatter of γ (g ∘ mask) B Cᵀ into the columns I_out) W``: selection, core, B, γ and
-W are constants. ``∂L/∂W = gᵀx`` and ``∂L/∂b = Σ g``, as of the base layer.
+W are constants. ``∂L/∂W = gᵀx`` and ``∂L/∂b = Σ g``, as for the base layer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def of_input(
         grad_delta = g * (expand(mix(t, core), constant, I_in).abs() <= clamp)
     grad_u = contract(grad_delta, constant, I_in) * gamma.to(g.dtype).view(-1, 1, 1)
     grad_t = mix(grad_u, core if core.shape[1] == 1 else core.mT)
-    if differentiated:  # by W where the base product is; in the update W is a constant
+    if differentiated:  # with a graph to W through the base product; the update has W constant
         return g @ weight + grad_t @ constant[I_out]
     return g.scatter_add(-1, I_out.unsqueeze(1).expand_as(grad_t), grad_t) @ weight
 
@@ -53,8 +53,11 @@ def of_input(
 def _by_rows(
     g: Tensor, weight: Tensor, I_in: Tensor, I_out: Tensor, core: Tensor, gamma: Tensor
 ) -> Tensor:
-    """The same without a clamp: ``g W`` holds ``g B`` in its columns I_in, so that g is read once,
-    and the update adds ``γ g B Cᵀ`` times the rows I_out of W."""
+    """Return ``∂L/∂x`` without a clamp, reading g once.
+
+    ``g W`` holds ``g B`` in its columns I_in; the update adds ``γ g B Cᵀ`` times the rows I_out
+    of W.
+    """
     product = g @ weight
     if product.shape[0] == 1:
         grad_u = product.index_select(-1, I_in[0])
@@ -70,24 +73,24 @@ def _by_rows(
 
 
 def of_weight(g: Tensor, x: Tensor) -> Tensor:
-    """``∂L/∂W = gᵀx``, ``[d_out, d_in]``."""
+    """Return ``∂L/∂W = gᵀx``, ``[d_out, d_in]``."""
     # No flatten and no mT: the vmap of torch.autograd.functional.jacobian knows neither.
     return g.reshape(-1, g.shape[-1]).transpose(0, 1) @ x.reshape(-1, x.shape[-1])
 
 
 def of_bias(g: Tensor) -> Tensor:
-    """``∂L/∂b``, ``[d_out]``."""
+    """Return ``∂L/∂b``, ``[d_out]``."""
     return g.sum((0, 1))
 
 
 def mix(t: Tensor, core: Tensor) -> Tensor:
-    """``t C`` in the dtype of t."""
+    """Return ``t C`` in the dtype of t."""
     mixed = t * core if core.shape[1] == 1 else t.to(core.dtype) @ core
     return mixed.to(t.dtype)
 
 
 def expand(u: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:
-    """``u Bᵀ``: ``[G, T, r]`` to ``[G, T, d_out]``, without B where reading all of W costs less."""
+    """Return ``u Bᵀ`` ``[G, T, d_out]`` for u ``[G, T, r]``, by all of W where that costs less."""
     if reads_columns(weight, I_in):
         return u @ columns(weight, I_in).permute(1, 2, 0)
     index = I_in.unsqueeze(1).expand_as(u)
@@ -96,17 +99,20 @@ def expand(u: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:
 
 
 def columns(weight: Tensor, I_in: Tensor) -> Tensor:
-    """``B`` as ``[d_out, G, r]``."""
+    """Return ``B``, the columns I_in ``[G, r]`` of W, as ``[d_out, G, r]``."""
     return weight.index_select(1, I_in.reshape(-1)).view(-1, *I_in.shape)
 
 
 def reads_columns(weight: Tensor, I_in: Tensor) -> bool:
-    """Whether the groups ask for fewer columns than W has. An export holds for any of them."""
+    """Return whether the groups ask for fewer columns than W has; False in an export.
+
+    The graph of an export must hold for any number of groups.
+    """
     return not tracing.is_exporting() and I_in.numel() < weight.shape[1]
 
 
 def contract(g: Tensor, weight: Tensor, I_in: Tensor) -> Tensor:
-    """``g B``: ``[G, T, d_out]`` to ``[G, T, r]``."""
+    """Return ``g B`` ``[G, T, r]`` for g ``[G, T, d_out]``."""
     if reads_columns(weight, I_in):
         return g @ columns(weight, I_in).permute(1, 0, 2)
     return (g @ weight).gather(-1, I_in.unsqueeze(1).expand(-1, g.shape[1], -1))

@@ -1,7 +1,7 @@
-"""The ephemeral L-BFGS memory of one layer: ``B′ = B̃ + 1e-3 · H_k B̃`` (SPEC §8).
+"""Keep the ephemeral L-BFGS memory of one layer: ``B′ = B̃ + 1e-3 · H_k B̃`` (SPEC §8).
 
-``H_k`` approximates the inverse Hessian of the loss in the layer's output space ``[d_out]``, from
-differences between passes: of the mean output, ``s``, and of the mean gradient there, ``y``.
+``H_k`` approximates the inverse Hessian of the loss in the layer's output space ``[d_out]``. It is
+made from differences between passes: ``s`` of the mean output, and ``y`` of the mean gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 class CurvatureMemory:
     """At most five pairs ``(s, y)`` with ``sᵀy > 1e-8``, oldest first.
 
-    False in a condition while it holds no pair, when it changes nothing.
+    A memory without a pair is false in a condition, and changes nothing.
     """
 
     def __init__(self) -> None:
@@ -40,9 +40,9 @@ class CurvatureMemory:
         return len(self.pairs)
 
     def record(self, w: Tensor, g: Tensor) -> bool:
-        """Take in one pass; its difference from the pass before makes the pair.
+        """Record one pass, whose difference from the pass before makes a pair.
 
-        A pass that is not finite is left out: it would spoil two pairs.
+        A pass that is not finite is left out, because it would spoil two pairs.
 
         Args:
             w: mean over tokens of the layer's output, ``[d_out]``.
@@ -52,7 +52,7 @@ class CurvatureMemory:
             Whether a pair was added.
 
         Raises:
-            ValueError: w and g are not vectors of one length, that of the passes before.
+            ValueError: w and g are not vectors of one length, the same in every pass.
         """
         if w.dim() != 1 or w.shape != g.shape:
             raise ValueError(
@@ -84,19 +84,19 @@ class CurvatureMemory:
         self._last = None
 
     def apply(self, B: Tensor) -> Tensor:
-        """``H_k B`` for ``B`` ``[d_out, ...]``, as :func:`two_loop`."""
+        """Return ``H_k B`` for ``B`` ``[d_out, ...]``, see :func:`two_loop`."""
         return two_loop(self.pairs, B)
 
 
 def two_loop(pairs: tuple[Pair, ...], B: Tensor) -> Tensor:
-    """``H_k`` times the columns of ``B``; a copy of ``B`` where there is no pair.
+    """Return ``H_k`` times the columns of ``B``; a copy of ``B`` where there is no pair.
 
     Args:
         pairs: oldest first.
         B: ``[d_out, ...]``.
 
     Returns:
-        Of the shape of ``B``, in the accumulation dtype.
+        A tensor of the shape of ``B``, in the accumulation dtype.
 
     Source: Nocedal and Wright, Numerical Optimization, algorithm 7.4.
     """
@@ -115,7 +115,7 @@ def two_loop(pairs: tuple[Pair, ...], B: Tensor) -> Tensor:
 
 
 def precondition(pairs: tuple[Pair, ...], delta: Tensor) -> Tensor:
-    """``δ + 1e-3 · H_k δ`` of every token, which is ``u B′ᵀ`` for ``δ = u B̃ᵀ``.
+    """Return ``δ + 1e-3 · H_k δ`` for every token, which equals ``u B′ᵀ`` for ``δ = u B̃ᵀ``.
 
     ``H_k`` is symmetric, so the same step on ``∂L/∂δ`` turns ``(∂L/∂δ) B̃`` into ``(∂L/∂δ) B′``.
 
@@ -124,7 +124,7 @@ def precondition(pairs: tuple[Pair, ...], delta: Tensor) -> Tensor:
         delta: ``[..., d_out]``.
 
     Returns:
-        The same shape and dtype.
+        A tensor of the shape and dtype of ``delta``.
     """
     flat = delta.reshape(-1, delta.shape[-1])
     change = two_loop(pairs, flat.t()).t()

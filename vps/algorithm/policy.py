@@ -1,4 +1,4 @@
-"""The adaptive policy: how strongly a group of tokens is sharpened (SPEC §5).
+"""Decide how strongly a group of tokens is sharpened: the adaptive policy (SPEC §5).
 
 ``σ = 1 − exp(−E)``, raised by the next-token entropy and moved by the improvement history, then
 ``rank = r_lo + ⌊(r_hi − r_lo)σ + 2⁻²⁰⌋`` and ``γ = γ_lo + (γ_hi − γ_lo)σ``.
@@ -18,17 +18,15 @@ from vps.algorithm import constants, selection
 from vps.algorithm.constants import constant
 from vps.config import VPSConfig
 
-NUMBERS = 9  # of the policy; what follows them is a factor of each column
+NUMBERS = 9  # numbers of the policy; factors of the columns may follow them
 HISTORY = 5
 FLOOR_GUARD = 2.0**-20
-CLIPS = (
-    "component",
-    "spectral",
-)  # that compiled backends know, by their numbers in csrc/settings.h
+# The clips that compiled backends know, by their numbers in csrc/settings.h.
+CLIPS = ("component", "spectral")
 
 
 class PolicyState:
-    """Entropy and improvement history, one object for all layers of a model.
+    """The entropy and improvement history that all layers of a model share.
 
     Set it between forward passes; the layers read it without a copy from the device.
     """
@@ -38,15 +36,15 @@ class PolicyState:
         self.outcomes: tuple[bool, ...] = ()
 
     def set_entropy(self, nats: float | Tensor | None) -> None:
-        """Set ℋ of the next-token softmax.
+        """Set ℋ, the entropy of the next-token softmax.
 
         Args:
-            nats: entropy in nats, at least 0, as a number or a tensor of one element (which
-                stays on its device, unchecked); ``None`` forgets it.
+            nats: entropy in nats, at least 0, as a number or a tensor of one element. A tensor
+                stays on its device, unchecked. ``None`` forgets the entropy.
 
         Raises:
-            TypeError: neither a number nor a tensor.
-            ValueError: negative or not finite, or a tensor of several elements.
+            TypeError: ``nats`` is neither a number nor a tensor.
+            ValueError: a negative or infinite number, NaN, or a tensor of several elements.
         """
         if nats is None:
             self.entropy = None
@@ -56,7 +54,7 @@ class PolicyState:
                 raise ValueError(
                     f"set_entropy: nats must hold one element, got shape {tuple(nats.shape)}"
                 )
-            with torch.inference_mode(False):  # else it would be of no use outside that mode
+            with torch.inference_mode(False):  # a tensor of that mode is of no use outside it
                 self.entropy = nats.detach().reshape(()).clone()
             return
         if isinstance(nats, bool) or not isinstance(nats, (int, float)):
@@ -66,7 +64,7 @@ class PolicyState:
         self.entropy = torch.tensor(float(nats), dtype=torch.float64)
 
     def entropy_on(self, device: torch.device) -> Tensor | None:
-        """The entropy on ``device``, brought there once."""
+        """Return the entropy on ``device``; it is moved there once."""
         if self.entropy is not None and self.entropy.device != device:
             self.entropy = self.entropy.to(device)
         return self.entropy
@@ -75,7 +73,7 @@ class PolicyState:
         """Append one outcome; the last five are kept.
 
         Raises:
-            TypeError: not a bool.
+            TypeError: ``improved`` is no bool.
         """
         if not isinstance(improved, bool):
             raise TypeError(f"record: improved must be a bool, got {type(improved).__name__}")
@@ -87,7 +85,7 @@ class PolicyState:
         self.outcomes = ()
 
     def factor(self) -> float:
-        """What the history multiplies σ by: 1.3, 0.7 or 1."""
+        """Return the factor by which the history multiplies σ: 1.3, 0.7 or 1."""
         if not self.outcomes:
             return 1.0
         if sum(self.outcomes) / len(self.outcomes) >= 3 / 5:
@@ -111,20 +109,20 @@ class Decision:
 
 
 class LayerGamma:
-    """γ of one layer in place of its config's, of either sign: one number, or one a column.
+    """γ of one layer in place of its config's, of either sign: one number, or one for each column.
 
-    Numbers of columns scale the columns of ``Ũ``, after the clip and inside the clamp, and γ itself
-    is 1 then: ``y = H + b + clamp((x Ã)(I + ½ Γ Mᵀ) Γ B̃ᵀ)``, the second order left out where the
-    order is 1. The norm of the update is at most ``max|γ_c| · r · τ``.
+    Numbers for columns scale the columns of ``Ũ``, after the clip and inside the clamp, while γ
+    itself is 1: ``y = H + b + clamp((x Ã)(I + ½ Γ Mᵀ) Γ B̃ᵀ)``, where order 1 leaves out the term
+    with M. The norm of the update is at most ``max|γ_c| · r · τ``.
 
     Args:
-        values: a number or a tensor without dims, or a list or a tensor ``[r]``, one a column.
-            A tensor is not read.
-        device: where to keep them; that of a tensor, or the CPU, when ``None``.
+        values: a number or a tensor without dims, or a list or a tensor ``[r]`` with one number for
+            each column. The numbers in a tensor are not checked.
+        device: where to keep the numbers; by default a tensor's own device, or the CPU.
 
     Raises:
-        TypeError: neither numbers nor a floating-point tensor.
-        ValueError: numbers that are not finite, or none.
+        TypeError: ``values`` are neither numbers nor a floating-point tensor.
+        ValueError: a number is not finite.
     """
 
     def __init__(
@@ -155,17 +153,18 @@ class LayerGamma:
         self._result: Tensor | None = None
 
     def plain(self) -> float | list[float]:
-        """The number, or the list of them."""
+        """Return the number, or the list of numbers."""
         numbers: list[float] = self.numbers.tolist()
         return numbers if self.by_column else numbers[0]
 
     def in_policy(self, policy: Tensor, r: int) -> Tensor:
-        """``policy`` ``[9]`` with this γ in place of its bounds; ``[9 + r]`` for one a column.
+        """Return ``policy`` ``[9]`` with this γ in place of its bounds.
 
-        The tensor made for one policy is kept: the layer's next call passes the same.
+        With a number for each column it is ``[9 + r]``. The tensor made for one policy is kept,
+        because the layer's next call passes the same policy.
 
         Raises:
-            ValueError: other than r numbers for the columns.
+            ValueError: the columns have not r numbers.
         """
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         if not traced and self._of is policy and self._result is not None:
@@ -175,8 +174,8 @@ class LayerGamma:
                 f"gamma must be one number or hold r = {r} of them, got {len(self.numbers)}"
             )
         if traced or policy.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._combined(policy)  # of a graph, which computes it anew at each replay
-        with torch.inference_mode(False):  # else it would be of no use outside that mode
+            return self._combined(policy)  # a graph computes it anew at each replay
+        with torch.inference_mode(False):  # a tensor of that mode is of no use outside it
             self._of, self._result = policy, self._combined(policy)
         return self._result
 
@@ -188,10 +187,10 @@ class LayerGamma:
 
 
 class Settings(NamedTuple):
-    """The choices of a layer that shape the code of the operator; it takes them :meth:`packed`.
+    """The choices of a layer that shape the code of the operator, which takes them packed.
 
     Args:
-        r: columns of the selection, the most the policy can ask for.
+        r: columns of the selection, as many as the policy can ask for.
         adaptive: whether anything depends on the energy.
         coupled: SC instead of SK.
         second_order: whether the order may be 2.
@@ -212,7 +211,7 @@ class Settings(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether C is the diagonal of the component clip: SK of the first order."""
+        """Return whether C is the diagonal of the component clip: SK of the first order."""
         return not (self.coupled or self.second_order) and self.clip == "component"
 
     def packed(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -226,7 +225,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def unpacked(cls, rules: Sequence[int], numbers: Sequence[float]) -> Settings:
-        """Return the settings of which :meth:`packed` made ``rules`` and ``numbers``."""
+        """Return the settings that :meth:`packed` turned into ``rules`` and ``numbers``."""
         r, adaptive, coupled, second_order, clip, clips, clamps = rules
         alpha, tau, clamp = numbers
         return cls(
@@ -244,10 +243,10 @@ class Settings(NamedTuple):
 def settings(
     config: VPSConfig, gradient: bool, d_in: int, d_out: int, calibrated: bool = False
 ) -> Settings | None:
-    """Settings for a layer of this shape; ``None`` when γ is 0 whatever the input.
+    """Return the settings of a layer of this shape; ``None`` when γ is 0 whatever the input.
 
-    ``gradient`` says that the layer holds a gradient, which turns the hybrid builder into SC, and
-    ``calibrated`` that it has a γ of its own, whatever that of the config.
+    ``gradient`` says that the layer holds a gradient, which turns the hybrid builder into SC;
+    ``calibrated`` says that it has a γ of its own, which replaces the config's.
     """
     if not calibrated and config.is_off:
         return None
@@ -271,8 +270,9 @@ def settings(
 
 
 def bounds(config: VPSConfig, factor: float) -> tuple[float, ...]:
-    """The nine numbers by which the operator decides: ``factor``, then low and high of γ, rank,
-    topk and order, equal where the setting is fixed.
+    """Return the nine numbers by which the operator decides.
+
+    These are ``factor``, then low and high of γ, rank, topk and order, equal where one is fixed.
     """
     values = [factor]
     for name in ("gamma", "rank", "topk", "order"):
@@ -283,7 +283,7 @@ def bounds(config: VPSConfig, factor: float) -> tuple[float, ...]:
 
 
 def sigma(energy: Tensor, entropy: Tensor | None, factor: float | Tensor) -> Tensor:
-    """``σ`` ``[G]`` of energies ``[G]``, overwritten; the rest as for :func:`decide` (SPEC §5)."""
+    """Return ``σ`` ``[G]`` for energies ``[G]``, which are overwritten (SPEC §5)."""
     strength = energy.neg_().expm1_().neg_()
     if entropy is not None:
         strength = torch.maximum(strength, (entropy.to(strength.dtype) / 3).clamp_(max=1))
@@ -296,12 +296,12 @@ def decide(
     """Choose γ, rank and order of every group, without leaving the device.
 
     Args:
-        policy: what :func:`bounds` returns, ``[9]``; what follows is not read.
+        policy: what :func:`bounds` returns, ``[9]``; numbers after these are not read.
         energy: ``E`` per group, ``[G]`` in the accumulation dtype, overwritten; ``None`` when
             nothing is adaptive.
         entropy: ℋ in nats, one element, or ``None``.
         groups: G.
-        settings: the rest.
+        settings: the settings of the layer.
 
     Source: SPEC §5; the paper, algorithm 5.
     """
@@ -319,14 +319,14 @@ def decide(
 
 
 class Settled(NamedTuple):
-    """What is settled of one layer before the input comes."""
+    """What is settled for one layer before the input comes."""
 
     settings: Settings
-    bounds: Tensor  # of the policy, float64 [9]
+    bounds: Tensor  # the policy, float64 [9]
     drawn: tuple[Tensor, Tensor] | None  # I_in and I_out [r] of the random builder
 
     def numbers(self, gamma: LayerGamma | None) -> Tensor:
-        """The policy ``[9]``, or with the γ of a layer ``[9]`` or ``[9 + r]``."""
+        """Return the policy ``[9]``, or with a layer's own γ ``[9]`` or ``[9 + r]``."""
         return self.bounds if gamma is None else gamma.in_policy(self.bounds, self.settings.r)
 
 
@@ -340,7 +340,7 @@ def plan_for(
     device: torch.device,
     calibrated: bool = False,
 ) -> Settled | None:
-    """Return what is settled of a layer of this shape; ``None`` when γ is 0 whatever the input."""
+    """Return what is settled for a layer of this shape; ``None`` when γ is 0 for any input."""
     own = settings(config, gradient, d_in, d_out, calibrated)
     if own is None:
         return None
@@ -356,7 +356,7 @@ def plan_for(
 def own_gamma(
     gamma: LayerGamma | float | Sequence[float] | Tensor | None,
 ) -> LayerGamma | None:
-    """Return ``gamma`` as the layers hold it."""
+    """Return ``gamma`` as a :class:`LayerGamma`, or ``None``."""
     if gamma is None or isinstance(gamma, LayerGamma):
         return gamma
     return LayerGamma(gamma)

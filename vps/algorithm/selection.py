@@ -1,4 +1,4 @@
-"""Scores, top-k with ties to the lower index, and the SC coupling (SPEC §2 and §3)."""
+"""Score and select features, with ties to the lower index, and couple them (SPEC §2 and §3)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CACHED_ELEMENTS = 2**17
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
+    """Return float64 for float64, and float32 for every narrower dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def clean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """``values`` [G, T, d] with non-finite elements and uncounted tokens (mask [G, T]) at 0."""
+    """Set non-finite elements and uncounted tokens of ``values`` [G, T, d] to 0, in a copy."""
     finite = values.nan_to_num(0.0, 0.0, 0.0)
     return finite if mask is None else finite.masked_fill_(~mask.unsqueeze(-1), 0.0)
 
@@ -29,7 +29,7 @@ def clean(values: Tensor, mask: Tensor | None) -> Tensor:
 def statistics(
     values: Tensor, mask: Tensor | None, count: Tensor | None, energy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores and energy of SPEC §2 over the counted tokens.
+    """Return scores and energy over the counted tokens (SPEC §2).
 
     Args:
         values: x or H, ``[G, T, d]``.
@@ -38,8 +38,8 @@ def statistics(
         energy: whether to take the energy too.
 
     Returns:
-        Sum of |values| ``[G, d]``, which orders features as the mean does, and mean of values²
-        ``[G]`` or ``None``, in the accumulation dtype. Non-finite elements count as 0.
+        The sum of |values| ``[G, d]``, which orders features as the mean does, and the mean of
+        values² ``[G]`` or ``None``, in the accumulation dtype. Non-finite elements count as 0.
     """
     dtype = accumulation_dtype(values.dtype)
     if energy and mask is None and values.shape[0] == 1 and is_read_freely(values):
@@ -63,17 +63,25 @@ def statistics(
     if not energy:
         return sums, None
     mean = squares[0] if len(squares) == 1 else torch.cat(squares)
-    if torch.jit.is_tracing():  # whose graph holds for any number of tokens
+    if torch.jit.is_tracing():  # a trace must hold for any number
         mean = mean / values.shape[2] / (values.shape[1] if count is None else count)
         return sums, mean
     mean.div_(constant(values.shape[2] * (values.shape[1] if count is None else 1), mean))
     return sums, mean if count is None else mean.div_(count)
 
 
-def sum_of_squares(values: Tensor) -> float:
-    """Of values ``[d]`` or ``[T, d]`` on a CPU, infinite or NaN where an element is.
+def counted_statistics(
+    values: Tensor, mask: Tensor | None, energy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return :func:`statistics` with the tokens of ``mask`` counted."""
+    count = None if mask is None else mask.sum(1).clamp_(min=1)
+    return statistics(values, mask, count, energy)
 
-    Rows are added up in float64: running sums of torch in float32 lose 1e-4 over a long prompt.
+
+def sum_of_squares(values: Tensor) -> float:
+    """Return the sum of squares of values ``[d]`` or ``[T, d]`` on a CPU, perhaps inf or NaN.
+
+    Rows are summed in float64, because float32 sums in torch lose 1e-4 over a long prompt.
     """
     dtype = accumulation_dtype(values.dtype)
     if values.dim() == 1 and values.dtype == dtype:
@@ -84,8 +92,10 @@ def sum_of_squares(values: Tensor) -> float:
 
 
 def is_read_freely(values: Tensor) -> bool:
-    """Whether a number may be read from ``values`` in Python: on a CPU, where nothing waits, and
-    with no compiler, tracer, mode or functional transform looking on.
+    """Return whether Python may read a number from ``values`` now.
+
+    It may on a CPU, where nothing waits, unless a compiler, tracer, mode or functional transform
+    looks on.
     """
     return (
         values.is_cpu
@@ -97,9 +107,9 @@ def is_read_freely(values: Tensor) -> bool:
 
 
 def _blocks(values: Tensor, mask: Tensor | None) -> Iterable[tuple[Tensor, Tensor | None]]:
-    """Groups of values and mask to take at once: on a CPU few enough for the second-level cache.
+    """Split values and mask into blocks of groups, on a CPU to fit the second-level cache.
 
-    Sums of a group come in the same order whatever the other groups.
+    A group is summed in the same order whatever the other groups.
     """
     if values.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return [(values, mask)]
@@ -109,9 +119,13 @@ def _blocks(values: Tensor, mask: Tensor | None) -> Iterable[tuple[Tensor, Tenso
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of scores ``[G, d]`` ≥ 0, best first, ties to the lower index.
+    """Return indices of the k largest scores, best first, ties to the lower index.
 
-    torch.topk promises no order among ties, so they are broken for it.
+    torch.topk promises no order among ties, so they are broken before it.
+
+    Args:
+        scores: ``[G, d]``, at least 0.
+        k: how many indices.
     """
     if scores.dim() == 2 and is_read_freely(scores):
         best, index = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
@@ -130,22 +144,22 @@ def _stable_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def random_features(seed: int, d_in: int, d_out: int, r: int) -> tuple[tuple[int, ...], ...]:
-    """The first r input and output features that ``builder="random"`` draws."""
+    """Return the first r input and output features that ``builder="random"`` draws."""
     generator = torch.Generator().manual_seed(seed)
     I_in = torch.randperm(d_in, generator=generator)[:r].tolist()
     I_out = torch.randperm(d_out, generator=generator)[:r].tolist()
     return tuple(I_in), tuple(I_out)
 
 
-# As torch.compiler.assume_constant_result does, which would import torch._dynamo with vps (1 s).
+# torch.compiler.assume_constant_result sets this too, but imports torch._dynamo (1 s).
 random_features._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def coupling(X_A: Tensor, Y: Tensor, inactive: Tensor | None, alpha: float) -> Tensor:
-    """Columns ``m_c`` of the SC core: ``Ṽ = V · coupling``, each of norm 1 or 0.
+    """Return the columns ``m_c`` of the SC core, each of norm 1 or 0: ``Ṽ = V · coupling``.
 
-    ``Ṽ = V Tᵀ`` with ``T = (X_AᵀX_A + αI)⁻¹ X_AᵀY``; a column's norm is that of its row of T,
-    since V is one-hot.
+    ``Ṽ = V Tᵀ`` with ``T = (X_AᵀX_A + αI)⁻¹ X_AᵀY``. V is one-hot, so a column of Ṽ has the norm of
+    its row of T.
 
     Args:
         X_A: cleaned selected inputs, ``[G, T, r]``.
@@ -154,19 +168,16 @@ def coupling(X_A: Tensor, Y: Tensor, inactive: Tensor | None, alpha: float) -> T
         alpha: the ridge, positive.
 
     Returns:
-        float64 ``[G, r, r]``: beside the square of an outlier feature float32 loses α altogether.
+        float64 ``[G, r, r]``, because float32 loses α beside the square of an outlier feature.
     """
     X, Y = X_A.double(), Y.double()
     if inactive is not None:
         X, Y = (z.masked_fill(inactive.unsqueeze(1), 0.0) for z in (X, Y))
-    # Fewer tokens than columns: only α keeps XᵀX from singular. An export holds for any number.
+    # With fewer tokens than columns XᵀX + αI is nearly singular. An export holds for any number.
     few = not tracing.is_exporting() and X.shape[1] < X.shape[2]
     gram = X @ X.mT if few else X.mT @ X
     gram.diagonal(dim1=-2, dim2=-1).add_(alpha)
-    T = (
-        X.mT @ torch.linalg.solve_ex(gram, Y)[0]
-        if few
-        else (torch.linalg.solve_ex(gram, X.mT @ Y)[0])
-    )
+    solution = torch.linalg.solve_ex(gram, Y if few else X.mT @ Y)[0]
+    T = X.mT @ solution if few else solution
     norm = torch.linalg.vector_norm(T, dim=-1, keepdim=True)
     return (T / norm).masked_fill(norm == 0, 0.0).mT

@@ -1,4 +1,4 @@
-"""What traces a call."""
+"""Say which tracer, compiler or transform follows a call."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ NO_FORWARD_MODE = (
 
 
 def is_exporting() -> bool:
-    """``torch.compiler.is_exporting``, to which torch 2.11 says yes in ``torch.compile``, too."""
+    """Return whether ``torch.export`` runs.
+
+    ``torch.compiler.is_exporting`` is also true inside ``torch.compile`` in torch 2.11.
+    """
     return torch.compiler._is_exporting_flag
 
 
 def is_transforming() -> bool:
-    """Whether a transform of ``torch.func``, or ``vmap``, runs and no compiler looks on."""
+    """Return whether a transform of ``torch.func``, or ``vmap``, runs and no compiler looks on."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is not None
@@ -28,19 +31,20 @@ def is_transforming() -> bool:
 
 
 def is_eager() -> bool:
-    """Whether no tracer, compiler or transform of ``torch.func`` looks on."""
+    """Return whether no tracer, compiler or transform of ``torch.func`` looks on."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transforming())
 
 
 def is_alone() -> bool:
-    """Whether no tracer, compiler, mode or transform looks on: what is made now may be kept."""
+    """Return whether no tracer, compiler, mode or transform looks on, so results may be kept."""
     return is_eager() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def is_compiled_transform(compiling: bool) -> bool:
-    """Whether a transform runs that a compiler follows, or one that makes edits functional.
+    """Return whether a transform runs under a compiler, or makes edits functional.
 
-    ``compiling`` says whether a compiler does, which this cannot ask: it is run as it is.
+    ``compiling`` says whether a compiler runs, which this function cannot see: the compiler does
+    not trace it but calls it.
     """
     stack = torch._C._functorch.get_interpreter_stack()
     if not stack:
@@ -49,12 +53,12 @@ def is_compiled_transform(compiling: bool) -> bool:
     return compiling or any(each.key() == functional for each in stack)
 
 
-# A compiler asks while it traces, where the transforms run for it, too.
+# A compiler calls this while it traces, when the transforms run for it too.
 is_compiled_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_differentiated() -> bool:
-    """Whether what is computed now, such as a gradient, may itself be differentiated or mapped."""
+    """Return whether a result of now, such as a gradient, may be differentiated or mapped."""
     return torch.is_grad_enabled() or is_transforming()
 
 
@@ -65,7 +69,7 @@ def reverse_only(tensor: Tensor) -> Tensor:
 
 
 class _ReverseOnly(torch.autograd.Function):
-    """A tensor as it is, with a gradient and no tangent."""
+    """The identity, with a gradient and no tangent."""
 
     generate_vmap_rule = True
 
@@ -90,7 +94,7 @@ def refuse_tangents(*tensors: Tensor) -> None:
     """Refuse forward mode, which is not defined (SPEC §6) and would lose the tangents.
 
     Raises:
-        NotImplementedError: a tensor carries one.
+        NotImplementedError: a tensor carries a tangent.
     """
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors

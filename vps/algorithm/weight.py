@@ -1,8 +1,8 @@
-"""What a sharpened layer asks of W (SPEC §2–§4): the contract of the flow with a kind of weight.
+"""Define what a sharpened layer asks of W: the contract of the flow with a kind of weight.
 
-Four kinds exist: :class:`Matrix` here; in :mod:`vps.layers` a weight known by its forward alone,
-and one of which each rank holds some rows or some columns. Policy, clip, SC, order 2 and the update
-read nothing of a layer but what stands here, so a rule is written once for all of them.
+Four kinds exist (SPEC §2–§4): :class:`Matrix` here, and in :mod:`vps.layers` a weight known by its
+forward alone, a weight split over ranks by rows, and a weight split by columns. Policy, clip, SC,
+order 2 and the update ask a layer for nothing else, so a rule is written once for all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Products(NamedTuple):
-    """The numbers of which the core is made; ``None`` where the settings do not ask for them.
+    """The numbers from which the core is made; ``None`` where the settings do not need one.
 
     Args:
         t: ``H[:, I_out]``, ``[G, T, r]``.
@@ -47,19 +47,19 @@ class Projection:
     """Tokens through a weight, with the columns I_in of W; for one call.
 
     Args:
-        H: base product of what this process holds, ``[G, T, held]``, with its graph.
-        output: what the update is added to, H or H with a constant of the layer's own.
+        H: base product of the outputs that this process holds, ``[G, T, held]``, with its graph.
+        output: the tensor to which the update is added: H, or H with a constant of the layer.
     """
 
     H: Tensor
     output: Tensor
 
     def base(self) -> Tensor:
-        """Return ``H + b`` ``[G, T, held]``, bit-identical to that of the unsharpened layer."""
+        """Return ``H + b`` ``[G, T, held]`` with the bits of the unsharpened layer."""
         raise NotImplementedError
 
     def bias(self) -> Tensor | None:
-        """Return what is to be added to H, ``[held]``, or ``None``."""
+        """Return the bias to add to H, ``[held]``, or ``None``."""
         raise NotImplementedError
 
     def selected(self, I_out: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ class Projection:
         raise NotImplementedError
 
     def products(self, I_out: Tensor, settings: Settings) -> Products:
-        """Return what the core asks for, without a graph."""
+        """Return the numbers that the core needs, without a graph."""
         raise NotImplementedError
 
     def expand(self, u: Tensor) -> Tensor:
-        """Return ``u Bᵀ``: ``[G, T, r]`` to ``[G, T, held]``."""
+        """Return ``u Bᵀ`` ``[G, T, held]`` for u ``[G, T, r]``."""
         raise NotImplementedError
 
     def add(self, u: Tensor) -> Tensor:
@@ -82,15 +82,14 @@ class Projection:
 class Weight:
     """W of one layer, in whichever form this process has it.
 
-    Args:
-        widths: d_out and d_in of the whole layer.
-        reads_whole_input: whether layers that read the same x may share ``I_in``.
+    ``reads_whole_input`` says whether layers that read the same x may share ``I_in``.
     """
 
     reads_whole_input = True
 
     @property
     def widths(self) -> tuple[int, int]:
+        """Return d_out and d_in of the whole layer."""
         raise NotImplementedError
 
     def check(self, x: Tensor) -> None:
@@ -100,11 +99,11 @@ class Weight:
             raise ValueError(f"vps: x must be [..., {d_in}] to fit the layer, got {tuple(x.shape)}")
 
     def cast(self, dtype: torch.dtype) -> Weight:
-        """Return the weight as autocast to ``dtype`` has it."""
+        """Return the weight as autocast to ``dtype`` casts it."""
         raise NotImplementedError
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return what the layer could train."""
+        """Return the tensors that the layer could train."""
         raise NotImplementedError
 
     def is_empty(self, x: Tensor) -> bool:
@@ -112,11 +111,11 @@ class Weight:
         return x.numel() == 0
 
     def release(self) -> None:
-        """Let go of what a call brought into memory."""
+        """Let go of the memory that a call took."""
 
     def select_inputs(self, x: Tensor, mask: Tensor | None, r: int) -> Tensor:
         """Return ``I_in`` ``[G, r]`` for x ``[G, T, d_in]`` and a bool mask ``[G, T]``."""
-        return selection.top_k(statistics(x, mask, False)[0], r)
+        return selection.top_k(selection.counted_statistics(x, mask, False)[0], r)
 
     def project(self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None) -> Any:
         """Return the :class:`Projection` of x, by one pass over W unless H is known."""
@@ -132,10 +131,10 @@ class Weight:
         """Return ``I_out`` ``[G, r]`` of each layer, from the scores of what this process holds.
 
         Args:
-            weights: of one layer, or of a query and a key, this one first.
-            scores: ``[G, held]`` of each.
+            weights: the weight of one layer, or of a query and a key; this one is the first.
+            scores: ``[G, held]`` of each layer.
             r: columns.
-            heads: query and key-value heads of two, which select together (SPEC §7).
+            heads: query and key-value heads of two layers, which select together (SPEC §7).
         """
         if heads is None:
             return [selection.top_k(scores[0], r)]
@@ -148,16 +147,16 @@ class Weight:
         settings: Sequence[Settings],
         energies: Sequence[Tensor],
     ) -> tuple[list[Products], Tensor | None]:
-        """Return the products of every layer, and the energy ``[G]`` pooled over them.
+        """Return the products of every layer, and the energy ``[G]`` pooled over the layers.
 
-        A weight that is split over ranks adds up here what each of them holds.
+        For a weight that is split over ranks, the ranks sum here what each of them holds.
 
         Args:
-            projections: of each layer.
-            outputs: ``I_out`` ``[G, r]`` of each.
-            settings: of each.
-            energies: ``[G]`` of what this process holds of each, or one that is pooled already, or
-                none where nothing is adaptive.
+            projections: the projection of each layer.
+            outputs: ``I_out`` ``[G, r]`` of each layer.
+            settings: the settings of each layer.
+            energies: ``[G]`` of the outputs that this process holds of each layer, or a single
+                pooled energy, or nothing where nothing is adaptive.
         """
         triples = zip(projections, outputs, settings, strict=True)
         found = [one.products(I_out, own) for one, I_out, own in triples]
@@ -220,7 +219,7 @@ class MatrixProjection(Projection):
         self.x, self.W, self.b, self.H, self.I_in = x, W, b, H, I_in
         self.output = H
         self.frozen = W.detach()
-        # The columns, [d_out, G, r]; where the groups ask for more of them than W has, W itself.
+        # The columns, [d_out, G, r]; None where the groups ask for more columns than W has.
         self.B = gradient.columns(self.frozen, I_in) if gradient.reads_columns(W, I_in) else None
 
     def base(self) -> Tensor:
@@ -239,10 +238,10 @@ class MatrixProjection(Projection):
         return gather(F.linear(self.x, self.frozen), I_out)
 
     def _trains(self) -> bool:
-        """Return whether W may be asked for a gradient, which that of the update is no part of."""
+        """Return whether W may get a gradient, in which the update must take no part."""
         compiling = torch.compiler.is_compiling()
         if tracing.is_compiled_transform(compiling) if compiling else tracing.is_transforming():
-            return True  # inside, tensors do not say so
+            return True  # tensors in it do not tell
         # A trace is made with gradients and checked without.
         return self.W.requires_grad and (torch.is_grad_enabled() or torch.jit.is_tracing())
 
@@ -258,7 +257,7 @@ class MatrixProjection(Projection):
     def add(self, u: Tensor) -> Tensor:
         if self.B is None:
             return self.output + self.expand(u)
-        if u.shape[0] == 1 and not torch.jit.is_tracing():  # whose graph holds for any number
+        if u.shape[0] == 1 and not torch.jit.is_tracing():  # a trace must hold for any G
             return torch.addmm(self.output[0], u[0], self.B.squeeze(1).t()).unsqueeze(0)
         return torch.baddbmm(self.output, u, self.B.permute(1, 2, 0))
 
@@ -276,7 +275,7 @@ def matrix_products(
 
     Args:
         x, H: ``[G, T, d_in]`` and ``[G, T, d_out]``.
-        W: ``[d_out, d_in]``, no constant is kept of it: it may be edited between calls.
+        W: ``[d_out, d_in]``; it may be edited between calls, so nothing is kept.
         I_in, I_out: ``[G, r]``.
         B: the columns I_in, ``[d_out, G, r]``, or ``None`` to read all of W instead.
         settings: which products are needed.
@@ -305,10 +304,10 @@ def matrix_products(
 
 
 def check_input(x: Tensor) -> None:
-    """Raise where x is no dense floating-point tensor.
+    """Refuse an x that is no dense floating-point tensor.
 
     Raises:
-        TypeError: saying what it is.
+        TypeError: the message says what x is.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"vps: x must be a tensor, got {type(x).__name__}")
@@ -319,15 +318,15 @@ def check_input(x: Tensor) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return what autocast casts to on the device of x, where it is on."""
+    """Return the dtype of autocast on the device of x, or ``None`` where it is off."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return None  # without the name of the device, which takes longer
+        return None  # faster than asking by the name of the device
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what autocast makes of an argument of F.linear: all but float64 takes its dtype."""
+    """Cast an argument of F.linear as autocast does: all dtypes but float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
@@ -341,21 +340,15 @@ def needs_gram_of_columns(settings: Settings) -> bool:
     return settings.tau is not None and settings.clip != "component"
 
 
-def statistics(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor | None]:
-    """Return scores and energy of the counted tokens, see :func:`selection.statistics`."""
-    count = None if mask is None else mask.sum(1).clamp_(min=1)
-    return selection.statistics(values, mask, count, energy)
-
-
 def gather(values: Tensor, index: Tensor) -> Tensor:
-    """Return ``values[g, :, index[g]]``: ``[G, T, d]`` and ``[G, r]`` to a new ``[G, T, r]``."""
-    if values.shape[0] == 1 and not torch.jit.is_tracing():  # whose graph holds for any number
+    """Return a new ``values[g, :, index[g]]`` ``[G, T, r]`` for ``[G, T, d]`` and ``[G, r]``."""
+    if values.shape[0] == 1 and not torch.jit.is_tracing():  # a trace must hold for any G
         return values.index_select(-1, index[0])
     return values.gather(-1, index.unsqueeze(1).expand(-1, values.shape[1], -1))
 
 
 class _ThroughRows(torch.autograd.Function):
-    """The values ``t`` ``[G, T, r]`` as a function of x alone: ``x W[I_out]ᵀ``, W a constant."""
+    """The values ``t = x W[I_out]ᵀ`` ``[G, T, r]`` as a function of x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:

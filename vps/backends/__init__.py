@@ -1,13 +1,15 @@
 """Who computes a sharpened layer. In reading order:
 
-- ``call``: what travels to a backend, and what each must answer
-- ``dispatch``: which backend takes a call, asked with ``vps.backends()``
-- ``torch_backend``, ``reference_backend``: the flow of ``vps.algorithm``; the literal algorithm
-- ``operator``: ``torch.ops.vps.linear``, its fake and its gradient, for compiled backends
-- ``cpp``: csrc, for CPUs
-- ``triton``, ``triton_backend``: which calls the kernels of ``vps.kernels`` take, and their layer
-- ``cuda``, ``cuda_build``: one token in a single launch, and its compilation
-- ``sharing``: one input selection for the layers that read one x, and the plan that a layer keeps
+- ``call``: what travels to a backend, and what each backend must answer
+- ``dispatch``: chooses the backend for a call; ``vps.backends()`` lists them
+- ``torch_backend``: computes by the flow of ``vps.algorithm``
+- ``reference_backend``: computes by the literal algorithm
+- ``operator``: declares ``torch.ops.vps.linear``, its fake and its gradient, for compiled backends
+- ``cpp``: computes by csrc on CPUs
+- ``triton``: says which calls the kernels of ``vps.kernels`` take
+- ``triton_backend``: puts these kernels together to a layer
+- ``cuda``, ``cuda_build``: decodes one token in a single launch; compiles the code for that
+- ``sharing``: shares one input selection between layers that read one x, and holds kept plans
 """
 
 import sys
@@ -18,7 +20,7 @@ class _Backends(ModuleType):
     """The package, and the function ``vps.backends()`` that had this name first."""
 
     def __call__(self) -> dict[str, str | None]:
-        """Backend names, each with ``None`` when it can run or the reason why it cannot."""
+        """Return backend names, each with ``None`` or the reason why it cannot run."""
         from vps.backends import dispatch
 
         return dispatch.backends()

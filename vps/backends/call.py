@@ -1,8 +1,8 @@
-"""What travels to a backend, and what each backend must answer (the contract of this folder).
+"""Define what travels to a backend, and what each backend must answer: the contract of this folder.
 
-A backend is a module with three functions: ``why_missing()``, why it cannot run on this machine;
-``why_not(kind)``, why it does not take calls of a kind; and ``run(call)``. What a backend cannot
-compute is named in its ``why_not``, so that the layer falls to torch by declaration.
+A backend is a module with three functions. ``why_missing()`` says why it cannot run on this
+machine, ``why_not(kind)`` why it does not take calls of a kind, and ``run(call)`` computes. A
+backend names in ``why_not`` what it cannot compute, so the layer falls to torch by declaration.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NOT_A_MATRIX = (
 
 
 class Kind(NamedTuple):
-    """What backends choose by, which holds as long as a layer and its config stay.
+    """The facts by which a backend is chosen; they hold as long as a layer and its config stay.
 
     Args:
-        device: of x, as in ``torch.device.type``.
-        dtype: of x.
+        device: type of the device of x, as in ``torch.device.type``.
+        dtype: dtype of x.
         is_matrix: whether W is a plain matrix in memory.
         has_pairs: whether the layer holds L-BFGS pairs.
         builder, clip: the config's rules.
@@ -49,13 +49,13 @@ class Call(NamedTuple):
 
     Args:
         x: ``[G, T, d_in]``, G groups of T tokens that share a selection.
-        layers: one, or query and key.
-        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all do.
+        layers: one layer, or query and key.
+        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all count.
         entropy: ℋ in nats, one element, or ``None``.
         heads: query and key-value heads, with two layers.
         given: what is decided elsewhere.
         traced: whether a graph is made, which may be differentiated later.
-        config, outcomes: what the layers and the policy state were given, for the reference.
+        config, outcomes: config of the layers and history of the policy, for the reference.
     """
 
     x: Tensor
@@ -69,7 +69,7 @@ class Call(NamedTuple):
     outcomes: tuple[bool, ...] = ()
 
     def inputs(self, at: int = 0) -> Inputs:
-        """Return what the operator takes of the layer of that number."""
+        """Return the operator's arguments for the layer of that number."""
         layer, given = self.layers[at], self.given
         assert isinstance(layer.weight, Matrix)
         return Inputs(
@@ -78,7 +78,7 @@ class Call(NamedTuple):
         )  # fmt: skip
 
     def needs_gradient(self) -> bool:
-        """Return whether a backward pass may follow, of layers whose weights are matrices."""
+        """Return whether a backward pass may follow; all weights must be matrices."""
         return any(needs_gradient(self.inputs(at)) for at in range(len(self.layers)))
 
 
@@ -92,14 +92,14 @@ class Inputs(NamedTuple):
         x: ``[G, T, d_in]``.
         weight: ``[d_out, d_in]``.
         bias: ``[d_out]`` or ``None``.
-        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all do.
-        I_in: selected inputs ``[G, r]`` where they are known, or ``None``.
-        I_out: selected outputs ``[G, r]`` where they are known, or ``None``.
-        policy: the numbers of :func:`policy.bounds`, float64 ``[9]``, and a factor of each
-            column, ``[9 + r]``, where the layer has them (:class:`policy.LayerGamma`).
+        mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all count.
+        I_in: selected inputs ``[G, r]`` if they are known, or ``None``.
+        I_out: selected outputs ``[G, r]`` if they are known, or ``None``.
+        policy: the numbers of :func:`policy.bounds`, float64 ``[9]``, or ``[9 + r]`` with a factor
+            for each column (:class:`policy.LayerGamma`).
         entropy: ℋ in nats, one element, or ``None``.
-        H: base product ``[G, T, d_out]`` where it is known, or ``None``.
-        energy: ``[G]`` where it is known, or ``None``.
+        H: base product ``[G, T, d_out]`` if it is known, or ``None``.
+        energy: ``[G]`` if it is known, or ``None``.
     """
 
     x: Tensor
@@ -121,9 +121,9 @@ class Outputs(NamedTuple):
         y: ``[G, T, d_out]``.
         I_in: ``[G, r]``.
         I_out: ``[G, r]``.
-        core: ``C`` without γ, a diagonal ``[G, 1, r]`` or ``[G, r, r]``; 0 where left out.
+        core: ``C`` without γ, a diagonal ``[G, 1, r]`` or ``[G, r, r]``; 0 in columns left out.
         gamma: ``[G]``, 0 for a group without a counted token.
-        t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out; needed with a clamp alone.
+        t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out; only needed with a clamp.
     """
 
     y: Tensor
@@ -167,10 +167,10 @@ def run_native(call: Call, linear: Any, pair: Any, couple: Any) -> Result:
     """Run a call by the three functions of a compiled backend.
 
     Args:
-        call: whose weights are matrices.
-        linear: ``(inputs, settings, traced)`` to y, differentiable, and I_in.
-        pair: both layers of a query and a key without a gradient, and I_in.
-        couple: what a query and a key decide together, without a gradient.
+        call: the call; all its weights are matrices.
+        linear: computes a differentiable y, and I_in, from ``(inputs, settings, traced)``.
+        pair: computes both outputs of a query and a key, and I_in, without a gradient.
+        couple: decides for a query and a key together, without a gradient.
     """
     layers = call.layers
     if call.heads is None:
@@ -197,7 +197,7 @@ def run_native(call: Call, linear: Any, pair: Any, couple: Any) -> Result:
 def differentiable(
     inputs: Inputs, settings: Settings, forward: Callable[[Inputs, Settings], Outputs]
 ) -> tuple[Tensor, Tensor]:
-    """Return y ``[G, T, d_out]``, differentiable, and ``I_in``, with ``forward`` of a backend."""
+    """Return a differentiable y ``[G, T, d_out]``, and ``I_in``, by a backend's ``forward``."""
     if needs_gradient(inputs):
         y, I_in = _Differentiable.apply(*inputs, settings, forward)
         return y, I_in

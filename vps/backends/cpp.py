@@ -1,6 +1,7 @@
-"""C++ as a backend: finds and loads the operator for CPUs, built from csrc.
+"""Find and load the C++ operator for CPUs, which is built from csrc.
 
-``VPS_CPP_LIBRARY`` names another library than the installed one, such as one with sanitizers.
+``VPS_CPP_LIBRARY`` names a library to load instead of the installed one, such as a build with
+sanitizers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vps.backends.call import Kind, why_not_native
 
 @cache
 def why_missing() -> str | None:
-    """Load the C++ operator and return why there is none, or ``None``."""
+    """Load the C++ operator; return why that failed, or ``None``."""
     library = _library()
     if library is None:
         return "its library is not built: VPS_BUILD_CPP=1 pip install ... says why"
@@ -43,5 +44,5 @@ def _library() -> Path | None:
     return Path(named) if named else next(Path(__file__).parents[1].glob("_cpp*.so"), None)
 
 
-if why_missing() is not None:  # graphs hold the operator, which then is computed by torch
+if why_missing() is not None:  # graphs hold the operator, so torch has to implement it
     operator.implement_in_torch()

@@ -42,12 +42,12 @@ def why_missing() -> str | None:
 
 
 def why_not(kind: Kind) -> str | None:
-    """Return why no call of a kind is taken, or ``None``."""
+    """Return why calls of a kind are not taken, or ``None``."""
     return why_not_native(kind, "cuda")
 
 
 def run(call: Call) -> Result:
-    """Run a call: a query and a key together by the Triton kernels."""
+    """Run a call; a query and a key together run by the Triton kernels."""
     return run_native(call, _linear, operator.sharpen_pair, operator.couple)
 
 

@@ -1,6 +1,6 @@
 """Build the CUDA operator of csrc/cuda with the machine's nvcc.
 
-``python -m vps.backends.cuda_build`` does, for the GPU at hand (or ``--arch``).
+``python -m vps.backends.cuda_build`` builds it for the GPU at hand (or ``--arch``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def command(architecture: str, *options: str) -> list[str]:
     """Return the nvcc command for one architecture such as ``"sm_90"``, without outputs.
 
     Raises:
-        FileNotFoundError: no nvcc, or no source because vps is not installed from its repository.
+        FileNotFoundError: there is no nvcc, or no source, as vps is not installed from its
+            repository.
     """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -65,7 +66,7 @@ def build(architecture: str | None = None) -> Path:
     """Compile the library and return its path.
 
     Args:
-        architecture: such as ``"sm_90"``; that of the first GPU when ``None``.
+        architecture: such as ``"sm_90"``; the first GPU's when ``None``.
 
     Raises:
         RuntimeError: no GPU to ask for its architecture, or nvcc failed; with its output.

@@ -1,13 +1,12 @@
-"""Which backend computes: asked with :func:`backends`, chosen with :func:`backend`.
+"""Choose the backend that computes: :func:`backends` lists them, :func:`backend` asks for one.
 
-Left alone, a layer takes the fastest that its tensors allow: on CUDA and ROCm ``triton``, on a CPU
-``cpp`` where it is built, and ``torch`` for float64 and everywhere else. ``cuda``, which is
-``triton`` with one token at a time decoded in a single launch, runs only where it is asked for. A
-backend that was asked for runs or raises; nothing falls back in silence.
+By default a layer takes the fastest backend for its tensors: ``triton`` on CUDA and ROCm, ``cpp``
+on a CPU where it is built, and ``torch`` for float64 and everywhere else. ``cuda`` is ``triton``
+with a single token decoded in one launch; it runs only if it is asked for. A backend that was asked
+for runs or raises; nothing falls back in silence.
 
-A layer that holds L-BFGS pairs, which only a refinement records, is computed by ``torch`` on every
-device: no other backend but ``reference`` knows them, and asking for one there raises. So is a
-layer whose weight is no plain matrix in memory; for it ``torch`` is the only backend.
+Only ``torch`` and ``reference`` can compute a layer that holds L-BFGS pairs, and only ``torch`` a
+layer whose weight is no plain matrix in memory. Asking for another backend there raises.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ FROM_ENVIRONMENT = os.environ.get(VARIABLE) or None
 
 
 def backends() -> dict[str, str | None]:
-    """Backend names, each with ``None`` when it can run or the reason why it cannot."""
+    """Return backend names, each with ``None`` or the reason why it cannot run."""
     return {name: _why_missing(name) for name in BACKENDS}
 
 
@@ -43,15 +42,15 @@ def backends() -> dict[str, str | None]:
 def backend(name: str) -> Iterator[None]:
     """Let every VPS layer run inside, on this thread, compute with one backend.
 
-    Stronger than the environment variable ``VPS_BACKEND``, which does the same for the process.
+    It overrides the environment variable ``VPS_BACKEND``, which does the same for the process.
 
     Args:
         name: ``"torch"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
 
     Raises:
-        ValueError: no such backend.
-        RuntimeError: the backend cannot run here; the message gives the reason. Raised by the
-            layer where it cannot take the layer's tensors.
+        ValueError: there is no such backend.
+        RuntimeError: the backend cannot run here; the message gives the reason. A layer raises it
+            if the backend cannot take the layer's tensors.
     """
     _check(name, "vps.backend")
     STATE.backends.append(name)
@@ -62,10 +61,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def asked(kind: Kind) -> ModuleType | None:
-    """Return the backend that was asked for, for calls of a kind; ``None`` for the fastest.
+    """Return the backend that was asked for, or ``None`` if the fastest is to run.
 
     Raises:
-        RuntimeError: it cannot run or does not take them.
+        RuntimeError: the backend cannot run, or does not take calls of this kind.
     """
     if STATE.backends:
         name = STATE.backends[-1]
@@ -81,7 +80,7 @@ def asked(kind: Kind) -> ModuleType | None:
 
 
 def fastest(kind: Kind) -> ModuleType:
-    """Return the backend that takes calls of a kind where none is asked for."""
+    """Return the backend for calls of a kind if none is asked for."""
     names = ("triton", "torch") if kind.device == "cuda" else ("cpp", "torch")
     return BACKENDS[next(name for name in names if why_not(name, kind) is None)]
 

@@ -95,10 +95,7 @@ def couple(
     heads: int,
     kv_heads: int,
 ) -> coupling.Joint:
-    """Decide for a query and a key projection together, without a gradient.
-
-    As :func:`vps.algorithm.coupling.couple`.
-    """
+    """Decide as :func:`vps.algorithm.coupling.couple` does, without a gradient."""
     with torch.no_grad():
         return coupling.Joint(
             *torch.ops.vps.couple.default(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
@@ -110,7 +107,7 @@ def sharpen_pair(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return both outputs, without a gradient, and ``I_in`` ``[G, r]`` by one call.
 
-    x, mask, I_in and entropy are those of ``query``; the settings differ in ``coupled`` at most.
+    x, mask, I_in and entropy come from ``query``; the settings may differ only in ``coupled``.
     """
     packed = Settings.packed if torch.compiler.is_compiling() else _packed_settings
     rules, numbers = packed(of_query)
@@ -234,7 +231,7 @@ def _of_input(
     t: Tensor,
     clamp: float | None,
 ) -> Tensor:
-    """Return ``∂L/∂x``, without a clamp by the operator unless it is differentiated itself."""
+    """Return ``∂L/∂x``, by the operator if there is no clamp and no second derivative."""
     if clamp is None and not tracing.is_differentiated():
         return torch.ops.vps.linear_backward.default(g, weight, features, core, gamma)
     selected = features[:, 0], features[:, 1], core, gamma, t
@@ -247,13 +244,13 @@ torch.library.register_autograd("vps::linear", _backward, setup_context=_setup_c
 def _torch_backward(
     g: Tensor, weight: Tensor, features: Tensor, core: Tensor, gamma: Tensor
 ) -> Tensor:
-    """Compute the backward pass in torch, where no backend has its own."""
+    """Compute the backward pass in torch, for a device without its own implementation."""
     selected = features[:, 0], features[:, 1], core, gamma
     return gradient.of_input(g, weight, *selected, None, None)
 
 
 def _torch(*arguments: Any) -> Results:
-    """Compute the operator in torch, where no backend has its own."""
+    """Compute the operator in torch, for a device without its own implementation."""
     inputs, settings = _unpacked(arguments)
     out = torch_backend.forward(inputs, settings)
     core, gamma = square(out.core), out.gamma.clone()

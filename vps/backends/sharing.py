@@ -1,10 +1,10 @@
-"""Share between calls: the input selection of one x (of q, k and v, or gate and up), and plans.
+"""Share the input selection of one x (of q, k and v, or gate and up) between calls, and plans.
 
-One selection is remembered per thread, that of the last x, by weak references and versions: it is
-found again only for the very same, unchanged tensors. In a trace a tensor has no version, but
-functionalization, which torch.compile and torch.export go through, makes every edit a new value,
-and calls are compared by their values there. So v, gate and up take the selection of q and gate;
-the call for query and key, which each of the two makes, happens once, and so do constants.
+Each thread remembers the selection of the last x, by weak references and versions: it is found
+again only for the very same, unchanged tensors. In a trace a tensor has no version. But
+torch.compile and torch.export make every edit a new value (functionalization), so calls are
+compared by their values there. So k, v and up take the selection of q and gate; the call for query
+and key, which each of the two makes, happens once, and so do constants.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from vps.algorithm.weight import Matrix
 _is_tracing, _get_mode = torch._C._is_tracing, torch._C._get_dispatch_mode
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
-# Of x and of its mask, the state of both then, the grouping, and the indices I_in [G, r]. A plain
-# tuple, since layers make and read one at each call.
+# References to x and to its mask, the state of both, the grouping, and the indices I_in [G, r]. A
+# plain tuple, since layers make and read one at each call.
 _Selection = tuple[
     weakref.ref[Tensor], weakref.ref[Tensor] | None, tuple[int, ...], tuple[int, ...], Tensor
 ]
@@ -44,7 +44,7 @@ _LAST = _Last()
 
 
 def find(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], r: int) -> Tensor | None:
-    """Indices ``[G, r]`` remembered for this x and mask, grouped as ``shape``; or ``None``."""
+    """Return indices ``[G, r]`` remembered for this x, mask and ``shape``, or ``None``."""
     if torch.compiler.is_compiling() or _is_tracing() or _get_mode(_PROXY) is not None:
         return None  # a graph must select by itself
     last = _LAST.selection
@@ -73,11 +73,11 @@ def forget() -> None:
 
 
 def _state(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
-    """Versions of both and the stream on which a selection is ready; ``None`` where a change would
-    not show, here or wherever this call runs again.
+    """Return the versions of both and the stream on which a selection is ready.
 
-    Inference tensors count no versions. A compiled or captured call is replayed with other values,
-    and the tensors of a functional transform (``vmap``) die with it.
+    ``None`` where an edit would not show, here or when this call runs again. Inference tensors
+    count no versions. A compiled or captured call is replayed with other values, and the tensors of
+    a functional transform (``vmap``) die with it.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if transformed or torch.compiler.is_compiling() or x.is_inference():
@@ -100,12 +100,12 @@ def _forget(reference: weakref.ref[Tensor]) -> None:
 
 
 class Kept:
-    """A plan that layers keep, without what belongs to them; neither copied nor pickled.
+    """Keep a plan for layers, without what belongs to them; neither copied nor pickled.
 
     Args:
-        layers: whose weights are their parameters; they are held weakly, as is all of them.
-        plan: of these, without L-BFGS pairs.
-        x: an input of theirs.
+        layers: the layers, whose weights are their parameters; all of them is held weakly.
+        plan: the plan of these layers, without L-BFGS pairs.
+        x: an input of these layers.
     """
 
     def __init__(self, layers: tuple[Any, ...], plan: Any, x: Tensor) -> None:
@@ -125,8 +125,10 @@ class Kept:
         ]
 
     def find(self, layers: tuple[Any, ...], x: Tensor) -> Any:
-        """Return the plan with the layers as they are now; ``None`` where it is not right for
-        them, or for x."""
+        """Return the plan with the present parameters of the layers.
+
+        ``None`` means that the plan does not hold for x or for the layers as they are.
+        """
         if (
             type(x) is not Tensor
             or x.dtype is not self.dtype
@@ -167,7 +169,7 @@ class Kept:
         return type(None), ()
 
 
-# Where I_in stands in the results of an operator; features are I_in first, [G, 2 or 3, r].
+# Where to find I_in in the results of an operator; features [G, 2 or 3, r] begin with I_in.
 SELECTIONS: dict[str, Callable[[tuple[Tensor, ...]], Tensor]] = {
     "vps::linear": lambda results: results[1][:, 0],
     "vps::couple": lambda results: results[3][:, 0],
@@ -176,9 +178,9 @@ SELECTIONS: dict[str, Callable[[tuple[Tensor, ...]], Tensor]] = {
 
 
 class _Trace:
-    """Hold the results of the calls of one graph by their arguments, and I_in by x and mask.
+    """The results of the calls of one graph by their arguments, and I_in by x and mask.
 
-    Tensors go by identity, which is unique since every one of them is kept.
+    Tensors are compared by identity, which is unique because all of them are kept.
     """
 
     def __init__(self) -> None:
@@ -186,12 +188,12 @@ class _Trace:
         self.selections: dict[tuple[int, int], tuple[int, Callable[[], Tensor]]] = {}
 
 
-# By what builds a graph; one of a branch or a loop inside another is a graph of its own.
+# By the tracer that builds a graph; a branch or a loop inside a graph is a graph of its own.
 _TRACES: WeakKeyDictionary[Any, _Trace] = WeakKeyDictionary()
 
 
 def register(library: torch.library.Library) -> None:
-    """Share between calls of the operators of ``library``."""
+    """Share results between calls of the operators of ``library`` in a graph."""
     for name in (*SELECTIONS, "vps::numbers"):
         torch.library.register_torch_dispatch(name, FunctionalTensorMode, _share, lib=library)
 

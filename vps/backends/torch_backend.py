@@ -1,10 +1,9 @@
-"""The torch backend: the flow of :mod:`vps.algorithm.flow`, for every kind of weight and call.
+"""Compute in torch, by :mod:`vps.algorithm.flow`, for every kind of weight and call.
 
-One group of tokens on a CPU goes a shorter way where it is of the plainest kind. A call of torch
-costs as much as the work itself where a token is decoded: by the flow, which makes 60 of them, a
-token of SmolLM2 takes four times that of the plain model, by the dozen here 1.5 times. On a CPU a
-number may be read without waiting for a device, so what depends on r numbers is worked out in
-Python.
+The plainest kind of call, one group of tokens on a CPU, goes a shorter way. While a token is
+decoded, calling torch costs as much as the work itself. By the flow, which makes 60 calls, a token
+of SmolLM2 takes four times as long as in the plain model; by the dozen calls here, 1.5 times. On a
+CPU numbers can be read without waiting for a device, so Python works out what depends on r numbers.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from vps.algorithm.weight import Matrix
 from vps.backends.call import Call, Inputs, Kind, Outputs, Result, needs_gradient
 
 WIDE = (torch.float32, torch.float64)  # dtypes in which sums may be taken
-# Calls of torch inside keep no record of gradients, views and versions: a fifth of their time.
+# Inside, torch records no gradients, views and versions, which saves a fifth of the time of calls.
 untracked = torch._C._AutoDispatchBelowADInplaceOrView
-# Elements of W from which it pays to wake the other threads, which may be asleep or spinning.
+# From so many elements of W it pays to wake the other threads, which may be asleep or spinning.
 SPLIT = 2**19 if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" else 2**18
 
 
@@ -67,8 +66,11 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
 
 
 def _is_short(call: Call) -> bool:
-    """Return whether a call is of the plainest kind: eager, one group whose tokens all count, plain
-    selection, component clip, first order, no clamp and no gradient."""
+    """Return whether a call is of the plainest kind.
+
+    It is eager, has one group whose tokens all count, and needs plain selection, component clip and
+    first order, no clamp and no gradient.
+    """
     x, first = call.x, call.layers[0].settings
     if x.shape[0] != 1 or call.mask is not None or not selection.is_read_freely(x):
         return False
@@ -81,8 +83,7 @@ def _is_short(call: Call) -> bool:
 
 
 def _one(call: Call) -> Result | None:
-    """Return y ``[1, T, d_out]`` and ``I_in`` ``[1, r]``; ``None`` where a statistic is not
-    finite."""
+    """Return y ``[1, T, d_out]`` and ``I_in`` ``[1, r]``, or ``None`` if a number is not finite."""
     settings = call.layers[0].settings
     x, W, bias, _, I_in, I_out, policy, entropy, _, pooled = call.inputs()
     y = _product(x, W)
@@ -103,7 +104,7 @@ def _one(call: Call) -> Result | None:
 
 
 def _pair(call: Call, heads: tuple[int, int]) -> Result | None:
-    """Return both outputs of a query and a key, likewise."""
+    """Return both outputs of a query and a key, as :func:`_one` does for one layer."""
     settings, I_in, entropy, x = call.layers[0].settings, call.given.I_in, call.entropy, call.x
     products = [_product(x, call.inputs(at).weight) for at in (0, 1)]
     q, k = (_values(H) for H in products)
@@ -132,10 +133,10 @@ def _pair(call: Call, heads: tuple[int, int]) -> Result | None:
 
 
 def _product(x: Tensor, W: Tensor) -> Tensor:
-    """``H`` ``[1, T, d_out]`` for x ``[1, T, d_in]``.
+    """Return ``H`` ``[1, T, d_out]`` for x ``[1, T, d_in]``.
 
-    MKL multiplies one float32 row on one thread alone, but the matrices of a batch on all: here
-    they are blocks of rows of W.
+    MKL multiplies a single float32 row on one thread, but the matrices of a batch on all threads;
+    so blocks of rows of W become a batch.
     """
     if x.shape[1] == 1 and W.numel() >= SPLIT and _runs_on_one_thread(W):
         d_out, d_in = W.shape
@@ -151,20 +152,21 @@ def _runs_on_one_thread(W: Tensor) -> bool:
 
 
 def _values(group: Tensor) -> Tensor:
-    """``[T, d]`` of ``[1, T, d]``, or ``[d]`` where T is 1."""
+    """Return ``[T, d]`` for ``[1, T, d]``, or ``[d]`` if T is 1."""
     return group.view(-1) if group.shape[1] == 1 and group.is_contiguous() else group.select(0, 0)
 
 
 def _scores(values: Tensor) -> Tensor:
-    """Sum of |values| over the tokens, ``[d]``, in the accumulation dtype where there are some."""
+    """Return the sum of |values| over the tokens, ``[d]``; several are summed in a wide dtype."""
     if values.dim() == 1:
         return values.abs()
     return values.abs().sum(0, dtype=selection.accumulation_dtype(values.dtype))
 
 
 def _best(scores: Tensor, r: int) -> Tensor | None:
-    """Indices of the r largest of scores ``[d]`` and perhaps one more, ties to the lower; ``None``
-    where not finite.
+    """Return the indices of the r largest scores ``[d]``, ties to the lower, and perhaps one more.
+
+    ``None`` if a score is not finite.
     """
     best, index = scores.topk(min(r + 1, scores.shape[0]))
     ranked = best.tolist()
@@ -176,15 +178,16 @@ def _best(scores: Tensor, r: int) -> Tensor | None:
 
 
 def _as_result(index: Tensor, r: int) -> Tensor:
-    """``I_in`` ``[1, r]`` of what :func:`_best` found."""
+    """Return ``I_in`` ``[1, r]`` from the result of :func:`_best`."""
     return index.as_strided((1, r), (r, 1))
 
 
 def _joint(
     s_q: Tensor, s_k: Tensor, r: int, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor] | None:
-    """The first r of ``I_out`` of the query and of the key, from scores ``[d_q]`` and ``[d_k]``, as
-    :func:`vps.algorithm.coupling.select`; ``None`` where not finite.
+    """Select ``I_out`` of query and key as :func:`vps.algorithm.coupling.select` does.
+
+    The scores are ``[d_q]`` and ``[d_k]``. ``None`` if a score is not finite.
     """
     size, share = s_k.shape[0] // kv_heads, heads // kv_heads
     queries = s_q.double().view(kv_heads, share, size)
@@ -205,12 +208,12 @@ def _joint(
 
 
 def _energy(values: Tensor) -> float:
-    """``E``, the mean square; infinite or NaN where an element is."""
+    """Return ``E``, the mean square, which is inf or NaN if an element is."""
     return selection.sum_of_squares(values) / values.numel()
 
 
 def _decide(policy: list[float], energy: float, entropy: Tensor | None, r: int) -> list[float]:
-    """γ of each active column, as :func:`vps.algorithm.policy.decide` has it."""
+    """Return γ of each active column, as :func:`vps.algorithm.policy.decide` chooses it."""
     factor, g_low, g_high, r_low, r_high, k_low, k_high = policy[:7]
     sigma = -math.expm1(-energy)
     if entropy is not None:
@@ -227,10 +230,10 @@ def _decide(policy: list[float], energy: float, entropy: Tensor | None, r: int) 
 def _add(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
 ) -> None:
-    """Add ``h[:, I_out] C Bᵀ`` to h ``[T, d_out]`` or ``[d_out]``, C being ``scale`` after the clip
-    by ``tau``.
+    """Add ``h[:, I_out] C Bᵀ`` to h ``[T, d_out]`` or ``[d_out]``.
 
-    ``scale`` is of the active columns, the first of both selections ``[r]``.
+    C is ``scale`` after the clip by ``tau``. ``scale`` has a number for each active column; these
+    are the first columns of both selections ``[r]``.
     """
     if h.dtype in WIDE:
         add = _add_to_row if h.dim() == 1 else _add_columns
@@ -253,10 +256,10 @@ def _add(
 def _add_columns(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
 ) -> None:
-    """As :func:`_add`, a column of W after the other: faster than a product of so few.
+    """Add as :func:`_add` does, one column of W after another, which beats a product of so few.
 
-    The first call of each kind is the dear one after a large product, which leaves none of torch
-    in the caches; so there are few kinds.
+    A large matrix product evicts torch's code from the caches, so the first call of each torch
+    function after it is slow; so few functions are used here.
     """
     chosen = I_out.tolist()[: len(scale)]
     parts = [h.select(1, j).clone() for j in chosen]  # before a column is added
@@ -271,7 +274,7 @@ def _add_columns(
 def _add_to_row(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
 ) -> None:
-    """As :func:`_add` for h ``[d_out]``."""
+    """Add as :func:`_add` does, for h ``[d_out]``."""
     t = h.index_select(0, I_out).tolist()
     for i, j, own_t, own in zip(I_in.tolist(), I_out.tolist(), t, scale, strict=False):
         column = W.select(1, i)

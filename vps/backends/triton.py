@@ -1,4 +1,4 @@
-"""Triton as a backend: which calls it takes, and how they run on a GPU or in the interpreter.
+"""Say which calls Triton takes, and run them on a GPU or in the interpreter.
 
 :mod:`vps.backends.triton_backend` puts the kernels together; it is imported at the first call.
 """
@@ -43,7 +43,7 @@ def why_not(kind: Kind) -> str | None:
 
 
 def run(call: Call) -> Result:
-    """Run a call through the operator; on a CPU in the interpreter, which is no device of it."""
+    """Run a call through the operator, or in the interpreter on a CPU."""
     if call.x.is_cuda:
         return operator.run(call)
     return run_native(call, _interpreted, _pair, _couple)

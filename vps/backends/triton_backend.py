@@ -1,7 +1,7 @@
-"""Compute by Triton: a GEMV of ours for a few tokens, else cuBLAS and fused kernels (SPEC §2–§5).
+"""Compute by Triton: by a GEMV for a few tokens, else by cuBLAS and fused kernels (SPEC §2–§5).
 
-Plain selection with component clip and first order, which is the default, runs in kernels alone;
-the r × r cores of coupling, spectral clip and second order are built in torch.
+The default (plain selection, component clip, first order) runs in kernels alone. The r × r cores of
+coupling, spectral clip and second order are built in torch.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
 
 
 def _decodes(inputs: Inputs, settings: Settings) -> bool:
-    """Whether the kernels of a few tokens take the call."""
+    """Return whether the kernels of a few tokens take the call."""
     if not settings.is_plain or inputs.H is not None:
         return False
     return decode.refusal(inputs.x, inputs.weight, settings.r) is None
@@ -132,6 +132,6 @@ def pair(
 
 def _top_k(values: Tensor, mask: Tensor | None, r: int) -> Tensor:
     """Select the r features of values ``[G, T, d]`` with the largest scores."""
-    if values.shape[1] == 1:  # where it does not count, what it selects is not used
+    if values.shape[1] == 1:  # the selection of a token that does not count is not used
         return select.launch(values[:, 0], r, absolute=True)
     return features.launch(values, mask, r, energy=False)[0]

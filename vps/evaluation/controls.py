@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from vps import masking
 from vps.algorithm import coupling, policy, selection
 from vps.algorithm.flow import Given
-from vps.algorithm.weight import statistics
 from vps.backends.dispatch import backend
 from vps.config import VPSConfig
 from vps.functional import arrange, sharpen
@@ -318,5 +317,6 @@ def _own_selection(
         joint = coupling.decide(x, H, of_key[0], mask, None, r, pair.heads, pair.kv_heads)
         index = 0 if layer is deciding[0] else 1
         return (joint.features[:, 0], joint.features[:, index + 1]), joint.energy
-    I_in, I_out = (selection.top_k(statistics(values, mask, False)[0], r) for values in (x, H))
+    scores = [selection.counted_statistics(values, mask, False)[0] for values in (x, H)]
+    I_in, I_out = (selection.top_k(each, r) for each in scores)
     return (I_in, I_out), None

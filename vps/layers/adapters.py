@@ -1,8 +1,8 @@
-"""Adapters of PEFT put around sharpened layers, and taken away, at any time.
+"""Keep sharpened layers right when adapters of PEFT are put around them or taken away.
 
-PEFT wraps a layer as the ``base_layer`` of a new module. Sharpening then means that of the merged
-weights, so the new module is sharpened in place of the layer within. torch tells of every module
-that is put into another; nothing is asked of PEFT, and nothing is looked for in a forward pass.
+PEFT wraps a layer as the ``base_layer`` of a new module. The merged weights are what counts then,
+so the new module is sharpened in place of the layer within. A hook of torch reports every module
+that is put into another, so a forward pass looks for nothing.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _WATCHING: list[Any] = []
 
 
 def loaded(module: str, name: str) -> Any:
-    """A class of a package, or ``None`` where nothing has imported it: then nothing is of it."""
+    """Return a class of a module that is imported already, or ``None``."""
     return getattr(sys.modules.get(module), name, None)
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is a layer of PEFT around another."""
+    """Return whether a module is a layer of PEFT around another layer."""
     tuner = loaded("peft.tuners.tuners_utils", "BaseTunerLayer")
     return tuner is not None and isinstance(module, tuner)
 
 
 def settle(module: nn.Module) -> None:
-    """Unmerge an adapter that is switched off, as its own forward would begin by doing.
+    """Unmerge an adapter that is switched off, as its own forward would do first.
 
-    That changes its weights, so it must happen to the module itself, before a stand-in without
+    Unmerging changes weights, so it must happen to the module itself, before a stand-in without
     bias computes in its place.
     """
     if getattr(module, "disable_adapters", False) and getattr(module, "merged", False):
@@ -38,14 +38,14 @@ def settle(module: nn.Module) -> None:
 
 
 def watch() -> None:
-    """From now on keep sharpened layers right when adapters come and go."""
+    """Watch, from now on, for adapters that come and go around sharpened layers."""
     if not _WATCHING:
         _WATCHING.append(register_module_module_registration_hook(_placed))
 
 
 def _placed(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """``module`` is being put into ``parent`` as ``name``."""
-    from vps.layers import opaque_layer  # which imports this module
+    """Follow a ``module`` that is being put into ``parent`` as ``name``."""
+    from vps.layers import opaque_layer  # imports this module
 
     if module is None:
         return
@@ -59,11 +59,12 @@ def _placed(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 
 
 def cover(adapter: nn.Module, layer: Any) -> Any:
-    """Sharpen an adapter in place of the layer that it wraps: settings and coupling pass to it,
-    and go back when it is taken away.
+    """Sharpen an adapter in place of the layer that it wraps.
+
+    Settings and coupling pass to the adapter, and go back when it is taken away.
 
     Raises:
-        TypeError: a layer of which this process holds a part only.
+        TypeError: this process holds only a part of the layer.
     """
     from vps.layers import opaque_layer
 
@@ -80,7 +81,7 @@ def cover(adapter: nn.Module, layer: Any) -> Any:
 
 
 def uncover(layer: Any) -> None:
-    """Sharpen a layer itself again, whose adapters have been taken away."""
+    """Sharpen a layer itself again, after its adapters were taken away."""
     outer = layer
     while outer.outer is not None:
         outer = outer.outer
@@ -90,7 +91,7 @@ def uncover(layer: Any) -> None:
 
 
 def _hand_over(old: Any, new: Any) -> None:
-    """Gradient flag, memory, own γ and coupling of one layer pass to another."""
+    """Pass gradient flag, memory, γ and coupling of one layer to another."""
     new.gradient, new.memory, new.gamma = old.gradient, old.memory, old.gamma
     pair = old.coupling
     if pair is not None:

@@ -1,7 +1,8 @@
-"""Which layers are query and key projections of one attention block, and how many heads they have.
+"""Find the query and key projections of each attention block, and their numbers of heads.
 
-A block is a module with children ``q_proj`` and ``k_proj``. Those that are one fused layer (GPT-2,
-GPT-NeoX, Phi-3) or sit in a cross-attention, whose keys come from another input, stay uncoupled.
+A block is a module with children ``q_proj`` and ``k_proj``. Projections fused into one layer
+(GPT-2, GPT-NeoX, Phi-3) stay uncoupled, and so does a cross-attention, whose keys come from another
+input.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ def couple_blocks(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
     """Couple query and key in every attention block of a patched model that allows it.
 
     Returns:
-        Names of the coupled blocks, and of the others with the reason; ``"qk_coupling"`` stands
-        for the model where it has no such block.
+        Names of the coupled blocks, and reasons by name of the others. In a model without such a
+        block the reason has the name ``"qk_coupling"``.
     """
     coupled, reasons = [], {}
     config = _text_config(model)
     for name, block in model.named_modules():
-        children = dict(block._modules.items())  # a scripted module has no more of a dict
+        children = dict(block._modules.items())  # a scripted module has no dict
         query, key = (_sharpened(children.get(child)) for child in (QUERY, KEY))
         if query is None and key is None:
             continue
         try:
             pair = _pair(name, block, query, key, config)
-        except Exception as error:  # of a block whose attributes raise
+        except Exception as error:  # the attributes of a block may raise anything
             pair = f"{type(error).__name__}: {error}"
         if isinstance(pair, str):
             reasons[name] = f"q and k select separately: {pair}"
@@ -51,7 +52,7 @@ def couple_blocks(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def _sharpened(child: nn.Module | None) -> SharpenedLayer | None:
-    """What sharpens a child, if it is there."""
+    """Return what sharpens a child, or ``None`` where there is no child."""
     return None if child is None else sharpened_by(child)
 
 
@@ -62,7 +63,7 @@ def _pair(
     key: SharpenedLayer | None,
     config: Any,
 ) -> pairing.Coupling | str:
-    """The coupling of a block, or why there is none."""
+    """Return the coupling of a block, or why the block stays uncoupled."""
     if query is None or key is None:
         return f"{QUERY if query is None else KEY} is not a sharpened linear layer"
     if CROSS.search(name) or getattr(block, "is_cross_attention", False):
@@ -91,14 +92,14 @@ def _pair(
         return tensor_parallel.pair(query, key, heads, kv_heads)
     if isinstance(query, TensorParallelLinear) or isinstance(key, TensorParallelLinear):
         return "only one of them is split over ranks"
-    return pairing.Coupling(query, key, heads, kv_heads)  # type: ignore[arg-type]
+    return pairing.Coupling(query, key, heads, kv_heads)
 
 
 def _text_config(model: nn.Module) -> Any:
-    """The language model's part of a model's config; ``None`` where it does not tell which."""
+    """Return the config of the language model in a model, or ``None`` where that is not clear."""
     try:
         config = getattr(model, "config", None)
         getter = getattr(config, "get_text_config", None)
         return getter() if callable(getter) else config
-    except Exception:  # of a config with several
+    except Exception:  # a config with several text models raises
         return None

@@ -1,25 +1,22 @@
-"""``VPSConv1D``: the sharpened form of Hugging Face's ``Conv1D``, GPT-2's transposed linear."""
+"""``VPSConv1D``: sharpens Hugging Face's ``Conv1D``, the transposed linear layer of GPT-2."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from vps.layers import adapters
 from vps.layers.forms import WEIGHT, Form, why_not_sharpenable
 from vps.layers.linear import SharpenedLayer, parameter
 from vps.layers.own_forward import is_matrix
 
 
 class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
-    """A ``Conv1D`` with weight ``[d_in, d_out]``, sharpened with ``W`` its transpose."""
+    """A sharpened ``Conv1D``, whose weight ``[d_in, d_out]`` is the transpose of ``W``."""
 
     plain_class = Conv1D
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sharpened output ``[..., d_out]`` for x ``[..., d_in]``."""
+        """Return the sharpened output ``[..., d_out]`` for x ``[..., d_in]``."""
         if not isinstance(self, SharpenedLayer):  # a reference taken while it was sharpened
             return Conv1D.forward(self, x)
         return self.answer(x)
@@ -37,10 +34,6 @@ class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias
 
     def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
         return super().forward(x) if biased else x @ self.weight
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        adapters.watch()
-        super().__setstate__(state)
 
 
 def recognise(module: nn.Module) -> Form | None:

@@ -1,4 +1,4 @@
-"""In which form a layer is sharpened, or why it is not."""
+"""Say in which form a layer is sharpened, or why it is not."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Form(NamedTuple):
     """How a layer is sharpened.
 
     Args:
-        name: ``"weight"``, or another that says how W is known.
-        attach: sharpens the module where it stands.
+        name: ``"weight"``, or how else W is known.
+        attach: a function that sharpens the module where it stands.
     """
 
     name: str
@@ -33,14 +33,16 @@ class Refusal(NamedTuple):
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether the forward of an instance is another than its class's, which accelerate leaves on
-    the instance when it takes its own away."""
+    """Return whether an instance has another forward than its class.
+
+    Accelerate leaves the class's own on the instance when it takes its hook away.
+    """
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def why_not_sharpenable(module: nn.Module, expected: type[nn.Module]) -> str | None:
-    """Why ``module`` is not a plain ``expected`` with a floating weight, or ``None``."""
+    """Return why ``module`` is not a plain ``expected`` with a floating weight, or ``None``."""
     if type(module) is not expected:
         return f"its type is {type(module).__name__}, expected exactly {expected.__name__}"
     if is_replaced(module):

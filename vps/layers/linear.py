@@ -27,12 +27,22 @@ M = TypeVar("M", bound=nn.Module)
 class SharpenedLayer:
     """What every sharpened layer holds beside its base layer.
 
-    ``config`` and ``state`` always; ``coupling`` with its peer in a query or key layer, ``outer``
-    where an adapter wraps the layer and is sharpened in its place. During a refinement also
-    ``gradient``, whether the last verification pass brought one here (Hybrid turns to SC), and the
-    L-BFGS ``memory``. ``gamma`` is that of a calibration, in place of the config's. ``kept`` is
-    the plan of the last call, for as long as nothing of the layer changes. ``offset`` and ``norms``
-    are of :mod:`own_forward`; ``is_whole`` says whether this process holds all of the layer.
+    Attributes:
+        config, state: the settings, and the policy state of the model.
+        gradient: whether the last verification pass of a refinement brought a gradient here, which
+            turns the hybrid builder to SC.
+        memory: the L-BFGS memory of a refinement.
+        gamma: the γ of a calibration, in place of the config's.
+        coupling: the pair of a query and a key layer to which the layer belongs.
+        outer: the adapter that wraps the layer and is sharpened in its place.
+        offset: whether the product without bias may still add a constant (:mod:`own_forward`).
+        norms: norms of all rows of W, found once, or ``None`` to ask the backward pass.
+        keeps_bias: whether the output differs from the product without bias plus the bias; the
+            product is then the output less the output for zeros.
+        displaced: attributes of the base layer with one of these names.
+        kept: the plan of the last call, valid until something of the layer changes.
+        is_whole: whether this process holds all of the layer.
+        plain_class: the class that :meth:`plain` restores.
     """
 
     config: VPSConfig
@@ -48,11 +58,11 @@ class SharpenedLayer:
     displaced: dict[str, Any] | None = None
     kept: Kept | None = None
     is_whole = True
-    plain_class = nn.Module  # that of a layer that :meth:`plain` turns back
+    plain_class = nn.Module
 
     @classmethod
     def sharpened(cls, module: nn.Module, config: VPSConfig, state: PolicyState) -> Self:
-        """Turn ``module`` itself into this class: whoever holds it holds the sharpened layer."""
+        """Turn ``module`` itself into this class, so that whoever holds it holds the new layer."""
         if not is_replaced(module):
             module.__dict__.pop("forward", None)
         own = vars(module)
@@ -77,7 +87,7 @@ class SharpenedLayer:
         return module
 
     def plain_kind(self) -> type[nn.Module]:
-        """The plain class, or one made of it as FSDP2 and parametrizations make theirs."""
+        """Return the plain class, derived anew where FSDP2 or a parametrization derived from it."""
         kind, own, plain = type(self), self._own_class(), self.plain_class
         sharded = fsdp_module()
         bases = tuple(plain if base is own else base for base in kind.__bases__)
@@ -89,18 +99,22 @@ class SharpenedLayer:
         return plain
 
     def _own_class(self) -> Any:
-        """Of the classes of the layer, the one that sharpens."""
+        """Return the class of the layer that defines ``plain_class``."""
         return next(each for each in type(self).__mro__ if "plain_class" in vars(each))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        adapters.watch()
+        super().__setstate__(state)  # type: ignore[misc]
 
     @property
     def module(self) -> nn.Module:
-        """The layer in the model."""
+        """Return the layer in the model."""
         assert isinstance(self, nn.Module)
         return self
 
     @property
     def widths(self) -> tuple[int, int]:
-        """d_out and d_in."""
+        """Return d_out and d_in."""
         raise NotImplementedError
 
     if TYPE_CHECKING:
@@ -111,37 +125,38 @@ class SharpenedLayer:
         def register_forward_hook(self, hook: Any, **options: Any) -> Any: ...
 
     def matrix(self) -> Tensor | None:
-        """W ``[d_out, d_in]`` where it is a plain matrix in memory now, else ``None``."""
+        """Return W ``[d_out, d_in]`` where it is a plain matrix in memory now, else ``None``."""
         raise NotImplementedError
 
     def vector(self) -> Tensor | None:
-        """b ``[d_out]``."""
+        """Return the bias ``[d_out]`` or ``None``."""
         return self.bias
 
     def leaves_out_bias(self) -> bool:
-        """Whether :meth:`apply_plain` can do without the bias."""
+        """Return whether :meth:`apply_plain` can leave out the bias."""
         return True
 
     def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
-        """``H``, or ``H + b``, ``[..., d_out]`` for x ``[..., d_in]``, while its forward runs."""
+        """Return ``H``, or ``H + b`` if ``biased``, while the forward of the module runs."""
         raise NotImplementedError
 
     def deciding(self) -> tuple[Any, ...]:
-        """The layers that share one policy decision with this one, which is among them (SPEC §7):
-        query and key where they are coupled, else this one alone.
+        """Return the layers that share one policy decision (SPEC §7).
+
+        These are query and key where they are coupled, else this layer alone.
         """
         if self.coupling is None or not self.coupling.applies():
             return (self,)
         return self.coupling.query, self.coupling.key
 
     def own_forward(self, x: Tensor, inside: bool = False) -> OwnForward:
-        """The layer as it is known by its forward, for tokens like x."""
-        return OwnForward(self, x, inside)  # type: ignore[arg-type]
+        """Return the layer as it is known by its forward, for tokens like x."""
+        return OwnForward(self, x, inside)
 
     def projection(self, x: Tensor, inside: bool = False) -> Projection:
-        """The layer for :func:`vps.functional.sharpen`, with a matrix where W is one.
+        """Return the layer for :func:`vps.functional.sharpen`, with a matrix where W is one.
 
-        ``inside`` says that this is asked while the module's forward runs.
+        ``inside`` says that the module's forward runs now.
         """
         W = self.matrix()
         if W is not None:
@@ -151,7 +166,7 @@ class SharpenedLayer:
         return Projection(weight, None, self.gradient, self.memory, self.gamma)
 
     def plain_output(self, x: Tensor) -> Tensor:
-        """``H + b`` as the unsharpened layer has it; hooks of the module do not see the call."""
+        """Return ``H + b`` of the unsharpened layer, without calling hooks of the module."""
         base = self.own_forward(x)
         base.biased = True
         try:
@@ -160,7 +175,7 @@ class SharpenedLayer:
             base.release()
 
     def base_product(self, x: Tensor) -> Tensor:
-        """``H`` ``[..., d_out]`` for x ``[..., d_in]``."""
+        """Return ``H`` ``[..., d_out]`` for x ``[..., d_in]``."""
         W = self.matrix()
         if W is not None:
             return F.linear(x, W.to(x.dtype))
@@ -174,12 +189,14 @@ class SharpenedLayer:
         return H.view(*x.shape[:-1], -1)
 
     def whole(self, y: Tensor) -> Tensor:
-        """All of an output of which this process may hold a part."""
+        """Return the whole of an output, where this process may hold a part of it."""
         return y
 
     def is_off(self) -> bool:
-        """Whether the output is that of the base layer whatever the input, which then may be
-        anything that the base layer takes."""
+        """Return whether the output is the base layer's whatever the input.
+
+        The input then may be anything that the base layer takes.
+        """
         if STATE.disabled and any(state is self.state for state in STATE.disabled):
             return True
         if self.gamma is None:
@@ -189,7 +206,7 @@ class SharpenedLayer:
         )
 
     def sharpen(self, x: Tensor) -> Tensor | None:
-        """The output for x, or ``None`` where it is that of the base layer."""
+        """Return the sharpened output for x, or ``None`` where the base layer's is right."""
         if not torch.compiler.is_compiling() and not STATE.disabled:
             kept = self.kept
             plan = None if kept is None or self.coupling is not None else kept.find((self,), x)
@@ -209,7 +226,7 @@ class SharpenedLayer:
         return y
 
     def answer(self, x: Tensor) -> Tensor:
-        """What the forward of the module gives for x: sharpened, or plain where that is asked."""
+        """Return the output of the module for x: sharpened, or plain inside :func:`plain`."""
         entry = running_plain(self.module) if STATE.plain else None
         if entry is None:
             y = self.sharpen(x)
@@ -224,15 +241,15 @@ class SharpenedLayer:
 class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
     """An ``nn.Linear`` with a low-rank update made from its weight and its input.
 
-    Made by :meth:`from_linear`; created directly it is a freshly initialised ``nn.Linear``.
-    Parameters, ``state_dict`` keys and hooks are those of the linear layer.
+    :meth:`from_linear` makes one of a layer; created directly it is freshly initialised.
+    Parameters, ``state_dict`` keys and hooks are the linear layer's own.
 
     Args:
         in_features: d_in.
         out_features: d_out.
         bias: whether there is a bias ``[d_out]``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         config: the settings; the defaults of :class:`VPSConfig` when ``None``.
         state: policy state, shared by the layers of a model; a new one when ``None``.
     """
@@ -261,13 +278,13 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
         config: VPSConfig | None = None,
         state: PolicyState | None = None,
     ) -> Self:
-        """A sharpened layer that shares the parameters of ``linear``, which stays as it is.
+        """Return a sharpened layer that shares the parameters of ``linear``, which stays as it is.
 
         A layer on the meta device waits for its values as an ``nn.Linear`` does.
 
         Raises:
-            TypeError: no plain ``nn.Linear`` with a floating-point weight; the message says what
-                it is.
+            TypeError: ``linear`` is no plain ``nn.Linear`` with a floating-point weight; the
+                message says what it is.
         """
         reason = why_not_sharpenable(linear, nn.Linear)
         if reason is not None:
@@ -280,12 +297,12 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
         )
 
     def to_linear(self) -> nn.Linear:
-        """The plain ``nn.Linear`` of the same parameters and hooks."""
+        """Return the plain ``nn.Linear`` of the same parameters and hooks."""
         plain: Any = as_class(self, self.plain_kind())
         return plain
 
     def forward(self, input: Tensor) -> Tensor:
-        """``y = H + b + γ · clamp(δ)`` for input ``[..., d_in]``; see :func:`vps.vps_linear`."""
+        """Return ``H + b + γ · clamp(δ)`` for input ``[..., d_in]`` (:func:`vps.vps_linear`)."""
         if not isinstance(self, SharpenedLayer):  # a reference taken while it was sharpened
             return nn.Linear.forward(self, input)
         return self.answer(input)
@@ -304,18 +321,14 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
     def apply_plain(self, x: Tensor, biased: bool) -> Tensor:
         return super().forward(x) if biased else F.linear(x, self.weight)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        adapters.watch()
-        super().__setstate__(state)
-
     def extra_repr(self) -> str:
-        """Sizes and the main settings."""
+        """Return sizes and the main settings."""
         config = self.config
         return f"{super().extra_repr()}, builder={config.builder}, scope={config.scope}"
 
 
 def as_class(module: nn.Module, cls: type[M], **attributes: Any) -> M:
-    """``module`` as another class: same parameters, buffers and hooks, other attributes."""
+    """Copy ``module`` as another class: same parameters, buffers and hooks, more attributes."""
     other: M = cls.__new__(cls)  # type: ignore[call-overload]
     inner = {k: v for k, v in module.__dict__.items() if k not in SharpenedLayer.__annotations__}
     if not is_replaced(module):
@@ -327,8 +340,9 @@ def as_class(module: nn.Module, cls: type[M], **attributes: Any) -> M:
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """Attribute ``name``, past ``getattr`` where it is a parameter: of a module that takes half a
-    microsecond. A parametrization makes it no parameter.
+    """Return ``module.name``, read from ``_parameters`` where it is there (saves 0.5 µs).
+
+    A parametrization takes it away from there.
     """
     own = module._parameters
     return own[name] if name in own else getattr(module, name)

@@ -1,7 +1,8 @@
 """``OpaqueLayer``: sharpens a module in its place, through the module's own forward.
 
 The module keeps its class, parameters, hooks and ``state_dict`` keys; its ``forward`` is replaced
-on the instance, inside what accelerate put there to bring offloaded weights into memory.
+on the instance. Where accelerate put a forward there that brings offloaded weights into memory, the
+one inside that is replaced.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class OpaqueLayer(SharpenedLayer):
         config: the settings.
         state: policy state of the model.
         widths: d_out and d_in.
-        wraps: whether it is an adapter, which may yet have to be given the layer that it wraps.
+        wraps: whether the module is an adapter, which may not have the layer that it wraps yet.
 
-    ``tried`` holds the states in which the module was found to be a linear map; one that was not
-    yet is at its next call. An adapter has several: merged or not, switched off or not.
+    ``tried`` holds the states in which the module was found to be a linear map; a new state is
+    tried at the next call. An adapter has several: merged or not, switched off or not.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class OpaqueLayer(SharpenedLayer):
         return self.gone or super().is_off()
 
     def _condition(self) -> Any:
-        """What an adapter's output depends on beside its weights."""
+        """Return the state of an adapter on which its output depends beside its weights."""
         if not self.wraps:
             return None
         names = ("disable_adapters", "merged", "active_adapters")
@@ -89,7 +90,7 @@ class OpaqueLayer(SharpenedLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        """That of the innermost layer, ``[d_out]``."""
+        """Return the bias of the innermost layer, ``[d_out]``."""
         bias: Tensor | None = getattr(innermost(self._module), "bias", None)
         return bias
 
@@ -115,12 +116,12 @@ class OpaqueLayer(SharpenedLayer):
         return y
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What stands in for the module's ``forward``.
+        """Answer in place of the module's ``forward``.
 
         Raises:
             TypeError: arguments beside the input, such as one adapter for each sequence, while
                 sharpening is on.
-            RuntimeError: an adapter has made it no linear map.
+            RuntimeError: an adapter has turned the module into something other than a linear map.
         """
         if self.is_off() and (not STATE.plain or running_plain(self._module) is None):
             with plain(self._module, True):
@@ -134,7 +135,7 @@ class OpaqueLayer(SharpenedLayer):
             return self.answer(given[0])
         check = getattr(self._module, "_check_forward_args", None)
         if check is not None:
-            check(*args, **kwargs)  # what PEFT refuses by itself
+            check(*args, **kwargs)  # PEFT refuses some by itself
         raise TypeError(
             f"vps: a sharpened {type(self._module).__name__} takes its input alone, got "
             f"{len(args)} positional arguments and {sorted(kwargs)}; PEFT's adapter_names give "
@@ -143,8 +144,10 @@ class OpaqueLayer(SharpenedLayer):
         )
 
     def try_on(self, base: OwnForward) -> str | None:
-        """Why the module is no linear map, or ``None``; where it is one, the norms of its rows
-        that may be kept are found, if the config asks for them.
+        """Return why the module is no linear map, or ``None``.
+
+        Of a linear map the norms of its rows are found, where they may be kept and the config asks
+        for them.
 
         Warns:
             UserWarning: it has no backward pass for the rows that the config asks for.
@@ -172,7 +175,7 @@ class OpaqueLayer(SharpenedLayer):
     def _try(self, x: Tensor) -> None:
         if STATE.plain or not x.is_floating_point():  # it is being tried, or will be refused
             return
-        if any(state is self.state for state in STATE.disabled):  # nothing is asked of it
+        if any(state is self.state for state in STATE.disabled):  # it stays plain
             return
         reason = self.try_on(self.own_forward(x.detach(), inside=True))
         if reason is not None:
@@ -181,7 +184,7 @@ class OpaqueLayer(SharpenedLayer):
             )
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """A forward hook of the module."""
+        """Register a forward hook on the module."""
         return self._module.register_forward_hook(hook, **options)
 
     def __repr__(self) -> str:
@@ -189,7 +192,7 @@ class OpaqueLayer(SharpenedLayer):
 
 
 def _reads_weight(module: nn.Module) -> bool:
-    """Whether the class of a module computes ``x Wᵀ + b`` from an attribute ``weight``."""
+    """Return whether the class of a module computes ``x Wᵀ + b`` from an attribute ``weight``."""
     if type(module).forward is nn.Linear.forward:
         return True
     conv1d = adapters.loaded("transformers.pytorch_utils", "Conv1D")
@@ -197,7 +200,7 @@ def _reads_weight(module: nn.Module) -> bool:
 
 
 def sharpened_by(module: nn.Module) -> SharpenedLayer | None:
-    """What sharpens a module where it stands, or ``None``."""
+    """Return what sharpens a module where it stands, or ``None``."""
     if isinstance(module, SharpenedLayer):
         return module
     found: SharpenedLayer | None = handle_of(module)
@@ -223,7 +226,7 @@ def detach(module: nn.Module) -> None:
     layer = module.__dict__.pop("_sharpened", None)
     if layer is None:
         return
-    layer.gone = True  # for who holds its forward
+    layer.gone = True  # for whoever holds its forward
     for slot in ("forward", "_old_forward"):
         if getattr(module.__dict__.get(slot), "__self__", None) is layer:
             if slot == "forward":
@@ -233,13 +236,16 @@ def detach(module: nn.Module) -> None:
 
 
 def _slot(module: nn.Module) -> str:
-    """Where the forward of a module is to be replaced: inside accelerate's, if it has one."""
+    """Return the attribute in which to replace a module's forward: inside accelerate's, if any."""
     return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 def recognise(module: nn.Module) -> Form | Refusal | None:
-    """Return the form of a linear layer without a plain weight in memory: quantized, offloaded,
-    gathered by FSDP2, or computed; ``None`` for what is no linear layer."""
+    """Return the form of a linear layer without a plain weight in memory.
+
+    The weight may be quantized, offloaded, gathered by FSDP2, or computed. ``None`` for a module
+    that is no linear layer.
+    """
     conv1d = adapters.loaded("transformers.pytorch_utils", "Conv1D")
     if isinstance(module, nn.Linear):
         expected: type[nn.Module] = nn.Linear
@@ -271,7 +277,7 @@ def recognise(module: nn.Module) -> Form | Refusal | None:
     if weight.device.type == "meta":
         offloaded = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
         return as_form(f"opaque (offloaded {kind})") if offloaded else Refusal(reason)
-    if "weight" in module.__dict__:  # torch.nn.utils.weight_norm, of old
+    if "weight" in module.__dict__:  # torch.nn.utils.weight_norm, the old one
         return as_form(f"opaque ({kind} with a computed weight)")
     if type(module) is expected:
         if type(weight) is not nn.Parameter:

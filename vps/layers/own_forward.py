@@ -1,31 +1,32 @@
-"""A layer known by its own forward: its product without bias, and whether it is a linear map."""
+"""Ask a layer's own forward for the product without bias, and whether it is a linear map."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vps.algorithm.selection import is_read_freely
+from vps.algorithm.weight import FLOATING
 from vps.layers import weight_rows
-from vps.layers.riding import Columns, columns, one_hot
-from vps.layers.weight_rows import RowNorms
+from vps.layers.riding import Columns, columns, distinct, one_hot
 from vps.masking import STATE
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+if TYPE_CHECKING:
+    from vps.layers.linear import SharpenedLayer
 
 
 class Plain:
-    """On the stack of this thread while the forward of ``module`` runs for its own sake.
+    """An entry on this thread's stack while the plain forward of ``module`` is asked for.
+
+    The layer leaves its ``matrix`` and ``bias`` here, because some are in memory only meanwhile.
 
     Args:
-        module: which, with the layers it wraps, then computes as if it were not sharpened.
+        module: computes, with the layers it wraps, as if it were not sharpened.
         biased: whether its output has the bias.
-        matrix, bias: of the layer, which leaves them here: some are in memory only meanwhile.
     """
 
     def __init__(self, module: nn.Module, biased: bool) -> None:
@@ -36,7 +37,7 @@ class Plain:
 
 
 def running_plain(module: nn.Module) -> Plain | None:
-    """The entry of ``module`` or of a layer around it on this thread's stack, if there is one."""
+    """Return the entry of ``module``, or of a layer around it, on this thread's stack, if any."""
     for entry in STATE.plain:
         if any(layer is module for layer in chain(entry.module)):
             found: Plain = entry
@@ -56,7 +57,7 @@ def plain(module: nn.Module, biased: bool) -> Iterator[Plain]:
 
 
 def chain(module: nn.Module) -> Iterator[nn.Module]:
-    """A layer, the one that it wraps as an adapter, and so on."""
+    """Yield a layer, the layer that it wraps as an adapter, and so on."""
     layer: nn.Module | None = module
     while layer is not None:
         yield layer
@@ -64,13 +65,13 @@ def chain(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """The last of :func:`chain`."""
+    """Return the last of :func:`chain`."""
     *_, last = chain(module)
     return last
 
 
 def is_matrix(weight: Any) -> bool:
-    """Whether a parameter is a plain floating-point matrix in memory, no tensor of another kind."""
+    """Return whether a parameter is a plain floating-point matrix in memory."""
     kind = type(weight)
     if kind is not nn.Parameter and kind is not Tensor:
         traced = kind.__module__.startswith("torch._subclasses")  # torch's own tracers
@@ -80,10 +81,10 @@ def is_matrix(weight: Any) -> bool:
 
 
 def without_bias(module: nn.Module) -> nn.Module | None:
-    """A stand-in for ``module`` with the same parameters but the bias of its innermost layer; its
-    class's ``forward`` is to be called.
+    """Return a stand-in for ``module`` whose innermost layer has no bias, or ``None``.
 
-    ``None`` where a layer that it wraps has a forward of another party, which would not see it.
+    The caller runs the ``forward`` of its class. ``None`` where a wrapped layer has the forward of
+    another party, which would not see the stand-in.
     """
     twin: nn.Module = object.__new__(type(module))
     inner = {name: value for name, value in module.__dict__.items() if name != "forward"}
@@ -106,59 +107,28 @@ def without_bias(module: nn.Module) -> nn.Module | None:
 
 
 def fsdp_module() -> Any:
-    """The class of modules that FSDP2 shards, or ``None`` where nothing uses it."""
+    """Return the class of modules that FSDP2 shards, or ``None`` where nothing uses it."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def handle_of(module: nn.Module) -> Any:
-    """The :class:`vps.layers.opaque_layer.OpaqueLayer` that sharpens a module, or ``None``."""
+    """Return the :class:`~vps.layers.opaque_layer.OpaqueLayer` of a module, or ``None``."""
     return module.__dict__.get("_sharpened")
 
 
-class Layer(Protocol):
-    """A sharpened layer, as :class:`OwnForward` sees it.
-
-    Args:
-        module: the layer in the model.
-        widths: d_out and d_in.
-        bias: of the layer, ``[d_out]`` or ``None``.
-        offset: whether its product without bias may still add a constant.
-        norms: norms of all rows, found once, or ``None`` to ask the backward pass.
-        keeps_bias: whether its output is another than the product without bias, plus the bias; the
-            product then is the output less that of zeros.
-    """
-
-    offset: bool
-    norms: RowNorms | None
-    keeps_bias: bool
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def widths(self) -> tuple[int, int]: ...
-
-    @property
-    def bias(self) -> Tensor | None: ...
-
-    def matrix(self) -> Tensor | None: ...
-
-    def leaves_out_bias(self) -> bool: ...
-
-    def apply_plain(self, x: Tensor, biased: bool) -> Tensor: ...
-
-
 class OwnForward:
-    """:class:`vps.layers.riding.Base` of a sharpened layer, for one call.
+    """A sharpened layer that is known by its forward alone, for one call.
+
+    ``offset`` says whether the product may carry a constant that only a row of zeros shows.
 
     Args:
-        layer: which.
-        like: a token, for dtype and device.
-        inside: whether this is asked while the module's forward runs, which then is not started
-            again: what brings weights into memory has been done.
+        layer: the layer.
+        like: a tensor of the tokens' dtype and device.
+        inside: whether the module's forward runs now; then the weights are in memory already, and
+            the forward is not started again.
     """
 
-    def __init__(self, layer: Layer, like: Tensor, inside: bool) -> None:
+    def __init__(self, layer: SharpenedLayer, like: Tensor, inside: bool) -> None:
         self.layer, self.like, self.inside = layer, like, inside
         self.module = layer.module
         self.d_out, self.d_in = layer.widths
@@ -168,6 +138,7 @@ class OwnForward:
         self.gathered = False
 
     def product(self, rows: Tensor) -> Tensor:
+        """Return ``rows Wᵀ`` ``[M, d_out]`` for ``[M, d_in]``, plus a constant if ``offset``."""
         if self.inside:
             return self.layer.apply_plain(rows, self.biased)
         self._gather()
@@ -177,7 +148,7 @@ class OwnForward:
         return output
 
     def _gather(self) -> None:
-        """Bring the shards of a layer together that FSDP2 manages by itself, as its call would."""
+        """Gather the shards of a layer that FSDP2 manages by itself, as its call would."""
         sharded = fsdp_module()
         if self.gathered or sharded is None or not isinstance(self.module, sharded):
             return
@@ -198,45 +169,54 @@ class OwnForward:
             self.module.reshard()  # type: ignore[operator]
 
     def bias(self) -> Tensor | None:
+        """Return the bias ``[d_out]`` that the last product lacks, or ``None``."""
         if self.biased:
             return None
         return self.layer.bias if self.entry is None else self.entry.bias
 
     def matrix(self) -> Tensor | None:
-        """W, if it is a plain matrix in memory now or was in the last call."""
+        """Return W if it is a plain matrix in memory now or was in the last call."""
         return self.layer.matrix() if self.entry is None else self.entry.matrix
 
     def steady_product(self, rows: Tensor) -> Tensor:
+        """Return the product without a gradient and without dropout."""
         with torch.no_grad(), steady(self.module):
             return self.product(rows)
 
     def gradient_product(self, rows: Tensor) -> Tensor:
-        """The product with a graph, without dropout."""
+        """Return the product with a graph, without dropout."""
         with steady(self.module):
             return self.product(rows)
 
+    def constant_row(self) -> Tensor | None:
+        """Return the constant of the product ``[d_out]``, or ``None`` where it has none."""
+        if not self.offset:
+            return None
+        return self.steady_product(self.like.new_zeros(1, self.d_in))[0]
+
     def is_noisy(self) -> bool:
+        """Return whether dropout acts on the product."""
         return next(dropouts(self.module), None) is not None
 
     def row_norms(self, index: Tensor, dtype: torch.dtype, known: Columns) -> Tensor:
+        """Return ``‖W[index]‖`` in the shape of ``index``; some columns are known."""
         W = self.matrix()
         if W is None and self.layer.norms is not None:
             return self.layer.norms.find(self, dtype)[index]
-        if len(index) > 1 and is_read_freely(index):
-            chosen, place = torch.unique(index, return_inverse=True)
-        else:
-            chosen = index.reshape(-1)
-            place = torch.arange(len(chosen), device=index.device).view(index.shape)
+        chosen, place = distinct(index)
         rows = self.rows(chosen, known)
         return torch.linalg.vector_norm(rows, 2, dim=1, dtype=dtype)[place]
 
     def rows(self, index: Tensor, known: Columns) -> Tensor:
+        """Return ``W[index]`` ``[K, d_in]`` for ``index`` ``[K]``; some columns are known."""
         W = self.matrix()
         return weight_rows.find(self, index, known) if W is None else W.index_select(0, index)
 
     def describe(self) -> str | None:
-        """Why the forward is no linear map of each row by itself, or ``None``: tried on one-hot
-        rows, their sum, and rows alone and together."""
+        """Return why the forward is no linear map of each row by itself, or ``None``.
+
+        It is tried on one-hot rows, on their sum, and on rows alone and together.
+        """
         some = torch.arange(min(4, self.d_in), device=self.like.device)
         rows = one_hot(some, self.d_in, self.like.dtype)
         total = rows.sum(0, keepdim=True)
@@ -258,8 +238,10 @@ class OwnForward:
         return None
 
     def _constant(self, like: Tensor) -> Tensor:
-        """The product of zeros ``[1, d_out]``, with the bias where it is no summand of the output
-        (as where an adapter scales the output)."""
+        """Return the product of zeros ``[1, d_out]``.
+
+        It includes the bias where that is no summand of the output, because an adapter scales it.
+        """
         zeros = torch.zeros_like(like)
         constant, bias = self.steady_product(zeros), self.bias()
         if self.biased or bias is None:
@@ -273,13 +255,10 @@ class OwnForward:
         return whole if self.biased else constant
 
     def why_no_backward(self) -> str | None:
-        """Why no rows come from the backward pass of the layer, or ``None``."""
+        """Return why no rows come from the backward pass of the layer, or ``None``."""
         some = torch.arange(min(4, self.d_in, self.d_out), device=self.like.device)
         try:
-            offset = None
-            if self.offset:
-                offset = self.steady_product(self.like.new_zeros(1, self.d_in))[0]
-            known = Columns(some, columns(self, some, self.like.dtype, offset))
+            known = Columns(some, columns(self, some, self.like.dtype, self.constant_row()))
             rows = weight_rows.by_gradient(self, some)
         except weight_rows.NoBackward as error:
             return str(error)
@@ -287,7 +266,7 @@ class OwnForward:
 
 
 def dropouts(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules that drop elements now."""
+    """Yield the modules that drop elements now."""
     for inner in module.modules():
         if isinstance(inner, nn.modules.dropout._DropoutNd) and inner.training and inner.p > 0:
             yield inner
@@ -295,7 +274,7 @@ def dropouts(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def steady(module: nn.Module) -> Iterator[None]:
-    """Without dropout."""
+    """Switch dropout off inside the block."""
     active = list(dropouts(module))
     try:
         for dropout in active:

@@ -1,50 +1,28 @@
-"""Query and key layers of a model, which its attention block calls one after the other.
+"""Couple the query and key layers that an attention block calls one after the other.
 
-Whichever is called first computes both; the other's output waits until the block is done, for the
-very same x. Outside its block, and where a tracer runs, each call computes both for itself; a graph
-keeps one of equal calls (:mod:`vps.backends.sharing`).
+Whichever is called first computes both; the output of the other waits for the very same x until the
+block is done. Outside the block, and where a tracer runs, each call computes both; a graph keeps
+one of equal calls (:mod:`vps.backends.sharing`).
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vps.algorithm import tracing
-from vps.algorithm.lbfgs import CurvatureMemory
-from vps.algorithm.policy import LayerGamma, PolicyState
-from vps.config import VPSConfig
-from vps.functional import Kept, Projection, compute, keep, sharpen
+from vps.functional import Kept, compute, keep, sharpen
 
-
-class Layer(Protocol):
-    """What a sharpened layer holds."""
-
-    config: VPSConfig
-    state: PolicyState
-    gradient: bool
-    memory: CurvatureMemory | None
-    gamma: LayerGamma | None
-    coupling: Coupling | None
-
-    @property
-    def bias(self) -> Tensor | None: ...
-
-    @property
-    def widths(self) -> tuple[int, int]: ...
-
-    def matrix(self) -> Tensor | None: ...
-
-    def vector(self) -> Tensor | None: ...
-
-    def projection(self, x: Tensor, inside: bool = False) -> Projection: ...
+if TYPE_CHECKING:
+    from vps.layers.linear import SharpenedLayer
 
 
 class _Waiting(threading.local):
-    """Of the block that runs on this thread: its pair, and the output that waits."""
+    """The pair of the block that runs on this thread, and the output that waits."""
 
     pair: Coupling | None = None
     layer: Any = None
@@ -71,22 +49,23 @@ class Coupling:
 
     kept: Kept | None = None
 
-    def __init__(self, query: Layer, key: Layer, heads: int, kv_heads: int) -> None:
+    def __init__(
+        self, query: SharpenedLayer, key: SharpenedLayer, heads: int, kv_heads: int
+    ) -> None:
         self.query = query
         self.key = key
         self.heads = heads
         self.kv_heads = kv_heads
 
     def applies(self) -> bool:
-        """Whether both layers are set alike, and to be coupled."""
+        """Return whether both layers have the same settings, which ask for coupling."""
         config, other = self.query.config, self.key.config
         if self.query.state is not self.key.state or config is not other and config != other:
             return False
         return config.couples
 
-    def sharpen(self, layer: Layer, x: Tensor) -> Tensor | None:
-        """Output of ``layer``, one of the two, for x ``[..., d_in]``; ``None`` where it is that of
-        the base layer."""
+    def sharpen(self, layer: SharpenedLayer, x: Tensor) -> Tensor | None:
+        """Return the output of ``layer`` for x ``[..., d_in]``; ``None`` for the base layer's."""
         waits = self._may_wait(x)
         if waits and _WAITING.layer is layer:
             unchanged = x._version == _WAITING.version and _WAITING.x is x
@@ -101,9 +80,11 @@ class Coupling:
             _WAITING.x, _WAITING.version, _WAITING.y = x, x._version, other
         return own
 
-    def outputs(self, layer: Layer, x: Tensor) -> list[Tensor | None]:
-        """Both outputs, the query's first, while the forward of ``layer`` runs; ``None`` where one
-        is that of the base layer."""
+    def outputs(self, layer: SharpenedLayer, x: Tensor) -> list[Tensor | None]:
+        """Return both outputs, the query's first, while the forward of ``layer`` runs.
+
+        ``None`` stands for the output of the base layer.
+        """
         layers, kept, compiling = (self.query, self.key), self.kept, torch.compiler.is_compiling()
         plan = None if compiling or kept is None else kept.find(layers, x)
         if plan is not None:
@@ -119,14 +100,14 @@ class Coupling:
         return ys
 
     def _may_wait(self, x: Tensor) -> bool:
-        """Whether this runs in its block, eagerly, with an x whose changes show."""
+        """Return whether the block runs eagerly, with an x whose edits are counted."""
         if torch.compiler.is_compiling() or tracing.is_transforming():
             return False
         return _WAITING.pair is self and not x.is_inference()
 
 
 class _Enter:
-    """Forward pre-hook of an attention block: its pair may let outputs wait."""
+    """A forward pre-hook of an attention block, whose pair may then let outputs wait."""
 
     def __init__(self, pair: Coupling) -> None:
         self.pair = pair
@@ -138,7 +119,7 @@ class _Enter:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: nothing waits any longer."""
+    """Drop what waits, as a forward hook of an attention block."""
     if not torch.compiler.is_compiling():
         _WAITING.clear()
         _WAITING.pair = None
@@ -154,10 +135,15 @@ def attach(block: nn.Module, pair: Coupling) -> None:
 def detach(model: nn.Module) -> None:
     """Remove the hooks of :func:`attach` everywhere in ``model``."""
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Enter):
-                del module._forward_pre_hooks[key]
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _leave:
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, lambda hook: isinstance(hook, _Enter) or hook is _leave)
+
+
+def remove_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
+    """Remove the forward hooks of ``module`` for which ``is_ours`` holds."""
+    for hooks, options in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_always_called),
+    ):
+        for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+            del hooks[key]
+            options.pop(key, None)

@@ -1,7 +1,7 @@
-"""Which kind of layer a module is: one recogniser a kind, and the first that knows it decides.
+"""Recognise the kind of layer that a module is: the first recogniser that knows it decides.
 
 A recogniser returns a :class:`Form`, a :class:`Refusal` with its reason, or ``None`` for a module
-of another kind. An engine whose layers are of their own kind brings a file with one, and a line in
+of another kind. To support layers of a new kind, add a file with a recogniser, and a line in
 :data:`RECOGNISERS`.
 """
 
@@ -37,7 +37,7 @@ def recognise(module: nn.Module) -> Form | Refusal:
 
 
 def _adapter(module: nn.Module) -> Form | Refusal | None:
-    """Return the form of a layer of PEFT around another; ``None`` for any other module."""
+    """Return the form of a layer of PEFT around another layer, or ``None`` for other modules."""
     if not adapters.is_adapter(module):
         return None
     base = innermost(module)
@@ -83,10 +83,7 @@ def sharpen(module: nn.Module, config: VPSConfig, state: PolicyState) -> None:
 
 
 def check(module: nn.Module) -> str | None:
-    """Why a layer sharpened in its place is none after all, or ``None``: it is tried.
-
-    Norms of the rows of W are found here, where they may be kept and the config asks for them.
-    """
+    """Try a layer that is sharpened in its place; return why it is no linear map, or ``None``."""
     layer = opaque_layer.handle_of(module)
     if layer is None or opaque_layer.is_sharded(module):
         return None
@@ -106,7 +103,7 @@ def plain(module: nn.Module) -> None:
 
 
 def _token_like(module: nn.Module) -> Tensor:
-    """An empty tensor of the dtype and on the device with which a layer computes."""
+    """Return an empty tensor of the dtype and device with which a layer computes."""
     base = innermost(module)
     hook = getattr(base, "_hf_hook", None)
     device: Any = next((p.device for p in module.parameters()), torch.device("cpu"))

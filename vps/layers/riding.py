@@ -1,130 +1,96 @@
-"""W through a layer's own forward: one-hot rows ride along with x (SPEC §4, identity 5).
+"""Read W through a layer's own forward: one-hot rows ride along with x (SPEC §4, identity 5).
 
-A linear layer applied to the one-hot row of feature j is column j of W, plus the bias. So the
-selected columns come out of the very product that W is read for; nothing else of W is needed but
-the norms of the selected rows, or the rows themselves for SC and the spectral clip.
+A linear layer applied to the one-hot row of feature j gives column j of W, plus the bias. So the
+call that computes H also gives the selected columns. Beside them the update needs the norms of the
+selected rows, or the rows themselves for SC and the spectral clip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vps.algorithm import tracing
 from vps.algorithm.policy import Settings
 from vps.algorithm.selection import accumulation_dtype, is_read_freely
 from vps.algorithm.weight import (
     MatrixProjection,
+    Products,
     Projection,
     Weight,
     gather,
     needs_gram_of_columns,
     needs_gram_of_rows,
 )
-from vps.algorithm.weight import Products as Numbers
 
-RIDERS = 256  # rows that ride along; more go in calls of their own
+if TYPE_CHECKING:
+    from vps.layers.own_forward import OwnForward
+
+RIDERS = 256  # as many rows ride along at most; more go in calls of their own
 
 
 class Columns(NamedTuple):
     """Some columns of W.
 
     Args:
-        features: which they are, ``[D]``.
-        table: ``[D, d_out]``.
+        features: their indices, ``[D]``.
+        table: the columns, ``[D, d_out]``.
     """
 
     features: Tensor
     table: Tensor
 
 
-class Base(Protocol):
-    """A linear layer that is known by its forward alone.
-
-    Args:
-        d_in, d_out: its features.
-        offset: whether its product may carry a bias that only a row of zeros shows.
-        module: the layer in the model.
-    """
-
-    d_in: int
-    d_out: int
-    offset: bool
-    module: nn.Module
-
-    def product(self, rows: Tensor) -> Tensor:
-        """``rows Wᵀ``, ``[M, d_out]`` for ``[M, d_in]``, plus a constant row if ``offset``."""
-
-    def bias(self) -> Tensor | None:
-        """What the last product is without, ``[d_out]``, or ``None``."""
-
-    def steady_product(self, rows: Tensor) -> Tensor:
-        """The same without a gradient, and without the noise of dropout."""
-
-    def release(self) -> None:
-        """Let go of what the calls brought into memory."""
-
-    def is_noisy(self) -> bool:
-        """Whether dropout acts on the product."""
-
-    def row_norms(self, index: Tensor, dtype: torch.dtype, known: Columns) -> Tensor:
-        """``‖W[index]‖`` in a dtype, of the shape of ``index``; some columns are known."""
-
-    def rows(self, index: Tensor, known: Columns) -> Tensor:
-        """``W[index]``, ``[K, d_in]`` for ``[K]``; some columns are known."""
-
-
 class Riders(NamedTuple):
-    """Features whose columns of W are wanted, each once.
+    """Features whose columns or rows of W are wanted.
 
     Args:
-        features: which they are, ``[D]``.
-        place: where those of each group are among them, ``[G, r]``.
+        features: their indices, ``[D]``.
+        place: the position in ``features`` of each group's own, ``[G, r]``.
     """
 
     features: Tensor
     place: Tensor
 
 
-def riders(I_in: Tensor, d_in: int) -> Riders:
-    """The distinct features of ``I_in`` ``[G, r]``.
+def distinct(index: Tensor) -> Riders:
+    """Return the distinct features of ``index`` ``[G, r]``.
 
-    Where a tensor's values cannot be read without waiting, features may come several times, or all
-    ``d_in`` of them where that is fewer.
+    A feature may come several times where values cannot be read without waiting for the device.
     """
-    groups, r = I_in.shape
-    if groups == 1:
-        return Riders(I_in[0], torch.arange(r, device=I_in.device).unsqueeze(0))
-    if is_read_freely(I_in):
-        index, place = torch.unique(I_in, return_inverse=True)
-        return Riders(index, place)
-    if groups * r < d_in:
-        return Riders(
-            I_in.reshape(-1), torch.arange(groups * r, device=I_in.device).view(groups, r)
-        )
-    return Riders(torch.arange(d_in, device=I_in.device), I_in)
+    if len(index) > 1 and is_read_freely(index):
+        return Riders(*torch.unique(index, return_inverse=True))
+    features = index.reshape(-1)
+    return Riders(features, torch.arange(len(features), device=index.device).view(index.shape))
+
+
+def riders(I_in: Tensor, d_in: int) -> Riders:
+    """Return the distinct features of ``I_in`` ``[G, r]``, or all ``d_in`` if those are fewer."""
+    if len(I_in) > 1 and I_in.numel() >= d_in and not is_read_freely(I_in):
+        return Riders(torch.arange(d_in, device=I_in.device), I_in)
+    return distinct(I_in)
 
 
 def one_hot(index: Tensor, d_in: int, dtype: torch.dtype) -> Tensor:
-    """Rows ``[D, d_in]`` with a one at each index ``[D]``."""
+    """Return rows ``[D, d_in]`` with a one at each index ``[D]``."""
     rows = torch.zeros(len(index), d_in, dtype=dtype, device=index.device)
     return rows.scatter_(1, index.unsqueeze(1), 1.0)
 
 
-class Products(NamedTuple):
+class Ride(NamedTuple):
     """What one call of a layer gave.
 
     Args:
-        rows: what it was given, ``[M, d_in]``, the tokens first.
-        output: what came back, ``[M, d_out]``, with its graph.
+        rows: the input of the call, ``[M, d_in]``, the tokens first.
+        output: its output, ``[M, d_out]``, with its graph.
         H: base product of the tokens, ``[N, d_out]``, with its graph.
         table: the riders' columns of W, ``[D, d_out]``, without a graph.
-        offset: the constant that H is without, ``[d_out]``, or ``None``.
+        offset: the constant that was taken from H, ``[d_out]``, or ``None``.
     """
 
     rows: Tensor
@@ -134,11 +100,11 @@ class Products(NamedTuple):
     offset: Tensor | None
 
 
-def ride(base: Base, tokens: Tensor, index: Tensor) -> Products:
+def ride(base: OwnForward, tokens: Tensor, index: Tensor) -> Ride:
     """Apply ``base`` once to tokens ``[N, d_in]`` and to the one-hot rows of ``index`` ``[D]``.
 
     Raises:
-        TypeError: the layer gave no tensor ``[M, d_out]``.
+        TypeError: the layer did not return a tensor ``[M, d_out]``.
     """
     together = len(index) <= RIDERS and not base.is_noisy()
     parts = [tokens]
@@ -159,11 +125,11 @@ def ride(base: Base, tokens: Tensor, index: Tensor) -> Products:
         table = table if offset is None else table - offset
     else:
         table = columns(base, index, tokens.dtype, offset)
-    return Products(rows, output, H, table, offset)
+    return Ride(rows, output, H, table, offset)
 
 
-def columns(base: Base, index: Tensor, dtype: torch.dtype, offset: Tensor | None) -> Tensor:
-    """Columns of W ``[D, d_out]`` for ``index`` ``[D]``, in calls of :data:`RIDERS` rows."""
+def columns(base: OwnForward, index: Tensor, dtype: torch.dtype, offset: Tensor | None) -> Tensor:
+    """Return columns of W ``[D, d_out]`` for ``index`` ``[D]``, in calls of :data:`RIDERS` rows."""
     blocks = []
     for block in index.split(RIDERS):
         part = base.steady_product(one_hot(block, base.d_in, dtype))
@@ -183,15 +149,15 @@ def check(output: object, count: int, d_out: int) -> None:
 
 
 class ForwardWeight(Weight):
-    """W of a layer that is known by its forward alone, for one call.
+    """The weight of a layer that is known by its forward alone, for one call.
 
     Args:
         base: the layer.
-        trains: whether a parameter of the layer asks for a gradient.
-        autocast: what autocast casts to where it is on, or ``None``.
+        trains: whether a parameter of the layer requires a gradient.
+        autocast: the dtype of autocast where it is on, or ``None``.
     """
 
-    def __init__(self, base: Base, trains: bool, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, base: OwnForward, trains: bool, autocast: torch.dtype | None = None) -> None:
         self.base, self.trains, self.autocast = base, trains, autocast
 
     @property
@@ -212,18 +178,20 @@ class ForwardWeight(Weight):
             if tracing.is_transforming() or torch.jit.is_tracing():
                 return self._through_matrix(x, I_in)
             chosen = riders(I_in, self.base.d_in)
-            products = ride(self.base, x.reshape(-1, x.shape[-1]), chosen.features)
-        return ForwardProjection(self, x, products, chosen, I_in)
+            ridden = ride(self.base, x.reshape(-1, x.shape[-1]), chosen.features)
+        return ForwardProjection(self, x, ridden, chosen, I_in)
 
     def _as_outside(self, x: Tensor) -> AbstractContextManager[Any]:
-        """Return autocast as it is where the layer is called."""
+        """Return a context with the autocast of the caller."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(x.device.type, dtype=self.autocast)
 
     def _through_matrix(self, x: Tensor, I_in: Tensor) -> Projection:
-        """Return the projection inside a transform of ``torch.func`` or a trace, where no backward
-        pass can be asked for rows of W: all of W is read by one-hot rows."""
+        """Return the projection from all of W, read by one-hot rows.
+
+        Inside a transform of ``torch.func`` or a trace no backward pass can give rows of W.
+        """
         base = self.base
         rows = x.reshape(-1, base.d_in)
         output = base.product(rows)
@@ -237,7 +205,7 @@ class ForwardWeight(Weight):
 
 
 class _InTransform(MatrixProjection):
-    """Tokens through a layer whose whole W was read, with the output of the layer itself."""
+    """Tokens through a layer whose whole W was read; the output is the layer's own."""
 
     def __init__(
         self,
@@ -259,21 +227,21 @@ class ForwardProjection(Projection):
     """Tokens through a layer known by its forward, with the columns that rode along.
 
     Args:
-        weight: of the layer.
+        weight: the weight of the layer.
         x: ``[G, T, d_in]``.
-        products: what the call of the layer gave.
+        ridden: what the call of the layer gave.
         chosen: the riders.
         I_in: ``[G, r]``.
     """
 
     def __init__(
-        self, weight: ForwardWeight, x: Tensor, products: Products, chosen: Riders, I_in: Tensor
+        self, weight: ForwardWeight, x: Tensor, ridden: Ride, chosen: Riders, I_in: Tensor
     ) -> None:
-        self.weight, self.x, self.ridden, self.I_in = weight, x, products, I_in
-        self.H = products.H.view(*x.shape[:2], -1)
-        self.output = products.output[: len(products.H)].view_as(self.H)
-        self.table, self.place = products.table, chosen.place
-        self.known = Columns(chosen.features, products.table)
+        self.weight, self.x, self.ridden, self.I_in = weight, x, ridden, I_in
+        self.H = ridden.H.view(*x.shape[:2], -1)
+        self.output = ridden.output[: len(ridden.H)].view_as(self.H)
+        self.table, self.place = ridden.table, chosen.place
+        self.known = Columns(chosen.features, ridden.table)
 
     def base(self) -> Tensor:
         bias = self.bias()
@@ -291,7 +259,7 @@ class ForwardProjection(Projection):
     def expand(self, u: Tensor) -> Tensor:
         return expand(u, self.table, self.place)
 
-    def products(self, I_out: Tensor, settings: Settings) -> Numbers:
+    def products(self, I_out: Tensor, settings: Settings) -> Products:
         dtype, table, place = accumulation_dtype(self.table.dtype), self.table, self.place
         base = self.weight.base
         norm_A = gram_A = norm_B = gram_B = crossing = None
@@ -307,19 +275,15 @@ class ForwardProjection(Projection):
             crossing = table[place.unsqueeze(1), I_out.unsqueeze(2)].to(dtype)
         X_A = gather(self.x.detach(), self.I_in) if settings.coupled else None
         t = gather(self.H.detach(), I_out)
-        return Numbers(t, X_A, norm_A, gram_A, norm_B, gram_B, crossing)
+        return Products(t, X_A, norm_A, gram_A, norm_B, gram_B, crossing)
 
     def _gram_of_rows(self, I_out: Tensor, dtype: torch.dtype) -> Tensor:
-        if len(I_out) > 1 and is_read_freely(I_out):
-            index, place = torch.unique(I_out, return_inverse=True)
-        else:
-            index = I_out.reshape(-1)
-            place = torch.arange(len(index), device=index.device).view(I_out.shape)
-        return _gram(self.weight.base.rows(index, self.known).to(dtype), place)
+        chosen = distinct(I_out)
+        return _gram(self.weight.base.rows(chosen.features, self.known).to(dtype), chosen.place)
 
 
 def _gram(vectors: Tensor, place: Tensor) -> Tensor:
-    """Inner products ``[G, r, r]`` of the vectors ``[D, d]`` at ``place`` ``[G, r]``."""
+    """Return inner products ``[G, r, r]`` of the vectors ``[D, d]`` at ``place`` ``[G, r]``."""
     if place.numel() <= len(vectors):
         chosen = vectors[place]
         return chosen @ chosen.mT
@@ -328,7 +292,7 @@ def _gram(vectors: Tensor, place: Tensor) -> Tensor:
 
 
 def expand(u: Tensor, table: Tensor, place: Tensor) -> Tensor:
-    """``u Bᵀ``: ``[G, T, r]`` to ``[G, T, d_out]``, with B at ``place`` ``[G, r]`` of the table."""
+    """Return ``u Bᵀ`` ``[G, T, d_out]`` for u ``[G, T, r]``, with B at ``place`` of the table."""
     if place.numel() <= len(table):
         return u @ table[place]
     index = place.unsqueeze(1).expand_as(u)
@@ -336,13 +300,13 @@ def expand(u: Tensor, table: Tensor, place: Tensor) -> Tensor:
     return dense @ table
 
 
-def _through_input(products: Products) -> Tensor:
-    """Return H of the tokens whose gradient reaches x alone: W is a constant in the update."""
-    if not products.rows.requires_grad:
-        return products.H.detach()
-    output: Tensor = _ThroughInput.apply(products.rows, [products.output])
-    H = output[: len(products.H)]
-    return H if products.offset is None else H - products.offset
+def _through_input(ride: Ride) -> Tensor:
+    """Return H of the tokens, whose gradient reaches x alone: W is a constant in the update."""
+    if not ride.rows.requires_grad:
+        return ride.H.detach()
+    output: Tensor = _ThroughInput.apply(ride.rows, [ride.output])
+    H = output[: len(ride.H)]
+    return H if ride.offset is None else H - ride.offset
 
 
 class _ThroughInput(torch.autograd.Function):

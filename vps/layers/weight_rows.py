@@ -1,21 +1,25 @@
-"""Rows of W, and their norms, of a layer that is known by its forward alone (SPEC §4).
+"""Find rows of W, and their norms, for a layer that is known by its forward alone (SPEC §4).
 
-Where every matrix of a layer is quantized the norms are found once. Rows come from the layer's
-backward pass, ``W[o] = ∂(x Wᵀ)[o] / ∂x``, which is right whatever an adapter does meanwhile; and
-where there is none, from applying the layer to the identity, which costs d_in rows a call.
+Rows come from the layer's backward pass, ``W[o] = ∂(x Wᵀ)[o] / ∂x``, which is right whatever an
+adapter does meanwhile. A layer without a backward pass is applied to the identity, which costs d_in
+rows a call. Where every matrix of a layer is quantized the norms are found once.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vps.algorithm.selection import accumulation_dtype, is_read_freely
 from vps.layers.riding import RIDERS, Columns, columns, one_hot
+
+if TYPE_CHECKING:
+    from vps.layers.own_forward import OwnForward
 
 AGREEMENT = 0.02  # relative: quantized kernels round forward and backward differently
 
@@ -24,23 +28,12 @@ class NoBackward(RuntimeError):
     """A layer gives no gradient of its input."""
 
 
-class Base(Protocol):
-    """What is asked of :class:`vps.layers.own_forward.OwnForward`."""
+def find(base: OwnForward, index: Tensor, known: Columns) -> Tensor:
+    """Return ``W[index]`` ``[K, d_in]`` for ``index`` ``[K]``.
 
-    d_in: int
-    d_out: int
-    offset: bool
-    like: Tensor
-    module: nn.Module
-
-    def gradient_product(self, rows: Tensor) -> Tensor: ...
-
-    def steady_product(self, rows: Tensor) -> Tensor: ...
-
-
-def find(base: Base, index: Tensor, known: Columns) -> Tensor:
-    """``W[index]``, ``[K, d_in]`` for ``[K]``; ``known`` columns show whether a backward pass is
-    complete, which that of an adapter around a layer without one is not."""
+    An adapter around a layer without a backward pass has an incomplete one, which the ``known``
+    columns show.
+    """
     try:
         rows = by_gradient(base, index)
     except NoBackward:
@@ -50,11 +43,11 @@ def find(base: Base, index: Tensor, known: Columns) -> Tensor:
     return rows
 
 
-def by_gradient(base: Base, index: Tensor) -> Tensor:
-    """Rows from the backward pass.
+def by_gradient(base: OwnForward, index: Tensor) -> Tensor:
+    """Return rows from the backward pass.
 
     Raises:
-        NoBackward: there is none.
+        NoBackward: the layer has no backward pass.
     """
     blocks = []
     with torch.inference_mode(False), torch.enable_grad(), _apart():
@@ -72,8 +65,8 @@ def by_gradient(base: Base, index: Tensor) -> Tensor:
 
 
 def _apart() -> AbstractContextManager[Any]:
-    """A checkpoint around the layer must not count what a graph of our own saves."""
-    if torch.compiler.is_compiling():  # where the graph breaks at this backward pass
+    """Hide the tensors that our own graph saves from a checkpoint around the layer."""
+    if torch.compiler.is_compiling():  # the graph breaks at this backward pass
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_same, _same)
 
@@ -82,14 +75,14 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def by_identity(base: Base, index: Tensor) -> Tensor:
-    """Rows from the layer applied to every one-hot row, in blocks."""
+def by_identity(base: OwnForward, index: Tensor) -> Tensor:
+    """Return rows from the layer applied to every one-hot row, in blocks."""
     parts = [part.index_select(1, index) for part in _all_columns(base)]
     return torch.cat(parts).mT.contiguous()
 
 
 def agree(rows: Tensor, index: Tensor, known: Columns) -> bool:
-    """Whether rows ``[K, d_in]`` of these outputs have the entries of known columns."""
+    """Return whether rows ``[K, d_in]`` of these outputs have the entries of known columns."""
     expected = known.table.index_select(1, index).mT.to(rows.dtype)
     error = rows.index_select(1, known.features) - expected
     return bool(error.norm() <= AGREEMENT * expected.norm())
@@ -98,15 +91,15 @@ def agree(rows: Tensor, index: Tensor, known: Columns) -> bool:
 class RowNorms:
     """Norms of all rows of W, found once by applying the layer to the identity, in blocks.
 
-    They are found again when a parameter or buffer of the layer is another or has changed.
+    They are found again when a parameter or buffer of the layer is replaced or changed.
     """
 
     def __init__(self) -> None:
         self._norms: Tensor | None = None
         self._key: list[tuple[Any, int]] = []
 
-    def find(self, base: Base, dtype: torch.dtype) -> Tensor:
-        """``[d_out]``."""
+    def find(self, base: OwnForward, dtype: torch.dtype) -> Tensor:
+        """Return the norms ``[d_out]`` in ``dtype``."""
         if self._norms is None or not (torch.compiler.is_compiling() or self._is_of(base.module)):
             total: Any = 0
             wide = accumulation_dtype(base.like.dtype)
@@ -132,26 +125,26 @@ class RowNorms:
 
 
 def are_fixed(module: nn.Module) -> bool:
-    """Whether every matrix of a layer is quantized, so that its row norms may be kept: no edit
-    would be made in place of such data, while ``weight.data`` of a plain one is edited unseen."""
+    """Return whether every matrix of a layer is quantized, so that its row norms may be kept.
+
+    Nobody edits quantized data in place, while an edit of a plain ``weight.data`` stays unseen.
+    """
     return not any(
         type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.dim() > 1
         for parameter in module.parameters()
     )
 
 
-def _all_columns(base: Base) -> Any:
-    """Blocks ``[≤ RIDERS, d_out]`` of all columns of W, in their order."""
-    offset = None
-    if base.offset:
-        offset = base.steady_product(base.like.new_zeros(1, base.d_in))[0]
+def _all_columns(base: OwnForward) -> Iterator[Tensor]:
+    """Yield all columns of W in their order, in blocks ``[≤ RIDERS, d_out]``."""
+    offset = base.constant_row()
     for block in torch.arange(base.d_in, device=base.like.device).split(RIDERS):
-        yield columns(base, block, base.like.dtype, offset)  # type: ignore[arg-type]
+        yield columns(base, block, base.like.dtype, offset)
 
 
 def _versions(module: nn.Module) -> list[tuple[Any, int]]:
     hook = module.__dict__.get("_hf_hook")
-    if hook is not None:  # of accelerate, which puts other parameters there at every call
+    if hook is not None:  # accelerate, which puts other parameters there at every call
         return [(weakref.ref(hook), 0)]
     return [
         (weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version)

@@ -1,9 +1,14 @@
 """A whole model: patched, run, watched, saved. In reading order:
 
-- ``patching``, ``matching``, ``snapshot``: sharpen the layers that a config names, and take it back
-- ``attention_mask``: the model's tokens and masks, for the statistics of its layers
-- ``capture``, ``statistics``: what layers put out, what a refinement lends them, what they decide
-- ``entropy``: the next token's, for the policy
-- ``loading``, ``generation``: a model by name, and its text
-- ``settings``, ``calibration``: how a model is sharpened, kept in a file
+- ``matching``: which modules a config names
+- ``patching``: sharpens these layers of a model, and makes them plain again
+- ``snapshot``: puts a model back when a patch fails
+- ``attention_mask``: carries the masks of a model to its layers
+- ``capture``: records outputs and gradients of layers, for a refinement
+- ``statistics``: what each layer decides, and how large its update is
+- ``entropy``: the entropy of the next token, for the policy
+- ``loading``: loads a model by its name
+- ``generation``: generates text
+- ``calibration``: a γ for each layer, kept in a file
+- ``settings``: how a model is sharpened, kept in a file
 """

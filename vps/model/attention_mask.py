@@ -1,4 +1,4 @@
-"""Carries a model's ``attention_mask`` to the statistics of its sharpened layers (SPEC §2)."""
+"""Carry a model's ``attention_mask`` to the statistics of its sharpened layers (SPEC §2)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from torch import Tensor, nn
 
 from vps import packing
 from vps.algorithm.selection import is_read_freely
+from vps.layers.pairing import remove_hooks
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
 
-# Arguments of which each row is one input, beside a model's own main one.
+# Arguments with one input a row, beside a model's own main argument.
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
 def attach(model: nn.Module) -> None:
-    """Hook every module of ``model`` that takes tokens and an ``attention_mask``, every Hugging
-    Face model in it, such as a vision tower, and around them ``model`` itself."""
+    """Hook every module of ``model`` that takes tokens and an ``attention_mask``.
+
+    Every Hugging Face model in it, such as a vision tower, is hooked too, and around them ``model``
+    itself.
+    """
     found = False
     for module in reversed(list(model.modules())):  # the model itself comes last
         if isinstance(module, torch.jit.ScriptModule):
@@ -40,35 +44,33 @@ def attach(model: nn.Module) -> None:
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """Return the names that a module's ``forward`` takes; none where it does not tell them."""
+    """Return the arguments of a module's ``forward``, or nothing where it does not tell them."""
     try:
         return tuple(inspect.signature(module.forward).parameters)
-    except Exception:  # of builtins, scripted modules, properties: whatever they raise
+    except Exception:  # builtins, scripted modules and properties raise anything
         return ()
 
 
 def detach(model: nn.Module) -> None:
-    """Remove what :func:`attach` and later forward passes left."""
+    """Remove what :func:`attach` and later forward passes left in ``model``."""
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Enter) or isinstance(getattr(hook, "__self__", None), _Around):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _leave or isinstance(getattr(hook, "__self__", None), _Around):
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, _is_ours)
         checkpoint = vars(module).get("_gradient_checkpointing_func")
         if isinstance(checkpoint, _BoundCheckpoint):
             vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint
 
 
+def _is_ours(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return hook is _leave or isinstance(hook, _Enter) or isinstance(owner, _Around)
+
+
 class _Enter:
-    """Forward pre-hook: push the layout of the call."""
+    """A forward pre-hook that pushes the layout of the call."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        # Of the arguments that describe the tokens of the module's own layers.
+        # The prefix of the arguments that describe the tokens of the module's own layers.
         self.prefix = "decoder_" if "decoder_input_ids" in names else ""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,8 +85,10 @@ class _Enter:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: pop what :class:`_Enter` pushed, and tell a module around this one, which does
-    not know by itself, how many rows there were."""
+    """Pop what :class:`_Enter` pushed, as a forward hook.
+
+    A module around this one is told how many rows there were, which it cannot know by itself.
+    """
     own = _drop(module)
     layouts = STATE.layouts
     if own is not None and layouts and layouts[-1].around:
@@ -92,7 +96,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 class _Around:
-    """Hooks of a module around models: push a layout that the models tell their rows."""
+    """Hooks of a module around models: they push a layout to which the models add their rows."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         _drop(self)
@@ -104,7 +108,7 @@ class _Around:
 
 
 def _drop(owner: object) -> TokenLayout | None:
-    """Remove the layout of an owner, which is returned, and all that was pushed after it."""
+    """Remove and return the layout of an owner, with all layouts that were pushed after it."""
     layouts = STATE.layouts
     for depth in range(len(layouts)):
         if layouts[depth].owner is owner:
@@ -124,7 +128,7 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
     else:
         return _tower(module, given, encoded)
     mask = given.get(f"{prefix}attention_mask")
-    if isinstance(mask, Mapping):  # one mask per kind of layer, of which linear ones may have none
+    if isinstance(mask, Mapping):  # one mask per kind of layer; linear attention may have none
         masks = [one for one in mask.values() if isinstance(one, Tensor)]
         mask = mask.get("full_attention", masks[0] if masks else None)
     if isinstance(mask, Tensor):
@@ -139,7 +143,7 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
 
 
 def _tower(module: nn.Module, given: Mapping[str, Any], encoded: Encoded | None) -> TokenLayout:
-    """The layout of a call without tokens, such as of a vision tower."""
+    """Return the layout of a call without tokens, such as of a vision tower."""
     rows, grid = _rows(module, given, ()), given.get("grid_thw")
     for patches in given.values():
         if isinstance(grid, Tensor) and isinstance(patches, Tensor) and patches is not grid:
@@ -150,11 +154,11 @@ def _tower(module: nn.Module, given: Mapping[str, Any], encoded: Encoded | None)
 
 
 def _rows(module: nn.Module, given: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How many rows a call has: of tokens, of images and of sounds, which may differ."""
+    """Return how many rows of tokens, of images and of sounds a call has; these may differ."""
     found = [math.prod(shape[:-1])] if len(shape) > 1 else []
     for name in (*INPUTS, getattr(module, "main_input_name", "")):
         value = given.get(name)
-        # A matrix of numbers is patches of all images, but for sounds.
+        # A matrix of floats holds sounds by row, or else the patches of all images.
         if isinstance(value, Tensor) and (
             value.dim() > 2
             or (value.dim() == 2 and (name == "input_values" or not value.is_floating_point()))
@@ -164,7 +168,7 @@ def _rows(module: nn.Module, given: Mapping[str, Any], shape: tuple[int, ...]) -
 
 
 def _encoded(given: Mapping[str, Any]) -> Encoded | None:
-    """What the call attends to beside its own tokens."""
+    """Return the encoder states to which the call attends, or ``None``."""
     states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
     if not isinstance(states, Tensor) or states.dim() != 3:
         return None
@@ -177,20 +181,22 @@ def _encoded(given: Mapping[str, Any]) -> Encoded | None:
 
 
 def _unless_all(counted: Tensor | None) -> Tensor | None:
-    """``None`` where all tokens count, which costs nothing to ask on a CPU; elsewhere it would wait
-    for the device."""
+    """Return the mask, or ``None`` where all tokens count.
+
+    This is asked on a CPU alone, because elsewhere it would wait for the device.
+    """
     if counted is None or not is_read_freely(counted) or not counted.all():
         return counted
     return None
 
 
 def _is_said() -> bool:
-    """Whether the innermost layout is that of :func:`vps.token_mask`."""
+    """Return whether the innermost layout comes from :func:`vps.token_mask`."""
     return bool(STATE.layouts) and STATE.layouts[-1].owner is None
 
 
 def _said(shape: tuple[int, ...]) -> Tensor | None:
-    """The mask of the innermost :func:`vps.token_mask`, if it has this shape."""
+    """Return the mask of the innermost :func:`vps.token_mask`, if it has this shape."""
     for layout in reversed(STATE.layouts):
         if layout.owner is None:
             return layout.mask if layout.shape == shape else None
@@ -198,12 +204,12 @@ def _said(shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> Tensor | None:
-    """Which of the call's own tokens count: bool of ``shape`` [B, T], or ``None`` for all.
+    """Return which of the call's own tokens count: bool of ``shape`` [B, T], or ``None`` for all.
 
-    A 2-D mask [B, past + T] says it in its last T columns. In a 4-D mask [B, heads, T, K],
-    boolean or additive, a token counts that may attend to itself. Its own key is that of its
-    position, where the keys start at 0 (and may go on past the call's, in a static cache), or the
-    call's keys are the last, where a full sliding window has dropped the first.
+    A 2-D mask [B, past + T] says it in its last T columns. In a 4-D mask [B, heads, T, K], boolean
+    or additive, a token counts if it may attend to itself. Where the keys start at 0 (a static
+    cache may go on past the call's keys), a token's own key is at its position. Where a full
+    sliding window has dropped the first keys, the call's keys are the last.
     """
     if len(shape) != 2 or mask.shape[0] != shape[0]:
         return None
@@ -218,7 +224,7 @@ def _counted(mask: Tensor, shape: tuple[int, ...], given: Mapping[str, Any]) -> 
     steps = torch.arange(length, device=mask.device)
     own = steps + (allowed.shape[-1] - length)
     positions = given.get("cache_position")
-    # Called past_key_values before transformers 5.24.
+    # Before transformers 5.24 it was called past_key_values.
     past = given.get("cache", given.get("past_key_values"))
     if isinstance(positions, Tensor):
         own = torch.minimum(own, positions.to(mask.device))

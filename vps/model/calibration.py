@@ -1,7 +1,7 @@
-"""A calibration: γ of every layer, fitted to one model under one config, kept as a JSON file.
+"""Keep a calibration as a JSON file: γ of every layer, fitted to one model under one config.
 
-It overrides the γ of :class:`vps.VPSConfig`; for another model, config or version of the weights it
-is refused with what differs.
+It overrides the γ of :class:`vps.VPSConfig`. Another model, config or version of the weights
+refuses it, and the message says what differs.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Gamma = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Calibration:
-    """γ by layer and what it belongs to.
+    """The γ of each layer, and what they belong to.
 
     Args:
-        config: the settings it was fitted under; their γ is overridden.
+        config: the settings during the fit; their γ is overridden.
         model: id of the model, for people.
         architecture: class of the model.
         weights: :func:`fingerprint` of its parameters.
         data: sha256 over the examples used for fitting and stopping.
-        gamma: by name of the layer, a number of either sign, or one a column. Every sharpened
-            layer is named; 0 leaves it plain.
+        gamma: for every sharpened layer by name, a number of either sign, or one for each column; 0
+            leaves the layer plain.
         examples: sha256 of every example used for fitting and stopping.
-        scope: under which the examples were scored.
-        found: whether held-out examples showed an improvement; ``None`` where none were measured.
+        scope: the scope under which the examples were scored.
+        found: whether held-out examples showed an improvement; ``None`` if none were measured.
         report: what was measured, for :func:`vps.fitting.text`.
 
     Raises:
@@ -90,12 +90,12 @@ class Calibration:
 
     @property
     def per(self) -> str:
-        """``"layer"`` or ``"column"``."""
+        """Return ``"layer"`` or ``"column"``."""
         by_column = any(isinstance(value, tuple) for value in self.gamma.values())
         return "column" if by_column else "layer"
 
     def to_json(self) -> str:
-        """Everything as a JSON object."""
+        """Return everything as a JSON object."""
         values = dataclasses.asdict(self)
         values["config"] = json.loads(self.config.to_json())
         return json.dumps({"format": FORMAT, **values}, indent=1, ensure_ascii=False) + "\n"
@@ -105,7 +105,7 @@ class Calibration:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: no JSON object of this format, or keys that are missing or unknown.
+            ValueError: the text is no JSON object of this format, or a key is missing or unknown.
             TypeError: a value of the wrong type.
         """
         try:
@@ -127,19 +127,19 @@ class Calibration:
         return cls(config=config, **values)
 
     def save(self, path: str | Path) -> None:
-        """Write the file, the whole or nothing.
+        """Write the file as a whole or not at all.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         files.replace(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file of :meth:`save`.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
             TypeError, ValueError: as for :meth:`from_json`; the message names the file.
         """
         try:
@@ -148,7 +148,7 @@ class Calibration:
             raise type(error)(f"{path}: {error}") from None
 
     def differences(self, model: nn.Module) -> list[str]:
-        """What the sharpened ``model`` has that this was not made for; nothing if it fits."""
+        """Return how the sharpened ``model`` differs from the calibrated one; empty if it fits."""
         layers: dict[str, Any] = sharpened_layers(model)
         found = []
         if type(model).__name__ != self.architecture:
@@ -178,11 +178,11 @@ class Calibration:
         return found
 
     def apply(self, model: nn.Module) -> None:
-        """Give every layer its γ. A model that is not sharpened is sharpened with the config.
+        """Give every layer its γ, after sharpening a plain model with the config.
 
         Raises:
             ValueError: it belongs to another model, config or version of the weights; the message
-                says what differs and the model is as it was.
+                says what differs, and the model stays as it was.
 
         Warns:
             UserWarning: held-out examples showed no improvement.
@@ -218,20 +218,20 @@ class Calibration:
 
 
 def clear_calibration(model: nn.Module) -> None:
-    """Take the γ of a calibration from every layer; that of the config counts again."""
+    """Take the γ of a calibration from every layer, so that the config's γ counts again."""
     layers: dict[str, Any] = sharpened_layers(model)
     for layer in layers.values():
         layer.gamma = None
 
 
 def device_of(layer: Any) -> torch.device | None:
-    """Return where a layer computes, or ``None`` where its weights are elsewhere until needed."""
+    """Return the device of a layer, or ``None`` where its weights are offloaded."""
     parameter = next(layer.module.parameters(), None)
     return None if parameter is None or parameter.is_meta else parameter.device
 
 
 def columns_of(layer: Any) -> int:
-    """Columns that the update of a sharpened layer can have at most (SPEC §3)."""
+    """Return the most columns that the update of a sharpened layer can have (SPEC §3)."""
     d_out, d_in = min(one.widths for one in layer.deciding())
     found = settings(layer.config, False, d_in, d_out, calibrated=True)
     assert found is not None
@@ -239,10 +239,10 @@ def columns_of(layer: Any) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over names, shapes, dtypes and bits of all parameters.
+    """Return the sha256 over names, shapes, dtypes and bits of all parameters.
 
     Raises:
-        ValueError: a parameter without values (meta device).
+        ValueError: a parameter has no values (meta device).
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -258,7 +258,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _plain_tensors(values: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield what a tensor is made of: itself, or the parts of one of torchao's."""
+    """Yield a plain tensor itself, or the tensors that make up one of torchao's."""
     if not is_traceable_wrapper_subclass(values):
         yield values
         return
@@ -267,7 +267,7 @@ def _plain_tensors(values: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def model_id(model: nn.Module) -> str:
-    """How the model was asked for: the id of a hub, or the last part of a path."""
+    """Return the hub id by which the model was loaded, or the last part of its path."""
     config = getattr(model, "config", None)
     name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name

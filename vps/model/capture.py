@@ -1,6 +1,6 @@
-"""What passes through the sharpened layers in a forward and a backward pass (SPEC §8 and §10).
+"""Record outputs and gradients of the sharpened layers in a pass (SPEC §8 and §10).
 
-``w`` is the mean over counted tokens of a layer's output, ``g`` that of ``∂L/∂output``. A
+``w`` is the mean over counted tokens of a layer's output, and ``g`` the mean of ``∂L/∂output``. A
 refinement lends the layers a gradient flag, which turns the hybrid builder to SC, and an L-BFGS
 memory.
 """
@@ -26,7 +26,7 @@ LENT = ("config", "gradient", "memory", "gamma")
 
 
 class LayerCapture:
-    """One layer's record.
+    """The record of one layer.
 
     Args:
         outputs: outputs ``[..., d_out]``, one a call; empty unless ``tensors`` was asked for.
@@ -41,12 +41,12 @@ class LayerCapture:
 
     @property
     def output_mean(self) -> Tensor | None:
-        """``w`` ``[d_out]`` over the counted tokens of all calls; ``None`` before the first."""
+        """Return ``w`` ``[d_out]`` over all calls, or ``None`` before the first."""
         return self._mean("output")
 
     @property
     def gradient_mean(self) -> Tensor | None:
-        """``g`` ``[d_out]`` likewise; ``None`` where no backward pass has come through."""
+        """Return ``g`` ``[d_out]`` over all calls, or ``None`` before a backward pass."""
         return self._mean("gradient")
 
     def _mean(self, kind: str) -> Tensor | None:
@@ -69,7 +69,7 @@ class LayerCapture:
         self._counts[kind] = self._counts[kind] + count
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Empty the record."""
         self.__init__()  # type: ignore[misc]
 
 
@@ -77,20 +77,20 @@ class LayerCapture:
 def capture(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, LayerCapture]]:
     """Record outputs and output gradients of every sharpened layer that runs inside.
 
-    Gradients come also where all parameters are frozen; no parameter is changed, and those that
-    require a gradient get theirs as ever. Several passes inside add up to one mean. Under gradient
+    Gradients are recorded even if all parameters are frozen. No parameter is changed, and those
+    that require a gradient still get it. Several passes inside give one mean. Under gradient
     checkpointing a block that runs again in the backward pass is recorded once.
 
     Args:
         model: a sharpened model.
-        tensors: also keep outputs and gradients whole; they are views where that is possible,
-            but keep every one of them in memory to the end of the block.
+        tensors: also keep outputs and gradients whole. All of them stay in memory until the block
+            ends, as views where that is possible.
 
     Yields:
-        :class:`LayerCapture` by name of the layer, emptied when the block ends: read or copy
-        inside.
+        :class:`LayerCapture` by name of the layer. The records are emptied when the block ends, so
+        read or copy them inside.
 
-    A model that ``torch.compile`` compiles inside is recorded between its graphs; what was compiled
+    A model that ``torch.compile`` compiles inside is recorded between its graphs. A model compiled
     before may leave out hooks, and then the block ends with an error.
 
     Raises:
@@ -109,7 +109,7 @@ def capture(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, La
         handles.append(layer.register_forward_hook(hook))
     getter = getattr(model, "get_input_embeddings", None)
     embeddings = getter() if callable(getter) else None
-    if isinstance(embeddings, nn.Module):  # where a reentrant checkpoint has to see it
+    if isinstance(embeddings, nn.Module):  # a reentrant checkpoint must see a gradient here
         handles.append(embeddings.register_forward_hook(_begin_gradient))
     try:
         yield captured
@@ -127,7 +127,7 @@ def capture(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, La
 
 
 def _begin_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook: a frozen module's output is where the backward pass ends."""
+    """Let the backward pass end at the output of a frozen module, as a forward hook."""
     if torch.is_grad_enabled() and not output.requires_grad and output.is_floating_point():
         output.requires_grad_()
 
@@ -140,7 +140,7 @@ def _record(
     args: tuple[Any, ...],
     y: Tensor,
 ) -> None:
-    """Forward hook of a sharpened layer."""
+    """Record a call of a sharpened layer, as a forward hook."""
     _begin_gradient(layer, args, y)
     mask = masking.token_dims(args[0] if args else y)[1]
     # A checkpoint runs its block again inside the backward pass.
@@ -159,8 +159,8 @@ def _record(
     handles.append(y.register_hook(backward))
 
 
-# As torch.compiler.disable does, which would import torch._dynamo with vps (1 s): the hooks run
-# between compiled graphs.
+# The hooks run between compiled graphs. torch.compiler.disable sets this too, but imports
+# torch._dynamo (1 s).
 _begin_gradient._torchdynamo_disable = True  # type: ignore[attr-defined]
 _record._torchdynamo_disable = True  # type: ignore[attr-defined]
 
@@ -169,11 +169,11 @@ _record._torchdynamo_disable = True  # type: ignore[attr-defined]
 def restored(model: nn.Module) -> Iterator[None]:
     """Freeze ``model`` in evaluation mode, and put everything back when the block ends.
 
-    That is: every layer's config, flag and memory, entropy and history, each parameter's
+    This covers every layer's config, flag, memory and γ, entropy and history, each parameter's
     ``requires_grad`` and each module's mode. A frozen parameter gets no ``.grad``.
 
     Raises:
-        ValueError: no sharpened layer in it, or layers of differently patched models.
+        ValueError: no sharpened layer in the model, or layers of differently patched models.
     """
     state = policy_state(model)
     policy = state.entropy, state.outcomes
@@ -205,17 +205,19 @@ def start_over(model: nn.Module) -> None:
 
 
 def take_gradient(model: nn.Module, logits_of: Any, ids: Tensor, count: int) -> float:
-    """One backward pass from the last ``count`` tokens, teacher-forced; the layers keep of it a
-    flag and an L-BFGS record.
+    """Run a backward pass from the last ``count`` tokens, teacher-forced.
+
+    Each layer keeps a flag and an L-BFGS record of it.
 
     Args:
         model: frozen, in evaluation mode.
-        logits_of: from token ids and a number n to logits ``[1, ≥ n, V]`` of the last n tokens.
+        logits_of: a function of token ids and a number n that returns logits ``[1, ≥ n, V]`` of
+            the last n tokens.
         ids: ``[1, T]``.
-        count: of tokens in the loss, less than T.
+        count: number of tokens in the loss, less than T.
 
     Returns:
-        Their mean cross-entropy, in nats a token.
+        The mean cross-entropy of these tokens, in nats.
     """
     with capture(model) as captured:
         logits = logits_of(ids, count + 1)[0, -count - 1 : -1]
@@ -231,13 +233,13 @@ def take_gradient(model: nn.Module, logits_of: Any, ids: Tensor, count: int) -> 
 
 
 def forget_gradients(model: nn.Module) -> None:
-    """Take the flags back, which are for one answer; the L-BFGS memory stays for the prompt."""
+    """Take the flags back, which hold for one answer; the L-BFGS memory stays for the prompt."""
     for layer in layers_of(model):
         layer.gradient = False
 
 
 def builder_in_use(model: nn.Module) -> str:
-    """``"sk"``, ``"sc"`` or ``"random"``; ``"mixed"`` where layers differ."""
+    """Return ``"sk"``, ``"sc"`` or ``"random"``, or ``"mixed"`` where layers differ."""
     used = set()
     for layer in layers_of(model):
         hybrid = layer.config.builder == "hybrid"
@@ -246,11 +248,11 @@ def builder_in_use(model: nn.Module) -> str:
 
 
 def pairs_held(model: nn.Module) -> float:
-    """L-BFGS pairs, averaged over layers."""
+    """Return the number of L-BFGS pairs, averaged over layers."""
     held = [len(layer.memory or ()) for layer in layers_of(model)]
     return sum(held) / len(held)
 
 
 def layers_of(model: nn.Module) -> list[Any]:
-    """The sharpened layers."""
+    """Return the sharpened layers of ``model``."""
     return list(sharpened_layers(model).values())

@@ -1,4 +1,4 @@
-"""Next-token entropy, ``ℋ = −Σ p log p`` nats, and how it reaches the policy (SPEC §5)."""
+"""Compute next-token entropy, ``ℋ = −Σ p log p`` in nats, and tell it to the policy (SPEC §5)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from vps.model.patching import policy_state
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax over the last dim, in nats, computed in float32 or, of float64, in it.
+    """Return the entropy of the softmax over the last dim, in nats.
 
-    On CUDA one Triton kernel reads the logits once; those in float64 go to torch.
+    On CUDA a Triton kernel reads the logits once, unless they are float64.
 
     Args:
         logits: ``[..., vocabulary]``, floating point; −inf excludes a token.
 
     Returns:
-        float32 ``[...]``, float64 of float64 logits; NaN where a row holds NaN or +inf, or nothing
-        but −inf.
+        ``[...]``, computed in float64 for float64 logits and in float32 for others. NaN where a
+        row holds NaN or +inf, or nothing but −inf.
 
     Raises:
-        TypeError: no floating-point tensor.
-        ValueError: no vocabulary.
+        TypeError: ``logits`` is no floating-point tensor.
+        ValueError: the vocabulary is empty.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         came = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
@@ -45,25 +45,25 @@ def token_entropy(logits: Tensor) -> Tensor:
 class EntropyProcessor:
     """A logits processor for ``model.generate`` that tells the policy each step's entropy.
 
-    The model's one policy state takes one number: the mean over the sequences, or beams, of the
-    step, without those whose logits are not finite, and padding finished ones included. With
-    one sequence, whose tokens then do not depend on batch-mates, it is that sequence's own ℋ. The
-    last step's stays set until ``vps.policy_state(model).reset()``.
+    The policy state of a model takes one number: the mean over all sequences or beams of the step,
+    finished ones included, without those whose logits are not finite. A single sequence gets its
+    own ℋ, and its tokens do not depend on others. The entropy of the last step stays set until
+    ``vps.policy_state(model).reset()``.
 
-    Use: ``model.generate(..., logits_processor=[vps.EntropyProcessor(model)])``. It follows the
-    processors that transformers adds for penalties and comes before those of sampling.
+    Use: ``model.generate(..., logits_processor=[vps.EntropyProcessor(model)])``. It runs after the
+    processors that transformers adds for penalties, and before those for sampling.
 
     Args:
         model: a sharpened model.
 
     Raises:
-        ValueError: no sharpened layer in it.
+        ValueError: no sharpened layer in the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.state = policy_state(model)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Set the entropy of logits ``scores`` [B, vocabulary], which come back unchanged."""
+        """Set the entropy of logits ``scores`` [B, vocabulary], and return them unchanged."""
         self.state.set_entropy(token_entropy(scores).nanmean().nan_to_num(0.0))
         return scores

@@ -1,7 +1,7 @@
-"""Generate text and compare a sharpened model with its plain self.
+"""Generate text, and compare a sharpened model with its plain self.
 
-Without gradients, but not in torch's inference mode: its tensors count no versions, so layers that
-read the same x could share nothing.
+Gradients are off, but not by torch's inference mode: tensors of that mode count no versions, so
+layers that read the same x could share nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from vps.model.patching import disabled
 
 # The settings by which transformers chooses another way to decode, to read the prompt or to return
-# what came of it; a model's own generation_config may hold any of them. Its other wishes, such as
-# stop strings and penalties, are left to it.
+# results. A model's own generation_config may hold any of them. Its other settings, such as stop
+# strings and penalties, hold.
 _ONE_SEQUENCE: dict[str, Any] = {
     "num_beams": 1,
     "constraints": None,
@@ -36,7 +36,7 @@ _ONE_SEQUENCE: dict[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,
 }
-# The settings that cut off a part of what is drawn from.
+# The settings that cut off a part of the distribution.
 _WHOLE_DISTRIBUTION: dict[str, Any] = {
     "top_k": 0,
     "top_p": 1.0,
@@ -56,17 +56,12 @@ class Generation:
     tokens: list[int]
     seconds: float
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens per second, the prompt's processing included."""
-        return len(self.tokens) / self.seconds
-
 
 def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
-    """Token ids and mask ``[1, T]`` of a prompt, in the chat template where there is one.
+    """Return token ids and mask ``[1, T]`` of a prompt, in the chat template if there is one.
 
     Raises:
-        ValueError: a prompt without a token.
+        ValueError: the prompt has no token.
     """
     if chat and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
@@ -82,20 +77,20 @@ def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
 
 
 class _Counter:
-    """What transformers calls a streamer: reports the prompt, then every new token."""
+    """A streamer of transformers that reports every new token."""
 
     def __init__(self, advance: Callable[[], None]) -> None:
         self._advance = advance
         self._in_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """Called by ``model.generate`` with the prompt first, then with each new token."""
+        """Take the prompt first, then each new token, from ``model.generate``."""
         if not self._in_prompt:
             self._advance()
         self._in_prompt = False
 
     def end(self) -> None:
-        """Called by ``model.generate`` after the last token."""
+        """Do nothing after the last token."""
 
 
 def generate(
@@ -106,27 +101,18 @@ def generate(
     advance: Callable[[], None] | None = None,
     processors: Sequence[Any] = (),
 ) -> Generation:
-    """Greedy continuation of at most ``new_tokens`` tokens; ``advance`` is called after each.
+    """Return the greedy continuation of at most ``new_tokens`` tokens.
 
-    ``processors`` are logits processors, such as :class:`vps.EntropyProcessor`. Where the model's
-    own ``generation_config`` asks for beams or another way to decode, it is greedy all the same;
-    its stop strings, penalties and tokens hold.
+    ``advance`` is called after each token. ``processors`` are logits processors, such as
+    :class:`vps.EntropyProcessor`. If the model's own ``generation_config`` asks for beams or
+    another way to decode, this part of it is ignored; its stop strings, penalties and tokens hold.
     """
-    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    options = _settings(model, tokenizer, _ONE_SEQUENCE)
+    options |= {"do_sample": False, "num_return_sequences": 1}
+    options["streamer"] = None if advance is None else _Counter(advance)
     start = time.perf_counter()
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_return_sequences=1,
-            streamer=None if advance is None else _Counter(advance),
-            logits_processor=list(processors),
-            pad_token_id=_padding(tokenizer),
-            **_settings(model, tokenizer, _ONE_SEQUENCE),
-        )
+    (tokens,) = _continue(model, tokenizer, inputs, new_tokens, processors, options)
     seconds = time.perf_counter() - start
-    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tokens, seconds)
 
 
@@ -141,31 +127,48 @@ def sample(
     temperature: float = 0.7,
     processors: Sequence[Any] = (),
 ) -> list[str]:
-    """``count`` continuations drawn at ``temperature``, as text; the caller's random state stays.
+    """Return ``count`` continuations drawn at ``temperature``, as text.
 
-    The same seed draws the same numbers, so that equal models give equal samples.
+    The same seed draws the same numbers, so equal models give equal samples. The caller's random
+    state stays as it was.
     """
-    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    options = _settings(model, tokenizer, _ONE_SEQUENCE | _WHOLE_DISTRIBUTION)
+    options |= {"do_sample": True, "temperature": temperature, "num_return_sequences": count}
     devices = [input_device(model)] if input_device(model).type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
+        tails = _continue(model, tokenizer, inputs, new_tokens, processors, options)
+    return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    processors: Sequence[Any],
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """Return the new token ids of each continuation that ``model.generate`` makes."""
+    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    pad = tokenizer.pad_token_id
+    with torch.no_grad():
         output = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
-            do_sample=True,
-            temperature=temperature,
-            num_return_sequences=count,
             logits_processor=list(processors),
-            pad_token_id=_padding(tokenizer),
-            **_settings(model, tokenizer, _ONE_SEQUENCE | _WHOLE_DISTRIBUTION),
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            **options,
         )
-    tails = output[:, inputs["input_ids"].shape[1] :]
-    return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails.tolist()]
+    tails: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return tails
 
 
 def _settings(model: Any, tokenizer: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``wanted`` that the installed transformers knows, and the tokenizer for the model's
-    stop strings."""
+    """Return the settings of ``wanted`` that the installed transformers knows.
+
+    If the model has stop strings, the tokenizer is among them.
+    """
     own = model.generation_config
     found = {name: value for name, value in wanted.items() if hasattr(own, name)}
     if own.stop_strings is not None:  # without any, transformers would hand it to the forward
@@ -173,14 +176,8 @@ def _settings(model: Any, tokenizer: Any, wanted: dict[str, Any]) -> dict[str, A
     return found
 
 
-def _padding(tokenizer: Any) -> int | None:
-    """The token that fills up finished sequences."""
-    pad: int | None = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
-
-
 def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Index of the first token that differs, or ``None`` when both are equal."""
+    """Return the index of the first token that differs, or ``None`` when both are equal."""
     for position, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return position
@@ -188,10 +185,11 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 
 def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[int]) -> float:
-    """Share of next-token choices that sharpening changes along a given continuation.
+    """Return the share of next-token choices that sharpening changes along a continuation.
 
-    Both see the same tokens, so every position is judged by itself. Under the sequence scope
-    late tokens shape the selection used on early ones; use ``scope="token"`` for a causal figure.
+    The plain and the sharpened model see the same tokens, so every position is judged by itself.
+    Under the sequence scope late tokens shape the selection for early ones; use ``scope="token"``
+    for a causal figure.
     """
     prompt = inputs["input_ids"].to(input_device(model))
     tail = torch.tensor([continuation], dtype=prompt.dtype, device=prompt.device)
@@ -204,7 +202,7 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model wants its inputs: one whose weights are kept elsewhere, where it computes."""
+    """Return the device for a model's inputs; an offloaded model takes them where it computes."""
     device: torch.device = model.device
     if device.type != "meta":
         return device

@@ -13,7 +13,7 @@ import torch
 
 
 def cache_folder() -> Path:
-    """Where dequantized GGUF models are kept: ``$VPS_CACHE`` or ``~/.cache/vps``."""
+    """Return the folder of dequantized GGUF models: ``$VPS_CACHE`` or ``~/.cache/vps``."""
     return Path(os.environ.get("VPS_CACHE") or Path.home() / ".cache" / "vps")
 
 
@@ -25,17 +25,18 @@ def load_model(
     Args:
         name: a Hugging Face id, a local folder, or a ``.gguf`` file, whose dequantized weights
             are cached in :func:`cache_folder`.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         device: where to put the model.
 
     Returns:
         ``(model, tokenizer)``.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a folder without a model.
+        FileNotFoundError: the path does not exist, or the folder holds no model.
         ModuleNotFoundError: transformers or gguf is missing.
-        OSError: no such model, not to be reached, or no folder to keep dequantized weights in.
-        ValueError: a file that is no GGUF file, or a broken one.
+        OSError: there is no such model, it cannot be reached, or no folder can be written for
+            dequantized weights.
+        ValueError: the file is no GGUF file, or a broken one.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,7 +76,7 @@ def load_model(
 
 
 def _dequantized(path: Path) -> Path:
-    """Folder with the plain form of a GGUF file, made on first use."""
+    """Return the folder with the plain form of a GGUF file, made on first use."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
@@ -108,7 +109,7 @@ def _dequantized(path: Path) -> Path:
         except Exception as error:  # gguf and transformers raise what their parsers stumble over
             raise ValueError(f"{path} cannot be read, is it complete? {error}") from error
         tokenizer.save_pretrained(temporary)
-        # The weights are plain by now, but still called quantized, which cannot be saved.
+        # The weights are plain now, but a model that is still marked as quantized cannot be saved.
         vars(model)["hf_quantizer"] = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

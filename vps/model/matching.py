@@ -1,4 +1,4 @@
-"""Which modules of a model a config names, by PEFT's conventions, and which must stay plain."""
+"""Find the modules that a config names, by PEFT's conventions, and those that must stay plain."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 from vps.config import VPSConfig
 
 ALL_LINEAR = "all-linear"
-# Names of a list of experts, of what holds one beside a router, and of its class.
+# Names of a list of experts, of routers, and of the module around both and its class.
 EXPERTS = re.compile(r"(^|_)experts?$", re.IGNORECASE)
 ROUTER = re.compile(r"(^|_)(router|gate|gating|switch|wg)$", re.IGNORECASE)
 MIXTURE = re.compile(r"(^|_)(moe|experts?)$")
 MIXTURE_CLASS = re.compile(r"(MoE|Moe|Experts?)(Block|Layer|MLP|FFN|FeedForward)?$")
-# Modules of torch that read the weights of linear layers in them without calling these, the second
-# in its fast path for inference.
+# Modules of torch that read the weights of their linear layers without calling these; the second
+# does so in its fast path for inference.
 READERS = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
@@ -25,14 +25,14 @@ READERS = {
 
 
 def matches(name: str, patterns: tuple[str, ...] | str) -> bool:
-    """Whether a module name fits: a suffix of whole parts for a tuple, a full match for a regex."""
+    """Return whether a name has one of these suffixes of whole parts, or matches the regex."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def layer_index(name: str) -> int | None:
-    """The block a module belongs to: the first part of its name that is a number."""
+    """Return the index of a module's block: the first part of its name that is a number."""
     for part in name.split("."):
         if part.isdigit():
             return int(part)
@@ -40,12 +40,12 @@ def layer_index(name: str) -> int | None:
 
 
 def select_names(names: Iterable[str], head: str | None, config: VPSConfig) -> list[str]:
-    """Names of the linear layers that ``config`` asks for, in their order.
+    """Return the names of the linear layers that ``config`` asks for, in their order.
 
     Args:
-        names: all linear layers of the model.
-        head: the output head, which ``"all-linear"`` leaves out.
-        config: target, excluded names and layers.
+        names: names of all linear layers of the model.
+        head: name of the output head, which ``"all-linear"`` leaves out.
+        config: targets, excluded names and layers.
     """
     chosen = []
     for name in names:
@@ -63,7 +63,7 @@ def select_names(names: Iterable[str], head: str | None, config: VPSConfig) -> l
 
 
 def loose_targets(names: Iterable[str], model: nn.Module) -> dict[str, str]:
-    """Why modules of these names, which are no linear layers, are refused, by name."""
+    """Return, by name, why these modules are refused: they are no linear layers."""
     modules = dict(model.named_modules(remove_duplicate=False))
     return {
         name: f"its type is {type(modules[name]).__name__}, which is no supported layer"
@@ -73,7 +73,7 @@ def loose_targets(names: Iterable[str], model: nn.Module) -> dict[str, str]:
 
 
 def bypassed(model: nn.Module) -> dict[int, str]:
-    """Why layers that are not called whenever their weight is used are refused, by id."""
+    """Return, by id, why layers are refused whose weight is read without a call."""
     return {
         id(parent._modules[name]): f"{reader.__name__} reads its weight without calling it"
         for parent in model.modules()
@@ -84,11 +84,10 @@ def bypassed(model: nn.Module) -> dict[int, str]:
 
 
 def experts(model: nn.Module) -> dict[int, str]:
-    """Why modules among the experts of a mixture are refused under every scope but ``"token"``, by
-    id.
+    """Return, by id, why experts of a mixture are refused under every scope but ``"token"``.
 
-    A router gives an expert ``[n, d_in]``, gathered from all sequences; one that all tokens share
-    stands in no list of experts.
+    A router gives an expert ``[n, d_in]``, gathered from all sequences. An expert that all tokens
+    share is in no list of experts.
     """
     reason = (
         "it is an expert, whose tokens a router gathers from all sequences; it is sharpened under "
@@ -104,8 +103,10 @@ def experts(model: nn.Module) -> dict[int, str]:
 
 
 def _is_of_experts(name: str, parent: nn.Module, key: str, child: nn.Module) -> bool:
-    """Whether ``child``, the ``key`` of a parent of that name, is a list of experts or one of
-    several that are numbered."""
+    """Return whether a child is a list of experts, or one of several numbered experts.
+
+    ``name`` is the parent's own name, and ``key`` the child's name in it.
+    """
     if "shared" in key or "shared" in name:
         return False
     if not isinstance(child, nn.ModuleList | nn.ModuleDict):

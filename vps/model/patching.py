@@ -1,7 +1,7 @@
-"""Sharpen a whole model: replace its linear layers, and take them back.
+"""Sharpen the linear layers of a whole model, and make them plain again.
 
-Layers stay the objects that they are, so whatever holds one, its parameters or its hooks, holds
-the sharpened one, and later the plain one again.
+Layers stay the same objects. So whatever holds a layer, its parameters or its hooks holds the
+sharpened layer, and later the plain layer again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vps.model import attention_mask, matching
 from vps.model.matching import select_names
 from vps.model.snapshot import Snapshot
 
-# Also of the quantized layers of other libraries: HQQLinear, QuantLinear, WQLinear_GEMM.
+# Class names, also of quantized layers of other libraries: HQQLinear, QuantLinear, WQLinear_GEMM.
 LINEAR = re.compile(r"Linear(8bitLt|4bit|_\w+)?$")
 
 
@@ -38,11 +38,10 @@ class PatchReport:
 
     Args:
         patched: names of the layers now sharpened.
-        forms: for each of them ``"weight"``, where it is computed from its weight, or
-            ``"opaque (…)"`` with the kind of layer, where it is through the layer's own forward.
-        refused: names the config asked for that cannot be sharpened, each with the reason.
-        not_patched: other modules that hold weights the config's names suggest, such as fused
-            experts, and attention blocks left without Q/K coupling, each with the reason.
+        forms: for each of them ``"weight"``, if it is computed from its weight, or
+            ``"opaque (…)"`` with the kind of layer, if through the layer's own forward.
+        refused: reasons by name of layers that the config asked for and that cannot be sharpened.
+        not_patched: reasons by name of fused experts, and of attention blocks without Q/K coupling.
         coupled: names of the attention blocks whose query and key select together.
     """
 
@@ -68,24 +67,23 @@ class PatchReport:
 def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     """Sharpen the linear layers of ``model`` that ``config.target_modules`` names.
 
-    Each layer is sharpened where it stands and stays the object that it is. The model's
-    ``attention_mask`` reaches the statistics by itself, and so does where packed sequences start;
-    experts are refused under every scope but ``"token"`` (SPEC §2). Patching a patched model again
-    first takes the old sharpening back; entropy and history are kept, unless those of parts that
-    were patched by themselves differ.
+    Each layer is sharpened where it stands and stays the same object. The statistics see the
+    model's ``attention_mask`` and the starts of packed sequences. Experts are refused under every
+    scope but ``"token"`` (SPEC §2). Patching a patched model again first takes the old sharpening
+    back. It keeps entropy and history, unless they differ between parts that were patched by
+    themselves.
 
     Args:
-        model: any module; Hugging Face models of every family built from ``nn.Linear`` or
-            ``Conv1D``.
+        model: any module, such as a Hugging Face model built from ``nn.Linear`` or ``Conv1D``.
         config: the settings; defaults when ``None``.
 
     Returns:
         What was sharpened, refused and left.
 
     Raises:
-        TypeError: no module, or no config.
-        ValueError: nothing matches (the message lists the linear names found) or nothing that
-            matches can be sharpened (with the reasons). The model is then as it was.
+        TypeError: ``model`` is no module, or ``config`` no config.
+        ValueError: no layer matches (the message lists the names of linear layers), or no matching
+            layer can be sharpened (it lists the reasons). The model stays as it was.
 
     Warns:
         UserWarning: some of the layers asked for were refused.
@@ -137,7 +135,7 @@ def _sharpened(
     found: dict[str, Form | Refusal],
     refused: dict[str, str],
 ) -> PatchReport:
-    """Sharpen the layers that are ``found`` and not ``refused``, and what goes with it."""
+    """Sharpen the layers that are ``found`` and not ``refused``, and hook the model."""
     adapters.watch()
     wanted = [name for name in found if name not in refused]
     unique = {id(linears[name]): linears[name] for name in wanted}
@@ -160,11 +158,11 @@ def _sharpened(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Make every sharpened layer plain again; each is the object that it was before.
+    """Make every sharpened layer plain again; each stays the same object.
 
     Raises:
-        TypeError: no module.
-        ValueError: no sharpened layer in it.
+        TypeError: ``model`` is no module.
+        ValueError: no sharpened layer in the model.
     """
     layers = _require_layers(model, "unpatch")
     attention_mask.detach(model)
@@ -175,10 +173,10 @@ def unpatch(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` bit-identically to the unpatched one, on this thread, inside the block.
+    """Run ``model`` with the bits of the unpatched model, on this thread, inside the block.
 
     Raises:
-        ValueError: no sharpened layer in it.
+        ValueError: no sharpened layer in the model.
     """
     layers = _require_layers(model, "disabled")
     states = list({id(layer.state): layer.state for layer in layers.values()}.values())
@@ -190,12 +188,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def set_config(model: nn.Module, config: VPSConfig) -> None:
-    """Change the settings of all sharpened layers; which layers they are stays as patched.
+    """Change the settings of all sharpened layers; the choice of layers stays as patched.
 
     Raises:
-        TypeError: not a :class:`VPSConfig`.
-        ValueError: no sharpened layer, or other target modules, for which to patch again; or
-            sharpened experts, which have no other scope than ``"token"``.
+        TypeError: ``config`` is no :class:`VPSConfig`.
+        ValueError: no sharpened layer in the model; other target modules, which need a new patch;
+            another scope than ``"token"`` for experts; or layers with the γ of a calibration.
     """
     layers = _require_layers(model, "set_config")
     if not isinstance(config, VPSConfig):
@@ -219,10 +217,10 @@ def set_config(model: nn.Module, config: VPSConfig) -> None:
 
 
 def check_scope(model: nn.Module, scope: str, function: str) -> None:
-    """Refuse another scope than ``"token"`` for sharpened experts.
+    """Refuse a scope other than ``"token"`` for sharpened experts.
 
     Raises:
-        ValueError: there are some, the first of which is named.
+        ValueError: the model has sharpened experts; the message names the first.
     """
     if scope == "token":
         return
@@ -237,10 +235,10 @@ def check_scope(model: nn.Module, scope: str, function: str) -> None:
 
 
 def policy_state(model: nn.Module) -> PolicyState:
-    """The entropy and history that all sharpened layers of ``model`` share.
+    """Return the entropy and history that all sharpened layers of ``model`` share.
 
     Raises:
-        ValueError: no sharpened layer in it, or layers of differently patched models.
+        ValueError: no sharpened layer in the model, or layers of differently patched models.
     """
     layers = _require_layers(model, "policy_state")
     states = {id(layer.state): layer.state for layer in layers.values()}
@@ -253,9 +251,9 @@ def policy_state(model: nn.Module) -> PolicyState:
 
 
 def sharpened_layers(model: nn.Module) -> dict[str, SharpenedLayer]:
-    """Every sharpened layer of ``model`` by the first name of its module.
+    """Return every sharpened layer of ``model`` by the first name of its module.
 
-    A layer that an adapter wraps is not among them: the adapter is, in its place.
+    Of an adapter and the layer that it wraps, only the adapter is listed.
     """
     found: dict[str, SharpenedLayer] = {}
     seen: set[int] = set()
@@ -268,7 +266,7 @@ def sharpened_layers(model: nn.Module) -> dict[str, SharpenedLayer]:
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by all of their names, but not what is inside a layer of PEFT."""
+    """Yield all modules by all of their names, except those inside a layer of PEFT."""
     within = ""
     for name, module in model.named_modules(remove_duplicate=False):
         if within and name.startswith(within):
@@ -293,7 +291,7 @@ def _require_layers(model: nn.Module, function: str) -> dict[str, Any]:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that is, or wraps, a linear map, by all of its names."""
+    """Return every layer that is a linear map or wraps one, by all of its names."""
     conv1d = adapters.loaded("transformers.pytorch_utils", "Conv1D")
     kinds = (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
     found = {}
@@ -307,7 +305,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _named_outright(
     others: set[str], linears: dict[str, nn.Module], config: VPSConfig
 ) -> list[str]:
-    """Which of the modules that are no linear layers the config's list of names asks for."""
+    """Return the modules that the config names although they are no linear layers."""
     if isinstance(config.target_modules, str):
         return []
     named = select_names(sorted(others), None, config)
@@ -316,17 +314,17 @@ def _named_outright(
 
 
 def _head_name(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
-    """The output head, which ``"all-linear"`` leaves out as PEFT does."""
+    """Return the output head, which ``"all-linear"`` leaves out as PEFT does."""
     getter = getattr(model, "get_output_embeddings", None)
     try:
         head = getter() if callable(getter) else None
-    except Exception:  # of a model without one: what is not sharpened stops no patch
+    except Exception:  # a model without one may raise, which must not stop the patch
         head = None
     return next((name for name, module in linears.items() if module is head), None)
 
 
 def _joined_state(states: Iterable[PolicyState]) -> PolicyState:
-    """Return what all share; a new state where parts patched by themselves hold other values."""
+    """Return the state of all parts, or a new one where parts hold different values."""
     found = list(states)
     values = {(None if s.entropy is None else float(s.entropy), s.outcomes) for s in found}
     return found[0] if len(values) == 1 else PolicyState()
@@ -349,7 +347,7 @@ def _nothing_matches(linears: dict[str, nn.Module], config: VPSConfig) -> str:
 
 
 def _fused_experts(model: nn.Module) -> dict[str, str]:
-    """Modules that hold the weights of several experts in one 3-D parameter."""
+    """Return why modules stay plain that hold several experts in one 3-D parameter, by name."""
     return {
         name: f"its experts are one fused {tuple(parameter.shape)} tensor, not linear layers"
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Save how a model is sharpened, and sharpen another in the same way: JSON, no weights."""
+"""Save how a model is sharpened as JSON without weights, and sharpen another in the same way."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: a patched model.
-        path: the file; replaced as a whole, or left as it was.
+        path: the file; it is replaced as a whole, or left as it was.
 
     Raises:
         ValueError: no sharpened layer in the model.
-        OSError: it cannot be written, or what is there is no file.
+        OSError: the file cannot be written, or ``path`` is something else.
     """
     state = policy_state(model)
     layers: dict[str, Any] = sharpened_layers(model)
@@ -57,13 +57,13 @@ def load(model: nn.Module, path: str | Path) -> PatchReport:
     """Sharpen ``model`` as :func:`save` or :meth:`vps.Calibration.save` recorded.
 
     Args:
-        model: a model with the layers that the config names; weights are its own.
+        model: a model with the layers that the config names; it keeps its weights.
         path: the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not what :func:`save` wrote, γ of a calibration for other weights, or as for
-            :func:`vps.patch`. The model is then as it was, but for sharpening taken back.
+        ValueError: the file is not one of :func:`save`, its γ belong to other weights, or
+            :func:`vps.patch` raises. The model then stays as it was, or is left plain.
     """
     try:
         text = read_text(Path(path))
@@ -86,7 +86,7 @@ def load(model: nn.Module, path: str | Path) -> PatchReport:
     if not isinstance(own, dict):
         raise ValueError(f"vps.load: configs in {path} must be settings by name of a layer")
     configs = {name: VPSConfig.from_json(json.dumps(each)) for name, each in own.items()}
-    if configs:  # which may name their layers in different ways
+    if configs:  # they may name their layers in different ways
         names = "|".join(re.escape(name) for name in configs)
         scope = "token" if any(own.scope == "token" for own in configs.values()) else config.scope
         config = config.replace(

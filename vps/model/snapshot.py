@@ -1,4 +1,4 @@
-"""What a patch may change of a model, to put back when it fails."""
+"""Put back what a patch changed in a model, when the patch fails."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the policy decides in every layer in one forward pass, and how large the update is.
+"""Observe what the policy decides in every layer in a forward pass, and how large the update is.
 
-``relative_size = ‖y − b − H‖ / ‖H‖`` over all tokens of the pass: of what the layer really added.
+``relative_size = ‖y − b − H‖ / ‖H‖`` over all tokens of the pass, from the actual output y.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vps.model.patching import sharpened_layers
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Decision and effect in one layer, averaged over its groups of tokens (SPEC §2, scope)."""
+    """The decision and its effect in one layer, averaged over its groups of tokens."""
 
     name: str
     sigma: float
@@ -35,7 +35,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Observation:
-    """One layer's energies ``[G]`` (of groups with a counted token) and sizes of H and update."""
+    """The energies ``[G]`` of a layer's groups with a counted token, and sizes of H and update."""
 
     name: str
     layer: Any
@@ -44,7 +44,7 @@ class Observation:
     size_update: Tensor
 
     def decided(self) -> LayerStatistics:
-        """What the layer's config and policy state, as they are now, make of the energies."""
+        """Return what the layer's present config and policy state decide for the energies."""
         config, state = self.layer.config, self.layer.state
         d_out, d_in = min(layer.widths for layer in self.layer.deciding())
         relative = float(self.size_update / self.size_H) if self.size_H > 0 else 0.0
@@ -69,11 +69,11 @@ class Observation:
 def observe(model: nn.Module) -> Iterator[list[Observation]]:
     """Collect an :class:`Observation` of every sharpened layer that runs inside, in that order.
 
-    Costs a second base product a layer.
+    It costs each layer a second base product.
 
     Raises:
         ValueError: no sharpened layer in the model.
-        RuntimeError: at the end of a block in which none ran.
+        RuntimeError: at the end of a block in which no sharpened layer ran.
     """
     layers = sharpened_layers(model)
     if not layers:
@@ -112,7 +112,7 @@ def _observed(
     args: tuple[Tensor, ...],
     y: Tensor,
 ) -> None:
-    """Forward hook."""
+    """Add an :class:`Observation` of a call, as a forward hook."""
     x = args[0]
     H = layer.base_product(x)
     own = [H if one is layer else one.base_product(x) for one in layer.deciding()]
@@ -134,9 +134,8 @@ def _observed(
 
 
 def _energy(grouped: Tensor, counted: Tensor | None) -> Tensor:
-    """Energies ``[G]`` of groups ``[G, T, d_out]`` that have a counted token."""
-    count = None if counted is None else counted.sum(1).clamp_(min=1)
-    energy = selection.statistics(grouped, counted, count, True)[1]
+    """Return energies ``[G]`` of the groups ``[G, T, d_out]`` that have a counted token."""
+    energy = selection.counted_statistics(grouped, counted, True)[1]
     assert energy is not None
     return energy if counted is None else energy[counted.any(1)]
 

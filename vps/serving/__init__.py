@@ -1,4 +1,6 @@
-"""Sharpening inside a serving engine: ``vllm serve MODEL --quantization vps``.
+"""Sharpening inside a serving engine: ``vllm serve MODEL --quantization vps``. In reading order:
 
-``plugin``, ``linear_method`` and ``scheduler`` import vllm, and vLLM alone imports them.
+- ``limits``: the settings, and what an engine cannot be sharpened with
+- ``requests``: the tokens of each request in a batch, and the layers inside a fused layer
+- ``plugin``, ``linear_method``, ``scheduler``: what vLLM calls, which alone imports them
 """

@@ -1,20 +1,77 @@
-"""What a serving engine cannot be sharpened with: refused when it starts, by name and remedy.
+"""Read a serving engine's settings, and refuse by name and remedy what cannot be sharpened.
 
-A request's tokens must not depend on what else is in the batch. With ``scope="token"`` they
-cannot; ``scope="sequence"`` needs every prompt in one piece, once.
+``VPS_CONFIG`` holds the settings, as a JSON file or JSON text. A request's tokens must not depend
+on what else is in the batch. With ``scope="token"`` they cannot; ``scope="sequence"`` needs every
+prompt in one piece, once; ``scope="batch"`` is refused.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 from vps.config import VPSConfig
+from vps.model.settings import FORMAT
+from vps.reading import parse_json, read_text
 
 SCHEDULER = "vps.serving.scheduler.Scheduler"
+VARIABLE = "VPS_CONFIG"
+
+
+def config_from_environment() -> VPSConfig:
+    """Return the config that ``VPS_CONFIG`` names, or the default config where it is unset.
+
+    The variable holds the path of a JSON file, or the JSON object itself (``{"gamma": 0.1, …}``),
+    as :meth:`VPSConfig.to_json` or :func:`vps.save` writes it.
+
+    Raises:
+        ValueError: no such file, not JSON, an unknown field, a bad value, or a value that a server
+            cannot compute with; the message starts with the variable and the origin of the text.
+    """
+    value = os.environ.get(VARIABLE, "").strip()
+    if not value:
+        return VPSConfig()
+    text, origin = value, VARIABLE
+    if not value.startswith("{"):
+        origin = f"{VARIABLE}={value}"
+        try:
+            text = read_text(Path(value).expanduser())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{origin}: expected the path of a JSON file, or a JSON object: {error}"
+            ) from None
+    try:
+        config = VPSConfig.from_json(_config_text(text))
+        if config.scope == "batch":
+            raise ValueError(
+                "scope='batch' would let the requests of a batch change each other's tokens; "
+                "expected 'token' or 'sequence'"
+            )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{origin}: {error}") from None
+    return config
+
+
+def _config_text(text: str) -> str:
+    """Return the config alone, where ``text`` is what :func:`vps.save` wrote."""
+    try:
+        values = parse_json(text)
+    except ValueError:
+        return text  # for VPSConfig to refuse
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        return text
+    if values.get("entropy") is not None or values.get("outcomes"):
+        raise ValueError(
+            "it holds an entropy or outcomes of a refinement, which a server has no place for; "
+            "save the model after vps.policy_state(model).reset()"
+        )
+    return json.dumps(values.get("config"))
 
 
 def check(engine: Any, config: VPSConfig, keeps_prompts_whole: bool) -> None:
-    """Refuse an engine whose outputs would not be those of the sharpened model.
+    """Refuse an engine whose outputs would differ from the sharpened model's.
 
     Args:
         engine: vLLM's ``VllmConfig``.
@@ -22,7 +79,7 @@ def check(engine: Any, config: VPSConfig, keeps_prompts_whole: bool) -> None:
         keeps_prompts_whole: whether the engine's scheduler is :data:`SCHEDULER`.
 
     Raises:
-        ValueError: naming what it is about the engine, and what to do.
+        ValueError: the engine cannot be sharpened; the message says why, and what to do.
     """
     parallel = engine.parallel_config
     reasons = []
@@ -50,7 +107,7 @@ def check(engine: Any, config: VPSConfig, keeps_prompts_whole: bool) -> None:
 
 
 def _splits(engine: Any) -> list[str]:
-    """Why the tokens that a layer sees may not be whole prompts and single generated tokens."""
+    """Return why a layer may not see whole prompts and single generated tokens."""
     model, parallel = engine.model_config, engine.parallel_config
     reasons = []
     if engine.speculative_config is not None:
@@ -70,11 +127,11 @@ def _splits(engine: Any) -> list[str]:
 
 
 def running_requests(concurrency: float | None, wanted: int) -> int:
-    """How many requests may run at once with no need to preempt one, at most ``wanted``.
+    """Return how many requests, at most ``wanted``, can run at once without preemption.
 
     Args:
-        concurrency: requests of the greatest length whose keys and values fit at once, block 0
-            included, which stays unused; ``None`` for a model without them.
+        concurrency: how many requests of the greatest length fit into the cache of keys and values,
+            its unused block 0 included; ``None`` for a model without such a cache.
         wanted: at least 1.
     """
     if concurrency is None:

@@ -1,7 +1,7 @@
-"""How a linear layer of vLLM multiplies when it is sharpened: ``torch.ops.vps.serve``.
+"""Let a linear layer of vLLM multiply by ``torch.ops.vps.serve``.
 
 The operator is opaque to vLLM's compiler, and finds the requests of a batch in the forward context.
-The weight stays a plain matrix (vLLM on a CPU would pack it and let it go), so the backends of
+The weight stays a plain matrix, which vLLM on a CPU would pack and drop, so the backends of
 :func:`vps.vps_linear` compute as everywhere else.
 """
 
@@ -17,8 +17,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from vps.serving.grouping import Run, runs, sharpen
-from vps.serving.parts import Fused
+from vps.serving.requests import Fused, Run, runs, sharpen
 
 if TYPE_CHECKING:
     from vps.serving.plugin import Sharpening
@@ -31,10 +30,10 @@ NEEDED = ("query_start_loc", "seq_lens")
 
 @register_weight_loader_v2_supported_method
 class Sharpened(UnquantizedLinearMethod):
-    """The method of one layer; a layer that the settings do not name multiplies as vLLM does.
+    """How one layer multiplies: as vLLM does where the settings do not name the layer.
 
     Args:
-        sharpening: the settings, with what they have found so far.
+        sharpening: the settings, and the layers found so far.
         prefix: the layer's name.
     """
 
@@ -54,7 +53,7 @@ class Sharpened(UnquantizedLinearMethod):
         *arguments: Any,
         **attributes: Any,
     ) -> None:
-        """As for a plain layer, and settle how its parts are sharpened."""
+        """Create the weights of a plain layer, and settle how its parts are sharpened."""
         super().create_weights(
             layer, input_size_per_partition, output_partition_sizes, *arguments, **attributes
         )
@@ -68,14 +67,14 @@ class Sharpened(UnquantizedLinearMethod):
             super().process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[..., d_in]`` to ``[..., d_out]``."""
+        """Return the output ``[..., d_out]`` for x ``[..., d_in]``."""
         if self.settings is None:
             return super().apply(layer, x, bias)
         return torch.ops.vps.serve(x, layer.weight, bias, self.settings)
 
 
 def keeps_prompts_whole(engine: Any) -> bool:
-    """Whether the engine, a ``VllmConfig``, runs with the scheduler of :mod:`vps.serving`."""
+    """Return whether the engine, a ``VllmConfig``, runs with vps's own scheduler."""
     from vps.serving.scheduler import Scheduler
 
     return engine.scheduler_config.scheduler_cls is not None and issubclass(
@@ -95,11 +94,11 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, settings: str) -> Tens
 
 
 def _runs(context: ForwardContext) -> list[Run] | None:
-    """The requests of the batch, found once a forward pass; ``None`` in a pass without any.
+    """Find the requests of the batch, once a forward pass; ``None`` in a pass without any.
 
     Raises:
-        RuntimeError: an attention backend that does not say where requests start, or a part of a
-            prompt whose beginning was computed before.
+        RuntimeError: the attention backend does not say where requests start, or the batch holds a
+            part of a prompt whose beginning was computed before.
     """
     if not context.attn_metadata:  # a pass that measures memory or warms up
         return None

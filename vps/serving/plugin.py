@@ -1,7 +1,7 @@
-"""The plugin of vLLM, as its "quantization method" ``vps``.
+"""Plug into vLLM as its "quantization method" ``vps``.
 
-``VPS_CONFIG=settings.json vllm serve MODEL --quantization vps``. vLLM asks the method for every
-linear layer how to multiply; the weights stay as they are.
+``VPS_CONFIG=settings.json vllm serve MODEL --quantization vps``. vLLM asks the method how each
+linear layer multiplies; the weights stay as they are.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vps.algorithm import policy
 from vps.config import VPSConfig
 from vps.model.matching import select_names
-from vps.serving import configuration, limits, parts
+from vps.serving import limits, requests
 
 logger = init_logger("vllm.plugins.vps")  # shown like vLLM's own
 
 NAME = "vps"
-# Read by attention itself, beside the product that is sharpened.
+# Attention itself reads these weights, beside the product that is sharpened.
 ABSORBED = ("kv_b_proj",)
 
 
 def register() -> None:
-    """The entry point in ``vllm.general_plugins``; every process of vLLM calls it."""
+    """Register the method: the entry point in ``vllm.general_plugins``, called in each process."""
     register_quantization_config(NAME)(Sharpening)
 
 
 class Sharpening(QuantizationConfig):
     """Which layers of a model are sharpened, and how.
 
-    Made by vLLM where it reads the model's config, and sent to its workers.
+    vLLM makes it where it reads the model's config, and sends it to its workers.
 
     Raises:
-        ValueError: settings that cannot be read or used (:func:`configuration.from_environment`).
+        ValueError: settings that cannot be read or used (:func:`limits.config_from_environment`).
     """
 
     def __init__(self, config: VPSConfig | None = None) -> None:
         super().__init__()
-        self.config = configuration.from_environment() if config is None else config
+        self.config = limits.config_from_environment() if config is None else config
         self.sharpened: list[str] = []
         self.others: list[str] = []
         self.coupled: list[str] = []
@@ -53,26 +53,26 @@ class Sharpening(QuantizationConfig):
         self.reported = False
 
     def get_name(self) -> str:
-        """``"vps"``."""
+        """Return ``"vps"``."""
         return NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Every dtype that vLLM computes with."""
+        """Return every dtype that vLLM computes with."""
         return [torch.float32, torch.bfloat16, torch.float16]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Any GPU."""
+        """Return 0, which admits any GPU."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: the settings are no part of a model's files."""
+        """Return no name, for the settings are no part of a model's files."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Sharpening:
-        """Refuse a model whose own files say that it is quantized: its weights are no matrices."""
+        """Refuse a model whose own files call it quantized: its weights are no matrices."""
         method = config.get("quant_method", "an unknown method")
         raise ValueError(
             f"vps cannot sharpen this model: its weights are quantized ({method}), and vLLM takes "
@@ -80,10 +80,10 @@ class Sharpening(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How ``layer`` multiplies; ``None`` for what is no linear layer.
+        """Return how ``layer`` multiplies, or ``None`` for a module that is no linear layer.
 
         Raises:
-            ValueError: an engine, or a layer that the settings ask for, that cannot be sharpened.
+            ValueError: the engine cannot be sharpened, or a layer that the settings ask for.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -112,17 +112,17 @@ class Sharpening(QuantizationConfig):
             )
         return linear_method.Sharpened(self, prefix)
 
-    def fuse(self, layer: Any, prefix: str, sizes: list[int]) -> parts.Fused | None:
-        """How the layer of that name, with outputs of these sizes, is sharpened, if it is."""
-        fused = parts.split(prefix, sizes, self.packed_modules_mapping, self.config)
+    def fuse(self, layer: Any, prefix: str, sizes: list[int]) -> requests.Fused | None:
+        """Return how the layer named ``prefix``, whose parts have these sizes, is sharpened."""
+        fused = requests.split(prefix, sizes, self.packed_modules_mapping, self.config)
         if fused is None:
             self.others.append(prefix)
             return None
         self.sharpened.append(prefix)
         coupling = self.config.couples
         if coupling and hasattr(layer, "num_kv_heads"):
-            coupled = parts.couple(fused, layer.num_heads, layer.num_kv_heads)
-            if isinstance(coupled, parts.Fused):
+            coupled = requests.couple(fused, layer.num_heads, layer.num_kv_heads)
+            if isinstance(coupled, requests.Fused):
                 self.coupled.append(prefix)
                 return coupled
             if len(fused.parts) != 3 or any(part.sharpened for part in fused.parts[:2]):
@@ -130,10 +130,10 @@ class Sharpening(QuantizationConfig):
         return fused
 
     def report(self) -> None:
-        """Say once, when the model is complete, what is sharpened.
+        """Log once, when the model is complete, what is sharpened.
 
         Raises:
-            ValueError: nothing is.
+            ValueError: no layer is sharpened.
         """
         if self.reported:
             return
@@ -157,6 +157,6 @@ class Sharpening(QuantizationConfig):
             logger.warning("vps: q and k select separately in %d: %s", len(self.uncoupled), listed)
 
     def _tell_compiler(self, engine: Any) -> None:
-        """Let the settings count where vLLM looks for a compiled graph of an earlier start."""
+        """Add the settings to the key of vLLM's cache of compiled graphs."""
         if isinstance(engine.additional_config, dict):
             engine.additional_config[NAME] = self.config.to_json()

@@ -1,7 +1,8 @@
-"""vLLM's scheduler with every prompt computed whole and once, as ``scope="sequence"`` needs.
+"""Schedule every prompt whole and once, as ``scope="sequence"`` needs.
 
-No prompt is split over steps (chunked prefill), taken from another request's (prefix caching), or
-computed again together with its answer (preemption): so many requests run as surely fit.
+No prompt is split over steps (chunked prefill), taken from the cache of another request (prefix
+caching), or computed again together with its answer (preemption): only as many requests run at once
+as surely fit.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ logger = init_logger("vllm.plugins.vps")
 
 
 class Scheduler(Base):
-    """Chosen by ``--scheduler-cls vps.serving.scheduler.Scheduler``; takes what vLLM gives.
+    """vLLM's scheduler, restricted; ``--scheduler-cls vps.serving.scheduler.Scheduler`` chooses it.
 
     Raises:
-        ValueError: a prompt may be longer than what is computed in one step.
+        ValueError: a prompt may be longer than one step.
     """
 
     def __init__(self, vllm_config: Any, *arguments: Any, **options: Any) -> None:
@@ -41,8 +42,8 @@ class Scheduler(Base):
         self.max_num_active_reqs = running_requests(cache.kv_cache_max_concurrency, wanted)
         if self.max_num_active_reqs < wanted:
             logger.warning(
-                "vps: %d requests run at once instead of %d, for so many of %d tokens fit into "
-                "the cache of keys and values; the others wait",
+                "vps: %d requests run at once instead of %d, because no more of %d tokens fit "
+                "into the cache of keys and values; the others wait",
                 self.max_num_active_reqs,
                 wanted,
                 longest,

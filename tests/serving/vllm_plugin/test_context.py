@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vps.serving.grouping import Run
 from vps.serving.linear_method import _runs
+from vps.serving.requests import Run
 
 
 def context(starts, seq_lens, kind=SimpleNamespace):

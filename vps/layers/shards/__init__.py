@@ -1,7 +1,7 @@
-"""Layers of which each rank holds a part (transformers' tensor parallelism). In reading order:
+"""Layers that transformers' tensor parallelism splits over ranks. In reading order:
 
-- ``tensor_parallel``: recognises such layers and stands in their place
-- ``sharding``: all that ranks exchange
-- ``column_wise``: outputs split over ranks
-- ``row_wise``: inputs split over ranks
+- ``tensor_parallel``: recognises such a layer and sharpens it in its place
+- ``sharding``: what ranks hold and exchange
+- ``column_wise``: W with its outputs split over ranks
+- ``row_wise``: W with its inputs split over ranks
 """

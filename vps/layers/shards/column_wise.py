@@ -1,11 +1,14 @@
-"""W of which each rank holds some rows: outputs are split over ranks, x is whole on each.
+"""Compute with W split by rows: each rank holds some outputs, and the whole of x.
 
-What ranks exchange for G groups of T tokens (SPEC §2–§5, §7): by one all-gather each rank's best r
-candidates (``2 · G · r`` numbers, ``3 · G · r`` for a coupled query and key), and by one all-reduce
-for each projection ``t = H[:, I_out]``, ``[G, T, r]``, and the norms, ``2 · G · r``, or under
-another clip or the second order up to ``3 · G · r²``. Only the clip of SC and the spectral one ask
-for more: the selected rows of W, as :func:`vps.layers.shards.sharding.products_of_rows` moves them.
-The backward pass adds up ``∂L/∂t`` ``[G, T, r]`` and, as the base layer's, ``∂L/∂x``.
+Ranks exchange for G groups of T tokens (SPEC §2–§5, §7):
+
+- by one all-gather, each rank's best r candidates: ``2 · G · r`` numbers, or ``3 · G · r`` for a
+  coupled query and key;
+- by one all-reduce, ``t = H[:, I_out]`` ``[G, T, r]`` of each projection, and the norms,
+  ``2 · G · r``, or under another clip or the second order up to ``3 · G · r²``;
+- for the clip of SC and the spectral clip, the selected rows of W
+  (:func:`vps.layers.shards.sharding.products_of_rows`);
+- in the backward pass, sums of ``∂L/∂t`` ``[G, T, r]`` and of ``∂L/∂x``, as for the base layer.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class ColumnShard(Weight):
 
     Args:
         W: ``[held, d_in]``.
-        shard: of the outputs.
+        shard: how the outputs are split.
     """
 
     def __init__(self, W: Tensor, shard: Shard) -> None:
@@ -74,7 +77,7 @@ class ColumnShard(Weight):
             best = scores[0].gather(1, index)
             return list(sharding.best_of_all(best, [index + last.offset], r, last))
         size = last.bounds[-1] // heads[1]
-        own = [weight.shard.size // size for weight in weights]  # of the heads, those held here
+        own = [weight.shard.size // size for weight in weights]  # heads on this rank
         contribution, I_q, I_k = coupling.contributions(scores[0], scores[1], k, *own)
         features = [I_k + last.offset, I_q + self.shard.offset]
         I_k, I_q = sharding.best_of_all(contribution.gather(1, I_k), features, r, last)
@@ -106,8 +109,8 @@ class ColumnProjection(MatrixProjection):
     """Tokens through this rank's rows of W.
 
     Args:
-        weight: of this rank.
-        x: ``[G, T, d_in]``, whose gradient is added up over the ranks.
+        weight: this rank's rows.
+        x: ``[G, T, d_in]``; its gradient is summed over the ranks.
         bias: ``[held]`` or ``None``.
         I_in: ``[G, r]``.
     """
@@ -128,7 +131,7 @@ class ColumnProjection(MatrixProjection):
         return sharding.copied(sharding.reduced(own, self.t, self.shard), self.shard)
 
     def parts(self, I_out: Tensor, settings: Settings, gram_A: Tensor | None) -> Products:
-        """Return what this rank adds to the products, with ``norm_B`` squared."""
+        """Return this rank's summands of the products, with ``norm_B`` squared."""
         W, dtype, norm = self.frozen, selection.accumulation_dtype(self.W.dtype), _norm
         local, held = self.shard.locate(I_out)
         norm_A = norm_B = gram_B = crossing = None
@@ -160,7 +163,7 @@ class ColumnProjection(MatrixProjection):
 def _products_of_rows(
     projections: Sequence[ColumnProjection], outputs: Sequence[Tensor], settings: Sequence[Settings]
 ) -> list[Tensor | None]:
-    """Return this rank's summand of ``gram_A`` of each, ``None`` where none is needed."""
+    """Return this rank's summand of ``gram_A`` for each projection that needs it, else ``None``."""
     wanted = [needs_gram_of_rows(own) for own in settings]
     chosen = [at for at, one in enumerate(wanted) if one]
     if not chosen:

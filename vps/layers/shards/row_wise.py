@@ -1,10 +1,13 @@
-"""W of which each rank holds some columns: inputs are split over ranks, which add up their outputs.
+"""Compute with W split by columns: each rank holds some inputs, and outputs are summed.
 
-What ranks exchange for G groups of T tokens (SPEC §2–5): by one all-gather each rank's best r
-candidates (``2 · G · r`` numbers); with the layer's own all-reduce of H the distinct columns ``B``
-that were selected, at most ``G · r`` rows of d_out; and by one more the norms of the rows of W,
-``G · r``, or their inner products, ``G · r²``, and for SC ``x[:, I_in]``, ``[G, T, r]``. The
-backward pass exchanges nothing: ``∂L/∂y`` is the same on every rank.
+Ranks exchange for G groups of T tokens (SPEC §2–§5):
+
+- by one all-gather, each rank's best r candidates, ``2 · G · r`` numbers;
+- by the layer's own all-reduce of H, also the distinct selected columns of W, at most ``G · r``
+  rows of d_out numbers;
+- by another all-reduce, norms of the selected rows of W, ``G · r``, or their inner products,
+  ``G · r²``, and for SC ``x[:, I_in]``, ``[G, T, r]``;
+- in the backward pass nothing, because ``∂L/∂y`` is the same on every rank.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from vps.algorithm.weight import (
     gather,
     needs_gram_of_columns,
     needs_gram_of_rows,
-    statistics,
 )
 from vps.layers.shards import sharding
 from vps.layers.shards.sharding import Shard
@@ -38,7 +40,7 @@ class RowShard(Weight):
 
     Args:
         W: ``[d_out, held]``.
-        shard: of the inputs.
+        shard: how the inputs are split.
     """
 
     reads_whole_input = False
@@ -51,7 +53,7 @@ class RowShard(Weight):
         return self.W.shape[0], self.shard.bounds[-1]
 
     def check(self, x: Tensor) -> None:
-        """Accept what the layer has found to be its part of the input."""
+        """Accept x, which the layer has checked as its part of the input."""
 
     def is_empty(self, x: Tensor) -> bool:
         return math.prod(x.shape[:-1]) == 0  # a rank may hold no feature
@@ -63,7 +65,7 @@ class RowShard(Weight):
         return RowShard(cast(self.W, dtype), self.shard)
 
     def select_inputs(self, x: Tensor, mask: Tensor | None, r: int) -> Tensor:
-        scores, _ = statistics(sharding.padded(x, -1), mask, False)
+        scores, _ = selection.counted_statistics(sharding.padded(x, -1), mask, False)
         index = selection.top_k(scores, min(r, self.shard.size))
         best = scores.gather(1, index)
         return sharding.best_of_all(best, [index + self.shard.offset], r, self.shard)[0]
@@ -75,10 +77,10 @@ class RowShard(Weight):
 
 
 class RowProjection(Projection):
-    """Tokens through this rank's columns of W, added up.
+    """Tokens through this rank's columns of W, summed over the ranks.
 
     Args:
-        weight: of this rank.
+        weight: this rank's columns.
         x: this rank's inputs, ``[G, T, held]``.
         bias: ``[d_out]`` or ``None``.
         I_in: ``[G, r]``.
@@ -93,10 +95,10 @@ class RowProjection(Projection):
         self.H = self.output = sharding.reduced(own, self.total, self.shard)
 
     def _added_up(self, own: Tensor) -> Tensor:
-        """Return H of all ranks; the distinct columns I_in of W ride along, as rows of the layer's
-        own all-reduce, to ``values`` ``[U, d_out]``.
+        """Return H of all ranks, and keep the distinct columns I_in of W as ``values``.
 
-        ``place`` says which of them column c of ``B`` is, ``[G, r]``; ``None`` where that is c.
+        The columns ``[U, d_out]`` ride along as rows of the layer's own all-reduce. ``place``
+        ``[G, r]`` is the row of ``values`` that holds column c of ``B``, or ``None`` where it is c.
         """
         self.place, distinct = None, self.I_in[0]
         if len(self.I_in) > 1:

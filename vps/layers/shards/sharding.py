@@ -1,7 +1,7 @@
-"""Which features of a layer each rank of a tensor-parallel group holds, and what ranks exchange.
+"""Split the features of a layer over the ranks of a group, and exchange numbers between them.
 
-Every rank computes what it decides from the numbers that come back, which are the same everywhere,
-so no two ranks ever select different features.
+Every rank decides from the numbers that come back. These are the same everywhere, so no two ranks
+ever select different features.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Shard(NamedTuple):
 
     Args:
         group: the process group.
-        rank: of this process in it.
+        rank: this process's rank in the group.
         bounds: rank p holds features ``bounds[p]`` to ``bounds[p + 1]``.
     """
 
@@ -30,22 +30,23 @@ class Shard(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """The first feature that this rank holds."""
+        """Return the first feature that this rank holds."""
         return self.bounds[self.rank]
 
     @property
     def size(self) -> int:
-        """How many features this rank holds; may be 0."""
+        """Return how many features this rank holds, perhaps 0."""
         return self.bounds[self.rank + 1] - self.offset
 
     @property
     def world(self) -> int:
-        """Ranks in the group."""
+        """Return the number of ranks in the group."""
         return len(self.bounds) - 1
 
     def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's own number of each feature, of any feature where another rank holds it, and
-        whether this one does; both of the shape of ``index``.
+        """Return the position of each feature on this rank, and whether this rank holds it.
+
+        Both have the shape of ``index``. The position of a feature of another rank is arbitrary.
         """
         local = index - self.offset
         held = (local >= 0) & (local < self.size)
@@ -53,13 +54,13 @@ class Shard(NamedTuple):
 
 
 def split_evenly(features: int, ranks: int) -> tuple[int, ...]:
-    """Bounds of ``ranks`` parts as torch.chunk and DTensor make them: the last may be shorter."""
+    """Return bounds of ``ranks`` parts, as torch.chunk and DTensor split: the last may be short."""
     part = -(-features // ranks)
     return tuple(min(rank * part, features) for rank in range(ranks + 1))
 
 
 def padded(values: Tensor, dim: int) -> Tensor:
-    """``values``, with one feature of zeros where this rank holds none."""
+    """Return ``values``, with one feature of zeros where this rank holds none."""
     if values.shape[dim]:
         return values
     shape = list(values.shape)
@@ -70,12 +71,13 @@ def padded(values: Tensor, dim: int) -> Tensor:
 def best_of_all(
     scores: Tensor, features: Sequence[Tensor], r: int, shard: Shard
 ) -> tuple[Tensor, ...]:
-    """The best r candidates of all ranks, from the best of each: one all-gather.
+    """Return the best r candidates of all ranks, from the best of each, by one all-gather.
 
-    Sent: ``(1 + n) · r`` numbers a group.
+    Each rank sends ``(1 + n) · r`` numbers a group.
 
     Args:
-        scores: of this rank's best candidates, at least 0, best first, ``[G, min(r, held)]``.
+        scores: scores of this rank's best candidates, at least 0, best first,
+            ``[G, min(r, held)]``.
         features: n numbers that describe each candidate, of the shape of ``scores``; the first is
             the feature's index in the whole layer.
         r: how many to find.
@@ -95,14 +97,14 @@ def best_of_all(
 
 
 def _from_all(message: Tensor, shard: Shard) -> Tensor:
-    """The messages of all ranks, of one shape, along a new first dim."""
+    """Return the messages of all ranks, of one shape, along a new first dim."""
     everyone = [torch.empty_like(message) for _ in range(shard.world)]
     dist.all_gather(everyone, message, group=shard.group)
     return torch.stack(everyone)
 
 
 def gather(values: Tensor, shard: Shard) -> Tensor:
-    """All features of ``values`` ``[..., held]``, in their order."""
+    """Return all features of ``values`` ``[..., held]``, in their order."""
     rows = values.reshape(-1, values.shape[-1])
     widest = shard.bounds[1]
     own = rows.new_zeros(len(rows), widest)
@@ -113,9 +115,9 @@ def gather(values: Tensor, shard: Shard) -> Tensor:
 
 
 def add_up(parts: Sequence[Tensor | None], shard: Shard) -> list[Tensor | None]:
-    """Every part summed over the ranks, in one all-reduce of all; ``None`` stays.
+    """Return every part summed over the ranks, by one all-reduce; ``None`` stays.
 
-    Summed in the accumulation dtype of the parts, which a narrower part returns to.
+    Parts are summed in their widest dtype, and each sum has the dtype of its part.
     """
     given = [part for part in parts if part is not None]
     if not given:
@@ -130,7 +132,7 @@ def add_up(parts: Sequence[Tensor | None], shard: Shard) -> list[Tensor | None]:
 
 
 def reduced(own: Tensor, total: Tensor, shard: Shard) -> Tensor:
-    """Return ``total``, the sum of every rank's ``own``, whose gradient is that of each summand."""
+    """Return ``total``, the sum of every rank's ``own``; each summand gets its gradient."""
     if not (torch.is_grad_enabled() and own.requires_grad):
         return total
     result: Tensor = _Reduced.apply(own, total, shard)
@@ -138,7 +140,7 @@ def reduced(own: Tensor, total: Tensor, shard: Shard) -> Tensor:
 
 
 def copied(values: Tensor, shard: Shard) -> Tensor:
-    """Return values that are the same on every rank, whose gradient is added up over the ranks."""
+    """Return values that are the same on every rank; their gradient is summed over the ranks."""
     if not (torch.is_grad_enabled() and values.requires_grad):
         return values
     result: Tensor = _Copied.apply(values, shard)
@@ -175,20 +177,20 @@ class _Copied(torch.autograd.Function):
 def products_of_rows(
     weights: Sequence[Tensor], indices: Sequence[Tensor], shards: Sequence[Shard]
 ) -> list[Tensor]:
-    """This rank's summands of the inner products of selected rows of weights split by rows.
+    """Return this rank's summands of the inner products of selected rows of weights split by rows.
 
-    Rows that different ranks hold have to meet. Each rank takes one part of the inputs of every
-    distinct selected row, by one all-to-all, which moves each element of these rows once over all
-    ranks: at most ``G · r · d_in`` for a weight, and ``1/P`` of that to each of P ranks. No
-    exchange of fewer numbers gives the inner product of two vectors that two ranks hold.
+    Rows that different ranks hold have to meet. By one all-to-all each rank takes one part of the
+    inputs of every distinct selected row. This moves each element of these rows once: at most
+    ``G · r · d_in`` for a weight, and ``1/P`` of that to each of P ranks. No exchange of fewer
+    numbers gives the inner product of two vectors that two ranks hold.
 
     Args:
-        weights: this rank's rows of each, ``[held, d_in]``.
-        indices: of rows of each whole weight, ``[G, r]``.
-        shards: of the rows, over one group.
+        weights: this rank's rows of each weight, ``[held, d_in]``.
+        indices: selected rows of each whole weight, ``[G, r]``.
+        shards: how the rows of each weight are split, over one group.
 
     Returns:
-        ``[G, r, r]`` each, in the dtype of the weight or float32, to be added up over the ranks.
+        ``[G, r, r]`` for each weight, in its dtype or float32, to be summed over the ranks.
     """
     ranks, rank = shards[0].world, shards[0].rank
     parts = split_evenly(weights[0].shape[1], ranks)

@@ -1,8 +1,8 @@
-"""Layers that transformers' tensor parallelism splits over ranks, sharpened as one process would.
+"""Sharpen layers that transformers splits over ranks, with the result of a single process.
 
 ``AutoModelForCausalLM.from_pretrained(…, tp_plan="auto")`` makes weights DTensors and replaces the
 ``forward`` of each layer; activations stay plain tensors. :mod:`vps.layers.shards.column_wise` and
-:mod:`vps.layers.shards.row_wise` compute, and say what ranks exchange.
+:mod:`vps.layers.shards.row_wise` compute, and list what ranks exchange.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from vps.layers.shards.column_wise import ColumnShard
 from vps.layers.shards.row_wise import RowShard
 from vps.layers.shards.sharding import Shard, split_evenly
 
-STYLES = {"ColwiseParallel": 0, "RowwiseParallel": 1}  # and the dim of the weight that they split
+STYLES = {"ColwiseParallel": 0, "RowwiseParallel": 1}  # each with the dim of W that it splits
 
 
 class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
-    """A linear layer of which this rank holds a part, as :meth:`sharpened` makes it in place.
+    """A linear layer that is split over ranks; :meth:`sharpened` makes it in place.
 
-    Parameters, ``state_dict`` keys and hooks stay those of the layer; ``base_forward`` is the
-    forward that transformers gave it.
+    Parameters, ``state_dict`` keys and hooks stay the layer's own; ``base_forward`` is the forward
+    that transformers gave it.
     """
 
     base_forward: Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
         """Turn ``module`` itself into this class.
 
         Raises:
-            TypeError: a layer that :func:`why_not_sharpenable` refuses.
+            TypeError: :func:`why_not_sharpenable` refuses the layer.
         """
         reason = why_not_sharpenable(module)
         if reason is not None:
@@ -75,11 +75,11 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
 
     @property
     def form(self) -> str:
-        """Its form in a :class:`vps.PatchReport`."""
-        return f"tensor parallel ({'row' if self.splits_inputs else 'column'}-wise)"
+        """Return the form that a :class:`vps.PatchReport` shows."""
+        return _form(self.style)
 
     def matrix(self) -> None:
-        """No rank holds the whole W."""
+        """Return ``None``: no rank holds the whole W."""
 
     def plain_output(self, x: Tensor) -> Tensor:
         return self.base_forward(x)
@@ -92,7 +92,7 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
 
     @torch.no_grad()
     def base_product(self, x: Tensor) -> Tensor:
-        """``H`` of all ranks, which moves as much: for statistics alone."""
+        """Return ``H`` of all ranks; it is moved whole, so this is for statistics alone."""
         x = _own_input(self, x)
         H = F.linear(x, _local(self.weight).to(x.dtype))
         if self.splits_inputs:
@@ -113,11 +113,11 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
 
     @property
     def splits_inputs(self) -> bool:
-        """Whether this rank holds some of the inputs, rather than of the outputs."""
+        """Return whether this rank holds some of the inputs, rather than of the outputs."""
         return STYLES[type(self.style).__name__] == 1
 
     def forward(self, input: Tensor) -> Tensor:
-        """Sharpened output for the input, both as the base layer has them on this rank."""
+        """Return the sharpened output; input and output are split as for the base layer."""
         if self.is_off():
             return self.base_forward(input)
         if self.coupling is not None and self.coupling.applies():
@@ -138,7 +138,7 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
         return Projection(weight, bias, self.gradient, None, self.gamma)
 
     def extra_repr(self) -> str:
-        """Sizes, the part that this rank holds, and the main settings."""
+        """Return sizes, the part that this rank holds, and the main settings."""
         end = self.shard.offset + self.shard.size
         return (
             f"{super().extra_repr()}, {'inputs' if self.splits_inputs else 'outputs'} "
@@ -148,32 +148,26 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
 
 
 class TensorParallelCoupling(pairing.Coupling):
-    """A query and a key layer of whose heads each rank holds whole key-value groups."""
+    """A query and a key layer; each rank holds whole key-value groups of their heads."""
 
-    def __init__(
-        self, query: TensorParallelLinear, key: TensorParallelLinear, heads: int, kv_heads: int
-    ) -> None:
-        super().__init__(query, key, heads, kv_heads)
-        self.layers = (query, key)
-
-    def outputs(self, layer: pairing.Layer, x: Tensor) -> list[Tensor | None]:
-        return _sharpen(self.layers, x, (self.heads, self.kv_heads))
+    def outputs(self, layer: SharpenedLayer, x: Tensor) -> list[Tensor | None]:
+        return _sharpen((self.query, self.key), x, (self.heads, self.kv_heads))
 
 
 def _sharpen(
-    layers: tuple[TensorParallelLinear, ...], x: Tensor, heads: tuple[int, int] | None = None
+    layers: tuple[Any, ...], x: Tensor, heads: tuple[int, int] | None = None
 ) -> list[Tensor | None]:
-    """Return outputs of one layer, or of a query and a key layer that are coupled, for the same x.
+    """Return outputs of one layer, or of a coupled query and key layer, for the same x.
 
     Args:
-        layers: one, or two that split their outputs.
+        layers: one :class:`TensorParallelLinear`, or two that split their outputs.
         x: as the base layers take it.
         heads: query and key-value heads of coupled layers.
 
     Raises:
         TypeError: x is no plain floating-point tensor.
         ValueError: x has another number of features than this rank takes.
-        RuntimeError: a layer that holds L-BFGS pairs, or another backend asked for than torch.
+        RuntimeError: a layer holds L-BFGS pairs, or a backend other than torch was asked for.
     """
     first, part = layers[0], _own_input(layers[0], x)
     both = tuple(layer.projection(part) for layer in layers)
@@ -185,7 +179,7 @@ def _sharpen(
 def pair(
     query: TensorParallelLinear, key: TensorParallelLinear, heads: int, kv_heads: int
 ) -> TensorParallelCoupling | str:
-    """The coupling of two layers, or why there is none."""
+    """Return the coupling of two layers, or why they are not coupled."""
     if query.splits_inputs or key.splits_inputs:
         return "they split their inputs over ranks"
     if query.shard.group is not key.shard.group and query.shard.group != key.shard.group:
@@ -198,7 +192,7 @@ def pair(
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Whether transformers' tensor parallelism replaced the forward of ``module``."""
+    """Return whether transformers' tensor parallelism replaced the forward of ``module``."""
     forward = module.__dict__.get("forward")
     return "install_forward.<locals>" in getattr(forward, "__qualname__", "")
 
@@ -212,13 +206,15 @@ def recognise(module: nn.Module) -> Form | Refusal | None:
     reason = why_not_sharpenable(module)
     if reason is not None:
         return Refusal(reason)
-    rows = type(_style(module)).__name__ == "RowwiseParallel"
-    name = f"tensor parallel ({'row' if rows else 'column'}-wise)"
-    return Form(name, TensorParallelLinear.sharpened)
+    return Form(_form(_style(module)), TensorParallelLinear.sharpened)
+
+
+def _form(style: Any) -> str:
+    return f"tensor parallel ({'row' if STYLES[type(style).__name__] else 'column'}-wise)"
 
 
 def why_not_sharpenable(module: nn.Module) -> str | None:
-    """Why a tensor-parallel ``module`` cannot be sharpened, or ``None``."""
+    """Return why a tensor-parallel ``module`` cannot be sharpened, or ``None``."""
     if type(module) is not nn.Linear:
         return f"its type is {type(module).__name__}, expected exactly Linear"
     style = _style(module)
@@ -253,20 +249,20 @@ def why_not_sharpenable(module: nn.Module) -> str | None:
 
 
 def _style_name(module: nn.Module) -> str:
-    """The class that installed the forward of ``module``."""
+    """Return the name of the class that installed the forward of ``module``."""
     return str(getattr(module.__dict__["forward"], "__qualname__", "unknown")).split(".")[0]
 
 
 def _style(module: nn.Module) -> Any:
-    """The parallel style of transformers in the forward of ``module``, or ``None``."""
+    """Return the parallel style of transformers in the forward of ``module``, or ``None``."""
     forward = module.__dict__["forward"]
-    if not inspect.isfunction(forward):  # another party's around it, of the same name
+    if not inspect.isfunction(forward):  # another party wrapped it under the same name
         return None
     return inspect.getclosurevars(forward).nonlocals.get("self")
 
 
 def _shard(module: nn.Module) -> Shard:
-    """How the weight of ``module`` is split."""
+    """Return how the weight of ``module`` is split."""
     weight: Any = module._parameters["weight"]
     process_group = weight.device_mesh.get_group()
     ranks = dist.get_world_size(process_group)
@@ -281,7 +277,7 @@ def _replicated() -> Any:
 
 
 def _local(parameter: Any) -> Tensor:
-    """This rank's part of a parameter, through which its gradient flows."""
+    """Return this rank's part of a parameter, with its graph."""
     from torch.distributed.tensor import DTensor
 
     local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -289,7 +285,7 @@ def _local(parameter: Any) -> Tensor:
 
 
 def _own_input(layer: TensorParallelLinear, x: Tensor) -> Tensor:
-    """What this rank takes of the input of the base layer."""
+    """Return this rank's part of the base layer's input."""
     if type(x) is not Tensor and not isinstance(x, nn.Parameter):
         raise TypeError(f"a tensor-parallel layer takes a plain tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
@@ -309,7 +305,7 @@ def _own_input(layer: TensorParallelLinear, x: Tensor) -> Tensor:
 
 
 def _own_output(layer: TensorParallelLinear, y: Tensor) -> Tensor:
-    """The output as the base layer gives it, gathered where that is its style."""
+    """Return the output as the base layer returns it: gathered where its style gathers."""
     if layer.splits_inputs or layer.style.output_layouts != _replicated():
         return y
     mesh: Any = layer.weight.device_mesh  # type: ignore[attr-defined]
