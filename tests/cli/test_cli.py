@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from processes import python
 
 from vps import VPSConfig
 from vps.cli.terminal import Progress, side_by_side
@@ -145,7 +146,7 @@ def test_help_fits_80_columns(run, monkeypatch):
 
 def test_without_typer_one_line_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; from vps import cli; sys.exit(cli.main())"
-    ran = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True)
+    ran = python(code, "doctor")
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr == ("vps: error: the command needs typer: pip install 'vps-kernels[cli]'\n")
 

@@ -9,14 +9,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from matrix_cases import llama, oracle, quantized, replaced, run, weights_of
+from matrix_cases import IDS, llama, oracle, quantized, replaced, run, weights_of
 from torch import nn
 
 import vps
 from vps import VPSConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 QUANTIZED = ("int8", "nf4", "torchao int8", "torchao int4", "torchao fp8")
 FORMS = {
     "plain": {"weight"},
