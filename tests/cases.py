@@ -14,6 +14,7 @@ from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma
 from vps.functional import Projection, coupled_vps_linear
 
+FAR = 2**30 + 1  # elements between rows: a few of them reach beyond 2^31
 HOSTILE = ("", "", "ties", "zero", "nan", "inf", "huge", "strided")
 
 

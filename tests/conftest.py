@@ -118,3 +118,15 @@ def run(capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory):
+    """A folder with a tiny model that reads characters, and tasks of lm-eval for it."""
+    import evaluation_cases
+
+    path = tmp_path_factory.mktemp("tasks")
+    evaluation_cases.write_tasks(path)
+    evaluation_cases.tokenizer().save_pretrained(path)
+    evaluation_cases.plain_model().save_pretrained(path)
+    return path

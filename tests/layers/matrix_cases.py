@@ -183,3 +183,16 @@ def run(model, ids, steps=3, mask=None):
         )
         logits.append(out.logits)
     return logits[0], torch.cat(logits[1:], 1)
+
+
+def shard(model, layers):
+    """Split a model with FSDP2: its blocks, and where asked each linear layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.model.layers:
+        if layers:
+            for module in list(block.modules()):
+                if isinstance(module, nn.Linear):
+                    fully_shard(module)
+        fully_shard(block)
+    return fully_shard(model)

@@ -8,7 +8,6 @@ import torch
 from cases import copies, in_threads
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
 
 import vps
 from vps import VPSConfig, VPSLinear, reference, token_mask, vps_linear
@@ -90,16 +89,6 @@ def test_off_is_bit_identical_to_the_base():
         assert not torch.equal(y[0], linear(x)[0])
 
 
-def test_sequences_and_tokens_do_not_see_each_other():
-    torch.manual_seed(1)
-    linear = nn.Linear(20, 24, dtype=torch.float64)
-    x = torch.randn(3, 5, 20, dtype=torch.float64)
-    by_sequence = VPSLinear.from_linear(linear, VPSConfig(scope="sequence"))
-    assert torch.allclose(by_sequence(x)[1], by_sequence(x[1]), rtol=0, atol=1e-13)
-    by_token = VPSLinear.from_linear(linear, VPSConfig(scope="token"))
-    assert torch.allclose(by_token(x)[2, 3], by_token(x[2, 3]), rtol=0, atol=1e-13)
-
-
 def test_sc_does_not_depend_on_the_order_of_features():
     torch.manual_seed(2)
     W, x = torch.randn(12, 15, dtype=torch.float64), torch.randn(7, 15, dtype=torch.float64)
@@ -167,19 +156,6 @@ def test_autocast_equals_the_narrow_layer():
     assert torch.equal(y, narrow(x.bfloat16()))
     y.float().sum().backward()
     assert layer.weight.grad.dtype == torch.float32
-
-
-def test_checkpoint_gives_the_same_gradients():
-    layer = VPSLinear.from_linear(nn.Linear(8, 8))
-    x = torch.randn(2, 4, 8, requires_grad=True)
-    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
-    for reentrant in (False, True):
-        y = checkpoint(layer, x, use_reentrant=reentrant)
-        assert (
-            torch.equal(torch.autograd.grad(y.square().sum(), x)[0], plain)
-            if not (reentrant)
-            else torch.equal(y, layer(x))
-        )
 
 
 @pytest.mark.parametrize("settings", [{}, {"builder": "sc", "order": 2}, {"builder": "random"}])

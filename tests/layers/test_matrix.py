@@ -9,8 +9,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from matrix_cases import IDS, llama, oracle, quantized, replaced, run, weights_of
-from torch import nn
+from matrix_cases import IDS, llama, oracle, quantized, replaced, run, shard, weights_of
 
 import vps
 from vps import VPSConfig
@@ -64,18 +63,6 @@ def adapt(model, targets):
         if "lora_" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.requires_grad_(False)
-
-
-def shard(model, layers):
-    from torch.distributed.fsdp import fully_shard
-
-    for block in model.model.layers:
-        if layers:
-            for module in list(block.modules()):
-                if isinstance(module, nn.Linear):
-                    fully_shard(module)
-        fully_shard(block)
-    return fully_shard(model)
 
 
 def offload(model, where, folder):

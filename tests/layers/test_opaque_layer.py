@@ -100,16 +100,10 @@ def test_parametrized_layers_and_subclasses_are_read_by_their_weight():
 
 
 @torch.no_grad()
-def test_own_gamma_of_a_layer():
-    """Of a calibration: a number, one a column, negative, and 0 for the layer itself."""
+def test_gamma_zero_of_its_own_is_the_layer_itself():
     torch.manual_seed(0)
     W, b, x = torch.randn(40, 33), torch.randn(40), torch.randn(3, 5, 33)
-    config = VPSConfig(adaptive_rank=False, rank=2, builder="sc")
-    model = opaque(W, b, config)
-    for values in (0.7, -0.3, [0.5, -1.5]):
-        gamma = sharpened_by(model[0]).gamma = LayerGamma(values)
-        expected = vps_linear(x, W, b, config, gamma=gamma)
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model = opaque(W, b, VPSConfig(builder="sc"))
     sharpened_by(model[0]).gamma = LayerGamma(0.0)
     assert torch.equal(model(x), F.linear(x, W, b))
 
