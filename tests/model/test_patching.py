@@ -200,15 +200,22 @@ def test_layers_that_are_no_linear_map_are_refused():
             super().__init__()
             self.register_buffer("qweight", torch.zeros(8, 8, dtype=torch.int32))
 
-    model = nn.Sequential(nn.Linear(4, 4), Rectified(4, 4), nn.Linear(4, 4), QuantLinear())
+    class Projection(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+    layers = nn.Linear(4, 4), Rectified(4, 4), nn.Linear(4, 4), QuantLinear(), Projection()
+    model = nn.Sequential(*layers)
     model[2].forward = lambda x: x
-    with pytest.warns(UserWarning, match="3 layers were refused"):
-        report = vps.patch(model, VPSConfig(target_modules=["0", "1", "2", "3"]))
-    assert report.patched == ("0",) and set(report.refused) == {"1", "2", "3"}
+    with pytest.warns(UserWarning, match="4 layers were refused"):
+        report = vps.patch(model, VPSConfig(target_modules=["0", "1", "2", "3", "4"]))
+    assert report.patched == ("0",) and set(report.refused) == {"1", "2", "3", "4"}
     assert "not a linear map" in report.refused["1"]
     assert "replaced on the instance" in report.refused["2"]
     assert report.refused["3"] == "its type is QuantLinear, which is no supported layer"
     assert "3: its type is QuantLinear" in str(report)
+    assert "its type is Projection" in report.refused["4"]
     with pytest.raises(ValueError, match="3: its type is QuantLinear"):
         vps.patch(model, VPSConfig(target_modules=["3"]))
     assert not hasattr(model[1], "_sharpened") and "forward" not in vars(model[1])
