@@ -142,7 +142,9 @@ def test_every_package_is_listed():
 def test_plain_install(tmp_path, source):
     target = tmp_path / "target"
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--target", str(target)]
-    run = execute("-m", "pip", "install", "-q", *options, str(source), cwd=tmp_path)
+    # What the wheel below builds, a minute on a slow machine, is left out here.
+    command = "-m", "pip", "install", "-q", *options, source
+    run = execute(*command, cwd=tmp_path, VPS_BUILD_CPP="0")
     assert run.returncode == 0, run.stderr
     for name in ("__init__.py", "report.html", "problems.json", "calibration.json"):
         assert (target / "vps/cli/demo" / name).is_file()

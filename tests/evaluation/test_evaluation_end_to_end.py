@@ -26,7 +26,7 @@ def run(capsys, tmp_path, folder, grid):
     (tmp_path / "g.yaml").write_text(grid)
     tasks = "local_choice,local_text,local_answer"
     arguments = ["ablate", tmp_path / "g.yaml", "--model", folder, "--include-path", folder,
-                 "--tasks", tasks, "--out", tmp_path / "x"]  # fmt: skip
+                 "--tasks", tasks, "--limit", 6, "--out", tmp_path / "x"]  # fmt: skip
     code = cli.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert (code, captured.err) == (0, ""), captured.err
