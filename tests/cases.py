@@ -1,14 +1,20 @@
 """Random layers, inputs and settings with hostile values, shared by the tests of the backends."""
 
+import concurrent.futures
+import copy
+import io
+import pickle
 import random
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import vps
-from vps import PolicyState, VPSConfig, reference
+from vps import PolicyState, VPSConfig, reference, vps_linear
+from vps.algorithm import policy
+from vps.algorithm.lbfgs import CurvatureMemory
+from vps.algorithm.policy import LayerGamma
+from vps.functional import Projection, coupled_vps_linear
 
+FAR = 2**30 + 1  # elements between rows: a few of them reach beyond 2^31
 HOSTILE = ("", "", "ties", "zero", "nan", "inf", "huge", "strided")
 
 
@@ -72,17 +78,74 @@ def random_case(seed):
     )
 
 
-def reference_of(case):
+def sharpened(case, **more):
+    """The output of the layer of a case, by :func:`vps.vps_linear`."""
+    return vps_linear(
+        case["x"], case["W"], case["b"], case["config"],
+        mask=case["mask"], state=case["state"], gradient=case["gradient"], **more,
+    )  # fmt: skip
+
+
+def reference_of(case, **more):
+    """The same by the reference, with every intermediate."""
     return reference.vps_linear(
-        case["x"],
-        case["W"],
-        case["b"],
-        config=case["config"],
-        mask=case["mask"],
-        entropy=case["entropy"],
-        outcomes=case["outcomes"],
-        gradient=case["gradient"],
-    )
+        case["x"], case["W"], case["b"], config=case["config"], mask=case["mask"],
+        entropy=case["entropy"], outcomes=case["outcomes"], gradient=case["gradient"], **more,
+    )  # fmt: skip
+
+
+def relative_error(y, expected):
+    """Error of the finite elements beside their norm; others must not be finite in either."""
+    finite = expected.isfinite()
+    assert torch.equal(finite, y.isfinite())
+    size = expected[finite].norm().clamp(min=1e-300)
+    return float((y.double() - expected)[finite].norm() / size)
+
+
+def held_constant(x, W, result, clamp=None, columns=None, memory=()):
+    """``x Wᵀ`` and its update, with selection, core, factors and γ of a result as constants.
+
+    ``columns`` is a list where the layer has a γ of its own for each; else γ is the result's.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y = flat @ W.T
+    for group in result.groups:
+        A, B, V = (t.detach() for t in (group.A_clipped, group.B_clipped, group.V))
+        if isinstance(columns, list):
+            B = B * B.new_tensor(columns)[: group.rank]
+        t = flat[group.tokens] @ A
+        if group.order == 2:
+            M = (V / group.scale.detach().sqrt()).T @ B
+            t = t + group.gamma / 2 * t @ M.T
+        delta = t @ (B + 1e-3 * reference.inverse_hessian(memory) @ B if memory else B).T
+        delta = delta if clamp is None else delta.clamp(-clamp, clamp)
+        y = y.index_add(0, group.tokens, group.gamma * delta)
+    return y.view(*x.shape[:-1], -1)
+
+
+def drawn_gamma(seed, r):
+    """A γ of a layer's own: a number of either sign, or one for each of r columns."""
+    rng = random.Random(seed)
+    if seed % 3 == 0:
+        return rng.uniform(-1.5, 1.5)
+    return [rng.choice([0.0, rng.uniform(-1.5, 1.5)]) for _ in range(r - 1)] + [-0.7]
+
+
+def columns_of(case, W):
+    """How many columns the update of a layer of a case can have at most."""
+    return policy.settings(case["config"], case["gradient"], *reversed(W.shape), True).r
+
+
+def memory_of(pairs, size):
+    """A memory of a layer of ``size`` outputs that holds these pairs."""
+    memory = CurvatureMemory()
+    w = g = torch.zeros(size, dtype=torch.float64)
+    memory.record(w, g)
+    for s, y in pairs:
+        w, g = w + s, g + y
+        memory.record(w, g)
+    assert len(memory.pairs) == len(pairs)
+    return memory
 
 
 def in_float32(case):
@@ -122,25 +185,33 @@ def coupled_case(seed):
     )
 
 
-def coupled_reference_of(case):
-    query, key = (
-        reference.Projection(W, b, gradient, memory)
-        for W, b, gradient, memory in zip(
-            case["weights"], case["bias"], (case["gradient"], True), case["memories"], strict=True
+def sharpened_pair(case, gammas=(None, None)):
+    """Outputs of the query and key of a case, which select together."""
+    projections = (
+        Projection(
+            W, b, gradient, memory_of(pairs, len(W)), None if own is None else LayerGamma(own)
         )
+        for W, b, gradient, pairs, own in zip(*parts(case), gammas, strict=True)
     )
+    return coupled_vps_linear(
+        case["x"], *projections, *case["heads"], case["config"],
+        mask=case["mask"], state=case["state"],
+    )  # fmt: skip
+
+
+def reference_of_pair(case, gammas=(None, None)):
+    """The same by the reference."""
     heads, kv_heads = case["heads"]
     return reference.coupled_vps_linear(
-        case["x"],
-        query,
-        key,
-        heads=heads,
-        kv_heads=kv_heads,
-        config=case["config"],
-        mask=case["mask"],
-        entropy=case["entropy"],
+        case["x"], *map(reference.Projection, *parts(case), gammas), heads=heads,
+        kv_heads=kv_heads, config=case["config"], mask=case["mask"], entropy=case["entropy"],
         outcomes=case["outcomes"],
-    )
+    )  # fmt: skip
+
+
+def parts(case):
+    """Weight, bias, whether there is a gradient and memory, of the query and of the key."""
+    return case["weights"], case["bias"], (case["gradient"], True), case["memories"]
 
 
 def coupled_in_float32(case):
@@ -159,42 +230,19 @@ def coupled_in_float32(case):
     )
 
 
-def tiny_llama():
-    """A patched model of one block."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+def copies(module):
+    """Copies of a module of every kind: deep, pickled, and saved by torch."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(file, weights_only=False),
     )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    vps.patch(model)
-    return model
 
 
-def number_llama():
-    """A plain model of two blocks that reads :func:`number_tokenizer`; sharpening changes it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
-    return model
-
-
-def number_tokenizer():
-    """A tokenizer of 96 words that are numbers."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(str(i) for i in range(92))]
-    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+def in_threads(work, arguments):
+    """Call ``work`` with each argument in a thread of its own; whether each call was truthy."""
+    with concurrent.futures.ThreadPoolExecutor(len(arguments)) as pool:
+        return all(pool.map(work, arguments))

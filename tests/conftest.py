@@ -71,3 +71,62 @@ def poison(monkeypatch):
         return fresh.fill_(True if fresh.dtype == torch.bool else torch.iinfo(fresh.dtype).max)
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+def why_missing(name):
+    """The reason why tests with a parameter ``backend`` of that name cannot run, or ``None``."""
+    import vps  # after TRITON_INTERPRET is set
+
+    return vps.backends().get(name)
+
+
+@pytest.fixture(autouse=True)
+def only_where_it_runs(request):
+    """Skip a test whose parameter ``backend`` names one that is missing here."""
+    callspec = getattr(request.node, "callspec", None)
+    name = callspec.params.get("backend") if callspec else None
+    if name is not None and (reason := why_missing(name)) is not None:
+        pytest.skip(f"{name}: {reason}")
+
+
+@pytest.fixture(params=["torch", "cpp", "triton"])
+def backend(request, only_where_it_runs):
+    """The name of a backend that is in use."""
+    import vps
+
+    with vps.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer of numbers; a test that changes one makes its own."""
+    from tiny import number_tokenizer  # which imports Triton
+
+    return number_tokenizer()
+
+
+@pytest.fixture
+def run(capsys):
+    """Exit code, standard output and standard error of the command vps with these arguments."""
+
+    from vps import cli
+
+    def run(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory):
+    """A folder with a tiny model that reads characters, and tasks of lm-eval for it."""
+    import evaluation_cases
+
+    path = tmp_path_factory.mktemp("tasks")
+    evaluation_cases.write_tasks(path)
+    evaluation_cases.tokenizer().save_pretrained(path)
+    evaluation_cases.plain_model().save_pretrained(path)
+    return path

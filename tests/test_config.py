@@ -63,17 +63,6 @@ def test_replace_checks_and_follows():
         VPSConfig().replace(rank=99)
 
 
-def test_json_is_read_with_care():
-    """As for every file that people write: a byte-order mark, keys given twice, deep nesting."""
-    assert VPSConfig.from_json("\ufeff" + VPSConfig(rank=3).to_json()) == VPSConfig(rank=3)
-    for text, message in (
-        ('{"rank": 1, "rank": 3}', "VPSConfig.from_json: the key 'rank' comes twice"),
-        ("[" * 100_000, "VPSConfig.from_json: not valid JSON: nested too deeply"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            VPSConfig.from_json(text)
-
-
 def effective(config, d=8):
     """The output of a layer of d features, and of the plain layer."""
     torch.manual_seed(0)

@@ -1,12 +1,10 @@
 """Imports point one way (CONTRIBUTING.md), and importing vps is light and fast."""
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
@@ -179,13 +177,7 @@ print(seconds, *sorted(unwanted & (set(sys.modules) - before)))
 """
     fastest = float("inf")
     for _ in range(3):
-        run = subprocess.run(
-            [sys.executable, "-c", code, *OPTIONAL],
-            cwd=ROOT,
-            env=os.environ,
-            capture_output=True,
-            text=True,
-        )
+        run = python(code, *OPTIONAL)
         assert run.returncode == 0, run.stderr
         seconds, *loaded = run.stdout.split()
         assert not loaded, f"import vps loads {loaded}"

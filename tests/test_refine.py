@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from cases import number_tokenizer
+from tiny import number_llama, tiny
 
 import vps
 from vps import EntropyProcessor, VPSConfig, disabled, policy_state, refine, token_entropy
@@ -23,22 +22,9 @@ PROMPTS = ("1 2 3", "40 7", "5 5 5 5 80")
 GOLD = "3 14 15 9 2 6 5 35 8 97"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return number_tokenizer()
-
-
-def tiny(**settings):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+def talker(**settings):
+    model = number_llama()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
         model.lm_head.weight.mul_(3)  # an entropy that leaves σ below 1
     vps.patch(model, VPSConfig(**settings))
     return model
@@ -128,8 +114,8 @@ def by_hand(model, tokenizer, prompt, gold, iterations, new_tokens):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_loop_is_that_of_the_specification(tokenizer, prompt):
-    result = run(tiny(), tokenizer, prompt, iterations=4)
-    texts, losses, entropies, surrogates = by_hand(tiny(), tokenizer, prompt, GOLD, 4, 6)
+    result = run(talker(), tokenizer, prompt, iterations=4)
+    texts, losses, entropies, surrogates = by_hand(talker(), tokenizer, prompt, GOLD, 4, 6)
     assert [entry.text for entry in result.iterations] == texts
     assert [entry.losses.total for entry in result.iterations] == losses
     assert [e.improved for e in result.iterations[1:]] == [
@@ -149,7 +135,7 @@ def test_the_loop_is_that_of_the_specification(tokenizer, prompt):
 
 def test_what_the_policy_decided(tokenizer):
     """By the formula, from the energies of a pass without an entropy."""
-    model = tiny()
+    model = talker()
     with torch.no_grad():  # an entropy above some layers' σ and below others'
         model.lm_head.weight.mul_(4)
     entry = run(model, tokenizer, iterations=2).iterations[1]
@@ -167,7 +153,7 @@ def test_what_the_policy_decided(tokenizer):
     "settings", [dict(gamma_bounds=(0, 0)), dict(gamma=0, adaptive_gamma=False)]
 )
 def test_gamma_zero_is_the_baseline_every_time(tokenizer, settings, keep):
-    model = tiny(**settings)
+    model = talker(**settings)
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         inputs.pop("token_type_ids", None)
@@ -181,7 +167,7 @@ def test_gamma_zero_is_the_baseline_every_time(tokenizer, settings, keep):
 
 
 def test_without_gold_or_iterations_the_plain_answer(tokenizer):
-    model = tiny()
+    model = talker()
     with disabled(model):
         baseline = run(model, tokenizer).iterations[0].text
     for options in (dict(gold=None), dict(gold=None, iterations=5), dict(iterations=1)):
@@ -191,7 +177,7 @@ def test_without_gold_or_iterations_the_plain_answer(tokenizer):
 
 
 def test_without_gold_agreement_is_the_judge(tokenizer):
-    model = tiny()
+    model = talker()
     torch.manual_seed(3)
     before = everything(model)
     results = [
@@ -212,7 +198,7 @@ def test_without_gold_agreement_is_the_judge(tokenizer):
 
 
 def test_all_four_parts_with_gold_and_samples(tokenizer):
-    result = run(tiny(), tokenizer, samples=2, weights=None, iterations=2)
+    result = run(talker(), tokenizer, samples=2, weights=None, iterations=2)
     assert set(result.iterations[1].losses.parts) == {
         "numeric", "units", "self_consistency", "algebraic",
     }  # fmt: skip
@@ -227,7 +213,7 @@ def test_best_is_the_earliest_of_the_lowest(tokenizer, monkeypatch):
         return vps.verify.Losses({"numeric": 0.0}, next(totals))
 
     monkeypatch.setattr(refine_module(), "CompositeVerifier", lambda *_, **__: verifier)
-    result = run(tiny(), tokenizer, iterations=4)
+    result = run(talker(), tokenizer, iterations=4)
     assert result.chosen == 1 and result.answer == result.iterations[1].text
     assert [entry.improved for entry in result.iterations] == [None, True, False, True]
 
@@ -253,20 +239,20 @@ def marked(model):
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_the_model_comes_back_as_it_was(tokenizer, mode):
-    model = marked(tiny())
+    model = marked(talker())
     torch.manual_seed(5)
     before = everything(model)
     with mode():
         result = run(model, tokenizer, iterations=3, samples=2)
         changed = run(model, tokenizer, iterations=3, config=VPSConfig(builder="sk", rank=1))
     assert_unchanged(before, everything(model))
-    assert result.iterations == run(tiny(), tokenizer, iterations=3, samples=2).iterations
+    assert result.iterations == run(talker(), tokenizer, iterations=3, samples=2).iterations
     assert changed.iterations[1].builder == "sk"
 
 
 @pytest.mark.parametrize("fails", ["generate", "verify", "surrogate", "backward", "samples"])
 def test_an_exception_in_the_middle_leaves_nothing(tokenizer, monkeypatch, fails):
-    model = marked(tiny())
+    model = marked(talker())
     torch.manual_seed(5)
     before = everything(model)
     module, calls = refine_module(), []
@@ -303,7 +289,7 @@ def test_an_exception_in_the_middle_leaves_nothing(tokenizer, monkeypatch, fails
 
 
 def test_without_the_surrogate_or_lbfgs(tokenizer):
-    model = tiny()
+    model = talker()
     plain = run(model, tokenizer, iterations=3, surrogate=False)
     assert all(e.surrogate_loss is None and e.pairs == 0 for e in plain.iterations)
     assert plain.iterations[1].builder == "sk" and plain.used_labels
@@ -316,7 +302,7 @@ def test_without_the_surrogate_or_lbfgs(tokenizer):
 
 
 def test_a_backend_that_cannot_is_named_before_the_work(tokenizer, monkeypatch):
-    model, said = tiny(), []
+    model, said = talker(), []
     monkeypatch.setattr(vps.backends.dispatch.STATE, "backends", ["cpp"])
     with pytest.raises(RuntimeError, match="lbfgs=False"):
         run(model, tokenizer, iterations=3, progress=said.append)
@@ -343,7 +329,7 @@ def test_a_backend_that_cannot_is_named_before_the_work(tokenizer, monkeypatch):
     ],
 )
 def test_bad_arguments(tokenizer, options, error, message):
-    model = tiny()
+    model = talker()
     before = everything(model)
     with pytest.raises(error, match=message):
         run(model, tokenizer, **options)
@@ -352,9 +338,9 @@ def test_bad_arguments(tokenizer, options, error, message):
 
 def test_a_compiled_model(tokenizer):
     """Compiled on the way it is refined like any other; compiled before, it may refuse."""
-    wanted = run(tiny(), tokenizer, iterations=2)
+    wanted = run(talker(), tokenizer, iterations=2)
     torch.compiler.reset()
-    model = tiny()
+    model = talker()
     model.compile(backend="eager")
     found = run(model, tokenizer, iterations=2)
     assert [entry.text for entry in found.iterations] == [e.text for e in wanted.iterations]
@@ -367,7 +353,7 @@ def test_a_compiled_model(tokenizer):
 
 
 def test_refining_again_and_again_holds_no_memory(tokenizer):
-    model = tiny()
+    model = talker()
 
     def tensors():
         gc.collect()
@@ -382,9 +368,7 @@ def test_refining_again_and_again_holds_no_memory(tokenizer):
 
 def test_other_families(tokenizer):
     """Transposed weights, and a model without an argument logits_to_keep."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = tiny("gpt2", torch.float32, times=1)
     vps.patch(model, VPSConfig(target_modules=("c_attn", "c_fc")))
     result = run(model, tokenizer, iterations=3)
     assert [entry.builder for entry in result.iterations] == ["base", "sc", "sc"]

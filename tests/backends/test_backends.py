@@ -2,64 +2,104 @@
 
 import pytest
 import torch
-from cases import in_float32, random_case, reference_of
+import torch.nn.functional as F
+from cases import (
+    columns_of,
+    coupled_case,
+    coupled_in_float32,
+    drawn_gamma,
+    in_float32,
+    random_case,
+    reference_of,
+    reference_of_pair,
+    relative_error,
+    sharpened,
+    sharpened_pair,
+)
 
-import vps
 from vps import VPSConfig, functional, reference, vps_linear
 from vps.backends import operator
 from vps.backends.call import Inputs
+from vps.functional import Projection, coupled_vps_linear
 
-CASES = {"torch": 400, "cpp": 400, "triton": 80}
-NARROW = [torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(params=CASES)
-def backend(request):
-    reason = vps.backends()[request.param]
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    with vps.backend(request.param):
-        yield request.param
+OWN = [-0.6, [0.5, -1.25, 0.0, 0.25]]  # γ of a layer's own
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+OWN_GAMMA = pytest.mark.parametrize("own", [False, True], ids=["config", "own"])
 
 
-def relative_error(y, expected):
-    finite = expected.isfinite()
-    assert torch.equal(finite, y.isfinite())
-    size = expected[finite].norm().clamp(min=1e-300)
-    return float((y.double() - expected)[finite].norm() / size)
+def seeds(backend, count, interpreted):
+    """As many cases, but fewer in Triton's interpreter."""
+    return range(interpreted if backend == "triton" else count)
 
 
-def test_float32_grid(backend):
-    for seed in range(CASES[backend]):
+@OWN_GAMMA
+def test_float32_grid(backend, own):
+    for seed in seeds(backend, 400, 30 if own else 80):
         case, wide = in_float32(random_case(seed))
-        y = vps_linear(
-            case["x"],
-            case["W"],
-            case["b"],
-            case["config"],
-            mask=case["mask"],
-            state=case["state"],
-            gradient=case["gradient"],
-        )
-        assert relative_error(y, reference_of(wide).y) <= 1e-6, seed
+        gamma = drawn_gamma(seed, columns_of(case, case["W"])) if own else None
+        y = sharpened(case, gamma=gamma)
+        assert relative_error(y, reference_of(wide, gamma=gamma).y) <= 1e-6, seed
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@OWN_GAMMA
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton", "reference"], indirect=True)
+@torch.no_grad()
+def test_float32_grid_of_pairs(backend, own):
+    """A query or key whose own γ is 0 takes part in the selection, and is the base product."""
+    for seed in seeds(backend, 150, 20):
+        case, wide = coupled_in_float32(coupled_case(seed))
+        gammas = [None, None]
+        if own:
+            r = columns_of(case, case["weights"][1])
+            gammas = [drawn_gamma(seed, r), drawn_gamma(seed + 1, r)]
+            if seed % 5 == 0:
+                gammas[seed // 5 % 2] = 0.0
+        ys = sharpened_pair(case, gammas)
+        expected = reference_of_pair(wide, gammas)
+        for y, right, gamma, *layer in zip(
+            ys, expected, gammas, case["weights"], case["bias"], strict=True
+        ):
+            if gamma == 0.0 and backend != "reference":
+                base = F.linear(case["x"], *layer)
+                assert torch.equal(y.nan_to_num(1e30), base.nan_to_num(1e30))
+            elif 0.0 not in gammas or case["x"].isfinite().all():
+                assert relative_error(y, right.y) <= 1e-6, seed
+
+
+def integers(*shape, limit, seed):
+    """Small integers make H exact in any dtype, so all choose alike, ties among them too."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-limit, limit + 1, shape, generator=generator).double()
+
+
+@DTYPES
 @pytest.mark.parametrize(
     "settings", [{}, {"builder": "sc"}, {"order": 2, "clip": "spectral"}, {"clamp": 0.1}]
 )
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 7), (1, 40)])
 def test_narrow_dtypes_round_once(backend, dtype, settings, shape):
-    """Small integers make H exact in any dtype, so all choose alike, ties among them too."""
+    config = VPSConfig(**settings)
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randint(-2, 3, (*shape, 33), generator=generator).double()
-        W = torch.randint(-1, 2, (40, 33), generator=generator).double()
-        config = VPSConfig(**settings)
-        expected = reference.vps_linear(x, W, config=config).y
-        y = vps_linear(x.to(dtype), W.to(dtype), None, config)
-        assert y.dtype == dtype
-        assert relative_error(y, expected) <= 2 * torch.finfo(dtype).eps
+        x, W = integers(*shape, 33, limit=2, seed=seed), integers(40, 33, limit=1, seed=seed)
+        for gamma in (None, *OWN) if seed == 0 else (None,):
+            expected = reference.vps_linear(x, W, config=config, gamma=gamma).y
+            y = vps_linear(x.to(dtype), W.to(dtype), None, config, gamma=gamma)
+            assert y.dtype == dtype
+            assert relative_error(y, expected) <= 2 * torch.finfo(dtype).eps
+
+
+@DTYPES
+def test_pairs_in_narrow_dtypes_round_once(backend, dtype):
+    for shape in ((1, 1), (2, 7)):
+        x = integers(*shape, 33, limit=2, seed=len(shape))
+        both = [integers(n, 33, limit=1, seed=n) for n in (24, 12)]
+        expected = reference.coupled_vps_linear(
+            x, *map(reference.Projection, both), heads=4, kv_heads=2, config=VPSConfig()
+        )
+        ys = coupled_vps_linear(x.to(dtype), *(Projection(W.to(dtype)) for W in both), 4, 2)
+        for y, right in zip(ys, expected, strict=True):
+            assert y.dtype == dtype
+            assert relative_error(y, right.y) <= 2 * torch.finfo(dtype).eps
 
 
 def test_strides(backend):
@@ -91,11 +131,32 @@ def test_two_runs_are_bitwise_equal(backend):
         assert torch.equal(vps_linear(x, W), vps_linear(x.clone(), W))
 
 
+def test_equal_columns_are_one_number_where_nothing_is_clamped(backend):
+    torch.manual_seed(0)
+    x, W = torch.randn(2, 5, 24), torch.randn(30, 24)
+    for config in (VPSConfig(), VPSConfig(order=2, builder="sc"), VPSConfig(clip="spectral")):
+        one = vps_linear(x, W, None, config, gamma=-0.4)
+        columns = vps_linear(x, W, None, config, gamma=[-0.4] * 4)
+        torch.testing.assert_close(columns, one, rtol=1e-5, atol=1e-5)
+        fixed = config.replace(gamma=0.4, adaptive_gamma=False)
+        torch.testing.assert_close(
+            vps_linear(x, W, None, config, gamma=0.4), vps_linear(x, W, None, fixed), rtol=0, atol=0
+        )
+
+
+def test_gamma_zero_is_the_base_bit_for_bit(backend):
+    torch.manual_seed(0)
+    x, W, b = torch.randn(3, 1, 24), torch.randn(30, 24), torch.randn(30)
+    x[0, 0, 0] = float("inf")
+    for gamma in (0.0, -0.0, [0.0] * 4):
+        y = vps_linear(x, W, b, gamma=gamma)
+        assert torch.equal(y.nan_to_num(7), F.linear(x, W, b).nan_to_num(7))
+
+
 @pytest.mark.parametrize("groups", [1, 5])
-def test_triton_decodes_under_a_mask_in_its_own_kernels(groups, monkeypatch):
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_triton_decodes_under_a_mask_in_its_own_kernels(backend, groups, monkeypatch):
     """generate() passes a mask at every step, which a GPU cannot read without waiting."""
-    if vps.backends()["triton"] is not None:
-        pytest.skip(f"triton: {vps.backends()['triton']}")
     from vps.backends import triton_backend
 
     torch.manual_seed(0)

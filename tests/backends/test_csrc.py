@@ -1,17 +1,16 @@
 """The C++ operator against the reference in float64; threads and instruction sets."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from csrc_cases import DTYPES, NAMES, call, make
+from processes import python
 
 from vps import VPSConfig, reference
-from vps.algorithm import policy
 from vps.backends import cpp
 
 ROOT = Path(__file__).parents[2]
@@ -19,36 +18,6 @@ pytestmark = pytest.mark.skipif(
     cpp.why_missing() is not None,
     reason=f"no C++ backend: {cpp.why_missing()}",
 )
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ["float32", "bfloat16", "float16"]
-
-
-def make(G=1, T=7, d_in=45, d_out=67, dtype=torch.float32, bias=True, seed=0):
-    """x, W and b with a few features that stand out, as in real models."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(G, T, d_in, generator=generator)
-    x[..., :: max(2, d_in // 4)] *= 4
-    weight = torch.randn(d_out, d_in, generator=generator) / d_in**0.5
-    weight[:: max(2, d_out // 4)] *= 3
-    b = torch.randn(d_out, generator=generator) if bias else None
-    return SimpleNamespace(x=x.to(dtype), W=weight.to(dtype), b=None if b is None else b.to(dtype))
-
-
-def call(data, config, mask=None, entropy=None, outcomes=(), gradient=False, **features):
-    """The operator as vps.functional calls it."""
-    d_out, d_in = data.W.shape
-    state = policy.PolicyState()
-    state.outcomes = tuple(outcomes)
-    numbers = torch.tensor(policy.bounds(config, state.factor()), dtype=torch.float64)
-    settings = policy.settings(config, gradient, d_in, d_out)
-    entropy = None if entropy is None else torch.tensor(entropy)
-    I_in, I_out = features.get("I_in"), features.get("I_out")
-    with torch.no_grad():
-        out = torch.ops.vps.linear(
-            data.x, data.W, data.b, mask, I_in, I_out, numbers, entropy, None, None,
-            *settings.packed(),
-        )  # fmt: skip
-    return SimpleNamespace(**dict(zip(("y", "features", "core", "gamma", "t"), out, strict=True)))
 
 
 def scores(values, mask):
@@ -303,7 +272,7 @@ def test_extreme_scales(monkeypatch, scale):
 CHILD = """
 import sys, torch
 sys.path[:0] = ["tests/backends", "tests"]
-import test_csrc as own
+import csrc_cases as own
 from vps import VPSConfig
 threads = [int(n) for n in sys.argv[2].split(",")]
 results = {}
@@ -322,18 +291,8 @@ torch.save({k: v[0].y for k, v in results.items()}, sys.argv[1])
 """
 
 
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
-
-
 def run_child(path, threads, **environment):
-    run = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path), threads],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    run = python(CHILD, path, threads, **environment)
     assert run.returncode == 0, run.stderr
     return torch.load(path)
 
@@ -351,11 +310,5 @@ def test_instruction_sets_agree(tmp_path):
 
 
 def test_unknown_instruction_set():
-    run = subprocess.run(
-        [sys.executable, "-c", CHILD, os.devnull, "1"],
-        cwd=ROOT,
-        env=os.environ | {"VPS_CPP_ISA": "neon"},
-        capture_output=True,
-        text=True,
-    )
+    run = python(CHILD, os.devnull, "1", VPS_CPP_ISA="neon")
     assert "VPS_CPP_ISA must be avx512, avx2 or generic, got 'neon'" in run.stderr

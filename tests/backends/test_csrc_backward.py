@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_csrc import DTYPES
+from csrc_cases import DTYPES
 
 from vps.algorithm import gradient
 from vps.backends import cpp

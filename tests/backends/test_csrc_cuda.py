@@ -3,11 +3,11 @@
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import python
 from torch import nn
 
 import vps
@@ -43,9 +43,7 @@ def test_its_symbols_are_found_where_torch_is_loaded(tmp_path):
         "ctypes.CDLL(sys.argv[1], os.RTLD_LAZY)\n"
         "torch.ops.vps.cooperative_decode.default\n"
     )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code, str(library)], capture_output=True, text=True
-    )
+    loaded = python(code, library)
     assert loaded.returncode == 0, loaded.stderr
 
 

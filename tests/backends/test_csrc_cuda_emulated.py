@@ -113,7 +113,7 @@ def test_equals_the_reference(program, settings, d_in, d_out, blocks, dtype):
     x = torch.randint(-2, 3, (1, 1, d_in), generator=generator).double()
     W = torch.randint(-1, 2, (d_out, d_in), generator=generator).double()
     b = torch.randint(-3, 4, (d_out,), generator=generator).double()
-    for bias, entropy in ((None, None), (b, 0.7)):
+    for bias, entropy in ((b, 0.7), (None, None))[: 1 if settings else 2]:
         expected = reference.vps_linear(x, W, bias, config=config, entropy=entropy)
         group = expected.groups[0]
         narrow = [None if t is None else t.to(dtype) for t in (x, W, bias)]

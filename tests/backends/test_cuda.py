@@ -7,16 +7,19 @@ import torch
 from cases import (
     coupled_case,
     coupled_in_float32,
-    coupled_reference_of,
     in_float32,
     random_case,
     reference_of,
-    tiny_llama,
+    reference_of_pair,
+    relative_error,
+    sharpened,
+    sharpened_pair,
 )
+from tiny import tiny_llama
 from torch import nn
 
 import vps
-from vps import VPSConfig, VPSLinear, vps_linear
+from vps import VPSConfig, VPSLinear
 from vps.functional import Projection, coupled_vps_linear
 
 pytestmark = [
@@ -39,44 +42,33 @@ def layer_and_input(dtype=torch.bfloat16, tokens=5, d_in=512, d_out=768, **setti
     return VPSLinear.from_linear(linear, VPSConfig(**settings)), x
 
 
+def on_gpu(case):
+    """A case of one layer or of a pair with its tensors on the GPU."""
+
+    def moved(value):
+        if isinstance(value, list):
+            return [moved(each) for each in value]
+        return value.cuda() if isinstance(value, torch.Tensor) else value
+
+    return {name: moved(value) for name, value in case.items()}
+
+
 @pytest.mark.parametrize("block", range(10))
 def test_float32_equals_the_reference(block):
     torch.backends.cuda.matmul.allow_tf32 = False
     for seed in range(block * 20, block * 20 + 20):
         case, wide = in_float32(random_case(seed))
-        x, W, b, mask = (
-            None if case[name] is None else case[name].cuda() for name in ("x", "W", "b", "mask")
-        )
-        y = vps_linear(
-            x, W, b, case["config"], mask=mask, state=case["state"], gradient=case["gradient"]
-        )
-        expected = reference_of(wide).y
-        finite = expected.isfinite()
-        assert torch.equal(finite, y.cpu().isfinite()), seed
-        if finite.any():
-            error = (y.cpu() - expected)[finite].norm() / expected[finite].norm().clamp(min=1e-300)
-            assert error <= 1e-6, (seed, error)
+        y = sharpened(on_gpu(case)).cpu()
+        assert relative_error(y, reference_of(wide).y) <= 1e-6, seed
 
 
 def test_coupled_float32_equals_the_reference():
     torch.backends.cuda.matmul.allow_tf32 = False
     for seed in range(100):
         case, wide = coupled_in_float32(coupled_case(seed))
-        both = [
-            Projection(W.cuda(), None if b is None else b.cuda(), gradient)
-            for W, b, gradient in zip(
-                case["weights"], case["bias"], (case["gradient"], True), strict=True
-            )
-        ]
-        mask = None if case["mask"] is None else case["mask"].cuda()
-        ys = coupled_vps_linear(
-            case["x"].cuda(), *both, *case["heads"], case["config"], mask=mask, state=case["state"]
-        )
-        for y, result in zip(ys, coupled_reference_of(wide), strict=True):
-            finite = result.y.isfinite()
-            assert torch.equal(finite, y.cpu().isfinite()), seed
-            size = result.y[finite].norm().clamp(min=1e-300)
-            assert (y.cpu() - result.y)[finite].norm() <= 1e-6 * size, seed
+        ys = sharpened_pair(on_gpu(case))
+        for y, result in zip(ys, reference_of_pair(wide), strict=True):
+            assert relative_error(y.cpu(), result.y) <= 1e-6, seed
 
 
 def test_coupled_layers_never_wait_for_the_device():

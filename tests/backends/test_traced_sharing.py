@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tiny import tiny
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import vps
 from vps import VPSConfig, vps_linear
@@ -64,12 +64,7 @@ def check(function, *arguments):
 
 
 def model(**settings):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = tiny(dtype=torch.float32, times=1).requires_grad_(False)
     vps.patch(model, VPSConfig(**settings))
     return model
 

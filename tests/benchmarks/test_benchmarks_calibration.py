@@ -1,7 +1,7 @@
 """The study's cells, table and picture, without a model."""
 
 import pytest
-from cases import tiny_llama
+from tiny import tiny_llama
 
 from benchmarks.study.calibration import CELLS, examples
 from benchmarks.study.report import Cell, write_report

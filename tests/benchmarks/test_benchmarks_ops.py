@@ -1,12 +1,12 @@
 """The benchmarks of the ops: their checks pass, see what is wrong, and guard the timing."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import execute
 
+import vps
 from benchmarks import common, shapes
 from benchmarks.baselines import GEMV
 from benchmarks.ops import __main__ as ops
@@ -139,16 +139,13 @@ def test_peaks(monkeypatch):
 
 def test_pytest_benchmark_finds_every_op():
     """By ``pytest benchmarks``; ``pytest`` alone collects the tests only."""
-    options = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
-    run = subprocess.run([*options, "benchmarks"], cwd=ROOT, capture_output=True, text=True)
+    options = ["-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    run = execute(*options, "benchmarks")
     assert run.returncode == 0, run.stdout
     for name in ("scores", "select", "couple", "factors", "delta", "entropy", "decode", "linear"):
         assert f"test_op[{name}" in run.stdout
-    run = subprocess.run([*options, "tests/test_config.py"], cwd=ROOT, capture_output=True)
-    assert b"test_op[" not in run.stdout
+    assert "test_op[" not in execute(*options, "tests/test_config.py").stdout
 
 
 def test_every_backend_is_a_variant():
-    from vps.backends.dispatch import NAMES
-
-    assert {*BACKENDS, "reference"} == set(NAMES)
+    assert {*BACKENDS, "reference"} == set(vps.backends())

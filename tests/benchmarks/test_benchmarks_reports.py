@@ -1,10 +1,9 @@
 """What is made of results: the runner's statistics, files, regressions, plots, tables."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import execute
 
 from benchmarks import __main__ as everything
 from benchmarks import common, machine, plot, regress, results
@@ -40,15 +39,6 @@ def write(path, machine=CPU, **sections):
     for name, cases in sections.items():
         results.save(path, name, section(cases, machine))
     return path
-
-
-def execute(module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_measure(monkeypatch):
@@ -133,7 +123,7 @@ def test_machine():
 def test_regress(tmp_path, new, code, text):
     old = write(tmp_path / "old.json", layer={"x": case(vps_cpp=1.10), "gone": case()})
     fresh = write(tmp_path / "new.json", layer={"x": case(**new)})
-    run = execute("benchmarks.regress", old, fresh)
+    run = execute("-m", "benchmarks.regress", old, fresh)
     assert run.returncode == code, run.stdout + run.stderr
     assert text in run.stdout
     assert "not measured now: gone: nn.Linear: not in the new file" in run.stdout
@@ -157,9 +147,9 @@ def test_regress_knows_bytes_and_wrong_results(tmp_path):
 def test_regress_refuses_other_machines(tmp_path):
     old = write(tmp_path / "old.json", layer={"x": case(vps_cpp=1.1)})
     new = write(tmp_path / "new.json", GPU, layer={"x": case(vps_cpp=2.0)})
-    run = execute("benchmarks.regress", old, new)
+    run = execute("-m", "benchmarks.regress", old, new)
     assert run.returncode == 2 and "different machines: gpu None and 'NVIDIA H200'" in run.stdout
-    run = execute("benchmarks.regress", old, new, "--other-machine")
+    run = execute("-m", "benchmarks.regress", old, new, "--other-machine")
     assert run.returncode == 1
 
 
@@ -170,7 +160,7 @@ def test_ratios_table(tmp_path):
     assert text.splitlines()[0] == "| | noise | vps cpp | vps torch |"
     assert "| x | 0.98 to 1.02 | 1.10 [1.09, 1.11] |  |" in text
     write(tmp_path / "a.json", layer=cases)
-    run = execute("benchmarks.results", tmp_path, "x", "--variants", "vps cpp")
+    run = execute("-m", "benchmarks.results", tmp_path, "x", "--variants", "vps cpp")
     assert run.stdout.splitlines()[-1] == "| x | 0.98 to 1.02 | 1.10 [1.09, 1.11] |", run.stderr
 
 
@@ -205,7 +195,7 @@ def filled(folder, machine):
 def test_plot(tmp_path):
     filled(tmp_path, CPU)
     filled(tmp_path, GPU)
-    run = execute("benchmarks.plot", tmp_path, "--out", tmp_path / "docs")
+    run = execute("-m", "benchmarks.plot", tmp_path, "--out", tmp_path / "docs")
     assert run.returncode == 0, run.stderr
     made = {path.name for path in (tmp_path / "docs").iterdir()}
     assert made == {

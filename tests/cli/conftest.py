@@ -1,9 +1,7 @@
 """A saved tiny model whose words are numbers, and the command run on it."""
 
 import pytest
-from cases import number_llama, number_tokenizer
-
-from vps import cli
+from tiny import number_llama, number_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -12,18 +10,6 @@ def folder(tmp_path_factory):
     number_tokenizer().save_pretrained(path)
     number_llama().save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def run(capsys):
-    """Exit code, standard output and standard error of the command with these arguments."""
-
-    def run(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

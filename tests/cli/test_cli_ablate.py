@@ -6,41 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
+from cli_cases import StubHarness
 
 from vps.evaluation import harness
 from vps.evaluation.grid import make_grid
-from vps.evaluation.paired import Outcome
 from vps.evaluation.report import FILES
 from vps.evaluation.runs import read_run
 from vps.model.patching import sharpened_layers
 
 ROOT = Path(__file__).parents[2]
-
-
-class StubHarness:
-    """Records how it is called; its numbers depend on config, control and draw."""
-
-    made: list = []
-
-    def __init__(self, model, tokenizer, tasks, **options):
-        self.model, self.tasks, self.options, self.calls = model, tasks, options, []
-        StubHarness.made.append(self)
-        if "nonsense" in tasks:
-            raise ValueError("evaluation: no task 'nonsense'")
-
-    def run(self, config=None, variant="sharpened", seed=0):
-        self.calls.append((config, variant, seed))
-        gamma = 0.0 if variant == "baseline" else config.gamma
-        outcomes = [
-            Outcome(self.tasks[0], str(i), "acc", float((i + round(10 * gamma) + seed) % 2))
-            for i in range(10)
-        ]
-        scopes = {} if variant == "baseline" else {"generate_until": config.scope}
-        return types.SimpleNamespace(outcomes=outcomes, scopes=scopes)
 
 
 @pytest.fixture
@@ -151,7 +128,7 @@ def test_failed_cells_end_with_1(run, tmp_path, folder, stub, monkeypatch):
 LAUNCHED = """
 import sys
 sys.path[:0] = {tests!r}
-from test_cli_ablate import StubHarness
+from cli_cases import StubHarness
 from vps import cli
 from vps.evaluation import harness
 harness.Harness = StubHarness

@@ -1,26 +1,13 @@
 """vps calibrate and the --calibration of other commands, on a tiny random Llama."""
 
 import json
-import random
 
 import pytest
+from cli_cases import FAST, rows, write
 
 from vps import Calibration
 from vps.model.generation import encode, generate
 from vps.model.loading import load_model
-
-FAST = ("--steps", 4, "--batch-size", 4, "--learning-rate", "0.1", "--no-chat")
-
-
-def rows(count, seed=0):
-    rng = random.Random(seed)
-    prompts = [" ".join(str(rng.randrange(90)) for _ in range(5)) for _ in range(count)]
-    return [{"prompt": prompt, "answer": "7 8 9"} for prompt in prompts]
-
-
-def write(path, values):
-    path.write_text("".join(json.dumps(value) + "\n" for value in values))
-    return path
 
 
 @pytest.fixture(scope="module")

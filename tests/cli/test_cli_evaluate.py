@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from evaluation_cases import plain_model, tokenizer, write_tasks
 
 from vps import VPSConfig
 from vps.evaluation.harness import VARIANTS, Scores, evaluate, table_rows
@@ -22,12 +21,8 @@ CONFIG = VPSConfig(gamma=0.5, adaptive_gamma=False)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_tasks(path)
-    tokenizer().save_pretrained(path)
-    plain_model().save_pretrained(path)
-    return path
+def folder(task_folder):
+    return task_folder
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 import os
 
 import pytest
-from test_cli_calibrate import FAST, rows, write
-from test_evaluation_ablation import SETTINGS, by_an_earlier_version, evaluate, grid
+from ablation_cases import SETTINGS, by_an_earlier_version, evaluate, grid
+from cli_cases import FAST, rows, write
 
 from vps import Calibration, files
 from vps.evaluation.runs import RunError, ablate, read_run

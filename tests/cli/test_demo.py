@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import number_llama, number_tokenizer
+from tiny import number_llama
 
 from vps import (
     Calibration,
@@ -36,11 +36,6 @@ from vps.model.generation import Generation, changed_choices, encode, first_diff
 from vps.model.patching import sharpened_layers
 from vps.model.statistics import measure
 from vps.verify import Losses
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return number_tokenizer()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import random
 
 import torch
 import transformers
+from tiny import tiny
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import vps
@@ -64,17 +65,10 @@ def tokenizer():
 
 
 def plain_model(dtype=torch.float32, layers=2):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(CHARACTERS) + 4, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    return tiny(
+        dtype=dtype, times=6, vocab_size=len(CHARACTERS) + 4, num_hidden_layers=layers,
+        max_position_embeddings=512, eos_token_id=1,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval().to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
-    return model
 
 
 def patched_model(dtype=torch.float32, config=CONFIG, layers=2):

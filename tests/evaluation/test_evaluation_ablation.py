@@ -1,7 +1,6 @@
 """Runs that are killed, interrupted, full, doubled, changed or shared."""
 
 import errno
-import json
 import os
 import resource
 import signal
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ablation_cases import SETTINGS, TEN, by_an_earlier_version, evaluate, grid, outcomes
 
 from vps import files
 from vps.evaluation import runs
@@ -20,30 +20,6 @@ from vps.evaluation.paired import Outcome
 from vps.evaluation.runs import Evaluation, RunError, ablate, read_run
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"model": "m", "tasks": ["t"], "limit": None}
-
-
-def outcomes(cell, documents=6):
-    """Numbers that depend on the cell alone."""
-    gamma = 0 if cell.config is None else round(10 * cell.config.gamma)
-    return [
-        Outcome("t", str(i), "acc", float((i * 7 + gamma + cell.draw) % 3 == 0))
-        for i in range(documents)
-    ] + [
-        Outcome("text", str(i), "nll", 2.5 + i + 0.01 * gamma, None, 10.0 + i)
-        for i in range(documents)
-    ]
-
-
-def evaluate(cell):
-    return Evaluation(outcomes(cell), {"loglikelihood": "token"})
-
-
-def grid(*gammas, **more):
-    return make_grid({"grid": {"gamma": list(gammas or (0.3, 0.5))}, "controls": False} | more)
-
-
-TEN = grid(*(i / 10 for i in range(1, 10)))  # cells
 
 
 def test_results_come_back_as_they_were_given(tmp_path):
@@ -140,23 +116,6 @@ def test_the_table_holds_cells_back_until_their_controls_are_there(tmp_path):
     assert "| gamma=0.3 | done | 0." in (tmp_path / "table.md").read_text()
 
 
-def by_an_earlier_version(folder):
-    """Make a finished run what version 0.1 left, all cells as lines of one file; those lines."""
-    definition = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(definition | {"format": "vps-ablation-1"}))
-    lines = []
-    for path in sorted(folder.glob("cells/*.json"), key=lambda path: int(path.stem)):
-        values = json.loads(path.read_text())
-        for group in values["outcomes"]:
-            group["margin"] = None
-            group.setdefault("weight", None)
-        lines.append(json.dumps(values).encode() + b"\n")
-        path.unlink()
-    (folder / "cells").rmdir()
-    (folder / "cells-0.jsonl").write_bytes(b"".join(lines))
-    return lines
-
-
 def test_a_folder_of_an_earlier_version_is_continued(tmp_path):
     """Also one that was cut in the midst of a line, which nobody writes to any more."""
     made = grid()
@@ -205,7 +164,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {tests!r}
-from test_evaluation_ablation import SETTINGS, TEN, evaluate
+from ablation_cases import SETTINGS, TEN, evaluate
 from vps.evaluation.runs import ablate
 
 folder, log, pause, rank, world = sys.argv[1:]

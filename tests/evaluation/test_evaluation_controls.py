@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from evaluation_cases import CONFIG, NOTHING, patched_model
+from tiny import TARGETS, tiny
 
 import vps
 from vps import VPSConfig, reference
@@ -37,10 +37,8 @@ def recorded(model, run=logits):
 
 
 def gpt2():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=98, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    model = transformers.GPT2LMHeadModel(config).eval().double()
-    vps.patch(model, CONFIG.replace(target_modules=("c_attn", "c_proj", "c_fc")))
+    model = tiny("gpt2", times=1)
+    vps.patch(model, CONFIG.replace(target_modules=TARGETS["gpt2"]))
     return model
 
 

@@ -8,9 +8,6 @@ from vps import cli
 from vps.evaluation.runs import read_run
 
 pytest.importorskip("vps.evaluation.harness", reason="needs the lm-eval adapter")
-cases = pytest.importorskip(
-    "evaluation_cases", reason="needs the tiny tasks of the adapter's tests"
-)
 
 GRID = """
 fixed: {builder: sk, gamma: 0}
@@ -25,20 +22,11 @@ cells: [{name: strong}, {name: strong in sequence, scope: sequence}]
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    cases.write_tasks(path)
-    cases.tokenizer().save_pretrained(path)
-    cases.plain_model().save_pretrained(path)
-    return path
-
-
 def run(capsys, tmp_path, folder, grid):
     (tmp_path / "g.yaml").write_text(grid)
     tasks = "local_choice,local_text,local_answer"
     arguments = ["ablate", tmp_path / "g.yaml", "--model", folder, "--include-path", folder,
-                 "--tasks", tasks, "--out", tmp_path / "x"]  # fmt: skip
+                 "--tasks", tasks, "--limit", 6, "--out", tmp_path / "x"]  # fmt: skip
     code = cli.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert (code, captured.err) == (0, ""), captured.err
@@ -46,8 +34,8 @@ def run(capsys, tmp_path, folder, grid):
     return read_run(tmp_path / "x"), capsys.readouterr().out
 
 
-def test_gamma_0_is_the_baseline_in_every_cell(capsys, tmp_path, folder):
-    found, said = run(capsys, tmp_path, folder, GRID)
+def test_gamma_0_is_the_baseline_in_every_cell(capsys, tmp_path, task_folder):
+    found, said = run(capsys, tmp_path, task_folder, GRID)
     assert len(found.cells) == 13 and len(found.finished) == 13
     for record in found.records.values():
         assert record.outcomes == found.records[0].outcomes
@@ -59,8 +47,8 @@ def test_gamma_0_is_the_baseline_in_every_cell(capsys, tmp_path, folder):
     assert {float(row["difference"]) for row in rows} == {0.0}
 
 
-def test_cells_run_under_their_own_scope(capsys, tmp_path, folder):
-    found, said = run(capsys, tmp_path, folder, MOVED)
+def test_cells_run_under_their_own_scope(capsys, tmp_path, task_folder):
+    found, said = run(capsys, tmp_path, task_folder, MOVED)
     nll = {
         cell.name: [o.value for o in found.records[cell.index].outcomes if o.metric == "nll"]
         for cell in found.cells

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 def test_grid_makes_the_cells_it_says(tmp_path):
     path = tmp_path / "g.yaml"
     path.write_text(
-        """
+        """\ufeff
         title: what helps
         fixed: {builder: sk, alpha: 1e-2}
         cells:
@@ -133,8 +133,6 @@ def test_grid_errors_name_what_is_wrong(values, message):
         ("g.json", '{"grid": {"rank": [1], "rank": [2]}}', "the key 'rank' comes twice"),
         ("g.json", "{", "g.json: not valid JSON"),
         ("g.yaml", b"\xff\xfe\xfa", "g.yaml: not UTF-8 text, at byte 0"),
-        ("g.yaml", "[" * 100_000, "g.yaml: not valid YAML: nested too deeply"),
-        ("g.json", '{"a":' * 100_000, "g.json: not valid JSON: nested too deeply"),
         ("g.json", f'{{"grid": {"[" * 700}1{"]" * 700}}}', "g.json: "),
         ("g.yaml", "title: 2024-13-45", "g.yaml: not valid YAML: month must be in 1..12"),
     ],
@@ -143,20 +141,6 @@ def test_grid_file_errors(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(GridError, match=message):
         read_grid(tmp_path / name)
-
-
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_grid_files_of_any_name(tmp_path, mark):
-    """A byte-order mark is no part of the text; JSON is read as such by any name."""
-    wanted = make_grid({"grid": {"alpha": [1e-3], "gamma": [0.1, 0.3]}, "controls": False}).cells
-    texts = {
-        "a.json": '{"grid": {"alpha": [1e-3], "gamma": [0.1, 0.3]}, "controls": false}',
-        "b.yaml": "grid: {alpha: [1e-3], gamma: [0.1, 0.3]}\ncontrols: false",
-        "c.yml": "# a comment\ngrid: {alpha: [1e-3], gamma: [0.1, 0.3]}\r\ncontrols: false\r\n",
-    }
-    for name, text in (*texts.items(), ("d.grid", texts["a.json"]), ("e.grid", texts["b.yaml"])):
-        (tmp_path / name).write_bytes((mark + text).encode())
-        assert read_grid(tmp_path / name).cells == wanted
 
 
 def test_what_yaml_merges_in_may_be_set_anew(tmp_path):

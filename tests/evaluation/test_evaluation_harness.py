@@ -29,10 +29,8 @@ SCOPES = ["token", "sequence"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tasks")
-    write_tasks(path)
-    return path
+def folder(task_folder):
+    return task_folder
 
 
 @pytest.fixture(autouse=True)

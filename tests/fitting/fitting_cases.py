@@ -3,7 +3,7 @@
 import random
 
 import torch
-import transformers
+from tiny import tiny
 
 from vps.fitting.descent import nlls
 from vps.fitting.examples import encoded, parse
@@ -11,22 +11,17 @@ from vps.fitting.examples import encoded, parse
 WORDS = 40  # of the tokenizer's, that examples are made of
 
 
-def tiny(dtype=torch.float32, heads=2, seed=0, size=12):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=WORDS + 4, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=heads, num_key_value_heads=1, max_position_embeddings=64,
-        attn_implementation="sdpa",
+def learner(dtype=torch.float32, heads=2, seed=0, times=12):
+    """Make a plain model whose norms compute in its dtype; those of transformers do in float32."""
+    model = tiny(
+        dtype=dtype, times=times, seed=seed, vocab_size=WORDS + 4, hidden_size=16,
+        intermediate_size=24, num_attention_heads=heads, num_key_value_heads=1,
+        head_dim=16 // heads, pad_token_id=None,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    for module in list(model.modules()):  # those of transformers compute in float32
+    for module in list(model.modules()):
         for name, child in module.named_children():
             if "RMSNorm" in type(child).__name__:
-                setattr(module, name, torch.nn.RMSNorm(16, eps=1e-6))
-    model.to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(size if parameter.dim() > 1 else 1)
+                setattr(module, name, torch.nn.RMSNorm(16, eps=1e-6, dtype=dtype))
     return model
 
 

@@ -7,8 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import number_tokenizer
-from fitting_cases import WORDS, every, nll, pairs, texts, tiny
+from fitting_cases import WORDS, every, learner, nll, pairs, texts
 
 from vps import Calibration, VPSConfig, calibrate, disabled, fitting, patch, sensitivity
 from vps.fitting import Example, Options, descent
@@ -20,17 +19,11 @@ from vps.fitting.sensitivity import prepared
 from vps.model.calibration import columns_of
 from vps.model.patching import sharpened_layers
 
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return number_tokenizer()
-
-
 QUICK = Options(steps=8, batch_size=4, every=4, learning_rates=(0.1,))
 
 
 def test_calibrate_improves_what_can_be_improved(tokenizer, tmp_path):
-    model = tiny(size=6)
+    model = learner(times=6)
     bits = {name: p.clone() for name, p in model.state_dict().items()}
     model.model.embed_tokens.weight.requires_grad_(False)
     said = []
@@ -75,7 +68,7 @@ def test_calibrate_improves_what_can_be_improved(tokenizer, tmp_path):
 
 def test_random_labels_find_nothing(tokenizer):
     """A model that knows nothing, and labels that say nothing: no change helps on others."""
-    model = tiny(seed=3)
+    model = learner(seed=3)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-3)
     rng = random.Random(0)
@@ -98,7 +91,7 @@ def test_the_seed_decides(tokenizer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return calibrate(
-                tiny(), tokenizer, pairs(12), held_out=[], controls=False, chat=False, seed=seed,
+                learner(), tokenizer, pairs(12), held_out=[], controls=False, chat=False, seed=seed,
                 options=Options(steps=4, batch_size=3, every=2, seed=seed),
             )  # fmt: skip
 
@@ -127,7 +120,7 @@ def test_an_interrupted_run_goes_on(tokenizer, tmp_path, after):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return calibrate(
-                tiny(), tokenizer, pairs(12, seed), held_out=[], controls=["scale"], chat=False,
+                learner(), tokenizer, pairs(12, seed), held_out=[], controls=["scale"], chat=False,
                 options=options, resume=path, advance=advance,
             )  # fmt: skip
 
@@ -146,7 +139,7 @@ def test_an_interrupted_run_goes_on(tokenizer, tmp_path, after):
 
 
 def test_gradients_without_fitting(tokenizer):
-    model = tiny()
+    model = learner()
     patch(model)
     found = sensitivity(model, tokenizer, pairs(8), chat=False)
     assert len(found) == 14 and not any(layer.gamma for layer in sharpened_layers(model).values())
@@ -164,7 +157,7 @@ def test_gradients_without_fitting(tokenizer):
 
 
 def test_layers_that_are_not_chosen_stay_plain(tokenizer):
-    model = tiny(size=6)
+    model = learner(times=6)
     options = Options(steps=2, batch_size=6, every=2, learning_rates=(0.1,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -188,7 +181,7 @@ def test_layers_that_are_not_chosen_stay_plain(tokenizer):
 
 
 def test_controls_are_what_they_say(tokenizer):
-    model = tiny()
+    model = learner()
     patch(model)
     examples = every(tokenizer, pairs(4))
     names = list(sharpened_layers(model))
@@ -227,7 +220,7 @@ def test_controls_are_what_they_say(tokenizer):
 
 def test_columns_of_a_coupled_query():
     """Its update has no more columns than that of its key."""
-    model = tiny(heads=8)
+    model = learner(heads=8)
     patch(model, VPSConfig(rank_bounds=(1, 4)))
     layers = sharpened_layers(model)
     assert columns_of(layers["model.layers.0.self_attn.q_proj"]) == 2
@@ -273,7 +266,7 @@ def test_split_keeps_apart():
 
 
 def test_bad_arguments(tokenizer):
-    model = tiny()
+    model = learner()
     for change, message in (
         ({"per": "head"}, "per"),
         ({"controls": ["magic"]}, "controls"),

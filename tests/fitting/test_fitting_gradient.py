@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import number_tokenizer
-from fitting_cases import every, nll, pairs, texts, tiny
+from fitting_cases import every, learner, nll, pairs, texts
 
 import vps
 from vps import Calibration, VPSConfig, patch
@@ -17,12 +16,6 @@ from vps.fitting.examples import encoded, parse
 from vps.fitting.fitted_controls import random_features
 from vps.fitting.sensitivity import prepared
 from vps.model.patching import sharpened_layers
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return number_tokenizer()
-
 
 FORMS = [
     {},
@@ -42,7 +35,7 @@ FORMS = [
 @pytest.mark.parametrize("settings", FORMS)
 def test_gradient_is_the_finite_difference(tokenizer, settings, scope, by_column):
     """In float64, selections held: ∂L/∂γ of every layer and column to 1e-6."""
-    model = tiny(torch.float64)
+    model = learner(torch.float64)
     patch(model, VPSConfig(**settings))
     examples = [encoded(tokenizer, parse(p), chat=False, longest=64) for p in pairs(2)]
     with prepared(model, None, scope):
@@ -133,9 +126,7 @@ def calibration_of(model, gamma, **changes):
 @pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "cpp", "reference"])
 def test_the_form_is_the_calibrated_model(tokenizer, settings, by_column, backend):
-    if vps.backends()[backend] is not None:
-        pytest.skip(f"no {backend}")
-    model = tiny()
+    model = learner()
     patch(model, VPSConfig(scope="token", **settings))
     examples = every(tokenizer, pairs(3))
     form = Sharpening(model, list(sharpened_layers(model)), by_column)
@@ -155,7 +146,7 @@ def test_the_form_is_the_calibrated_model(tokenizer, settings, by_column, backen
 @pytest.mark.parametrize("settings", FORMS)
 def test_what_is_looked_at_is_what_is_fitted(tokenizer, settings, fixed, by_column, dtype):
     """Without a gradient the operator computes, with one the differentiable form."""
-    model = tiny(dtype)
+    model = learner(dtype)
     patch(model, VPSConfig(**settings))
     names = list(sharpened_layers(model))
     example = encoded(tokenizer, parse(pairs(1)[0]), chat=False, longest=64)
@@ -182,7 +173,7 @@ def test_what_is_looked_at_is_what_is_fitted(tokenizer, settings, fixed, by_colu
 def test_examples_of_one_pass_are_as_they_are_alone(tokenizer, scope, settings):
     """Of different lengths, in float64: the losses, and the gradient of a step."""
     torch.manual_seed(0)
-    model = tiny(torch.float64, heads=2)
+    model = learner(torch.float64, heads=2)
     patch(model, VPSConfig(**settings))
     given = [(text, "7 8"[: 1 + 2 * (i % 2)]) for i, text in enumerate(texts(5))]
     given = [
@@ -243,7 +234,7 @@ def test_nothing_wide_is_kept_for_the_backward_pass():
 
 def test_checkpoints_change_nothing_and_leave_nothing(tokenizer, monkeypatch):
     """Few tokens do without, more run the blocks again."""
-    model = tiny()
+    model = learner()
     patch(model)
     examples = every(tokenizer, pairs(2))
     with prepared(model, None, "token"):

@@ -4,20 +4,14 @@ import json
 import warnings
 
 import pytest
-from cases import number_tokenizer
-from fitting_cases import pairs, texts, tiny
+from fitting_cases import learner, pairs, texts
+from tiny import number_tokenizer
 from tokenizers import normalizers
 
 from vps import Calibration, calibrate, sensitivity
 from vps.fitting import Options, text
 from vps.fitting.examples import read_examples, usable
 from vps.model.patching import sharpened_layers
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return number_tokenizer()
-
 
 ONE, LONG = "1", " ".join(["3"] * 600)  # nothing to predict; more than 512 tokens in a pair
 
@@ -27,7 +21,7 @@ def quick(tokenizer, examples, **options):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         made = calibrate(
-            tiny(), tokenizer, examples, chat=False, controls=False,
+            learner(), tokenizer, examples, chat=False, controls=False,
             options=Options(steps=1, batch_size=2, learning_rates=(0.1,)), **options,
         )  # fmt: skip
     return made, [str(each.message) for each in said if "left out" in str(each.message)]
@@ -64,15 +58,17 @@ def test_examples_that_cannot_be_used_are_left_out(tokenizer):
 
 def test_gradients_of_those_that_can_be_used(tokenizer):
     good = [*pairs(4), pairs(4)[0]]  # an example that comes twice counts twice
-    alone = sensitivity(tiny(), tokenizer, good, chat=False)
+    alone = sensitivity(learner(), tokenizer, good, chat=False)
     with pytest.warns(UserWarning, match=r"2 of 7 examples cannot .* number 2: .*; .* number 7: "):
-        found = sensitivity(tiny(), tokenizer, [good[0], ONE, *good[1:], (LONG, "1")], chat=False)
+        found = sensitivity(
+            learner(), tokenizer, [good[0], ONE, *good[1:], (LONG, "1")], chat=False
+        )
     assert found == alone
-    assert found != sensitivity(tiny(), tokenizer, good[:4], chat=False)
+    assert found != sensitivity(learner(), tokenizer, good[:4], chat=False)
 
 
 def test_too_few_that_can_be_used_are_an_error(tokenizer):
-    model = tiny()
+    model = learner()
     for examples, options, message in (
         ([ONE] * 5, {}, "5 of 5 examples cannot be used .*no token to predict.*and 2 more"),
         ([*pairs(3), ONE], {}, "at least 4 different examples, got 3; 1 of 4 examples cannot be"),

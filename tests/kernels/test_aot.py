@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -52,8 +53,6 @@ kernels = aot.compiled("sm_90")
 print(sum(aot.resources("sm_90", next(kernels)[1])["spills"] > 0 for _ in range(2)))
 """
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    run = python(code, **environment)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 0

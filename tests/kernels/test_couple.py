@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import FAR
 
 pytest.importorskip("triton")
 from vps.algorithm import coupling
@@ -78,14 +79,10 @@ def test_the_widest_key(device):
     check(key, key, 64, 64, 4, found)
 
 
-def test_beyond_2_31_elements(device, tmp_path):
+def test_beyond_2_31_elements(device, sparse):
     """Rows, or features, 2^30 + 1 elements apart, in a file of which few pages are ever touched."""
-    if device == "cuda":
-        pytest.skip("a sparse file stands for the memory")
-    stride = 2**30 + 1
-    sparse = torch.from_file(str(tmp_path / "sparse"), True, 5 * stride, dtype=torch.float16)
     given = [z[:, :4] for z in projections(4, 2, 2, device, torch.float16)]
-    for strides in ((stride, 1), (1, stride)):
+    for strides in ((FAR, 1), (1, FAR)):
         far = sparse.as_strided((3, 4), strides)
         for number in range(2):
             far.copy_(given[number])

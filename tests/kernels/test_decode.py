@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from cases import FAR
 
 pytest.importorskip("triton")
 from vps import VPSConfig, reference
@@ -165,19 +166,15 @@ def test_records_of_large_tiles(device, monkeypatch, rows):
     check(x, W, None, None, None, None, numbers(device), None, 4, True, 0.8, None)
 
 
-def test_beyond_2_31_elements(device, tmp_path):
-    if device == "cuda":
-        pytest.skip("a sparse file stands for the memory")
+def test_beyond_2_31_elements(device, sparse):
     x, values, b = layer(2, 6, 5, torch.float16, device)
-    stride = 2**30 + 1
-    sparse = torch.from_file(str(tmp_path / "sparse"), True, 5 * stride, dtype=torch.float16)
     rest = None, None, None, numbers(device), None, 3, True, 0.8, None
-    rows = sparse.as_strided((5, 6), (stride, 1))
+    rows = sparse.as_strided((5, 6), (FAR, 1))
     rows.copy_(values)
     check(x, rows, b, *rest)
     columns, far = (
-        sparse.as_strided((5, 4), (1, stride)),
-        sparse.as_strided((2, 1, 4), (stride, 0, 1)),
+        sparse.as_strided((5, 4), (1, FAR)),
+        sparse.as_strided((2, 1, 4), (FAR, 0, 1)),
     )
     columns.copy_(values[:, :4]), far.copy_(x[..., :4])
     check(x[..., :4], columns, b, *rest)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import FAR
 
 pytest.importorskip("triton")
 from vps.kernels import delta
@@ -114,16 +115,12 @@ def test_strides(device):
     check(H, b, W.repeat(1, 2)[:, ::2], shared, I_out, core, gamma[:1].expand(2), None, None)
 
 
-def test_beyond_2_31_elements(device, tmp_path):
-    if device == "cuda":
-        pytest.skip("a sparse file stands for the memory")
+def test_beyond_2_31_elements(device, sparse):
     _, b, _, I_in, I_out, core, gamma = layer(1, 4, 6, 5, 2, torch.float16, device)
-    stride = 2**30 + 1
-    sparse = torch.from_file(str(tmp_path / "sparse"), True, 5 * stride, dtype=torch.float16)
-    H, W = sparse.as_strided((1, 4, 5), (0, stride, 1)), sparse.as_strided((5, 6), (stride, 1), 9)
+    H, W = sparse.as_strided((1, 4, 5), (0, FAR, 1)), sparse.as_strided((5, 6), (FAR, 1), 9)
     H.copy_(torch.randn(1, 4, 5)), W.copy_(torch.randn(5, 6))
     check(H, b, W, I_in, I_out, core, gamma, None, None)
-    H, W = sparse.as_strided((1, 4, 5), (0, 1, stride)), sparse.as_strided((5, 4), (1, stride), 9)
+    H, W = sparse.as_strided((1, 4, 5), (0, 1, FAR)), sparse.as_strided((5, 4), (1, FAR), 9)
     check(H, b, W, I_in % 4, I_out, core, gamma, None, None)
 
 

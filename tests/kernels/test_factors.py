@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import FAR
 
 pytest.importorskip("triton")
 from vps import VPSConfig, reference
@@ -139,12 +140,8 @@ def test_a_group_does_not_depend_on_the_others(device):
             assert torch.equal(whole, repeated) and torch.equal(whole[one], single)
 
 
-def test_beyond_2_31_elements(device, tmp_path):
-    if device == "cuda":
-        pytest.skip("a sparse file stands for the memory")
-    stride = 2**30 + 1
-    sparse = torch.from_file(str(tmp_path / "sparse"), True, 4 * stride, dtype=torch.float16)
-    weight = sparse.as_strided((4, 6), (stride, 1))
+def test_beyond_2_31_elements(device, sparse):
+    weight = sparse.as_strided((4, 6), (FAR, 1))
     weight.copy_(torch.randn(4, 6))
     I_in, I_out = torch.tensor([[5, 0]]), torch.tensor([[3, 2]])
     for W in (weight, weight.T):

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import vps
 from vps.backends import operator, triton
@@ -67,14 +67,8 @@ def model(monkeypatch):
 
     monkeypatch.setattr(triton, "_interpreted", by_operator)
     monkeypatch.setattr(attention_mask, "is_read_freely", lambda _: False)
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-            num_attention_heads=4, num_key_value_heads=2,
-        )
-    )  # fmt: skip
-    vps.patch(model.eval())
+    model = tiny("qwen2", torch.float32, num_hidden_layers=1)
+    vps.patch(model)
     return model
 
 

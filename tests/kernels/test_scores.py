@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import FAR
 
 pytest.importorskip("triton")
 from vps.kernels import scores
@@ -67,13 +68,10 @@ def test_strides(device):
     check(values.transpose(0, 1), mask)
 
 
-def test_beyond_2_31_elements(device, tmp_path):
+def test_beyond_2_31_elements(device, sparse):
     """Rows 2^30 + 1 elements apart, in a file of which four rows are ever touched."""
-    if device == "cuda":
-        pytest.skip("a sparse file stands for the memory")
-    stride, width = 2**30 + 1, 5
-    sparse = torch.from_file(str(tmp_path / "sparse"), True, 4 * stride, dtype=torch.float16)
-    values = sparse.as_strided((1, 4, width), (0, stride, 1))
+    width = 5
+    values = sparse.as_strided((1, 4, width), (0, FAR, 1))
     values.copy_(torch.randn(1, 4, width))
     check(values, None)
     check(values.transpose(0, 1), None)

@@ -3,36 +3,21 @@
 import copy
 
 import torch
+from tiny import draw, tiny
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import vps
 from vps import masking, reference
 
 TARGETS = vps.VPSConfig().target_modules
 HEADS, KV_HEADS = 4, 2
+IDS = draw(2, 9, seed=1)
 
 
-def llama(dtype=torch.float32, seed=0):
+def llama():
     """A tiny random Llama with grouped queries, of widths that bitsandbytes' kernels take."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            head_dim=16,
-            max_position_embeddings=64,
-            pad_token_id=0,
-        )
-    )
-    with torch.no_grad():  # larger weights than initialised, so that sharpening shows
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
-    return model.to(dtype).eval().requires_grad_(False)
+    model = tiny(dtype=torch.float32, hidden_size=64, intermediate_size=128, head_dim=16)
+    return model.requires_grad_(False)
 
 
 def replaced(model, make):
@@ -198,3 +183,16 @@ def run(model, ids, steps=3, mask=None):
         )
         logits.append(out.logits)
     return logits[0], torch.cat(logits[1:], 1)
+
+
+def shard(model, layers):
+    """Split a model with FSDP2: its blocks, and where asked each linear layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.model.layers:
+        if layers:
+            for module in list(block.modules()):
+                if isinstance(module, nn.Linear):
+                    fully_shard(module)
+        fully_shard(block)
+    return fully_shard(model)

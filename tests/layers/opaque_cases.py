@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vps
+from vps import token_mask
 from vps.layers.opaque_layer import sharpened_by
 
 
@@ -92,3 +93,11 @@ class Block(nn.Module):
             return self.q_proj(x), self.k_proj(x)
         key = self.k_proj(x)
         return self.q_proj(x), key
+
+
+def applied(model, case):
+    """The output for the x of a case, under its mask."""
+    if case["mask"] is None:
+        return model(case["x"])
+    with token_mask(case["mask"]):
+        return model(case["x"])

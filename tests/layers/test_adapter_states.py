@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from adapter_cases import IDS, TARGETS, adapted, fill, lora, same
 from peft import IA3Config, get_peft_model
-from test_adapters import IDS, TARGETS, adapted, fill, lora, same
-from test_patching import settings, tiny
+from tiny import settings, tiny
 
 import vps
 from vps import VPSConfig

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from cases import number_tokenizer
+from adapter_cases import IDS, TARGETS, adapted, fill, lora, merged, same
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from test_patching import settings, tiny
+from tiny import number_tokenizer, settings, tiny
 
 import vps
 from vps import VPSConfig
@@ -15,8 +15,6 @@ from vps.layers.opaque_layer import sharpened_by
 from vps.model.patching import sharpened_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-IDS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
-TARGETS = ["q_proj", "v_proj"]
 SETTINGS = {
     "default": VPSConfig(),
     "sc": VPSConfig(builder="sc"),
@@ -26,44 +24,6 @@ SETTINGS = {
     "uncoupled, batch, clamp": VPSConfig(qk_coupling=False, scope="batch", clamp=0.1),
     "random": VPSConfig(builder="random"),
 }
-
-
-def lora(**changes):
-    return LoraConfig(**(dict(target_modules=TARGETS, r=3, lora_alpha=7) | changes))
-
-
-def fill(model, seed=5):
-    """Adapters as training leaves them: PEFT's own start changes nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name or "ia3" in name:
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.copy_(0.3 * noise)
-    return model.eval()
-
-
-def adapted(order, config, adapter=None, family="llama"):
-    adapter = lora() if adapter is None else adapter
-    model = tiny(family)
-    if order == "before":
-        model = fill(get_peft_model(model, adapter))
-        vps.patch(model, config)
-        return model
-    vps.patch(model, config)
-    return fill(get_peft_model(model, adapter))
-
-
-def merged(config, adapter=None, seed=5, family="llama"):
-    """The oracle: no adapter is left when this one is patched."""
-    model = fill(get_peft_model(tiny(family), lora() if adapter is None else adapter), seed)
-    model = model.merge_and_unload()
-    vps.patch(model, config)
-    return model
-
-
-def same(model, expected, ids=IDS, bound=1e-9):
-    logits = model(ids).logits
-    return bool((logits - expected).abs().max() <= bound)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

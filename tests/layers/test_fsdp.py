@@ -11,9 +11,7 @@ WORKER = """
 import sys, warnings
 import torch
 import torch.distributed as dist
-from matrix_cases import llama, run
-from torch import nn
-from torch.distributed.fsdp import fully_shard
+from matrix_cases import llama, run, shard
 import vps
 from vps import VPSConfig
 
@@ -22,15 +20,6 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 store = dist.FileStore(f"{folder}/store", 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(rank))
-
-
-def shard(model, layers):
-    for block in model.model.layers:
-        if layers:
-            for module in [m for m in block.modules() if isinstance(m, nn.Linear)]:
-                fully_shard(module)
-        fully_shard(block)
-    return fully_shard(model)
 
 
 for builder in ("sk", "sc"):

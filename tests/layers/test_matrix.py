@@ -9,14 +9,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from matrix_cases import llama, oracle, quantized, replaced, run, weights_of
-from torch import nn
+from matrix_cases import IDS, llama, oracle, quantized, replaced, run, shard, weights_of
 
 import vps
 from vps import VPSConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 QUANTIZED = ("int8", "nf4", "torchao int8", "torchao int4", "torchao fp8")
 FORMS = {
     "plain": {"weight"},
@@ -65,18 +63,6 @@ def adapt(model, targets):
         if "lora_" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.requires_grad_(False)
-
-
-def shard(model, layers):
-    from torch.distributed.fsdp import fully_shard
-
-    for block in model.model.layers:
-        if layers:
-            for module in list(block.modules()):
-                if isinstance(module, nn.Linear):
-                    fully_shard(module)
-        fully_shard(block)
-    return fully_shard(model)
 
 
 def offload(model, where, folder):

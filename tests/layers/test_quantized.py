@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from matrix_cases import dense, llama, oracle, quantized, replaced, run, weights_of
+from matrix_cases import IDS, dense, llama, oracle, quantized, replaced, run, weights_of
 from torch import nn
 
 import vps
@@ -15,7 +15,6 @@ from vps.layers.opaque_layer import sharpened_by
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")
-IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 KINDS = ["nf4", "fp4", "int8", "torchao int8", "torchao int4", "torchao fp8"]
 
 
@@ -173,18 +172,3 @@ def test_transformers_and_peft_load_them(tmp_path):
         assert sharpened_by(layer).module is layer
         logits = adapted(IDS).logits
         assert (logits - sharpened).norm() <= 0.1 * sharpened.norm()  # B is 0 at the start
-
-
-def test_unknown_quantized_layers_are_refused_by_name_and_type():
-    class QuantLinear(nn.Module):  # GPTQ's, which is no nn.Linear
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("qweight", torch.zeros(8, 8, dtype=torch.int32))
-
-    model = nn.ModuleDict({"q_proj": QuantLinear(), "v_proj": nn.Linear(4, 4)})
-    with pytest.warns(UserWarning, match="q_proj: its type is QuantLinear"):
-        report = vps.patch(model)
-    assert report.refused == {"q_proj": "its type is QuantLinear, which is no supported layer"}
-    assert "refused: q_proj: its type is QuantLinear" in str(report)
-    with pytest.raises(ValueError, match="q_proj: its type is QuantLinear"):
-        vps.patch(nn.ModuleDict({"q_proj": QuantLinear()}))

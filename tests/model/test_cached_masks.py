@@ -5,18 +5,14 @@ import inspect
 import pytest
 import torch
 import transformers
+from tiny import draw, tiny
 from torch import nn
 
 import vps
 from vps import VPSConfig
 
 WINDOW = 6
-SIZES = dict(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
-    bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-SLIDING = SIZES | dict(sliding_window=WINDOW)
+SLIDING = dict(sliding_window=WINDOW)
 QWEN = SLIDING | dict(use_sliding_window=True, max_window_layers=0)
 FAMILIES = {
     "mistral": SLIDING,
@@ -27,27 +23,16 @@ FAMILIES = {
     "ministral": SLIDING,
     "cohere2": SLIDING | dict(layer_types=["sliding_attention"] * 2),
     "gemma3_text": SLIDING | dict(layer_types=["sliding_attention"] * 2),
-    "mixtral": SLIDING | dict(num_local_experts=2, num_experts_per_tok=1),
+    "mixtral": SLIDING,
     # One layer slides, the other does not, in either order; and none does.
     "qwen2 mixed": QWEN | dict(max_window_layers=1),
     "gemma3_text mixed": SLIDING | dict(layer_types=["sliding_attention", "full_attention"]),
-    "llama": SIZES,
+    "llama": {},
 }
 
 
-def tiny(family):
-    torch.manual_seed(0)
-    sizes = dict(FAMILIES[family], _experts_implementation="eager")
-    config = transformers.AutoConfig.for_model(family.split()[0], **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
-    with torch.no_grad():  # larger weights than initialised, so that sharpening shows
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
-    return model
-
-
-def draw(*shape):
-    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(len(shape)))
+def made(family):
+    return tiny(family.split()[0], **FAMILIES[family])
 
 
 def left_padded(ids, more):
@@ -72,7 +57,7 @@ def assert_same(found, expected, columns=0):
 @pytest.mark.parametrize("scope", ["sequence", "token"])
 @torch.no_grad()
 def test_a_static_cache_gives_what_a_dynamic_one_gives(family, scope):
-    model, ids = tiny(family), draw(2, 9)
+    model, ids = made(family), draw(2, 9)
     mask = torch.ones_like(ids)
     plain = generated(model, ids, mask)
     vps.patch(model, VPSConfig(target_modules="all-linear", scope=scope))
@@ -91,7 +76,7 @@ def test_a_static_cache_gives_what_a_dynamic_one_gives(family, scope):
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 @torch.no_grad()
 def test_padding_does_not_count_once_the_window_is_full(family, cache):
-    model, ids = tiny(family), draw(1, 9)
+    model, ids = made(family), draw(2, 9)
     vps.patch(model, VPSConfig(target_modules="all-linear"))
     expected = generated(model, ids, torch.ones_like(ids))
     kwargs = dict(cache_implementation=cache, disable_compile=True) if cache == "static" else {}
@@ -109,7 +94,7 @@ def named(function):
 @torch.no_grad()
 def test_chunks_count_alike_into_every_cache(family, sizes):
     """Masks [B, 1, T, K] as transformers makes them for compiled decoding."""
-    model = tiny(family)
+    model = made(family)
     vps.patch(model, VPSConfig(target_modules="all-linear"))
     ids, mask = left_padded(draw(2, sum(sizes) - 2), 2)
     mask[0, :2] = 1  # one row padded, the other not
@@ -170,7 +155,7 @@ def test_the_mask_of_the_layers_that_have_one():
 
 @torch.no_grad()
 def test_a_full_window_compiles():
-    model, ids = tiny("mistral"), draw(2, 9)
+    model, ids = tiny("mistral", num_hidden_layers=1, **SLIDING), draw(2, 9)
     vps.patch(model, VPSConfig())
     expected = generated(model, ids, torch.ones_like(ids), new=4)
     kwargs = dict(cache_implementation="static", disable_compile=True)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import tiny_llama
+from calibration_cases import made
+from tiny import tiny_llama
 
 import vps
 from vps import Calibration, VPSConfig, clear_calibration
@@ -18,22 +19,6 @@ from vps.model.statistics import measure
 @pytest.fixture
 def model():
     return tiny_llama()
-
-
-def made(model, gamma=0.25, **changes):
-    layers = sharpened_layers(model)
-    values = {
-        "config": next(iter(layers.values())).config,
-        "model": "tiny",
-        "architecture": "LlamaForCausalLM",
-        "weights": fingerprint(model),
-        "data": "d" * 64,
-        "gamma": gamma if isinstance(gamma, dict) else dict.fromkeys(layers, gamma),
-        "examples": ("e1", "e2"),
-        "found": True,
-        "report": {"forms": {}},
-    }
-    return Calibration(**(values | changes))
 
 
 @pytest.mark.parametrize("gamma", [-0.25, (0.1, -0.2, 0.0, 1e-17)])

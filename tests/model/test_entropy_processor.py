@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import tiny_llama
+from tiny import tiny_llama
 
 import vps
 from vps import EntropyProcessor, policy_state, token_entropy

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from fitting_cases import tiny, word_tokenizer
-from test_cli import run
+from fitting_cases import learner
+from tiny import number_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 import vps
@@ -38,11 +38,6 @@ CUTS = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def letters():
     """One token a letter: stop strings need a tokenizer that can spell."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 .,?"]
@@ -55,7 +50,7 @@ def letters():
 
 def wishing(**wishes):
     """A model whose generation_config holds these settings."""
-    model = tiny(size=4)
+    model = learner(times=4)
     model.generation_config.eos_token_id = None
     for name, value in wishes.items():
         assert hasattr(model.generation_config, name), name
@@ -67,7 +62,7 @@ def wishing(**wishes):
 def test_generate_is_greedy(tokenizer, mode):
     """Every token is the most likely one; each is reported."""
     model = wishing(**OTHER_MODES[mode])
-    inputs = encode(tokenizer, "w1 w2 w3")
+    inputs = encode(tokenizer, "1 2 3")
     steps = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -81,7 +76,7 @@ def test_generate_is_greedy(tokenizer, mode):
 
 @pytest.mark.parametrize("mode", OTHER_MODES)
 def test_samples_are_drawn_one_by_one(tokenizer, mode):
-    inputs = encode(tokenizer, "w1 w2 w3")
+    inputs = encode(tokenizer, "1 2 3")
     plain = sample(wishing(), tokenizer, inputs, 5, 3, seed=4)
     assert len(set(plain)) == 3
     assert sample(wishing(**OTHER_MODES[mode]), tokenizer, inputs, 5, 3, seed=4) == plain
@@ -89,7 +84,7 @@ def test_samples_are_drawn_one_by_one(tokenizer, mode):
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_samples_are_drawn_from_the_whole_distribution(tokenizer, cut):
-    inputs = encode(tokenizer, "w1 w2 w3")
+    inputs = encode(tokenizer, "1 2 3")
     plain = sample(wishing(), tokenizer, inputs, 5, 3, seed=4, temperature=3.0)
     found = sample(wishing(**{cut: CUTS[cut]}), tokenizer, inputs, 5, 3, seed=4, temperature=3.0)
     assert found == plain
@@ -116,19 +111,19 @@ def test_other_wishes_of_the_model_hold(letters):
 
 
 def test_a_tokenizer_without_a_mask(tokenizer):
-    bare = word_tokenizer()
+    bare = number_tokenizer()
     bare.model_input_names = ["input_ids"]
-    given, wanted = (encode(each, "w1 w2 w3") for each in (bare, tokenizer))
+    given, wanted = (encode(each, "1 2 3") for each in (bare, tokenizer))
     assert {name: value.tolist() for name, value in given.items()} == {
         name: value.tolist() for name, value in wanted.items()
     }
-    bare.chat_template = "{% for m in messages %}w9 {{ m['content'] }}{% endfor %}"
-    assert encode(bare, "w1")["attention_mask"].tolist() == [[1, 1]]
+    bare.chat_template = "{% for m in messages %}9 {{ m['content'] }}{% endfor %}"
+    assert encode(bare, "1")["attention_mask"].tolist() == [[1, 1]]
     model = wishing()
     vps.patch(model)
     results = [
         vps.refine(
-            model, each, "w1 w2 w3", "w7", max_new_tokens=3, iterations=2,
+            model, each, "1 2 3", "7", max_new_tokens=3, iterations=2,
             weights={"numeric": 1.0}, chat=False,
         )
         for each in (bare, tokenizer)
@@ -136,7 +131,7 @@ def test_a_tokenizer_without_a_mask(tokenizer):
     assert results[0] == results[1]
 
 
-def test_the_command_line_with_wishes_in_the_folder(capsys, letters, tmp_path):
+def test_the_command_line_with_wishes_in_the_folder(run, letters, tmp_path):
     wishing().save_pretrained(tmp_path)
     letters.save_pretrained(tmp_path)
     common = ("--model", tmp_path, "--prompt", "abc", "--max-new-tokens", 6, "--json")
@@ -144,14 +139,14 @@ def test_the_command_line_with_wishes_in_the_folder(capsys, letters, tmp_path):
         ("generate", *common, "--compare"),
         ("refine", *common, "--samples", 2, "--iterations", 2),
     )
-    plain = [run(capsys, *command) for command in commands]
+    plain = [run(*command) for command in commands]
     model, _ = load_model(str(tmp_path))
     model.generation_config.update(
         num_beams=3, return_dict_in_generate=True, stop_strings=["no such text"], do_sample=True
     )
     model.save_pretrained(tmp_path)
     for command, (_, before, _) in zip(commands, plain, strict=True):
-        code, out, err = run(capsys, *command)
+        code, out, err = run(*command)
         assert (code, err) == (0, "") and texts(json.loads(out)) == texts(json.loads(before))
 
 

@@ -1,88 +1,36 @@
 """patch, unpatch and friends on tiny random models of every supported family."""
 
 import copy
-import threading
 
 import pytest
 import torch
-import transformers
+from cases import in_threads
+from tiny import draw, settings, tiny
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import vps
-from vps import VPSConfig, VPSLinear
+from vps import VPSConfig
 
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    head_dim=8,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-FAMILIES = {
-    "llama": (SIZES, None, 14),
-    "qwen2": (SIZES, None, 14),
-    "qwen3": (SIZES, None, 14),
-    "mistral": (SIZES, None, 14),
-    "gemma2": (SIZES, None, 14),
-    "gemma3_text": (SIZES, None, 14),
-    "phi3": (SIZES, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), 8),
-    "gpt2": (
-        dict(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0,
-             bos_token_id=1, eos_token_id=2),
-        ("c_attn", "c_proj", "c_fc"),
-        8,
-    ),
-    "gpt_neox": (SIZES, ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), 8),
-    "opt": (
-        SIZES | dict(ffn_dim=48, word_embed_proj_dim=32),
-        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        12,
-    ),
-    "mixtral": (SIZES | dict(num_local_experts=2, num_experts_per_tok=1), ATTENTION, 8),
+LAYERS = {
+    "llama": 14, "qwen2": 14, "qwen3": 14, "mistral": 14, "gemma2": 14, "gemma3_text": 14,
+    "phi3": 8, "gpt2": 8, "gpt_neox": 8, "opt": 12, "mixtral": 8,
 }  # fmt: skip
-
-
-def tiny(family, dtype=torch.float64):
-    torch.manual_seed(0)
-    sizes = FAMILIES[family][0]
-    config = transformers.AutoConfig.for_model(family, **sizes)
-    config._experts_implementation = "eager"  # the grouped one has no float64
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    with torch.no_grad():  # larger weights than initialised, so that sharpening shows
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
-    return model
-
-
-def settings(family, **changes):
-    targets = FAMILIES[family][1]
-    return (
-        VPSConfig(**changes) if targets is None else (VPSConfig(target_modules=targets, **changes))
-    )
 
 
 @pytest.fixture
 def ids():
-    return torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    return draw(2, 7, seed=1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @torch.no_grad()
 def test_family(family, ids):
     model = tiny(family)
     before = model(ids).logits
     keys = list(model.state_dict())
     report = vps.patch(model, settings(family))
-    assert len(report.patched) == FAMILIES[family][2]
+    assert len(report.patched) == LAYERS[family]
     assert ("expert" in str(report)) == (family == "mixtral")
     assert list(model.state_dict()) == keys
     sharpened = model(ids).logits
@@ -143,23 +91,6 @@ def test_token_scope_is_causal(family, ids):
     assert torch.equal(left[:, 3:], cached)
 
 
-@torch.no_grad()
-def test_padding_does_not_matter_in_cached_decoding(ids):
-    model = tiny("llama")
-    vps.patch(model)
-    kwargs = dict(max_new_tokens=5, do_sample=False, min_new_tokens=5)
-    plain = model.generate(ids, **kwargs)
-    mask = torch.ones(2, 10, dtype=ids.dtype)
-    mask[:, :3] = 0
-    padded_ids = torch.cat([torch.zeros(2, 3, dtype=ids.dtype), ids], 1)
-    padded = model.generate(padded_ids, attention_mask=mask, **kwargs)
-    assert torch.equal(padded[:, 3:], plain)
-    static = model.generate(
-        padded_ids, attention_mask=mask, cache_implementation="static", **kwargs
-    )
-    assert torch.equal(static, padded)
-
-
 def test_gradient_checkpointing_sees_the_mask(ids):
     model = tiny("llama").train()
     mask = torch.ones_like(ids)
@@ -200,25 +131,15 @@ def test_threads_share_a_model(ids):
     expected = [model(batch).logits for batch in batches]
     with vps.disabled(model):
         plain = model(ids).logits
-    wrong = []
 
-    def work(index):
-        with torch.no_grad():
-            for _ in range(10):
-                if index == 3:
-                    with vps.disabled(model):
-                        same = torch.equal(model(ids).logits, plain)
-                else:
-                    same = torch.equal(model(batches[index]).logits, expected[index])
-                if not same:
-                    wrong.append(index)
+    @torch.no_grad()
+    def same(index):
+        if index == 3:
+            with vps.disabled(model):
+                return torch.equal(model(ids).logits, plain)
+        return torch.equal(model(batches[index]).logits, expected[index])
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert in_threads(lambda index: all(same(index) for _ in range(10)), range(4))
 
 
 @torch.no_grad()
@@ -265,7 +186,7 @@ def test_nothing_to_patch_is_an_error_and_changes_nothing():
         vps.patch(model, {})
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="meta device"):
+    with pytest.raises(ValueError, match=r"meta device.*\(a Linear\)"):
         vps.patch(empty, VPSConfig(target_modules=["0"]))
 
 
@@ -274,19 +195,29 @@ def test_layers_that_are_no_linear_map_are_refused():
         def forward(self, x):
             return super().forward(x).relu()
 
+    class QuantLinear(nn.Module):  # GPTQ's, which is no nn.Linear
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(8, 8, dtype=torch.int32))
+
     class Projection(nn.Module):
         def __init__(self):
             super().__init__()
             self.inner = nn.Linear(4, 4)
 
-    model = nn.Sequential(nn.Linear(4, 4), Rectified(4, 4), nn.Linear(4, 4), Projection())
+    layers = nn.Linear(4, 4), Rectified(4, 4), nn.Linear(4, 4), QuantLinear(), Projection()
+    model = nn.Sequential(*layers)
     model[2].forward = lambda x: x
-    with pytest.warns(UserWarning, match="3 layers were refused"):
-        report = vps.patch(model, VPSConfig(target_modules=["0", "1", "2", "3"]))
-    assert report.patched == ("0",) and set(report.refused) == {"1", "2", "3"}
+    with pytest.warns(UserWarning, match="4 layers were refused"):
+        report = vps.patch(model, VPSConfig(target_modules=["0", "1", "2", "3", "4"]))
+    assert report.patched == ("0",) and set(report.refused) == {"1", "2", "3", "4"}
     assert "not a linear map" in report.refused["1"]
     assert "replaced on the instance" in report.refused["2"]
-    assert "its type is Projection" in report.refused["3"]
+    assert report.refused["3"] == "its type is QuantLinear, which is no supported layer"
+    assert "3: its type is QuantLinear" in str(report)
+    assert "its type is Projection" in report.refused["4"]
+    with pytest.raises(ValueError, match="3: its type is QuantLinear"):
+        vps.patch(model, VPSConfig(target_modules=["3"]))
     assert not hasattr(model[1], "_sharpened") and "forward" not in vars(model[1])
 
 
@@ -305,14 +236,7 @@ def test_layers_that_torch_reads_past_their_forward_are_refused():
 
 
 @torch.no_grad()
-def test_shared_and_tied_layers():
-    shared = nn.Linear(4, 4)
-    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
-    vps.patch(model, VPSConfig(target_modules=["a", "c"]))
-    assert isinstance(model["a"], VPSLinear) and model["a"] is model["b"][0]
-    vps.unpatch(model)
-    assert type(model["a"]) is nn.Linear and model["a"] is model["b"][0]
-
+def test_tied_layers():
     model = tiny("llama")
     model.config.tie_word_embeddings = True
     model.tie_weights()

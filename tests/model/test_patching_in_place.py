@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from test_patching import tiny
+from tiny import draw, tiny
 from torch import nn
 
 import vps
@@ -13,7 +13,7 @@ from vps import VPSConfig
 
 @pytest.fixture
 def ids():
-    return torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    return draw(2, 7, seed=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral"])

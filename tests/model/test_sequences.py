@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 import transformers
-from sequence_cases import BART, BERT, CLOSE, SPECIAL, T5, draw, made, seeded
+from tiny import BART, BERT, CLOSE, SPECIAL, T5, draw, made, seeded
 from torch import nn
 
 import vps
@@ -49,9 +49,7 @@ def test_heads_of_a_batch_give_what_they_give_alone(family, scope):
 @torch.no_grad()
 def test_heads_of_images(family):
     model = made(transformers.AutoModelForImageClassification, family, VISION)
-    pixels = torch.randn(
-        3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    pixels = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=seeded())
     vps.patch(model, VPSConfig(target_modules="all-linear"))
     expected = torch.cat([model(pixel_values=one[None]).logits for one in pixels])
     torch.testing.assert_close(model(pixel_values=pixels).logits, expected, **CLOSE)
@@ -61,11 +59,9 @@ def test_heads_of_images(family):
 def test_heads_of_fewer_images_than_texts():
     sizes = dict(text_config=BERT, vision_config=VISION, projection_dim=16)
     model = made(transformers.AutoModel, "clip", sizes)
-    pixels = torch.randn(
-        2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=seeded())
     ids = draw(3, 7)
-    ids[:, -1] = 63  # where text is pooled
+    ids[:, -1] = 95  # where text is pooled
     vps.patch(model, VPSConfig(target_modules="all-linear"))
     found = model(input_ids=ids, pixel_values=pixels).logits_per_text
     expected = [
@@ -114,7 +110,7 @@ class TimeFirst(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.proj = nn.Embedding(64, 8), nn.Linear(8, 8)
+        self.embed, self.proj = nn.Embedding(96, 8), nn.Linear(8, 8)
         self.double()
 
     def forward(self, input_ids, attention_mask=None):
@@ -140,7 +136,8 @@ def test_tokens_before_rows(rows):
 
 @torch.no_grad()
 def test_a_compiled_head():
-    model = made(transformers.AutoModelForSequenceClassification, "bert", BERT)
+    auto = transformers.AutoModelForSequenceClassification
+    model = made(auto, "bert", BERT | dict(num_hidden_layers=1))
     vps.patch(model, VPSConfig(target_modules="all-linear"))
     ids = draw(3, 7)
     compiled = torch.compile(model, backend="eager")
@@ -186,7 +183,7 @@ class Mixture(nn.Module):
     def __init__(self, how="experts", cls=Routed):
         super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(64, 8)
+        self.embed = nn.Embedding(96, 8)
         self.layers = nn.ModuleList([nn.ModuleDict({"mlp": cls(how), "q_proj": nn.Linear(8, 8)})])
         self.double()
 
@@ -283,7 +280,7 @@ class Gathered(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.proj = nn.Embedding(64, 8), nn.Linear(8, 8)
+        self.embed, self.proj = nn.Embedding(96, 8), nn.Linear(8, 8)
         self.double()
 
     def forward(self, input_ids, attention_mask=None, position_ids=None):
@@ -315,7 +312,7 @@ def test_tokens_gathered_from_several_sequences_raise():
 def test_heads_of_several_choices(count):
     model = made(transformers.AutoModelForMultipleChoice, "bert", BERT)
     vps.patch(model, VPSConfig(target_modules="all-linear"))
-    ids = torch.randint(3, 60, (count, 3, 7), generator=seeded())
+    ids = draw(count, 3, 7)
     found = model(ids, attention_mask=torch.ones_like(ids)).logits.flatten()
     alone = torch.cat([model(each[None, None]).logits.flatten() for each in ids.flatten(0, 1)])
     torch.testing.assert_close(found, alone, **CLOSE)
@@ -337,7 +334,7 @@ class Wrapper(nn.Module):
 def test_heads_of_a_module_around_a_model():
     model = Wrapper().eval()
     vps.patch(model, VPSConfig(target_modules="all-linear"))
-    ids = torch.randint(3, 60, (3, 7), generator=seeded())
+    ids = draw(3, 7)
     found = model({"input_ids": ids})
     alone = torch.cat([model({"input_ids": row[None]}) for row in ids])
     torch.testing.assert_close(found, alone, **CLOSE)
