@@ -30,7 +30,7 @@ SETTINGS = {
     "second_order": True,
     "alpha": 1e-3,
     "tau": 0.8,
-    "spectral": False,
+    "clip": "component",
     "clamp": 1.0,
 }
 ERRORS = [

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from cases import tiny_llama
+from tiny import tiny_llama
 from torch import nn
 
 import vps

@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode, PythonFunctionalizeAPI
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -102,8 +102,10 @@ def _forget(reference: weakref.ref[Tensor]) -> None:
 class Kept:
     """Keep a plan for layers, without what belongs to them; neither copied nor pickled.
 
+    Not even weak references to weights are kept: ``torch.utils.swap_tensors`` would refuse them.
+
     Args:
-        layers: the layers, whose weights are their parameters; all of them is held weakly.
+        layers: the layers, whose weights are their parameters.
         plan: the plan of these layers, without L-BFGS pairs.
         x: an input of these layers.
     """
@@ -114,13 +116,7 @@ class Kept:
         self.state = weakref.ref(plan.state)
         self.outcomes = plan.state.outcomes
         self.parts = [
-            (
-                weakref.ref(own.weight.W),
-                own.weight.W.shape,
-                None if own.bias is None else weakref.ref(own.bias),
-                layer.gradient,
-                own[2:],
-            )
+            (own.weight.W.shape, own.weight.W.dtype, layer.gradient, own[2:])
             for layer, own in zip(layers, plan.layers, strict=True)
         ]
 
@@ -143,15 +139,14 @@ class Kept:
         own_state: Any = self.state()
         if own_state is not state or own_state.outcomes is not self.outcomes:
             return None
-        for layer, (weight, shape, bias, gradient, rest) in zip(layers, self.parts, strict=True):
+        for layer, (shape, dtype, gradient, rest) in zip(layers, self.parts, strict=True):
             own: dict[str, Any] = layer.__dict__.get("_parameters", {})
-            b, memory = own.get("bias"), layer.memory
-            W: Any = weight()
+            W, memory = own.get("weight"), layer.memory
             if (
-                W is None
+                type(W) is not nn.Parameter
                 or W.shape != shape
-                or own.get("weight") is not W
-                or b is not (None if bias is None else bias())
+                or W.dtype is not dtype
+                or W.is_meta
                 or layer.config is not config
                 or layer.state is not state
                 or layer.gradient is not gradient
@@ -162,7 +157,7 @@ class Kept:
                 return None
             matrix: Any = Matrix.__new__(Matrix)  # a call less than Matrix(W)
             matrix.W = W
-            found.append(Layer(matrix, b, *rest))
+            found.append(Layer(matrix, own.get("bias"), *rest))
         return self.plan._replace(layers=tuple(found), state=state)
 
     def __reduce__(self) -> Any:
