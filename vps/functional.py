@@ -234,7 +234,7 @@ class Plan(NamedTuple):
         backend: the backend that computes unless another is asked for.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...]  # these three first, for sharing.Kept
     config: VPSConfig
     state: policy.PolicyState | None
     heads: tuple[int, int] | None

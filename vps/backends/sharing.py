@@ -24,7 +24,10 @@ from vps.algorithm import constants
 from vps.algorithm.flow import Layer
 from vps.algorithm.weight import Matrix
 
+_tuple: Any = tuple.__new__  # of a NamedTuple, without a call of its own
 _is_tracing, _get_mode = torch._C._is_tracing, torch._C._get_dispatch_mode
+_is_any_autocast_enabled, _STRIDED = torch._C._is_any_autocast_enabled, torch.strided
+_Parameter = nn.Parameter
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 # References to x and to its mask, the state of both, the grouping, and the indices I_in [G, r]. A
@@ -112,11 +115,11 @@ class Kept:
 
     def __init__(self, layers: tuple[Any, ...], plan: Any, x: Tensor) -> None:
         self.dtype, self.device, self.width = x.dtype, x.device, x.shape[-1]
-        self.plan = plan._replace(layers=(), state=None)
+        self.kind, self.config, self.tail = type(plan), plan.config, plan[3:]
         self.state = weakref.ref(plan.state)
         self.outcomes = plan.state.outcomes
         self.parts = [
-            (own.weight.W.shape, own.weight.W.dtype, layer.gradient, own[2:])
+            (own.weight.W.shape, layer.gradient, own[2:])
             for layer, own in zip(layers, plan.layers, strict=True)
         ]
 
@@ -131,22 +134,20 @@ class Kept:
             or x.device != self.device
             or x.shape[-1:] != (self.width,)
             or not x.numel()
-            or x.layout is not torch.strided
-            or torch._C._is_any_autocast_enabled()
+            or x.layout is not _STRIDED
+            or _is_any_autocast_enabled()
         ):
             return None
-        state, config, found = layers[0].state, self.plan.config, []
+        state, config, found = layers[0].state, self.config, []
         own_state: Any = self.state()
         if own_state is not state or own_state.outcomes is not self.outcomes:
             return None
-        for layer, (shape, dtype, gradient, rest) in zip(layers, self.parts, strict=True):
-            own: dict[str, Any] = layer.__dict__.get("_parameters", {})
-            W, memory = own.get("weight"), layer.memory
+        for layer, (shape, gradient, rest) in zip(layers, self.parts, strict=True):
+            own = layer.__dict__.get("_parameters")
+            W, memory = None if own is None else own.get("weight"), layer.memory
             if (
-                type(W) is not nn.Parameter
+                type(W) is not _Parameter
                 or W.shape != shape
-                or W.dtype is not dtype
-                or W.is_meta
                 or layer.config is not config
                 or layer.state is not state
                 or layer.gradient is not gradient
@@ -157,8 +158,8 @@ class Kept:
                 return None
             matrix: Any = Matrix.__new__(Matrix)  # a call less than Matrix(W)
             matrix.W = W
-            found.append(Layer(matrix, own.get("bias"), *rest))
-        return self.plan._replace(layers=tuple(found), state=state)
+            found.append(_tuple(Layer, (matrix, own.get("bias"), *rest)))
+        return _tuple(self.kind, (tuple(found), config, state, *self.tail))
 
     def __reduce__(self) -> Any:
         return type(None), ()
