@@ -250,7 +250,7 @@ def test_a_program_is_loaded_after_importing_vps_alone(tmp_path):
         torch.save(model, "model.pt")
         torch.save(model(x), "y.pt")
         """,
-        tmp_path,
+        cwd=tmp_path,
         PYTHONPATH=str(ROOT),
     )
     assert made.returncode == 0, made.stderr
@@ -263,7 +263,7 @@ def test_a_program_is_loaded_after_importing_vps_alone(tmp_path):
             assert torch.equal(torch.export.load("program.pt2").module()(x), y)
             assert torch.equal(torch.load("model.pt", weights_only=False)(x), y)
             """,
-            tmp_path,
+            cwd=tmp_path,
             PYTHONPATH=str(ROOT),
         )
         assert run.returncode == 0, run.stderr
