@@ -11,7 +11,7 @@ import vps
 from vps import VPSConfig, VPSLinear, vps_linear
 from vps.algorithm import policy
 from vps.backends import dispatch, operator, torch_backend
-from vps.backends.call import Inputs, differentiable
+from vps.backends.call import Inputs, Kind, differentiable
 
 SETTINGS = [
     {},
@@ -140,3 +140,12 @@ def test_a_library_that_does_not_load_is_a_reason_not_a_crash(tmp_path):
     run = python(code, VPS_CPP_LIBRARY=str(broken))
     assert run.returncode == 0, run.stderr
     assert "does not load" in run.stdout and "[2, 4]" in run.stdout
+
+
+@pytest.mark.parametrize("rule", [{"clip": "other"}, {"builder": "other"}])
+def test_a_rule_that_no_compiled_backend_knows_falls_to_torch(rule):
+    for device in ("cpu", "cuda"):
+        kind = Kind(device, torch.float32, **rule)
+        assert dispatch.fastest(kind) is torch_backend
+        for name in ("cpp", "triton", "cuda"):
+            assert "of which this backend knows" in dispatch.why_not(name, kind)

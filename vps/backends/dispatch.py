@@ -5,6 +5,9 @@ on a CPU where it is built, and ``torch`` for float64 and everywhere else. ``cud
 with a single token decoded in one launch; it runs only if it is asked for. A backend that was asked
 for runs or raises; nothing falls back in silence.
 
+Inside transforms of ``torch.func`` torch computes, whichever backend was asked for but
+``reference``: compiled operators know no such tensors.
+
 Only ``torch`` and ``reference`` can compute a layer that holds L-BFGS pairs, and only ``torch`` a
 layer whose weight is no plain matrix in memory. Asking for another backend there raises.
 """

@@ -13,7 +13,7 @@ Ranks exchange for G groups of T tokens (SPEC §2–§5, §7):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,19 +25,17 @@ from vps.algorithm.policy import Settings
 from vps.algorithm.weight import (
     MatrixProjection,
     Products,
-    Weight,
-    cast,
     gather,
     needs_gram_of_columns,
     needs_gram_of_rows,
 )
 from vps.layers.shards import sharding
-from vps.layers.shards.sharding import Shard
+from vps.layers.shards.sharding import ShardWeight
 
 _norm = torch.linalg.vector_norm
 
 
-class ColumnShard(Weight):
+class ColumnShard(ShardWeight):
     """This rank's rows of W.
 
     Args:
@@ -45,18 +43,9 @@ class ColumnShard(Weight):
         shard: how the outputs are split.
     """
 
-    def __init__(self, W: Tensor, shard: Shard) -> None:
-        self.W, self.shard = W, shard
-
     @property
     def widths(self) -> tuple[int, int]:
         return self.shard.bounds[-1], self.W.shape[1]
-
-    def parameters(self) -> Iterable[Tensor]:
-        return (self.W,)
-
-    def cast(self, dtype: torch.dtype) -> ColumnShard:
-        return ColumnShard(cast(self.W, dtype), self.shard)
 
     def project(
         self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None

@@ -13,7 +13,6 @@ Ranks exchange for G groups of T tokens (SPEC §2–§5):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -25,17 +24,15 @@ from vps.algorithm.policy import Settings
 from vps.algorithm.weight import (
     Products,
     Projection,
-    Weight,
-    cast,
     gather,
     needs_gram_of_columns,
     needs_gram_of_rows,
 )
 from vps.layers.shards import sharding
-from vps.layers.shards.sharding import Shard
+from vps.layers.shards.sharding import ShardWeight
 
 
-class RowShard(Weight):
+class RowShard(ShardWeight):
     """This rank's columns of W.
 
     Args:
@@ -44,9 +41,6 @@ class RowShard(Weight):
     """
 
     reads_whole_input = False
-
-    def __init__(self, W: Tensor, shard: Shard) -> None:
-        self.W, self.shard = W, shard
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -57,12 +51,6 @@ class RowShard(Weight):
 
     def is_empty(self, x: Tensor) -> bool:
         return math.prod(x.shape[:-1]) == 0  # a rank may hold no feature
-
-    def parameters(self) -> Iterable[Tensor]:
-        return (self.W,)
-
-    def cast(self, dtype: torch.dtype) -> RowShard:
-        return RowShard(cast(self.W, dtype), self.shard)
 
     def select_inputs(self, x: Tensor, mask: Tensor | None, r: int) -> Tensor:
         scores, _ = selection.counted_statistics(sharding.padded(x, -1), mask, False)

@@ -7,12 +7,14 @@ ever select different features.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vps.algorithm.weight import Weight, cast
 
 
 class Shard(NamedTuple):
@@ -51,6 +53,24 @@ class Shard(NamedTuple):
         local = index - self.offset
         held = (local >= 0) & (local < self.size)
         return local.clamp(0, max(0, self.size - 1)), held
+
+
+class ShardWeight(Weight):
+    """This rank's part of W.
+
+    Args:
+        W: rows ``[held, d_in]`` or columns ``[d_out, held]``.
+        shard: how the outputs, or the inputs, are split.
+    """
+
+    def __init__(self, W: Tensor, shard: Shard) -> None:
+        self.W, self.shard = W, shard
+
+    def parameters(self) -> Iterable[Tensor]:
+        return (self.W,)
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        return type(self)(cast(self.W, dtype), self.shard)
 
 
 def split_evenly(features: int, ranks: int) -> tuple[int, ...]:
