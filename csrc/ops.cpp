@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/backward.h"
+#include "cpu/edited.h"
 #include "cpu/pair.h"
 
 namespace vps {
@@ -53,6 +54,11 @@ Tensor linear_backward(const Tensor& g, const Tensor& weight, const Tensor& feat
   return backward({g, weight, features, core, gamma});
 }
 
+Tensor edited_linear(const Tensor& x, const Tensor& weight, const Optional& bias,
+                     const Tensor& I_in, const Tensor& through) {
+  return edited({x, weight, bias, I_in, through});
+}
+
 }  // namespace
 }  // namespace vps
 
@@ -62,4 +68,5 @@ STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) {
   m.impl("couple", TORCH_BOX(&vps::couple));
   m.impl("linear_pair", TORCH_BOX(&vps::linear_pair));
   m.impl("linear_backward", TORCH_BOX(&vps::linear_backward));
+  m.impl("edited", TORCH_BOX(&vps::edited_linear));
 }

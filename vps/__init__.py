@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vps.fitting.sensitivity import sensitivity
     from vps.functional import vps_linear
     from vps.layers.linear import VPSLinear
-    from vps.masking import token_mask
+    from vps.masking import prompt, token_mask
     from vps.model.calibration import Calibration, clear_calibration
     from vps.model.capture import capture
     from vps.model.entropy import EntropyProcessor, token_entropy
@@ -51,6 +51,7 @@ __all__ = [
     "load",
     "patch",
     "policy_state",
+    "prompt",
     "reference",
     "refine",
     "save",
@@ -71,7 +72,7 @@ _HOMES = {
     "fitting": ("calibrate", "sensitivity"),
     "functional": ("vps_linear",),
     "layers.linear": ("VPSLinear",),
-    "masking": ("token_mask",),
+    "masking": ("prompt", "token_mask"),
     "model.calibration": ("Calibration", "clear_calibration"),
     "model.capture": ("capture",),
     "model.entropy": ("EntropyProcessor", "token_entropy"),

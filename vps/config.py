@@ -55,7 +55,8 @@ class VPSConfig:
         builder: ``"sk"``, ``"sc"``, ``"hybrid"`` or ``"random"``. The last draws features by
             ``seed``, as a control that shows whether guidance by activations matters.
         seed: seed of the random builder; at least 0.
-        scope: which tokens share one selection: ``"sequence"``, ``"batch"`` or ``"token"``.
+        scope: which tokens share one selection: ``"sequence"``, ``"batch"`` or ``"token"``; with
+            ``"prompt"`` the prompt of a sequence decides once for all its tokens (SPEC §11).
         qk_coupling: select outputs of query and key projections jointly (SPEC §7).
         lbfgs: precondition ``B`` with the ephemeral L-BFGS memory (SPEC §8).
         target_modules: as in PEFT: a sequence of name suffixes, a string that is a regular
@@ -104,7 +105,7 @@ class VPSConfig:
     ADAPTIVE: ClassVar[dict[str, Any]] = {"rank": 2, "topk": 32, "gamma": 0.5, "order": 1}
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "builder": ("sk", "sc", "hybrid", "random"),
-        "scope": ("sequence", "batch", "token"),
+        "scope": ("sequence", "batch", "token", "prompt"),
         "clip": ("component", "spectral"),
     }
 

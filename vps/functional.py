@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from vps import masking
 from vps.algorithm import policy, tracing
+from vps.algorithm.fixed import FixedUpdate
 from vps.algorithm.flow import Given, Layer
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import own_gamma, plan_for
@@ -26,7 +27,7 @@ from vps.backends import dispatch, reference_backend, sharing, torch_backend
 from vps.backends.call import Call, Kind
 from vps.backends.sharing import Kept
 from vps.config import VPSConfig
-from vps.masking import STATE, check_mask, group
+from vps.masking import STATE, check_mask, group, marks_for
 from vps.packing import Packing
 
 # Every call needs these, so they are looked up once.
@@ -178,6 +179,7 @@ def sharpen(
     mask: Tensor | None = None,
     state: policy.PolicyState | None = None,
     given: Given = NOTHING,
+    held: list[FixedUpdate | None] | None = None,
 ) -> list[Tensor | None]:
     """Sharpen one layer, or a query and a key layer together.
 
@@ -188,6 +190,7 @@ def sharpen(
         heads: query and key-value heads, with two layers.
         mask, state: as for :func:`vps_linear`.
         given: features and energy of one layer that are decided already, for x ``[G, T, d_in]``.
+        held: as for :func:`compute`.
 
     Returns:
         For each layer its output ``[..., d_out]``, differentiable in x and in the layer's
@@ -205,6 +208,8 @@ def sharpen(
         weight.check(x)
     if mask is not None:
         check_mask(x, mask)
+        if config.scope == "prompt" and (marks := marks_for(x, tuple(mask.shape))) is not None:
+            mask = marks.among(mask, tuple(mask.shape))
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, found = cast(x, dtype), []
@@ -213,12 +218,12 @@ def sharpen(
             found.append(one._replace(weight=weight.cast(dtype), bias=bias))
         with torch.autocast(x.device.type, enabled=False):
             return sharpen(
-                x, tuple(found), config, heads=heads, mask=mask, state=state, given=given
+                x, tuple(found), config, heads=heads, mask=mask, state=state, given=given, held=held
             )
     plan = prepare(layers, weights, config, state, x, heads)
     if plan is None or weights[0].is_empty(x) or x.is_meta and not plan.kind.is_matrix:
         return [None] * len(layers)
-    return compute(x, plan, mask, given)
+    return compute(x, plan, mask, given, held)
 
 
 class Plan(NamedTuple):
@@ -297,16 +302,35 @@ def keep(
 
 
 def compute(
-    x: Tensor, plan: Plan, mask: Tensor | None = None, given: Given = NOTHING
+    x: Tensor,
+    plan: Plan,
+    mask: Tensor | None = None,
+    given: Given = NOTHING,
+    held: list[FixedUpdate | None] | None = None,
 ) -> list[Tensor | None]:
-    """Return the output ``[..., d_out]`` of each layer of a plan, or ``None`` for a plain layer."""
+    """Return the output ``[..., d_out]`` of each layer of a plan, or ``None`` for a plain layer.
+
+    What is decided is appended to ``held`` if that is a list. Packed rows add nothing.
+    """
     if forward_ad._current_level >= 0:
         weights = [W for layer in plan.layers for W in layer.weight.parameters()]
         biases = [layer.bias for layer in plan.layers if layer.bias is not None]
         tracing.refuse_tangents(x, *weights, *biases)
     grouped, mask, counted, packing = arrange(x, mask, plan.config.scope)
     if packing is not None:
+        if given.core is not None:
+            raise ValueError(
+                "vps: scope='prompt' holds one decision for each row of a cache, got rows packed "
+                "from several sequences; expected rows of one sequence"
+            )
         return packing.apply_all(x, partial(compute, plan=plan))
+    if given.core is not None:
+        counted = None  # the prompt has decided
+        if len(grouped) != len(given.core.gamma):
+            raise ValueError(
+                f"vps: the cache holds what {len(given.core.gamma)} prompts decided, got a call of "
+                f"{len(grouped)} sequences; expected one for each"
+            )
     backend = plan.backend
     if STATE.backends or dispatch.FROM_ENVIRONMENT is not None:
         backend = dispatch.asked(plan.kind) or backend
@@ -329,7 +353,7 @@ def compute(
                 plan, grouped = _reverse_only(plan, grouped)
     call = Call(
         grouped, plan.layers, counted, entropy, plan.heads, given, traced or _is_tracing(),
-        plan.config, () if state is None else state.outcomes,
+        plan.config, () if state is None else state.outcomes, held,
     )  # fmt: skip
     ys, I_in = backend.run(call)
     if shared and backend is not reference_backend:
@@ -360,7 +384,7 @@ def arrange(
     arranges each part by itself, with its mask.
     """
     if mask is None:
-        if scope == "sequence" and x.dim() == 3:
+        if (scope == "sequence" or scope == "prompt" and not STATE.prompts) and x.dim() == 3:
             layouts = STATE.layouts
             if not layouts:
                 return x, None, None, None

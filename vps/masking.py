@@ -41,6 +41,9 @@ class TokenLayout:
             pooler, a head) has as many sequences of one token.
         packed: which rows hold several sequences.
         around: whether the owner is a module around models, which knows no more than their rows.
+        marks: which tokens are the prompt (:func:`prompt`), or ``None`` where nothing says it.
+        cache: the cache that the call was given, or ``None``.
+        held: the :class:`vps.algorithm.fixed.Held` of that cache (SPEC §11), or ``None``.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +53,39 @@ class TokenLayout:
     rows: tuple[int, ...] = ()
     packed: Packed | Patches | None = None
     around: bool = False
+    marks: Marks | None = None
+    cache: Any = None
+    held: Any = None
+
+
+class Marks:
+    """Which tokens are the prompt.
+
+    Args:
+        mask: bool ``[..., T]``, True marks the prompt.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._last: tuple[Tensor | None, Tensor] | None = None
+
+    def among(self, counted: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+        """Return which tokens of ``dims`` are counted and of the prompt.
+
+        Raises:
+            ValueError: the mask has another shape.
+        """
+        if tuple(self.mask.shape) != dims:
+            raise ValueError(
+                f"vps.prompt: mask must have the shape of the tokens, {dims}, "
+                f"got {tuple(self.mask.shape)}"
+            )
+        if counted is None:
+            return self.mask
+        # Layers of one x share their selection only where they get the very same mask.
+        if self._last is None or self._last[0] is not counted:
+            self._last = counted, self.mask.to(counted.device) & counted
+        return self._last[1]
 
 
 # Token dims of a layer's input, the mask of that shape, how its rows are packed, and the layout of
@@ -68,6 +104,7 @@ class _ThreadState(threading.local):
         self.disabled: list[Any] = []
         self.backends: list[str] = []
         self.plain: list[Any] = []  # modules whose own forward runs
+        self.prompts: list[Marks] = []
 
 
 # In lists, because torch.compile traces their mutation but no ContextVar.
@@ -89,14 +126,82 @@ def token_mask(mask: Tensor) -> Iterator[None]:
         TypeError: ``mask`` is no bool tensor.
         ValueError: raised by a layer whose input has other token dims.
     """
-    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"vps.token_mask: mask must be a bool tensor [..., T], got {came}")
+    _check_bool("token_mask", mask)
     STATE.layouts.append(TokenLayout(tuple(mask.shape), mask))
     try:
         yield
     finally:
         STATE.layouts.pop()
+
+
+@contextmanager
+def prompt(mask: Tensor) -> Iterator[None]:
+    """Say which tokens are the prompt, for layers of ``scope="prompt"``, on this thread.
+
+    Their counted tokens alone decide the updates of every sequence; all tokens are sharpened. Use
+    it to score a given continuation in one pass, or for a bare layer. Without it the prompt is the
+    whole input. A call that finds its cache filled uses what the cache's prompt decided. Layers of
+    other scopes do not read it.
+
+    Args:
+        mask: bool ``[B, T]``, the model's tokens, True marks the prompt; for a bare layer the dims
+            of its input without the last. For an encoder-decoder these are the decoder's tokens.
+
+    Raises:
+        TypeError: ``mask`` is no bool tensor.
+        ValueError: raised by a layer whose input has other token dims.
+
+    Source: SPEC §11.
+    """
+    _check_bool("prompt", mask)
+    STATE.prompts.append(Marks(mask))
+    try:
+        yield
+    finally:
+        STATE.prompts.pop()
+
+
+def _check_bool(name: str, mask: object) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"vps.{name}: mask must be a bool tensor [..., T], got {came}")
+
+
+def marks_for(x: Tensor, dims: tuple[int, ...]) -> Marks | None:
+    """Return the marks that apply to x, whose tokens have ``dims``, or ``None``.
+
+    Inside a patched model they apply to the model's own tokens.
+    """
+    if not STATE.layouts or STATE.layouts[-1].owner is None:
+        return STATE.prompts[-1] if STATE.prompts else None
+    layout = STATE.layouts[-1]
+    if layout.encoded is not None and _is_encoded(x, layout.encoded.states, layout.shape):
+        return None
+    marks, shape = layout.marks, layout.shape
+    if marks is None or dims in (shape, shape[::-1]):
+        return marks
+    if len(dims) == 2 and dims[:1] == shape[:1] and dims[1] < shape[1]:  # the last tokens alone
+        return Marks(marks.mask[:, -dims[1] :])
+    return None
+
+
+def held_for(x: Tensor) -> Any:
+    """Return what the layers hold for the cache of the running model, if x has its tokens.
+
+    The tokens may be the last few alone, as those of an output head are.
+    """
+    if not STATE.layouts:
+        return None
+    layout = STATE.layouts[-1]
+    held, own = layout.held, x.shape[:-1]
+    if held is None:
+        return None
+    if layout.encoded is not None and _is_encoded(x, layout.encoded.states, layout.shape):
+        return None
+    if own == layout.shape or x.dim() <= 2 and count(own) == count(layout.shape):
+        return held
+    few = x.dim() == 3 and own[:1] == layout.shape[:1] and own[1] < layout.shape[-1]
+    return held if few else None
 
 
 def bind_to_thread_state(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,6 +254,8 @@ def groups_of(x: Tensor, scope: str) -> tuple[tuple[int, ...], Tensor | None, Pa
     dims, mask, packed, unknown = _sequences(x)
     if scope == "token":
         return dims, mask, None
+    marks = marks_for(x, dims) if scope == "prompt" else None
+    scope = "sequence" if scope == "prompt" else scope
     if scope == "sequence" and unknown is not None and _holds_several(unknown, x):
         runs = f"tokens {list(unknown.shape)}" if unknown.shape else f"{max(unknown.rows)} rows"
         raise ValueError(
@@ -157,6 +264,13 @@ def groups_of(x: Tensor, scope: str) -> tuple[tuple[int, ...], Tensor | None, Pa
             f"gathered them); expected scope='token' or the layer excluded, got scope={scope!r}"
         )
     packing = packed.on(x.device) if packed is not None and scope == "sequence" else None
+    if marks is not None:
+        if isinstance(packed, TimeFirst):
+            dims = dims[::-1]
+        if packing is not None:
+            packing = packing.among(marks.among(None, dims), isinstance(packed, TimeFirst))
+        else:
+            mask = marks.among(mask, dims)
     return dims, mask, packing
 
 
@@ -213,6 +327,7 @@ def _is_encoded(x: Tensor, states: Tensor, shape: tuple[int, ...]) -> bool:
 
 def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
     """Return x as ``[G, T, d_in]``: G groups of T tokens each (SPEC §2, scope)."""
+    scope = "sequence" if scope == "prompt" else scope
     if scope == "sequence" and x.dim() == 3:
         return x
     tokens = count(dims)

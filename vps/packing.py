@@ -40,6 +40,16 @@ class Packing(NamedTuple):
     parts: tuple[Part, ...]
     place: Tensor
 
+    def among(self, marks: Tensor, is_time_first: bool) -> Packing:
+        """Return the packing in which only tokens of bool marks ``[B, T]`` count.
+
+        ``is_time_first`` says that the tokens are numbered as ``[T, B]``.
+        """
+        flat = (marks.t() if is_time_first else marks).reshape(-1)
+        flat = flat.to(self.place.device)
+        parts = tuple(part._replace(counted=part.counted & flat[part.tokens]) for part in self.parts)
+        return self._replace(parts=parts)
+
     def take(self, values: Tensor) -> list[Tensor]:
         """Return, for each part, ``[S, L, d]`` from values ``[..., d]`` of all tokens."""
         flat = values.reshape(-1, values.shape[-1])

@@ -25,7 +25,8 @@ class Group:
     ``tokens`` [n] indexes the flattened input, and ``counted`` [n] says which of these count.
     ``I_in`` and ``I_out`` are the pool of ``topk`` features, best first; the first ``rank`` are
     used. ``scale`` [rank] is ``s_c`` of SPEC §4. ``A`` and ``B`` are before the clip, ``A_clipped``
-    and ``B_clipped`` after it. ``delta`` [n, d_out] is before γ. A group without a counted token
+    and ``B_clipped`` after it. ``core`` [rank, rank] is ``C``: without clamp and L-BFGS δ is
+    ``H[:, I_out] C Bᵀ``. ``delta`` [n, d_out] is before γ. A group without a counted token
     has ``rank`` 0 and γ 0.
     """
 
@@ -48,6 +49,7 @@ class Group:
     scale: Tensor
     A_clipped: Tensor
     B_clipped: Tensor
+    core: Tensor
     delta: Tensor
 
 
@@ -78,6 +80,7 @@ def vps_linear(
     *,
     config: Any,
     mask: Tensor | None = None,
+    prompt: Tensor | None = None,
     entropy: float | None = None,
     outcomes: Sequence[bool] = (),
     gradient: bool = False,
@@ -92,6 +95,8 @@ def vps_linear(
         bias: ``[d_out]`` or ``None``; added after everything else was derived from ``H``.
         config: an object with the fields of SPEC §5, such as ``vps.VPSConfig``.
         mask: bool ``[...]`` (x without its last dim); True counts in the statistics.
+        prompt: bool ``[...]``, True marks the prompt under ``scope="prompt"``, whose counted tokens
+            decide; ``None`` for the whole input.
         entropy: ℋ of the next token in nats, or ``None``.
         outcomes: improvement history, oldest first; the last five are used.
         gradient: whether the layer holds a gradient, which turns ``"hybrid"`` into SC.
@@ -110,6 +115,8 @@ def vps_linear(
     H = x2d @ weight.T
     y = H.clone() if bias is None else H + bias
     counted = torch.ones(len(x2d), dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()
+    if prompt is not None and config.scope == "prompt":
+        counted = counted & prompt.reshape(-1).cpu()
     groups = []
     for tokens in group_tokens(x.shape[:-1], config.scope):
         tokens = tokens.to(x.device)
@@ -130,6 +137,48 @@ def vps_linear(
             y[tokens] = (y[tokens] + group.gamma * group.delta).to(y.dtype)
         groups.append(group)
     return Result(y.reshape(*x.shape[:-1], len(weight)), H, groups)
+
+
+def held_vps_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    I_in: Tensor,
+    I_out: Tensor,
+    core: Tensor,
+    gamma: float,
+    *,
+    clamp: float | None = None,
+    memory: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Tensor:
+    """Sharpen later tokens of one sequence by what its prompt decided, literally.
+
+    Args:
+        x: ``[T, d_in]``.
+        weight, bias: ``[d_out, d_in]`` and ``[d_out]``, or ``None``.
+        I_in, I_out: ``[r]``.
+        core: ``C`` ``[r, r]``, as :class:`Group` has it.
+        gamma: γ.
+        clamp: bound of δ, or ``None``.
+        memory: L-BFGS pairs, as for :func:`vps_linear`.
+
+    Source: SPEC §11; with a clamp or pairs the form of §4.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    W, x_wide, C = weight.to(wide), x.to(wide), core.to(wide)
+    if clamp is None and not memory:
+        U = one_hot(I_in, W.shape[1], W)
+        e = gamma * (x_wide @ W[I_out].T) @ C
+        y = (x_wide + e @ U.T) @ W.T
+        return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+    B = W @ one_hot(I_in, W.shape[1], W)
+    if memory:
+        B = B + 1e-3 * inverse_hessian(memory).to(W) @ B
+    delta = ((x_wide @ W.T)[:, I_out] @ C) @ B.T
+    if clamp is not None:
+        delta = delta.clamp(-clamp, clamp)
+    y = x_wide @ W.T + gamma * delta
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
 def coupled_vps_linear(
@@ -291,17 +340,21 @@ def _sharpen(
     B_used = B_own
     if memory:
         B_used = B_own + 1e-3 * inverse_hessian(memory).to(W) @ B_own
+    series = torch.eye(r, dtype=W.dtype, device=W.device)
     if order == 2:
         M = (V / scale.sqrt()).T @ B_own
-        core = torch.eye(r, dtype=W.dtype, device=W.device) + (gamma / 2) * M.T
-        delta = ((x @ A_clipped) @ core) @ B_used.T
+        series = series + (gamma / 2) * M.T
+        delta = ((x @ A_clipped) @ series) @ B_used.T
     else:
         delta = (x @ A_clipped) @ B_used.T
+    core = (V / scale.sqrt())[I_out[:r]] @ series / scale.sqrt()
+    if columns is not None:
+        core = core * W.new_tensor(list(columns)[:r])
     if config.clamp is not None:
         delta = delta.clamp(-config.clamp, config.clamp)
     return Group(
         tokens, counted, gamma, r, topk, order, sigma, energy, s_in, s_out,
-        I_in, I_out, U, V, A, B, scale, A_clipped, B_clipped, delta,
+        I_in, I_out, U, V, A, B, scale, A_clipped, B_clipped, core, delta,
     )  # fmt: skip
 
 

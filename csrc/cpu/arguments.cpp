@@ -221,4 +221,16 @@ Shape check(const BackwardArguments& a) {
   return s;
 }
 
+Shape check(const EditedArguments& a) {
+  operation = "edited";
+  const Shape s = check_product(a.x, "weight", a.weight);
+  if (a.bias) check_tensor("bias", *a.bias, s.torch_dtype, {s.d_out});
+  check_plain("I_in", a.I_in);
+  if (a.I_in.dim() != 2) fail("I_in", " must be [G, r], got ", shape_of(a.I_in));
+  const int64_t r = a.I_in.size(1);
+  check_indices("I_in", a.I_in, s.groups, r, s.d_in);
+  check_tensor("through", a.through, s.torch_dtype, {s.groups, r, s.d_in});
+  return s;
+}
+
 }  // namespace vps

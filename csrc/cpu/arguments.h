@@ -45,6 +45,15 @@ struct BackwardArguments {
   const Tensor& gamma;     // float32 [G]
 };
 
+/// Of a layer whose update a prompt has fixed.
+struct EditedArguments {
+  const Tensor& x;        // [G, T, d_in]
+  const Tensor& weight;   // [d_out, d_in]
+  const Optional& bias;   // [d_out]
+  const Tensor& I_in;     // int64 [G, r]
+  const Tensor& through;  // E [G, r, d_in]
+};
+
 /// What the checks read from the arguments.
 struct Shape {
   Dtype dtype;
@@ -61,5 +70,6 @@ struct Shape {
 Shape check(const Arguments& a);
 Shape check(const JointArguments& a);
 Shape check(const BackwardArguments& a);
+Shape check(const EditedArguments& a);
 
 }  // namespace vps

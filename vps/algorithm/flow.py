@@ -18,7 +18,7 @@ from vps.algorithm import gradient, selection
 from vps.algorithm.core import Core
 from vps.algorithm.lbfgs import Pair, precondition
 from vps.algorithm.policy import LayerGamma, Settings
-from vps.algorithm.weight import Projection, Weight
+from vps.algorithm.weight import Products, Projection, Weight
 
 
 class Layer(NamedTuple):
@@ -51,11 +51,15 @@ class Given(NamedTuple):
         I_in: ``[G, r]``, or ``None`` to select them.
         I_out: ``[G, r]`` for a single layer, or ``None`` to select them.
         energy: ``[G]``, or ``None`` to measure it.
+        core: what a prompt decided for a single layer with these features, or ``None``.
+        through: ``E`` of that update (:mod:`vps.algorithm.fixed`), or ``None``.
     """
 
     I_in: Tensor | None = None
     I_out: Tensor | None = None
     energy: Tensor | None = None
+    core: Core | None = None
+    through: Tensor | None = None
 
 
 class Outcome(NamedTuple):
@@ -66,12 +70,14 @@ class Outcome(NamedTuple):
         I_out: ``[G, r]``.
         core: what was decided, or ``None`` for a layer that is plain.
         t: ``H[:, I_out]``, ``[G, T, r]``, 0 in columns left out, or ``None`` for a plain layer.
+        rows: ``W[I_out]`` ``[G, r, d_in]`` where they are asked for and known, else ``None``.
     """
 
     y: Tensor | None
     I_out: Tensor
     core: Core | None
     t: Tensor | None
+    rows: Tensor | None = None
 
 
 def sharpen(
@@ -82,6 +88,7 @@ def sharpen(
     heads: tuple[int, int] | None = None,
     given: Given = Given(),  # noqa: B008  # a constant
     products: tuple[Tensor, ...] | None = None,
+    wants_rows: bool = False,
 ) -> tuple[list[Outcome], Tensor]:
     """Sharpen one layer, or a query and a key.
 
@@ -93,6 +100,7 @@ def sharpen(
         heads: query and key-value heads, with two layers.
         given: what is decided already.
         products: H of each layer, ``[G, T, d_out]``, if it is known.
+        wants_rows: whether the rows I_out of each W are asked for.
 
     Returns:
         The outcome for each layer, and ``I_in`` ``[G, r]``.
@@ -109,21 +117,38 @@ def sharpen(
     with torch.no_grad():
         outputs, energies = _select(projections, layers, mask, heads, given)
         settings = [layer.settings for layer in layers]
+        if given.core is not None:  # of the products only t is needed
+            settings = [own.bare() for own in settings]
         found, energy = first.weight.complete(projections, outputs, settings, energies)
-        decided: list[Core | None] = [
-            None
-            if layer.is_plain
-            else cores.build(
-                numbers, layer.numbers, energy if layer.settings.adaptive else None, entropy, mask,
-                layer.settings,
-            )
+        decided = [
+            _decide(layer, numbers, energy, entropy, mask, given)
             for layer, numbers in zip(layers, found, strict=True)
-        ]  # fmt: skip
+        ]
+        rows: list[Tensor | None] = [None] * len(layers)
+        if wants_rows:
+            rows = first.weight.rows(projections, outputs)
     outcomes = []
-    for layer, own, I_out, core in zip(layers, projections, outputs, decided, strict=True):
+    for layer, own, I_out, core, known in zip(
+        layers, projections, outputs, decided, rows, strict=True
+    ):
         y, t = (None, None) if core is None else _update(layer, own, I_out, core, mask)
-        outcomes.append(Outcome(y, I_out, core, t))
+        outcomes.append(Outcome(y, I_out, core, t, known))
     return outcomes, I_in
+
+
+def _decide(
+    layer: Layer,
+    numbers: Products,
+    energy: Tensor | None,
+    entropy: Tensor | None,
+    mask: Tensor | None,
+    given: Given,
+) -> Core | None:
+    """Return what is decided for one layer, or ``None`` for a layer that is plain."""
+    if layer.is_plain or given.core is not None:
+        return given.core
+    energy = energy if layer.settings.adaptive else None
+    return cores.build(numbers, layer.numbers, energy, entropy, mask, layer.settings)
 
 
 def _select(
@@ -135,7 +160,7 @@ def _select(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return ``I_out`` ``[G, r]`` of each layer, and energies ``[G]`` of the outputs held here."""
     settings = layers[0].settings
-    measuring = settings.adaptive and given.energy is None
+    measuring = settings.adaptive and given.energy is None and given.core is None
     energies = [] if given.energy is None else [given.energy]
     if given.I_out is not None and not measuring:
         return [given.I_out], energies

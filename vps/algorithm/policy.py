@@ -223,6 +223,10 @@ class Settings(NamedTuple):
             (alpha, tau if clips else 0.0, clamp if clamps else 0.0),  # type: ignore[return-value]
         )
 
+    def bare(self) -> Settings:
+        """Return settings that need no product but t, for an update whose core is given."""
+        return self._replace(adaptive=False, coupled=False, second_order=False, tau=None)
+
     @classmethod
     def unpacked(cls, rules: Sequence[int], numbers: Sequence[float]) -> Settings:
         """Return the settings that :meth:`packed` turned into ``rules`` and ``numbers``."""

@@ -140,6 +140,17 @@ class Weight:
             return [selection.top_k(scores[0], r)]
         return list(coupling.select(scores[0], scores[1], r, *heads))
 
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``H + b`` ``[G, T, held]`` of x ``[G, T, d_in]``, as the layer by itself."""
+        raise NotImplementedError
+
+    def rows(self, projections: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return ``W[I_out]`` ``[G, r, d_in]`` of each layer, or ``None`` where rows are not known.
+
+        Arguments are as for :meth:`complete`.
+        """
+        return [None] * len(outputs)
+
     def complete(
         self,
         projections: Sequence[Any],
@@ -196,6 +207,12 @@ class Matrix(Weight):
 
     def cast(self, dtype: torch.dtype) -> Matrix:
         return Matrix(cast(self.W, dtype))
+
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.W, bias)
+
+    def rows(self, projections: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        return [one.frozen[I_out] for one, I_out in zip(projections, outputs, strict=True)]
 
     def project(
         self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vps.algorithm import gradient
+from vps.algorithm.core import Core
+from vps.algorithm.fixed import FixedUpdate, fix
 from vps.algorithm.flow import Given, Layer
 from vps.algorithm.policy import CLIPS, Settings
 from vps.algorithm.weight import Matrix
@@ -56,6 +58,8 @@ class Call(NamedTuple):
         given: what is decided elsewhere.
         traced: whether a graph is made, which may be differentiated later.
         config, outcomes: config of the layers and history of the policy, for the reference.
+        held: a list that takes what is decided for each layer, ``None`` for a plain one; or
+            ``None`` where nobody holds it.
     """
 
     x: Tensor
@@ -67,6 +71,25 @@ class Call(NamedTuple):
     traced: bool = False
     config: VPSConfig = VPSConfig()
     outcomes: tuple[bool, ...] = ()
+    held: list[FixedUpdate | None] | None = None
+
+    def hold(
+        self, layer: Layer, I_in: Tensor, I_out: Tensor, core: Core | None, rows: Tensor | None
+    ) -> None:
+        """Append to ``held``, if there is one, what was decided for a layer.
+
+        ``rows`` is ``W[I_out]`` ``[G, r, d_in]`` where it is known, else ``None``.
+        """
+        if self.held is None:
+            return
+        if core is None:
+            self.held.append(None)
+            return
+        if layer.settings.clamp is not None:
+            rows = None
+        core = Core(*(None if one is None else one.detach() for one in core))  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.held.append(fix(I_in, I_out, core, rows, self.x))
 
     def inputs(self, at: int = 0) -> Inputs:
         """Return the operator's arguments for the layer of that number."""
@@ -168,16 +191,18 @@ def run_native(call: Call, linear: Any, pair: Any, couple: Any) -> Result:
 
     Args:
         call: the call; all its weights are matrices.
-        linear: computes a differentiable y, and I_in, from ``(inputs, settings, traced)``.
+        linear: computes a differentiable y, and I_in, from ``(inputs, settings, traced, kept)``,
+            and appends its outputs to ``kept`` if that is a list.
         pair: computes both outputs of a query and a key, and I_in, without a gradient.
         couple: decides for a query and a key together, without a gradient.
     """
-    layers = call.layers
+    layers, kept = call.layers, None if call.held is None else []
     if call.heads is None:
-        y, I_in = linear(call.inputs(), layers[0].settings, call.traced)
+        y, I_in = linear(call.inputs(), layers[0].settings, call.traced, kept)
+        _hold(call, layers[0], kept)
         return [y], I_in
     query, key = call.inputs(0), call.inputs(1)
-    if not torch.jit.is_tracing() and not (needs_gradient(query) or needs_gradient(key)):
+    if kept is None and not torch.jit.is_tracing() and not (needs_gradient(query) or needs_gradient(key)):
         y_q, y_k, I_in = pair(query, key, layers[0].settings, layers[1].settings, *call.heads)
         return [None if layers[0].is_plain else y_q, None if layers[1].is_plain else y_k], I_in
     r = layers[0].settings.r
@@ -188,20 +213,44 @@ def run_native(call: Call, linear: Any, pair: Any, couple: Any) -> Result:
     for at, own in enumerate((query, key)):
         if layers[at].is_plain:
             found.append(None)
+            call.hold(layers[at], I_in, outputs[at], None, None)
             continue
         own = own._replace(I_in=I_in, I_out=outputs[at], H=joint[at], energy=energy)
-        found.append(linear(own, layers[at].settings, call.traced)[0])
+        found.append(linear(own, layers[at].settings, call.traced, kept)[0])
+        _hold(call, layers[at], kept)
     return found, I_in
 
 
+def _hold(call: Call, layer: Layer, kept: list[Outputs] | None) -> None:
+    """Hold what the last of ``kept`` decided for a layer."""
+    if kept:
+        out, weight = kept[-1], layer.weight
+        assert isinstance(weight, Matrix)
+        rows = weight.W.detach()[out.I_out]
+        call.hold(layer, out.I_in, out.I_out, Core(out.core, out.gamma, None), rows)
+
+
 def differentiable(
-    inputs: Inputs, settings: Settings, forward: Callable[[Inputs, Settings], Outputs]
+    inputs: Inputs,
+    settings: Settings,
+    forward: Callable[[Inputs, Settings], Outputs],
+    kept: list[Outputs] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return a differentiable y ``[G, T, d_out]``, and ``I_in``, by a backend's ``forward``."""
+    """Return a differentiable y ``[G, T, d_out]``, and ``I_in``, by a backend's ``forward``.
+
+    Its outputs are appended to ``kept`` if that is a list.
+    """
+
+    def keeping(inputs: Inputs, settings: Settings) -> Outputs:
+        out = forward(inputs, settings)
+        if kept is not None:
+            kept.append(out)
+        return out
+
     if needs_gradient(inputs):
-        y, I_in = _Differentiable.apply(*inputs, settings, forward)
+        y, I_in = _Differentiable.apply(*inputs, settings, keeping)
         return y, I_in
-    return forward(inputs, settings)[:2]
+    return keeping(inputs, settings)[:2]
 
 
 class _Differentiable(torch.autograd.Function):

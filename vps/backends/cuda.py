@@ -47,12 +47,16 @@ def why_not(kind: Kind) -> str | None:
 
 
 def run(call: Call) -> Result:
-    """Run a call; a query and a key together run by the Triton kernels."""
+    """Run a call; a query and a key together, and fixed updates, run by the Triton kernels."""
+    if call.given.core is not None:
+        return operator.run(call)
     return run_native(call, _linear, operator.sharpen_pair, operator.couple)
 
 
-def _linear(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tensor, Tensor]:
-    return differentiable(inputs, settings, forward)
+def _linear(
+    inputs: Inputs, settings: Settings, traced: bool, kept: list[Outputs] | None
+) -> tuple[Tensor, Tensor]:
+    return differentiable(inputs, settings, forward, kept)
 
 
 def takes(inputs: Inputs, settings: Settings) -> bool:

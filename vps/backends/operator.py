@@ -10,9 +10,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vps.algorithm import coupling, gradient, tracing
+from vps.algorithm import coupling, fixed, gradient, tracing
 from vps.algorithm.core import square
 from vps.algorithm.policy import Settings
 from vps.algorithm.selection import accumulation_dtype
@@ -48,22 +49,32 @@ LIBRARY.define(
     "-> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
+LIBRARY.define(
+    "edited(Tensor x, Tensor weight, Tensor? bias, Tensor I_in, Tensor through) -> Tensor",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
 sharing.register(LIBRARY)
 _packed_settings = lru_cache(Settings.packed)
 LINEAR = torch.ops.vps.linear.default
 LINEAR_ONLY = torch.ops.vps.linear_only.default
+EDITED = torch.ops.vps.edited.default
 LINEAR_PAIR = torch.ops.vps.linear_pair.default
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def sharpen(inputs: Inputs, settings: Settings, traced: bool = False) -> tuple[Tensor, Tensor]:
+def sharpen(
+    inputs: Inputs, settings: Settings, traced: bool = False, kept: list[Outputs] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the differentiable output ``[G, T, d_out]`` and ``I_in`` ``[G, r]``.
 
-    ``traced`` says that a graph is made, which may be differentiated later.
+    ``traced`` says that a graph is made, which may be differentiated later. All outputs are
+    appended to ``kept`` if that is a list.
     """
     rules, numbers = settings.packed() if traced else _packed_settings(settings)
-    if traced or needs_gradient(inputs):
-        y, features, *_ = LINEAR(*inputs, rules, numbers)
+    if kept is not None or traced or needs_gradient(inputs):
+        y, features, *rest = LINEAR(*inputs, rules, numbers)
+        if kept is not None:
+            kept.append(Outputs(y, features[:, 0], features[:, 1], *rest))
         return y, features[:, 0]
     with torch._C._AutoDispatchBelowAutograd():  # past the gradient, which is written in Python
         if inputs.x.is_cpu:  # constants of a backward pass are not even allocated
@@ -75,10 +86,23 @@ def sharpen(inputs: Inputs, settings: Settings, traced: bool = False) -> tuple[T
 
 def run(call: Call) -> Result:
     """Run a call through the operators."""
-    if call.heads is None:  # as run_native does, in one call less for a token
+    if call.given.core is not None:
+        return _fixed(call)
+    if call.heads is None and call.held is None:  # as run_native does, in one call less for a token
         y, I_in = sharpen(call.inputs(), call.layers[0].settings, call.traced)
         return [y], I_in
     return run_native(call, sharpen, sharpen_pair, couple)
+
+
+def _fixed(call: Call) -> Result:
+    """Run a call whose update a prompt has fixed; torch computes what needs δ or a gradient."""
+    inputs, through = call.inputs(), call.given.through
+    if needs_gradient(inputs) or not torch_backend.edits(call):
+        return torch_backend.run(call)
+    x, weight, bias, _, I_in = inputs[:5]
+    assert I_in is not None and through is not None
+    with torch._C._AutoDispatchBelowAutograd():
+        return [EDITED(x, weight, bias, I_in, through)], I_in
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
@@ -199,6 +223,11 @@ def _fake_backward(g: Tensor, weight: Tensor, *selected: Tensor) -> Tensor:
     return g.new_empty(*g.shape[:2], weight.shape[1])
 
 
+@torch.library.register_fake("vps::edited")
+def _fake_edited(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
+
+
 @torch.library.register_fake("vps::linear_only")
 def _fake_only(*arguments: Any) -> tuple[Tensor, Tensor]:
     y, features, *_ = _fake(*arguments)
@@ -311,6 +340,13 @@ def _triton_pair(
     return pair(query, key, of_query, of_key, heads, kv_heads)
 
 
+def _torch_edited(
+    x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor
+) -> Tensor:
+    return F.linear(fixed.edited(x, I_in, through), weight, bias)
+
+
+LIBRARY.impl("edited", _torch_edited, "CUDA")
 LIBRARY.impl("linear", _triton, "CUDA")
 LIBRARY.impl("linear_pair", _triton_pair, "CUDA")
 LIBRARY.impl("couple", _triton_joint, "CUDA")
@@ -320,5 +356,6 @@ LIBRARY.impl("linear_backward", _torch_backward, "CUDA")
 def implement_in_torch() -> None:
     """Implement the operators in torch on a CPU that has no other implementation."""
     LIBRARY.impl("linear", _torch, "CPU")
+    LIBRARY.impl("edited", _torch_edited, "CPU")
     LIBRARY.impl("couple", coupling.couple, "CPU")
     LIBRARY.impl("linear_backward", _torch_backward, "CPU")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vps import reference
+from vps.algorithm.core import Core, square
 from vps.algorithm.flow import Layer
 from vps.algorithm.weight import Matrix
 from vps.backends.call import NOT_A_MATRIX, Call, Kind, Result
@@ -29,6 +33,8 @@ def run(call: Call) -> Result:
         raise RuntimeError(
             "vps backend 'reference' has no gradient: expected torch.no_grad() around the layer"
         )
+    if call.given.core is not None:
+        return [_held(call)], call.x.new_empty(0)
     options: dict[str, Any] = {
         "config": call.config.replace(scope="sequence"),
         "mask": call.mask,
@@ -49,9 +55,47 @@ def run(call: Call) -> Result:
         results = reference.coupled_vps_linear(
             call.x, *layers, heads=heads, kv_heads=kv_heads, **options
         )
+    for result, layer in zip(results, call.layers, strict=True):
+        _hold(call, layer, result.groups)
     both = zip(results, call.layers, strict=True)
     ys = [None if layer.is_plain else result.y for result, layer in both]
     return ys, call.x.new_empty(0)
+
+
+def _hold(call: Call, layer: Layer, groups: list[reference.Group]) -> None:
+    """Hold what was decided for a layer, with a column of zeros for every column left out."""
+    r, most = layer.settings.r, len(groups)
+    if call.held is None or layer.is_plain:
+        call.hold(layer, call.x, call.x, None, None)
+        return
+    like = groups[0].s_in
+    core, gamma = like.new_zeros(most, r, r), like.new_tensor([own.gamma for own in groups])
+    I_in = torch.zeros(most, r, dtype=torch.int64, device=like.device)
+    I_out = torch.zeros_like(I_in)
+    for at, own in enumerate(groups):
+        core[at, : own.rank, : own.rank] = own.core
+        I_in[at, : own.rank], I_out[at, : own.rank] = own.I_in[: own.rank], own.I_out[: own.rank]
+    assert isinstance(layer.weight, Matrix)
+    call.hold(layer, I_in, I_out, Core(core, gamma, None), layer.weight.W[I_out])
+
+
+def _held(call: Call) -> Tensor:
+    """Return y of later tokens, sequence by sequence."""
+    (layer,), (I_in, I_out, _, core, _) = call.layers, call.given
+    assert core is not None and I_in is not None and I_out is not None
+    own, matrices = _projection(layer), square(core.matrix)
+    ys = []
+    for g, x in enumerate(call.x):
+        C = matrices[g]
+        if core.inactive is not None:
+            C = C.masked_fill(core.inactive[g].unsqueeze(1), 0.0)
+        ys.append(
+            reference.held_vps_linear(
+                x, own.weight, own.bias, I_in[g], I_out[g], C, float(core.gamma[g]),
+                clamp=layer.settings.clamp, memory=own.memory,
+            )
+        )  # fmt: skip
+    return torch.stack(ys)
 
 
 def _projection(layer: Layer) -> reference.Projection:

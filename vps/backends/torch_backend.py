@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vps.algorithm import flow, selection
+from vps.algorithm import fixed, flow, selection, tracing
 from vps.algorithm.flow import Given, Layer
 from vps.algorithm.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.algorithm.weight import Matrix
@@ -39,6 +39,8 @@ def why_not(kind: Kind) -> None:
 
 def run(call: Call) -> Result:
     """Run a call; autograd gives its gradient."""
+    if call.given.core is not None and edits(call):
+        return _edited(call)
     if _is_short(call):
         with untracked():
             found = _one(call) if call.heads is None else _pair(call, call.heads)
@@ -46,8 +48,11 @@ def run(call: Call) -> Result:
             return found
     try:
         outcomes, I_in = flow.sharpen(
-            call.x, call.layers, call.mask, call.entropy, call.heads, call.given
-        )
+            call.x, call.layers, call.mask, call.entropy, call.heads, call.given,
+            wants_rows=call.held is not None and call.layers[0].settings.clamp is None,
+        )  # fmt: skip
+        for layer, out in zip(call.layers, outcomes, strict=True):
+            call.hold(layer, I_in, out.I_out, out.core, out.rows)
     finally:
         for layer in call.layers:
             layer.weight.release()
@@ -66,6 +71,30 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
     return Outputs(out.y, I_in, out.I_out, out.core.matrix, out.core.gamma, out.t)
 
 
+def edits(call: Call) -> bool:
+    """Return whether a fixed update of a call can change x before the layer's own product.
+
+    A clamp and L-BFGS need δ itself, and the gradient of W must not see the change.
+    """
+    layer = call.layers[0]
+    if call.given.through is None or layer.pairs or layer.settings.clamp is not None:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not tracing.is_transforming() and not any(
+        one.requires_grad for one in layer.weight.parameters()
+    )
+
+
+def _edited(call: Call) -> Result:
+    (layer,), (I_in, *_, through) = call.layers, call.given
+    assert I_in is not None and through is not None
+    try:
+        return [layer.weight.plain(fixed.edited(call.x, I_in, through), layer.bias)], I_in
+    finally:
+        layer.weight.release()
+
+
 def _is_short(call: Call) -> bool:
     """Return whether a call is of the plainest kind.
 
@@ -73,6 +102,8 @@ def _is_short(call: Call) -> bool:
     first order, no clamp and no gradient.
     """
     x, first = call.x, call.layers[0].settings
+    if call.held is not None or call.given.core is not None:
+        return False
     if x.shape[0] != 1 or call.mask is not None or not selection.is_read_freely(x):
         return False
     for at, layer in enumerate(call.layers):

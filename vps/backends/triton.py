@@ -18,6 +18,7 @@ from vps.backends.call import (
     Call,
     Inputs,
     Kind,
+    Outputs,
     Result,
     differentiable,
     run_native,
@@ -44,15 +45,17 @@ def why_not(kind: Kind) -> str | None:
 
 def run(call: Call) -> Result:
     """Run a call through the operator, or in the interpreter on a CPU."""
-    if call.x.is_cuda:
+    if call.x.is_cuda or call.given.core is not None:
         return operator.run(call)
     return run_native(call, _interpreted, _pair, _couple)
 
 
-def _interpreted(inputs: Inputs, settings: Settings, traced: bool) -> tuple[Tensor, Tensor]:
+def _interpreted(
+    inputs: Inputs, settings: Settings, traced: bool, kept: list[Outputs] | None
+) -> tuple[Tensor, Tensor]:
     from vps.backends import triton_backend
 
-    return differentiable(inputs, settings, triton_backend.forward)
+    return differentiable(inputs, settings, triton_backend.forward, kept)
 
 
 def _pair(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

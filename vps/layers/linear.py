@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from vps.algorithm.fixed import FixedUpdate
+from vps.algorithm.flow import Given
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
-from vps.functional import Kept, Projection, compute, keep, sharpen
-from vps.layers import adapters
+from vps.functional import NOTHING, Kept, Projection, compute, keep, sharpen
+from vps.layers import adapters, prompted
 from vps.layers.forms import WEIGHT, Form, is_replaced, why_not_sharpenable
 from vps.layers.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
 from vps.layers.pairing import Coupling
@@ -41,6 +43,7 @@ class SharpenedLayer:
             product is then the output less the output for zeros.
         displaced: attributes of the base layer with one of these names.
         kept: the plan of the last call, valid until something of the layer changes.
+        number: by which a cache knows the layer (SPEC §11); ``None`` outside a patched model.
         is_whole: whether this process holds all of the layer.
         plain_class: the class that :meth:`plain` restores.
     """
@@ -57,6 +60,7 @@ class SharpenedLayer:
     keeps_bias: bool = False
     displaced: dict[str, Any] | None = None
     kept: Kept | None = None
+    number: int | None = None
     is_whole = True
     plain_class = nn.Module
 
@@ -207,6 +211,8 @@ class SharpenedLayer:
 
     def sharpen(self, x: Tensor) -> Tensor | None:
         """Return the sharpened output for x, or ``None`` where the base layer's is right."""
+        if self.config.scope == "prompt" and STATE.layouts and not self.is_off():
+            return self._sharpen_prompted(x)
         if not torch.compiler.is_compiling() and not STATE.disabled:
             kept = self.kept
             plan = None if kept is None or self.coupling is not None else kept.find((self,), x)
@@ -217,12 +223,46 @@ class SharpenedLayer:
                 return None
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
+        return self.sharpen_alone(x)
+
+    def _sharpen_prompted(self, x: Tensor) -> Tensor | None:
+        """Return the sharpened output under ``scope="prompt"``, inside a layout."""
+        given = prompted.given(self, x)
+        if given is not None:
+            return self.sharpen_alone(x, given)
+        if self.coupling is not None and self.coupling.applies():
+            return self.coupling.sharpen(self, x)
+        held = prompted.deciding(x)
+        decided: list[FixedUpdate | None] | None = None if held is None else []
+        y = self.sharpen_alone(x, held=decided)
+        if held is not None:
+            prompted.keep(held, (self,), decided or ())
+        return y
+
+    def sharpen_alone(
+        self,
+        x: Tensor,
+        given: Given = NOTHING,
+        held: list[FixedUpdate | None] | None = None,
+    ) -> Tensor | None:
+        """Return the sharpened output for x, or ``None``, without a partner.
+
+        Args:
+            x: ``[..., d_in]``.
+            given: what is decided already.
+            held: a list that takes what is decided, or ``None``.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.kept is not None:
+            plan = self.kept.find((self,), x)
+            if plan is not None:
+                return compute(x, plan, None, given, held)[0]
         layers = (self.projection(x, inside=True),)
-        (y,) = sharpen(x, layers, self.config, state=self.state)
-        if not torch.compiler.is_compiling():
-            kept = keep(x, (self,), layers)
-            if kept is not self.kept:
-                self.kept = kept
+        (y,) = sharpen(x, layers, self.config, state=self.state, given=given, held=held)
+        if not compiling:
+            found = keep(x, (self,), layers)
+            if found is not self.kept:
+                self.kept = found
         return y
 
     def answer(self, x: Tensor) -> Tensor:

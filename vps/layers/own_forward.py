@@ -212,6 +212,18 @@ class OwnForward:
         W = self.matrix()
         return weight_rows.find(self, index, known) if W is None else W.index_select(0, index)
 
+    def rows_at_hand(self, index: Tensor, known: Columns) -> Tensor | None:
+        """Return :meth:`rows`, or ``None`` where no backward pass gives them."""
+        if self.matrix() is None:
+            if torch.compiler.is_compiling():
+                return None
+            try:
+                rows = weight_rows.by_gradient(self, index)
+            except weight_rows.NoBackward:
+                return None
+            return rows if weight_rows.agree(rows, index, known) else None
+        return self.rows(index, known)
+
     def describe(self) -> str | None:
         """Return why the forward is no linear map of each row by itself, or ``None``.
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vps.algorithm import tracing
+from vps.algorithm.fixed import FixedUpdate
 from vps.functional import Kept, compute, keep, sharpen
+from vps.layers import prompted
 
 if TYPE_CHECKING:
     from vps.layers.linear import SharpenedLayer
@@ -85,16 +87,26 @@ class Coupling:
 
         ``None`` stands for the output of the base layer.
         """
+        held = prompted.deciding(x) if layer.config.scope == "prompt" else None
+        decided: list[FixedUpdate | None] | None = None if held is None else []
+        ys = self._outputs(layer, x, decided)
+        if held is not None:
+            prompted.keep(held, (self.query, self.key), decided or ())
+        return ys
+
+    def _outputs(
+        self, layer: SharpenedLayer, x: Tensor, decided: list[FixedUpdate | None] | None
+    ) -> list[Tensor | None]:
         layers, kept, compiling = (self.query, self.key), self.kept, torch.compiler.is_compiling()
         plan = None if compiling or kept is None else kept.find(layers, x)
         if plan is not None:
-            return compute(x, plan)
+            return compute(x, plan, held=decided)
         both = (
             self.query.projection(x, inside=layer is self.query),
             self.key.projection(x, inside=layer is self.key),
         )
         heads = self.heads, self.kv_heads
-        ys = sharpen(x, both, layer.config, heads=heads, state=layer.state)
+        ys = sharpen(x, both, layer.config, heads=heads, state=layer.state, held=decided)
         if not compiling:
             self.kept = keep(x, layers, both, heads)
         return ys

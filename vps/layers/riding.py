@@ -7,7 +7,7 @@ selected rows, or the rows themselves for SC and the spectral clip.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -173,6 +173,14 @@ class ForwardWeight(Weight):
     def release(self) -> None:
         self.base.release()
 
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        self.base.biased = True
+        with self._as_outside(x):
+            return self.base.product(x)
+
+    def rows(self, projections: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        return [one.rows(I_out) for one, I_out in zip(projections, outputs, strict=True)]
+
     def project(self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None) -> Any:
         with self._as_outside(x):
             if tracing.is_transforming() or torch.jit.is_tracing():
@@ -221,6 +229,10 @@ class _InTransform(MatrixProjection):
 
     def base(self) -> Tensor:
         return self.output if self.b is None else self.output + self.b
+
+    def rows(self, I_out: Tensor) -> Tensor:
+        """Return ``W[I_out]`` ``[G, r, d_in]``."""
+        return self.frozen[I_out]
 
 
 class ForwardProjection(Projection):
@@ -276,6 +288,12 @@ class ForwardProjection(Projection):
         X_A = gather(self.x.detach(), self.I_in) if settings.coupled else None
         t = gather(self.H.detach(), I_out)
         return Products(t, X_A, norm_A, gram_A, norm_B, gram_B, crossing)
+
+    def rows(self, I_out: Tensor) -> Tensor | None:
+        """Return ``W[I_out]`` ``[G, r, d_in]``, or ``None`` for a layer without a backward pass."""
+        chosen = distinct(I_out)
+        found = self.weight.base.rows_at_hand(chosen.features, self.known)
+        return None if found is None else found[chosen.place]
 
     def _gram_of_rows(self, I_out: Tensor, dtype: torch.dtype) -> Tensor:
         chosen = distinct(I_out)

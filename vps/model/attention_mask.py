@@ -15,6 +15,7 @@ from vps import packing
 from vps.algorithm.selection import is_read_freely
 from vps.layers.pairing import remove_hooks
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
+from vps.model import prompt_cache
 
 # Arguments with one input a row, beside a model's own main argument.
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
@@ -26,6 +27,7 @@ def attach(model: nn.Module) -> None:
     Every Hugging Face model in it, such as a vision tower, is hooked too, and around them ``model``
     itself.
     """
+    prompt_cache.attach(model)
     found = False
     for module in reversed(list(model.modules())):  # the model itself comes last
         if isinstance(module, torch.jit.ScriptModule):
@@ -53,6 +55,7 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
 
 def detach(model: nn.Module) -> None:
     """Remove what :func:`attach` and later forward passes left in ``model``."""
+    prompt_cache.detach(model)
     for module in model.modules():
         remove_hooks(module, _is_ours)
         checkpoint = vars(module).get("_gradient_checkpointing_func")
@@ -77,7 +80,7 @@ class _Enter:
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         _drop(module)  # left behind when an interrupt cut the last call short
-        layout = _layout(module, given, self.prefix)
+        layout = _prompted(_layout(module, given, self.prefix), given)
         if layout.shape or not _is_said():
             STATE.layouts.append(layout)
         if module.training and torch.is_grad_enabled():
@@ -91,6 +94,8 @@ def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """
     own = _drop(module)
     layouts = STATE.layouts
+    if own is not None and output is not None:
+        prompt_cache.settle(own.held, own.cache, output)
     if own is not None and layouts and layouts[-1].around:
         layouts[-1] = dataclasses.replace(layouts[-1], rows=layouts[-1].rows + own.rows)
 
@@ -140,6 +145,22 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
     positions = given.get(f"{prefix}position_ids")
     packed = packing.packed(shape, counted, given, mask, positions, outer)
     return TokenLayout(shape, counted, module, encoded, _rows(module, given, shape), packed)
+
+
+def _prompted(layout: TokenLayout, given: Mapping[str, Any]) -> TokenLayout:
+    """Return a layout with what ``scope="prompt"`` asks for: the cache, and the prompt's tokens."""
+    if not layout.shape:
+        return layout
+    models = (one for one in reversed(STATE.layouts) if one.owner is not None and one.shape)
+    outer = next(models, None)
+    if outer is None:
+        marks = STATE.prompts[-1] if STATE.prompts else prompt_cache.marks_of(given, layout.shape)
+    else:
+        config = getattr(outer.owner, "config", None)
+        encodes = getattr(config, "is_encoder_decoder", False) and layout.encoded is None
+        marks = outer.marks if outer.shape == layout.shape and not encodes else None
+    held = prompt_cache.held_by(given)
+    return dataclasses.replace(layout, marks=marks, cache=prompt_cache.in_call(given), held=held)
 
 
 def _tower(module: nn.Module, given: Mapping[str, Any], encoded: Encoded | None) -> TokenLayout:

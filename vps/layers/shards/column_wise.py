@@ -52,6 +52,16 @@ class ColumnShard(ShardWeight):
     ) -> ColumnProjection:
         return ColumnProjection(self, sharding.copied(x, self.shard), bias, I_in)
 
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(sharding.copied(x, self.shard), self.W, bias)
+
+    def rows(self, projections: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        own: list[Tensor | None] = []
+        for one, I_out in zip(projections, outputs, strict=True):
+            local, held = one.shard.locate(I_out)
+            own.append(one.frozen[local].masked_fill(~held.unsqueeze(2), 0.0))
+        return sharding.add_up(own, self.shard)
+
     def select_outputs(
         self,
         weights: Sequence[Any],

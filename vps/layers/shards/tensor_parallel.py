@@ -16,10 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vps.algorithm.fixed import FixedUpdate
+from vps.algorithm.flow import Given
 from vps.algorithm.policy import PolicyState
 from vps.algorithm.weight import FLOATING
 from vps.config import VPSConfig
-from vps.functional import Projection, sharpen
+from vps.functional import NOTHING, Projection, sharpen
 from vps.layers import pairing
 from vps.layers.forms import Form, Refusal
 from vps.layers.linear import SharpenedLayer
@@ -120,11 +122,16 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
         """Return the sharpened output; input and output are split as for the base layer."""
         if self.is_off():
             return self.base_forward(input)
-        if self.coupling is not None and self.coupling.applies():
-            y = self.coupling.sharpen(self, input)
-        else:
-            (y,) = _sharpen((self,), input)
+        y = self.sharpen(input)
         return self.base_forward(input) if y is None else y
+
+    def sharpen_alone(
+        self,
+        x: Tensor,
+        given: Given = NOTHING,
+        held: list[FixedUpdate | None] | None = None,
+    ) -> Tensor | None:
+        return _sharpen((self,), x, given=given, held=held)[0]
 
     def projection(self, x: Tensor, inside: bool = False) -> Projection:
         if self.memory and self.config.lbfgs:
@@ -150,12 +157,18 @@ class TensorParallelLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # 
 class TensorParallelCoupling(pairing.Coupling):
     """A query and a key layer; each rank holds whole key-value groups of their heads."""
 
-    def outputs(self, layer: SharpenedLayer, x: Tensor) -> list[Tensor | None]:
-        return _sharpen((self.query, self.key), x, (self.heads, self.kv_heads))
+    def _outputs(
+        self, layer: SharpenedLayer, x: Tensor, decided: list[FixedUpdate | None] | None
+    ) -> list[Tensor | None]:
+        return _sharpen((self.query, self.key), x, (self.heads, self.kv_heads), held=decided)
 
 
 def _sharpen(
-    layers: tuple[Any, ...], x: Tensor, heads: tuple[int, int] | None = None
+    layers: tuple[Any, ...],
+    x: Tensor,
+    heads: tuple[int, int] | None = None,
+    given: Given = NOTHING,
+    held: list[FixedUpdate | None] | None = None,
 ) -> list[Tensor | None]:
     """Return outputs of one layer, or of a coupled query and key layer, for the same x.
 
@@ -163,6 +176,7 @@ def _sharpen(
         layers: one :class:`TensorParallelLinear`, or two that split their outputs.
         x: as the base layers take it.
         heads: query and key-value heads of coupled layers.
+        given, held: as for :func:`vps.functional.sharpen`.
 
     Raises:
         TypeError: x is no plain floating-point tensor.
@@ -171,7 +185,9 @@ def _sharpen(
     """
     first, part = layers[0], _own_input(layers[0], x)
     both = tuple(layer.projection(part) for layer in layers)
-    ys = sharpen(part, both, first.config, heads=heads, state=first.state)
+    ys = sharpen(
+        part, both, first.config, heads=heads, state=first.state, given=given, held=held
+    )
     each = zip(layers, ys, strict=True)
     return [None if y is None else _own_output(layer, y) for layer, y in each]
 

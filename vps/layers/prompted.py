@@ -1,0 +1,60 @@
+"""Let a layer decide for a cache, or use what the cache's prompt decided (SPEC §11)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vps import masking
+from vps.algorithm.fixed import FixedUpdate, Held
+from vps.algorithm.flow import Given
+
+if TYPE_CHECKING:
+    from vps.layers.linear import SharpenedLayer
+
+
+def given(layer: SharpenedLayer, x: Tensor) -> Given | None:
+    """Return what the prompt of the running model's cache decided for a layer.
+
+    ``None`` where the layer decides by x, because the cache is empty or there is none.
+
+    Raises:
+        ValueError: the cache cannot be followed, or its prompt decided nothing for the layer.
+    """
+    held: Held | None = masking.held_for(x)
+    if held is None:
+        return None
+    if held.refusal is not None:
+        raise ValueError(held.refusal)
+    if not held.is_made:
+        return None
+    number = layer.number
+    if number is None or number not in held.updates:
+        raise ValueError(
+            "vps: scope='prompt' needs the decision of the prompt, and this cache holds none for a "
+            f"layer of widths {layer.widths}: it was filled while the layer was plain, disabled or "
+            "sharpened anew; expected a cache that was filled by the model as it is now"
+        )
+    update = held.updates[number]
+    if update is None:
+        raise ValueError(
+            f"vps: scope='prompt' holds one decision for each layer, and one of widths "
+            f"{layer.widths} is called several times in a pass; expected another scope, or the "
+            "layer excluded"
+        )
+    return Given(update.I_in, update.I_out, None, update.core, update.through)
+
+
+def deciding(x: Tensor) -> Held | None:
+    """Return where layers leave what they decide by x; ``None`` where nobody holds it."""
+    held: Held | None = masking.held_for(x)
+    return None if held is None or held.is_made or held.refusal is not None else held
+
+
+def keep(held: Held, layers: Sequence[Any], decided: Sequence[FixedUpdate | None]) -> None:
+    """Keep what the layers decided."""
+    for layer, update in zip(layers, decided, strict=False):
+        if update is not None and layer.number is not None:
+            held.add(layer.number, update)
