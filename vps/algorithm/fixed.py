@@ -84,10 +84,16 @@ class Held:
         self.refusal = refusal
         self.is_made = False
         self.updates: dict[int, FixedUpdate | None] = {}
+        self._called: set[int] = set()
 
-    def add(self, number: int, update: FixedUpdate) -> None:
-        """Add what a layer decided."""
-        self.updates[number] = None if number in self.updates else update
+    def add(self, number: int, update: FixedUpdate, is_called: bool = True) -> None:
+        """Add what a layer decided, in its own call or in the call of its partner."""
+        if is_called and number in self._called:
+            self.updates[number] = None
+            return
+        self.updates[number] = update
+        if is_called:
+            self._called.add(number)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor ``[G, ...]``, as a cache changes its own."""

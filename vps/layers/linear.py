@@ -236,7 +236,7 @@ class SharpenedLayer:
         decided: list[FixedUpdate | None] | None = None if held is None else []
         y = self.sharpen_alone(x, held=decided)
         if held is not None:
-            prompted.keep(held, (self,), decided or ())
+            prompted.keep(held, (self,), decided or (), self)
         return y
 
     def sharpen_alone(

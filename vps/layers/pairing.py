@@ -91,7 +91,7 @@ class Coupling:
         decided: list[FixedUpdate | None] | None = None if held is None else []
         ys = self._outputs(layer, x, decided)
         if held is not None:
-            prompted.keep(held, (self.query, self.key), decided or ())
+            prompted.keep(held, (self.query, self.key), decided or (), layer)
         return ys
 
     def _outputs(

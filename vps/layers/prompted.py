@@ -53,8 +53,10 @@ def deciding(x: Tensor) -> Held | None:
     return None if held is None or held.is_made or held.refusal is not None else held
 
 
-def keep(held: Held, layers: Sequence[Any], decided: Sequence[FixedUpdate | None]) -> None:
-    """Keep what the layers decided."""
+def keep(
+    held: Held, layers: Sequence[Any], decided: Sequence[FixedUpdate | None], called: Any
+) -> None:
+    """Keep what the layers decided in the call of one of them."""
     for layer, update in zip(layers, decided, strict=False):
         if update is not None and layer.number is not None:
-            held.add(layer.number, update)
+            held.add(layer.number, update, layer is called)
