@@ -68,6 +68,24 @@ def edited(x: Tensor, I_in: Tensor, through: Tensor) -> Tensor:
     return x.scatter_add(-1, I_in.unsqueeze(1).expand_as(e), e)
 
 
+def rounds_too_much(x: Tensor, y: Tensor, W: Tensor, I_in: Tensor) -> bool:
+    """Return whether rounding ``x + e`` to 16 bits would show in the output.
+
+    Rounding changes feature c by a part of its size, which adds that part of ``x_c W[:, c]`` to y.
+    Where large features cancel each other in y this is more than y's own rounding. The sum of the
+    squares may be 4 times that of y, which keeps the error within 1.6 times that of the other form.
+
+    Args:
+        x, y: input ``[G, T, d_in]`` and output ``[G, T, d_out]`` of the prompt, on a CPU.
+        W: ``[d_out, d_in]``.
+        I_in: ``[G, r]``.
+    """
+    chosen = x.gather(-1, I_in.unsqueeze(1).expand(-1, x.shape[1], -1)).float()
+    columns = torch.linalg.vector_norm(W[:, I_in], dim=0, dtype=torch.float32)
+    parts = (chosen * columns.unsqueeze(1)).square().sum((1, 2))
+    return bool((parts > 4 * y.float().square().sum((1, 2))).any())
+
+
 class Held:
     """What the layers of a model hold for the sequences of one cache.
 

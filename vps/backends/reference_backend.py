@@ -56,17 +56,18 @@ def run(call: Call) -> Result:
             call.x, *layers, heads=heads, kv_heads=kv_heads, **options
         )
     for result, layer in zip(results, call.layers, strict=True):
-        _hold(call, layer, result.groups)
+        _hold(call, layer, result)
     both = zip(results, call.layers, strict=True)
     ys = [None if layer.is_plain else result.y for result, layer in both]
     return ys, call.x.new_empty(0)
 
 
-def _hold(call: Call, layer: Layer, groups: list[reference.Group]) -> None:
+def _hold(call: Call, layer: Layer, result: reference.Result) -> None:
     """Hold what was decided for a layer, with a column of zeros for every column left out."""
-    r, most = layer.settings.r, len(groups)
+    r, groups = layer.settings.r, result.groups
+    most = len(groups)
     if call.held is None or layer.is_plain:
-        call.hold(layer, call.x, call.x, None, None)
+        call.hold(layer, call.x, call.x, None, None, None)
         return
     like = groups[0].s_in
     core, gamma = like.new_zeros(most, r, r), like.new_tensor([own.gamma for own in groups])
@@ -76,7 +77,7 @@ def _hold(call: Call, layer: Layer, groups: list[reference.Group]) -> None:
         core[at, : own.rank, : own.rank] = own.core
         I_in[at, : own.rank], I_out[at, : own.rank] = own.I_in[: own.rank], own.I_out[: own.rank]
     assert isinstance(layer.weight, Matrix)
-    call.hold(layer, I_in, I_out, Core(core, gamma, None), layer.weight.W[I_out])
+    call.hold(layer, I_in, I_out, Core(core, gamma, None), layer.weight.W[I_out], result.y)
 
 
 def _held(call: Call) -> Tensor:

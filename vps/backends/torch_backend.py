@@ -52,7 +52,7 @@ def run(call: Call) -> Result:
             wants_rows=call.held is not None and call.layers[0].settings.clamp is None,
         )  # fmt: skip
         for layer, out in zip(call.layers, outcomes, strict=True):
-            call.hold(layer, I_in, out.I_out, out.core, out.rows)
+            call.hold(layer, I_in, out.I_out, out.core, out.rows, out.y)
     finally:
         for layer in call.layers:
             layer.weight.release()
