@@ -89,14 +89,23 @@ class Literal(nn.Module):
         wide = x.to(self.W.dtype).reshape(*dims, x.shape[-1])
         if self.config.gamma_bounds == (0, 0):
             y = torch.nn.functional.linear(wide, self.W, self.b)
+        elif self.config.scope == "prompt" and wide.shape[-2] == 1:  # decided by the prompt
+            y = torch.stack([self.held_row(*pair) for pair in zip(wide, self.held, strict=True)])
         elif len(self.peer) == 2:
             both = [reference.Projection(layer.W, layer.b) for layer in self.peer]
-            y = reference.coupled_vps_linear(
+            result = reference.coupled_vps_linear(
                 wide, *both, heads=HEADS, kv_heads=KV_HEADS, config=self.config, mask=mask
-            )[self.index].y
+            )[self.index]
+            y, self.held = result.y, result.groups
         else:
-            y = reference.vps_linear(wide, self.W, self.b, config=self.config, mask=mask).y
+            result = reference.vps_linear(wide, self.W, self.b, config=self.config, mask=mask)
+            y, self.held = result.y, result.groups
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+    def held_row(self, x, group):
+        chosen = group.I_in[: group.rank], group.I_out[: group.rank], group.core
+        return reference.held_vps_linear(x, self.W, self.b, *chosen, group.gamma)
 
 
 class OwnProduct(Literal):
@@ -114,8 +123,16 @@ class OwnProduct(Literal):
             return y
         flat = x.reshape(-1, x.shape[-1]).double()
         H = [layer.layer(x).reshape(len(flat), -1).double() for layer in self.peer]
+        decided = self.config.scope == "prompt" and x.shape[-2] == 1
         H = [h if layer.b is None else h - layer.b for h, layer in zip(H, self.peer, strict=True)]
         result = y.reshape(len(flat), -1).double()
+        if decided:
+            for row, group in enumerate(self.held):
+                I_in, I_out = group.I_in[: group.rank], group.I_out[: group.rank]
+                update = H[self.index][row, I_out] @ group.core @ self.W[:, I_in].T
+                result[row] += group.gamma * update
+            return result.to(x.dtype).view(y.shape)
+        self.held = []
         for tokens in reference.group_tokens(dims, self.config.scope):
             joint = None
             if len(H) == 2:
@@ -131,6 +148,7 @@ class OwnProduct(Literal):
             # x A = H V, the first identity of SPEC §4: A itself knows nothing of a rounded x.
             t = H[self.index][tokens] @ (group.V / group.scale.sqrt())
             result[tokens] += group.gamma * t @ group.B_clipped.T
+            self.held.append(group)
         return result.to(x.dtype).view(y.shape)
 
 

@@ -39,7 +39,7 @@ def matrix(group):
     for family in ("llama", "qwen2"):
         models = group.pair(family)
         for builder in ("sk", "sc"):
-            for scope in ("sequence", "batch", "token"):
+            for scope in ("sequence", "batch", "token", "prompt"):
                 if family == "qwen2" and scope == "batch":
                     continue
                 name = f"{family} {builder} {scope}"

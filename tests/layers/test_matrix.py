@@ -1,4 +1,5 @@
-"""One matrix: {plain, LoRA, int8, nf4, torchao, offload, FSDP2} × {SK, SC} × {prefill, decode}.
+"""One matrix: {plain, LoRA, int8, nf4, torchao, offload, FSDP2} × scopes × {SK, SC} × {prefill,
+decode}.
 
 Every cell against a model whose linears call the reference with the dense, merged weights. The
 tensor-parallel row is in test_tensor_parallel.py.
@@ -36,7 +37,8 @@ FORMS = {
     "patch, FSDP2 of layers": {"weight"},
     "FSDP2 of layers, patch": {"opaque (FSDP2 Linear)"},
 }
-CELLS = [(scope, builder) for scope in ("sequence", "token") for builder in ("sk", "sc")]
+SCOPES = ("sequence", "token", "prompt")
+CELLS = [(scope, builder) for scope in SCOPES for builder in ("sk", "sc")]
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,10 @@ class Projection:
         """Return the numbers that the core needs, without a graph."""
         raise NotImplementedError
 
+    def rows(self, I_out: Tensor) -> Tensor | None:
+        """Return ``W[I_out]`` ``[G, r, d_in]``, or ``None`` where rows are not known."""
+        return None
+
     def expand(self, u: Tensor) -> Tensor:
         """Return ``u Bᵀ`` ``[G, T, held]`` for u ``[G, T, r]``."""
         raise NotImplementedError
@@ -149,7 +153,7 @@ class Weight:
 
         Arguments are as for :meth:`complete`.
         """
-        return [None] * len(outputs)
+        return [one.rows(I_out) for one, I_out in zip(projections, outputs, strict=True)]
 
     def complete(
         self,
@@ -211,9 +215,6 @@ class Matrix(Weight):
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.W, bias)
 
-    def rows(self, projections: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        return [one.frozen[I_out] for one, I_out in zip(projections, outputs, strict=True)]
-
     def project(
         self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None
     ) -> MatrixProjection:
@@ -265,6 +266,9 @@ class MatrixProjection(Projection):
     def products(self, I_out: Tensor, settings: Settings) -> Products:
         x, H = self.x.detach(), self.H.detach()
         return matrix_products(x, self.frozen, H, self.I_in, I_out, self.B, settings)
+
+    def rows(self, I_out: Tensor) -> Tensor:
+        return self.frozen[I_out]
 
     def expand(self, u: Tensor) -> Tensor:
         if self.B is None:

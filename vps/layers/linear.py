@@ -43,6 +43,7 @@ class SharpenedLayer:
             product is then the output less the output for zeros.
         displaced: attributes of the base layer with one of these names.
         kept: the plan of the last call, valid until something of the layer changes.
+        rounds_input: whether its forward rounds x, so that only δ itself may be added to its output.
         number: by which a cache knows the layer (SPEC §11); ``None`` outside a patched model.
         is_whole: whether this process holds all of the layer.
         plain_class: the class that :meth:`plain` restores.
@@ -60,6 +61,7 @@ class SharpenedLayer:
     keeps_bias: bool = False
     displaced: dict[str, Any] | None = None
     kept: Kept | None = None
+    rounds_input: bool = False
     number: int | None = None
     is_whole = True
     plain_class = nn.Module

@@ -215,7 +215,7 @@ class OwnForward:
     def rows_at_hand(self, index: Tensor, known: Columns) -> Tensor | None:
         """Return :meth:`rows`, or ``None`` where no backward pass gives them."""
         if self.matrix() is None:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or self.layer.rounds_input:
                 return None
             try:
                 rows = weight_rows.by_gradient(self, index)
@@ -247,7 +247,19 @@ class OwnForward:
         eps = torch.finfo(together.dtype).eps
         if bool(((together.double() - expected).abs() > 16 * eps * size + 0.02 * size).any()):
             return "its forward is not a linear map of every row by itself"
+        self.layer.rounds_input = self._rounds_input()
         return None
+
+    def _rounds_input(self) -> bool:
+        """Return whether the forward rounds its input, as int8 activations do, on dense rows."""
+        steps = torch.arange(self.d_in, device=self.like.device, dtype=torch.float32)
+        a, b = (3 * steps + 1).sin(), (7 * steps).cos()
+        rows = torch.stack([a, b, a + b, 0 * a]).to(self.like.dtype)
+        rows[2] = rows[0] + rows[1]
+        of_a, of_b, of_sum, constant = self.steady_product(rows).double()
+        apart = (of_sum - of_a - of_b + constant).norm()
+        eps = torch.finfo(self.like.dtype).eps
+        return bool(apart > 64 * eps * (of_a.norm() + of_b.norm() + constant.norm()))
 
     def _constant(self, like: Tensor) -> Tensor:
         """Return the product of zeros ``[1, d_out]``.

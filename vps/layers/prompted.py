@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from vps.algorithm.flow import Given
 
 if TYPE_CHECKING:
     from vps.layers.linear import SharpenedLayer
+
+_numbers = itertools.count(1)
 
 
 def given(layer: SharpenedLayer, x: Tensor) -> Given | None:
@@ -47,6 +50,14 @@ def given(layer: SharpenedLayer, x: Tensor) -> Given | None:
     return Given(update.I_in, update.I_out, None, update.core, update.through)
 
 
+def number(layer: Any) -> int:
+    """Return the number by which caches know a layer; it gets one where it has none."""
+    if layer.number is None:
+        layer.number = next(_numbers)
+    found: int = layer.number
+    return found
+
+
 def deciding(x: Tensor) -> Held | None:
     """Return where layers leave what they decide by x; ``None`` where nobody holds it."""
     held: Held | None = masking.held_for(x)
@@ -58,5 +69,5 @@ def keep(
 ) -> None:
     """Keep what the layers decided in the call of one of them."""
     for layer, update in zip(layers, decided, strict=False):
-        if update is not None and layer.number is not None:
-            held.add(layer.number, update, layer is called)
+        if update is not None:
+            held.add(number(layer), update, layer is called)

@@ -7,7 +7,7 @@ selected rows, or the rows themselves for SC and the spectral clip.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -178,9 +178,6 @@ class ForwardWeight(Weight):
         with self._as_outside(x):
             return self.base.product(x)
 
-    def rows(self, projections: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        return [one.rows(I_out) for one, I_out in zip(projections, outputs, strict=True)]
-
     def project(self, x: Tensor, bias: Tensor | None, I_in: Tensor, H: Tensor | None = None) -> Any:
         with self._as_outside(x):
             if tracing.is_transforming() or torch.jit.is_tracing():
@@ -229,10 +226,6 @@ class _InTransform(MatrixProjection):
 
     def base(self) -> Tensor:
         return self.output if self.b is None else self.output + self.b
-
-    def rows(self, I_out: Tensor) -> Tensor:
-        """Return ``W[I_out]`` ``[G, r, d_in]``."""
-        return self.frozen[I_out]
 
 
 class ForwardProjection(Projection):
@@ -290,7 +283,6 @@ class ForwardProjection(Projection):
         return Products(t, X_A, norm_A, gram_A, norm_B, gram_B, crossing)
 
     def rows(self, I_out: Tensor) -> Tensor | None:
-        """Return ``W[I_out]`` ``[G, r, d_in]``, or ``None`` for a layer without a backward pass."""
         chosen = distinct(I_out)
         found = self.weight.base.rows_at_hand(chosen.features, self.known)
         return None if found is None else found[chosen.place]

@@ -7,7 +7,6 @@ Copies and pickles of the cache have them too, and they are freed with it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from functools import cache as cached
 from typing import Any
@@ -16,20 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vps.algorithm.fixed import Held
+from vps.layers import prompted
 from vps.layers.opaque_layer import sharpened_by
 from vps.masking import Marks
 
 # Arguments in which models take caches. Before transformers 5.24 it was past_key_values.
 NAMES = ("cache", "past_key_values", "cache_params")
-_numbers = itertools.count(1)
-
-
-def number(model: nn.Module) -> None:
-    """Give every sharpened layer of ``model`` without a number one, by which caches know it."""
-    for module in model.modules():
-        layer = sharpened_by(module)
-        if layer is not None and layer.number is None:
-            layer.number = next(_numbers)
 
 
 def held_by(given: Mapping[str, Any]) -> Held:
@@ -199,8 +190,10 @@ def marks_of(given: Mapping[str, Any], shape: tuple[int, ...]) -> Marks | None:
 
 def attach(model: nn.Module) -> None:
     """Number the sharpened layers of ``model``, and note the prompts of assisted decoding."""
-    number(model)
     for module in model.modules():
+        layer = sharpened_by(module)
+        if layer is not None:
+            prompted.number(layer)
         if callable(getattr(type(module), "_get_candidate_generator", None)):
             module.__dict__["_get_candidate_generator"] = NotedPrompt(module)
 
