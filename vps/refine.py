@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vps import masking
 from vps.backends import dispatch
 from vps.backends.call import Kind
 from vps.config import VPSConfig
@@ -267,7 +268,9 @@ class _Run:
             arguments["attention_mask"] = mask.to(device)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             arguments["logits_to_keep"] = count
-        logits: Tensor = self.model(**arguments).logits
+        is_prompt = torch.arange(ids.shape[1], device=device) < self.inputs["input_ids"].shape[1]
+        with masking.prompt(is_prompt.expand(ids.shape)):
+            logits: Tensor = self.model(**arguments).logits
         return logits
 
 

@@ -108,9 +108,11 @@ def recorded():
     plain, split = [], []
 
     def keeping(function):
-        def wrapped(x, layers, *args, **kwargs):
-            outcomes, I_in = function(x, layers, *args, **kwargs)
+        def wrapped(x, layers, mask, entropy, heads, given, **options):
+            outcomes, I_in = function(x, layers, mask, entropy, heads, given, **options)
             kept = plain if isinstance(layers[0].weight, Matrix) else split
+            if given.core is not None:  # decided by a prompt
+                return outcomes, I_in
             for out in outcomes:
                 used = (out.core.matrix != 0).any(1)
                 numbers = (I_in, out.I_out, out.core.gamma, used)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vps import masking
 from vps.model.patching import disabled
 
 # The settings by which transformers chooses another way to decode, to read the prompt or to return
@@ -188,13 +189,14 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
     """Return the share of next-token choices that sharpening changes along a continuation.
 
     The plain and the sharpened model see the same tokens, so every position is judged by itself.
-    Under the sequence scope late tokens shape the selection for early ones; use ``scope="token"``
-    for a causal figure.
+    Under the sequence scope late tokens shape the selection for early ones; ``scope="token"`` and
+    ``scope="prompt"`` give a causal figure.
     """
     prompt = inputs["input_ids"].to(input_device(model))
     tail = torch.tensor([continuation], dtype=prompt.dtype, device=prompt.device)
     ids = torch.cat([prompt, tail], dim=1)
-    with torch.no_grad():
+    marks = (torch.arange(ids.shape[1], device=ids.device) < prompt.shape[1]).expand(ids.shape)
+    with torch.no_grad(), masking.prompt(marks):
         sharpened = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
         with disabled(model):
             plain = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
