@@ -136,6 +136,16 @@ def columns_of(case, W):
     return policy.settings(case["config"], case["gradient"], *reversed(W.shape), True).r
 
 
+def pairs_of(seed, size):
+    """One, two or five L-BFGS pairs of a quadratic, so that every pair is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, size, dtype=torch.float64, generator=generator) / size**0.5
+    hessian = root @ root.T + torch.eye(size, dtype=torch.float64)
+    count = random.Random(seed).choice([1, 2, 5])
+    steps = torch.randn(count, size, dtype=torch.float64, generator=generator)
+    return [(s, hessian @ s) for s in steps]
+
+
 def memory_of(pairs, size):
     """A memory of a layer of ``size`` outputs that holds these pairs."""
     memory = CurvatureMemory()

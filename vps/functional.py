@@ -337,12 +337,13 @@ def compute(
     shared, r = False, plan.layers[0].settings.r
     if given is NOTHING:
         if plan.drawn is not None:
-            given = Given(*(index.expand(grouped.shape[0], -1) for index in plan.drawn))
+            I_in, I_out = (index.expand(grouped.shape[0], -1) for index in plan.drawn)
+            given = Given(I_in, I_out)
         elif plan.layers[0].weight.reads_whole_input:
             shared = True
-            I_in = sharing.find(x, mask, grouped.shape, r)
-            if I_in is not None:
-                given, shared = Given(I_in), False
+            known = sharing.find(x, mask, grouped.shape, r)
+            if known is not None:
+                given, shared = Given(known), False
     state = plan.state
     entropy = None if state is None or state.entropy is None else state.entropy_on(x.device)
     traced = torch.compiler.is_compiling()

@@ -47,7 +47,9 @@ class Packing(NamedTuple):
         """
         flat = (marks.t() if is_time_first else marks).reshape(-1)
         flat = flat.to(self.place.device)
-        parts = tuple(part._replace(counted=part.counted & flat[part.tokens]) for part in self.parts)
+        parts = tuple(
+            part._replace(counted=part.counted & flat[part.tokens]) for part in self.parts
+        )
         return self._replace(parts=parts)
 
     def take(self, values: Tensor) -> list[Tensor]:

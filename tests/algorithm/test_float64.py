@@ -1,7 +1,5 @@
 """The flow in float64 against the reference, of every kind of weight and all a layer may hold."""
 
-import random
-
 import pytest
 import torch
 from cases import (
@@ -9,6 +7,7 @@ from cases import (
     coupled_case,
     drawn_gamma,
     memory_of,
+    pairs_of,
     random_case,
     reference_of,
     reference_of_pair,
@@ -22,16 +21,6 @@ import vps
 from vps import VPSConfig
 from vps.algorithm.policy import LayerGamma
 from vps.layers.opaque_layer import sharpened_by
-
-
-def pairs_of(seed, size):
-    """One, two or five L-BFGS pairs of a quadratic, so that every pair is kept."""
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(size, size, dtype=torch.float64, generator=generator) / size**0.5
-    hessian = root @ root.T + torch.eye(size, dtype=torch.float64)
-    count = random.Random(seed).choice([1, 2, 5])
-    steps = torch.randn(count, size, dtype=torch.float64, generator=generator)
-    return [(s, hessian @ s) for s in steps]
 
 
 def by_weight(case, memory, gamma):

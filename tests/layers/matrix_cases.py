@@ -102,7 +102,6 @@ class Literal(nn.Module):
             y, self.held = result.y, result.groups
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
-
     def held_row(self, x, group):
         chosen = group.I_in[: group.rank], group.I_out[: group.rank], group.core
         return reference.held_vps_linear(x, self.W, self.b, *chosen, group.gamma)

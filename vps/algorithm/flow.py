@@ -128,11 +128,11 @@ def sharpen(
         if wants_rows:
             rows = first.weight.rows(projections, outputs)
     outcomes = []
-    for layer, own, I_out, core, known in zip(
+    for layer, own, I_out, core, of_W in zip(
         layers, projections, outputs, decided, rows, strict=True
     ):
         y, t = (None, None) if core is None else _update(layer, own, I_out, core, mask)
-        outcomes.append(Outcome(y, I_out, core, t, known))
+        outcomes.append(Outcome(y, I_out, core, t, of_W))
     return outcomes, I_in
 
 

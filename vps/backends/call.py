@@ -75,7 +75,12 @@ class Call(NamedTuple):
     held: list[FixedUpdate | None] | None = None
 
     def hold(
-        self, layer: Layer, I_in: Tensor, I_out: Tensor, core: Core | None, rows: Tensor | None,
+        self,
+        layer: Layer,
+        I_in: Tensor,
+        I_out: Tensor,
+        core: Core | None,
+        rows: Tensor | None,
         y: Tensor | None,
     ) -> None:
         """Append to ``held``, if there is one, what was decided for a layer.
@@ -202,13 +207,18 @@ def run_native(call: Call, linear: Any, pair: Any, couple: Any) -> Result:
         pair: computes both outputs of a query and a key, and I_in, without a gradient.
         couple: decides for a query and a key together, without a gradient.
     """
-    layers, kept = call.layers, None if call.held is None else []
+    layers = call.layers
+    kept: list[Outputs] | None = None if call.held is None else []
     if call.heads is None:
         y, I_in = linear(call.inputs(), layers[0].settings, call.traced, kept)
         _hold(call, layers[0], kept)
         return [y], I_in
     query, key = call.inputs(0), call.inputs(1)
-    if kept is None and not torch.jit.is_tracing() and not (needs_gradient(query) or needs_gradient(key)):
+    if (
+        kept is None
+        and not torch.jit.is_tracing()
+        and not (needs_gradient(query) or needs_gradient(key))
+    ):
         y_q, y_k, I_in = pair(query, key, layers[0].settings, layers[1].settings, *call.heads)
         return [None if layers[0].is_plain else y_q, None if layers[1].is_plain else y_k], I_in
     r = layers[0].settings.r

@@ -43,7 +43,7 @@ class SharpenedLayer:
             product is then the output less the output for zeros.
         displaced: attributes of the base layer with one of these names.
         kept: the plan of the last call, valid until something of the layer changes.
-        rounds_input: whether its forward rounds x, so that only δ itself may be added to its output.
+        rounds_input: whether its forward rounds x; then δ is added to its output under every scope.
         number: by which a cache knows the layer (SPEC §11); ``None`` outside a patched model.
         is_whole: whether this process holds all of the layer.
         plain_class: the class that :meth:`plain` restores.

@@ -33,8 +33,8 @@ def held_by(given: Mapping[str, Any]) -> Held:
         return Held()
     if not _can_follow(cache):
         return Held(
-            f"vps: scope='prompt' cannot follow the sequences of a {type(cache).__name__}; expected "
-            "a Cache of transformers, or another scope"
+            f"vps: scope='prompt' cannot follow the sequences of a {type(cache).__name__}; "
+            "expected a Cache of transformers, or another scope"
         )
     own: Held | None = getattr(cache, "vps_held", None)
     if torch.compiler.is_compiling():
@@ -81,7 +81,7 @@ def _attach(cache: Any, held: Held) -> None:
     if own is None:
         cache.vps_held = own = Held()
     if not isinstance(cache, _Following):
-        cache.__class__ = _following(type(cache))
+        cache.__class__ = _following(type(cache))  # type: ignore[arg-type]
     own.take(held, bool(getattr(cache, "is_compileable", False)))
 
 
@@ -181,7 +181,7 @@ class NotedPrompt:
 
 
 def marks_of(given: Mapping[str, Any], shape: tuple[int, ...]) -> Marks | None:
-    """Return the prompt of assisted decoding among the tokens ``shape`` [B, T] of its first call."""
+    """Return the prompt of assisted decoding, in its first call with tokens ``shape`` [B, T]."""
     length = getattr(in_call(given), "vps_prompt_length", None)
     if length is None or len(shape) != 2 or shape[1] <= length:
         return None
@@ -203,4 +203,3 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("_get_candidate_generator"), NotedPrompt):
             del module.__dict__["_get_candidate_generator"]
-

@@ -185,9 +185,7 @@ def _sharpen(
     """
     first, part = layers[0], _own_input(layers[0], x)
     both = tuple(layer.projection(part) for layer in layers)
-    ys = sharpen(
-        part, both, first.config, heads=heads, state=first.state, given=given, held=held
-    )
+    ys = sharpen(part, both, first.config, heads=heads, state=first.state, given=given, held=held)
     each = zip(layers, ys, strict=True)
     return [None if y is None else _own_output(layer, y) for layer, y in each]
 

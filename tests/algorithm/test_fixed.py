@@ -1,0 +1,173 @@
+"""An update that a prompt has fixed: later tokens against the reference, over the random cases."""
+
+import random
+
+import pytest
+import torch
+from cases import drawn_gamma, memory_of, pairs_of, random_case, relative_error
+from torch import Tensor
+
+import vps
+from vps import VPSConfig, reference
+from vps.algorithm.fixed import edited, rounds_too_much
+from vps.algorithm.flow import Given
+from vps.algorithm.policy import LayerGamma
+from vps.functional import Projection, sharpen
+
+
+def prompted(seed):
+    """A random case of at least two tokens a sequence, and how many of these are its prompt."""
+    case = random_case(seed)
+    case["config"] = case["config"].replace(scope="prompt")
+    x = case["x"]
+    if x.dim() < 2:
+        x = x.expand(1, 1, x.shape[-1])
+    x = x.reshape(-1, x.shape[-2], x.shape[-1])
+    rng = random.Random(seed)
+    late = torch.randn(
+        len(x), rng.randint(1, 4), x.shape[-1], dtype=torch.float64,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    mask = None if case["mask"] is None else case["mask"].reshape(x.shape[:-1])
+    return case, x, late, mask
+
+
+def given_of(update):
+    return Given(update.I_in, update.I_out, None, update.core, update.through)
+
+
+def decided(case, x, mask, projection):
+    """What the prompt decides, by the backend of now."""
+    held: list = []
+    sharpen(x, (projection,), case["config"], mask=mask, state=case["state"], held=held)
+    return held[0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("extra", ["", "pairs", "gamma"])
+@torch.no_grad()
+def test_later_tokens_equal_the_reference(backend, extra):
+    compared = 0
+    for seed in range(150 if backend == "torch" else 40):
+        case, x, late, mask = prompted(seed)
+        W, config = case["W"], case["config"]
+        memory = gamma = own = None
+        pairs = []
+        if extra == "pairs":
+            pairs = pairs_of(seed, len(W))
+            memory = memory_of(pairs, len(W))
+        if extra == "gamma":
+            settings = vps.algorithm.policy.settings(config, case["gradient"], *W.shape[::-1], True)
+            own = drawn_gamma(seed, settings.r)
+            gamma = LayerGamma(own)
+        projection = Projection(W, case["b"], case["gradient"], memory, gamma)
+        with vps.backend(backend):
+            update = decided(case, x, mask, projection)
+            if update is None:
+                continue
+            (y,) = sharpen(late, (projection,), config, given=given_of(update))
+        result = reference.vps_linear(
+            x, W, case["b"], config=config, mask=mask, entropy=case["entropy"],
+            outcomes=case["outcomes"], gradient=case["gradient"], memory=pairs, gamma=own,
+        )  # fmt: skip
+        for row, group, found in zip(late, result.groups, y, strict=True):
+            chosen = group.I_in[: group.rank], group.I_out[: group.rank], group.core
+            expected = reference.held_vps_linear(
+                row, W, case["b"], *chosen, group.gamma, clamp=config.clamp,
+                memory=pairs if config.lbfgs else (),
+            )  # fmt: skip
+            assert relative_error(found, expected) <= 1e-9, seed
+            compared += 1
+    assert compared > 50
+
+
+@torch.no_grad()
+def test_the_prompt_and_what_follows_equal_one_pass():
+    """The reference itself: all tokens under marks, against its own later tokens."""
+    for seed in range(40):
+        case, x, late, mask = prompted(seed)
+        whole = torch.cat([x, late], 1)
+        marks = torch.zeros(whole.shape[:-1], dtype=torch.bool)
+        marks[:, : x.shape[1]] = True
+        counted = None
+        if mask is not None:
+            counted = torch.cat([mask, torch.ones(late.shape[:-1], dtype=torch.bool)], 1)
+        y = reference.vps_linear(
+            whole, case["W"], case["b"], config=case["config"], mask=counted, prompt=marks,
+            entropy=case["entropy"], outcomes=case["outcomes"], gradient=case["gradient"],
+        )  # fmt: skip
+        with vps.prompt(marks):
+            own = vps.vps_linear(
+                whole, case["W"], case["b"], case["config"], mask=counted, state=case["state"],
+                gradient=case["gradient"],
+            )  # fmt: skip
+        assert relative_error(own, y.y) <= 1e-9, seed
+        for group, row, found in zip(y.groups, late, y.y[:, x.shape[1] :], strict=True):
+            chosen = group.I_in[: group.rank], group.I_out[: group.rank], group.core
+            clamp, b = case["config"].clamp, case["b"]
+            again = reference.held_vps_linear(row, case["W"], b, *chosen, group.gamma, clamp=clamp)
+            assert relative_error(again, found) <= 1e-9, seed
+
+
+def made(seed, kind, dtype, d_in, d_out) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A weight, an input and a bias; ``kind`` says how large some features are."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(d_out, d_in, generator=generator) / d_in**0.5
+    x = torch.randn(2, 6, d_in, generator=generator)
+    if kind != "plain":
+        outliers = torch.randperm(d_in, generator=generator)[:4]
+        x[..., outliers] += 200 if kind == "huge" else 20
+        if kind == "cancelling":
+            W[:, outliers[1::2]] = -W[:, outliers[::2]]
+    b = torch.randn(d_out, generator=generator) if seed % 2 else None
+    return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "outliers", "huge", "cancelling"])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@torch.no_grad()
+def test_sixteen_bits_err_at_most_twice_as_much_as_torch(backend, kind, dtype):
+    if vps.backends()[backend] is not None:
+        pytest.skip(vps.backends()[backend])
+    fell_back = 0
+    for seed in range(16):
+        sizes = [(64, 48), (192, 576), (576, 192)][seed % 3]
+        x, W, b = made(seed, kind, dtype, *sizes)
+        config = VPSConfig(
+            scope="prompt", builder="sc" if seed % 2 else "sk", tau=None if seed % 4 else 0.8
+        )
+        layer, exact_layer = (Projection(W, b) for _ in range(2))
+        wide = Projection(W.double(), None if b is None else b.double())
+        held: list = []
+        with vps.backend(backend):
+            sharpen(x[:, :4], (layer,), config, held=held)
+            update = held[0]
+            (found,) = sharpen(x[:, 4:], (layer,), config, given=given_of(update))
+        fell_back += update.through is None
+        core = update.core._replace(
+            matrix=update.core.matrix.double(), gamma=update.core.gamma.double()
+        )
+        given = Given(update.I_in, update.I_out, None, core)
+        (exact,) = sharpen(x[:, 4:].double(), (wide,), config, given=given)
+        with vps.backend("torch"):
+            given = Given(update.I_in, update.I_out, None, update.core)
+            (added,) = sharpen(x[:, 4:], (exact_layer,), config, given=given)
+        for norm in (float("inf"), 2):
+            errors = [torch.dist(each.double(), exact, norm) for each in (found, added)]
+            assert errors[0] <= 2 * errors[1], (seed, norm)
+    assert (fell_back > 0) == (kind == "cancelling")
+
+
+def test_an_edit_that_rounds_too_much_is_seen():
+    x = torch.tensor([[[100.0, 100.0, 1.0]]])
+    W = torch.tensor([[1.0, -1.0, 0.5]])
+    y = x @ W.t()
+    assert rounds_too_much(x, y, W, torch.tensor([[0, 1]]))
+    assert not rounds_too_much(x, y, W, torch.tensor([[2]]))
+
+
+def test_a_feature_that_is_left_out_twice_changes_nothing():
+    x = torch.randn(2, 3, 4)
+    through = torch.zeros(2, 2, 4)
+    assert torch.equal(edited(x, torch.zeros(2, 2, dtype=torch.int64), through), x)
