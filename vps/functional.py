@@ -316,21 +316,11 @@ def compute(
         weights = [W for layer in plan.layers for W in layer.weight.parameters()]
         biases = [layer.bias for layer in plan.layers if layer.bias is not None]
         tracing.refuse_tangents(x, *weights, *biases)
+    if given.core is not None:
+        return [_fixed(x, plan, given)]
     grouped, mask, counted, packing = arrange(x, mask, plan.config.scope)
     if packing is not None:
-        if given.core is not None:
-            raise ValueError(
-                "vps: scope='prompt' holds one decision for each row of a cache, got rows packed "
-                "from several sequences; expected rows of one sequence"
-            )
         return packing.apply_all(x, partial(compute, plan=plan))
-    if given.core is not None:
-        counted = None  # the prompt has decided
-        if len(grouped) != len(given.core.gamma):
-            raise ValueError(
-                f"vps: the cache holds what {len(given.core.gamma)} prompts decided, got a call of "
-                f"{len(grouped)} sequences; expected one for each"
-            )
     backend = plan.backend
     if STATE.backends or dispatch.FROM_ENVIRONMENT is not None:
         backend = dispatch.asked(plan.kind) or backend
@@ -362,6 +352,36 @@ def compute(
     if grouped is x:
         return ys
     return [None if y is None else y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _fixed(x: Tensor, plan: Plan, given: Given) -> Tensor | None:
+    """Return the output ``[..., d_out]`` of a single layer whose update a prompt has fixed."""
+    grouped, sequences = x, given.I_in.shape[0]  # type: ignore[union-attr]
+    if x.dim() != 3 or x.shape[1] != 1:
+        grouped, _, _, packing = arrange(x, None, plan.config.scope)
+        if packing is not None:
+            raise ValueError(
+                "vps: scope='prompt' holds one decision for each row of a cache, got rows packed "
+                "from several sequences; expected rows of one sequence"
+            )
+    if grouped.shape[0] != sequences:
+        raise ValueError(
+            f"vps: the cache holds what {sequences} prompts decided, got a call of {len(grouped)} "
+            "sequences; expected one for each"
+        )
+    backend = plan.backend
+    if STATE.backends or dispatch.FROM_ENVIRONMENT is not None:
+        backend = dispatch.asked(plan.kind) or backend
+    traced = torch.compiler.is_compiling()
+    if backend is not reference_backend and (
+        tracing.is_compiled_transform(traced) if traced else _transform_running() is not None
+    ):
+        backend = torch_backend
+    call = Call(
+        grouped, plan.layers, given=given, traced=traced or _is_tracing(), config=plan.config
+    )
+    y = backend.run(call)[0][0]
+    return y if y is None or grouped is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _reverse_only(plan: Plan, x: Tensor) -> tuple[Plan, Tensor]:

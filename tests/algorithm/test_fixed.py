@@ -33,7 +33,7 @@ def prompted(seed):
 
 
 def given_of(update):
-    return Given(update.I_in, update.I_out, None, update.core, update.through)
+    return update.given()
 
 
 def decided(case, x, mask, projection):
@@ -170,4 +170,4 @@ def test_an_edit_that_rounds_too_much_is_seen():
 def test_a_feature_that_is_left_out_twice_changes_nothing():
     x = torch.randn(2, 3, 4)
     through = torch.zeros(2, 2, 4)
-    assert torch.equal(edited(x, torch.zeros(2, 2, dtype=torch.int64), through), x)
+    assert torch.equal(edited(x, torch.zeros(2, 1, 2, dtype=torch.int64), through.mT), x)

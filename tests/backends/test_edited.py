@@ -24,7 +24,7 @@ def make(groups, tokens, d_in, d_out, r, dtype=torch.float32, bias=True, seed=0)
 
 
 def exact(x, W, b, I_in, through):
-    wide = edited(x.double(), I_in, through.double())
+    wide = edited(x.double(), I_in.unsqueeze(1), through.double().mT)
     return F.linear(wide, W.double(), None if b is None else b.double())
 
 

@@ -5,6 +5,7 @@
 - ``coupling``: selects features of a query and a key together
 - ``weight``: what the other files ask of W, and W as a matrix
 - ``core``: builds policy, SC, clip and second order into an r × r matrix
+- ``fixed``: what a prompt decided, and the change of x that later tokens get by it
 - ``flow``: selects, projects, decides and updates, for a layer or for a query and a key
 - ``lbfgs``: the L-BFGS memory of a refinement
 - ``gradient``: the backward pass of compiled backends

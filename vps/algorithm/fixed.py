@@ -8,12 +8,13 @@ token reads ``E = γ Cᵀ R`` ``[r, d_in]`` and no column, score, norm or policy
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vps.algorithm.core import Core, square
+from vps.algorithm.flow import Given
 
 
 class FixedUpdate(NamedTuple):
@@ -36,6 +37,11 @@ class FixedUpdate(NamedTuple):
         core = Core(*(None if one is None else change(one) for one in self.core))  # type: ignore[arg-type]
         through = None if self.through is None else change(self.through)
         return FixedUpdate(change(self.I_in), change(self.I_out), core, through)
+
+    def given(self) -> Given:
+        """Return the update as the flow takes it."""
+        edit = None if self.through is None else (self.I_in.unsqueeze(1), self.through.mT)
+        return Given(self.I_in, self.I_out, None, self.core, self.through, edit)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that there are."""
@@ -62,10 +68,18 @@ def fix(I_in: Tensor, I_out: Tensor, core: Core, rows: Tensor | None, like: Tens
     return FixedUpdate(I_in, I_out, core, through)
 
 
-def edited(x: Tensor, I_in: Tensor, through: Tensor) -> Tensor:
-    """Return ``x + Σ_c e_c u(I_in[c])`` for x ``[G, T, d_in]``, ``[G, r]`` and ``[G, r, d_in]``."""
-    e = torch.matmul(x, through.mT).to(x.dtype)
-    return x.scatter_add(-1, I_in.unsqueeze(1).expand_as(e), e)
+def edited(x: Tensor, index: Tensor, across: Tensor) -> Tensor:
+    """Return ``x + Σ_c e_c u(I_in[c])`` with ``e = x Eᵀ``.
+
+    Args:
+        x: ``[G, T, d_in]``.
+        index: ``I_in`` ``[G, 1, r]``.
+        across: ``Eᵀ`` ``[G, d_in, r]``.
+    """
+    e = torch.bmm(x, across)
+    if e.dtype != x.dtype:  # under autocast
+        e = e.to(x.dtype)
+    return x.scatter_add(-1, index if x.shape[1] == 1 else index.expand_as(e), e)
 
 
 def rounds_too_much(x: Tensor, y: Tensor, W: Tensor, I_in: Tensor) -> bool:
@@ -96,12 +110,14 @@ class Held:
         is_made: whether a prompt has decided; until then layers decide and add their updates.
         updates: the update of each layer by the layer's number; ``None`` for a layer that was
             called several times in one pass.
+        given: the same as the flow takes them, once the prompt has decided.
     """
 
     def __init__(self, refusal: str | None = None) -> None:
         self.refusal = refusal
         self.is_made = False
         self.updates: dict[int, FixedUpdate | None] = {}
+        self.given: dict[int, Given | None] = {}
         self._called: set[int] = set()
 
     def add(self, number: int, update: FixedUpdate, is_called: bool = True) -> None:
@@ -118,6 +134,7 @@ class Held:
         for number, update in self.updates.items():
             if update is not None:
                 self.updates[number] = update.map(change)
+        self._prepare()
 
     def take(self, other: Held, in_place: bool) -> None:
         """Take the updates of another, which a prompt decided.
@@ -135,6 +152,17 @@ class Held:
                     continue
             self.updates[number] = update
         self.is_made = True
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.given = {n: None if own is None else own.given() for n, own in self.updates.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"given": {}}  # views, which a pickle would copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
 
 
 def _fits(own: Tensor, new: Tensor) -> bool:

@@ -52,7 +52,8 @@ class Given(NamedTuple):
         I_out: ``[G, r]`` for a single layer, or ``None`` to select them.
         energy: ``[G]``, or ``None`` to measure it.
         core: what a prompt decided for a single layer with these features, or ``None``.
-        through: ``E`` of that update (:mod:`vps.algorithm.fixed`), or ``None``.
+        through: ``E`` ``[G, r, d_in]`` of that update (:mod:`vps.algorithm.fixed`), or ``None``.
+        edit: ``I_in`` ``[G, 1, r]`` and ``E`` ``[G, d_in, r]``, views for the change of x.
     """
 
     I_in: Tensor | None = None
@@ -60,6 +61,7 @@ class Given(NamedTuple):
     energy: Tensor | None = None
     core: Core | None = None
     through: Tensor | None = None
+    edit: tuple[Tensor, Tensor] | None = None
 
 
 class Outcome(NamedTuple):

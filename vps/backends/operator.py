@@ -96,15 +96,15 @@ def run(call: Call) -> Result:
 
 def _fixed(call: Call) -> Result:
     """Run a call whose update a prompt has fixed; torch computes what needs δ or a gradient."""
-    inputs, through = call.inputs(), call.given.through
-    if needs_gradient(inputs) or not torch_backend.edits(call):
+    (layer,), (I_in, *_, through, _) = call.layers, call.given
+    differentiates = torch.is_grad_enabled()
+    if not torch_backend.edits(call) or differentiates and needs_gradient(call.inputs()):
         return torch_backend.run(call)
-    x, weight, bias, _, I_in = inputs[:5]
-    assert I_in is not None and through is not None
-    if call.traced:
-        return [EDITED(x, weight, bias, I_in, through)], I_in
+    weight: Any = layer.weight
+    if call.traced or not differentiates:
+        return [EDITED(call.x, weight.W, layer.bias, I_in, through)], I_in  # type: ignore[return-value]
     with torch._C._AutoDispatchBelowAutograd():
-        return [EDITED(x, weight, bias, I_in, through)], I_in
+        return [EDITED(call.x, weight.W, layer.bias, I_in, through)], I_in  # type: ignore[return-value]
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
@@ -345,7 +345,7 @@ def _triton_pair(
 def _torch_edited(
     x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor
 ) -> Tensor:
-    return F.linear(fixed.edited(x, I_in, through), weight, bias)
+    return F.linear(fixed.edited(x, I_in.unsqueeze(1), through.mT), weight, bias)
 
 
 LIBRARY.impl("edited", _torch_edited, "CUDA")

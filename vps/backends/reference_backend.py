@@ -82,7 +82,7 @@ def _hold(call: Call, layer: Layer, result: reference.Result) -> None:
 
 def _held(call: Call) -> Tensor:
     """Return y of later tokens, sequence by sequence."""
-    (layer,), (I_in, I_out, _, core, _) = call.layers, call.given
+    (layer,), (I_in, I_out, _, core, *_) = call.layers, call.given
     assert core is not None and I_in is not None and I_out is not None
     own, matrices = _projection(layer), square(core.matrix)
     ys = []

@@ -87,10 +87,11 @@ def edits(call: Call) -> bool:
 
 
 def _edited(call: Call) -> Result:
-    (layer,), (I_in, *_, through) = call.layers, call.given
-    assert I_in is not None and through is not None
+    (layer,), given = call.layers, call.given
+    assert given.I_in is not None and given.edit is not None
     try:
-        return [layer.weight.plain(fixed.edited(call.x, I_in, through), layer.bias)], I_in
+        x = fixed.edited(call.x, *given.edit)
+        return [layer.weight.plain(x, layer.bias)], given.I_in
     finally:
         layer.weight.release()
 

@@ -33,21 +33,20 @@ def given(layer: SharpenedLayer, x: Tensor) -> Given | None:
         raise ValueError(held.refusal)
     if not held.is_made:
         return None
-    number = layer.number
-    if number is None or number not in held.updates:
+    found = held.given.get(layer.number)  # type: ignore[arg-type]
+    if found is not None:
+        return found
+    if layer.number not in held.updates:
         raise ValueError(
             "vps: scope='prompt' needs the decision of the prompt, and this cache holds none for a "
             f"layer of widths {layer.widths}: it was filled while the layer was plain, disabled or "
             "sharpened anew; expected a cache that was filled by the model as it is now"
         )
-    update = held.updates[number]
-    if update is None:
-        raise ValueError(
-            f"vps: scope='prompt' holds one decision for each layer, and one of widths "
-            f"{layer.widths} is called several times in a pass; expected another scope, or the "
-            "layer excluded"
-        )
-    return Given(update.I_in, update.I_out, None, update.core, update.through)
+    raise ValueError(
+        f"vps: scope='prompt' holds one decision for each layer, and one of widths "
+        f"{layer.widths} is called several times in a pass; expected another scope, or the layer "
+        "excluded"
+    )
 
 
 def number(layer: Any) -> int:

@@ -4,6 +4,7 @@
 - ``patching``: sharpens these layers of a model, and makes them plain again
 - ``snapshot``: puts a model back when a patch fails
 - ``attention_mask``: carries the masks of a model to its layers
+- ``prompt_cache``: keeps what a prompt decided with the cache of its sequences
 - ``capture``: records outputs and gradients of layers, for a refinement
 - ``statistics``: what each layer decides, and how large its update is
 - ``entropy``: the entropy of the next token, for the policy
