@@ -8,10 +8,10 @@ update and takes its direction away; ``shuffled_selection`` uses features that a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from vps.algorithm import coupling, policy, selection
 from vps.algorithm.flow import Given
 from vps.backends.dispatch import backend
 from vps.config import VPSConfig
-from vps.functional import arrange, sharpen
+from vps.functional import NOTHING, arrange, sharpen
 from vps.masking import STATE, group
 from vps.model.matching import experts
 from vps.model.patching import disabled, patch, sharpened_layers
@@ -154,15 +154,18 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         if layer.config.builder == "random":
             own_seed = _own_seed(seed, order[name])
         else:
+            deciding = layer.deciding()
             with torch.no_grad():
-                own, energy = _own_selection(layer, grouped, counted, r)
-            chosen[name, part] = own
+                found = decide(deciding, grouped, counted, settings)
+            if len(deciding) == 2:
+                energy = found.energy
+            chosen[name, part] = found.I_in, found.outputs[deciding.index(layer)]
             donated = chosen.get((donors.get(name, ""), part))
         if donated is None or donated[0].shape != (len(grouped), r):
             drawn = selection.random_features(own_seed, d_in, d_out, r)
             I_in, I_out = (torch.tensor(i, device=x.device).expand(len(grouped), r) for i in drawn)
             donated = I_in, I_out
-        given = Given(*donated, energy if settings.adaptive else None)
+        given = Given(*donated, energy)
         with backend("torch"):
             return sharpen(x, (layer.projection(x),), layer.config, state=layer.state, given=given)[
                 0
@@ -303,20 +306,50 @@ def _settings(layer: Any) -> policy.Settings | None:
     return policy.settings(layer.config, layer.gradient, d_in, d_out, layer.gamma is not None)
 
 
-def _own_selection(
-    layer: Any, x: Tensor, mask: Tensor | None, r: int
-) -> tuple[Features, Tensor | None]:
-    """Features ``[G, r]`` that the layer selects for x ``[G, T, d_in]``, and its policy's energy
-    where that is pooled with its peer's.
+class Decided(NamedTuple):
+    """What a layer, or a query and a key, decide for x ``[G, T, d_in]``.
+
+    Args:
+        products: H of each ``[G, T, d_out]``, with its graph.
+        I_in: ``[G, r]``.
+        outputs: I_out of each, ``[G, r]``.
+        energy: ``[G]``, pooled over both; ``None`` where it is not measured.
     """
-    deciding = layer.deciding()
-    flat = x.reshape(-1, x.shape[-1])
-    H, *of_key = (one.base_product(flat).view(*x.shape[:-1], -1) for one in deciding)
-    if of_key:
-        pair = layer.coupling
-        joint = coupling.decide(x, H, of_key[0], mask, None, r, pair.heads, pair.kv_heads)
-        index = 0 if layer is deciding[0] else 1
-        return (joint.features[:, 0], joint.features[:, index + 1]), joint.energy
-    scores = [selection.counted_statistics(values, mask, False)[0] for values in (x, H)]
-    I_in, I_out = (selection.top_k(each, r) for each in scores)
-    return (I_in, I_out), None
+
+    products: list[Tensor]
+    I_in: Tensor
+    outputs: list[Tensor]
+    energy: Tensor | None
+
+
+def decide(
+    layers: Sequence[Any],
+    x: Tensor,
+    mask: Tensor | None,
+    settings: policy.Settings,
+    given: Given = NOTHING,
+) -> Decided:
+    """Select the features of a layer, or of a query and a key, as the flow would.
+
+    Args:
+        layers: those that decide together.
+        x: ``[G, T, d_in]``.
+        mask: bool ``[G, T]``, True counts; ``None`` when all count.
+        settings: how many features, and whether an energy is asked for.
+        given: features of a single layer that are decided already.
+    """
+    products, r = [one.base_product(x) for one in layers], settings.r
+    with torch.no_grad():
+        x, *found = (values.detach() for values in (x, *products))
+        if len(layers) == 2:
+            pair = layers[0].coupling
+            joint = coupling.decide(
+                x, found[0], found[1], mask, given.I_in, r, pair.heads, pair.kv_heads
+            )
+            I_in, *outputs = joint.features.unbind(1)
+            return Decided(products, I_in, outputs, joint.energy if settings.adaptive else None)
+        s_out, energy = selection.counted_statistics(found[0], mask, settings.adaptive)
+        if given.I_in is not None and given.I_out is not None:
+            return Decided(products, given.I_in, [given.I_out], energy)
+        s_in, _ = selection.counted_statistics(x, mask, False)
+        return Decided(products, selection.top_k(s_in, r), [selection.top_k(s_out, r)], energy)
