@@ -70,8 +70,8 @@ def calibrate(
     report on. Examples of more than ``longest`` tokens, or without one to predict, are left out and
     named in ``report``. Each control is fitted likewise, to as many numbers: ``"scale"`` is
     ``(1 + a) · H``, ``"random-1"`` and ``"random-2"`` sharpen features drawn at random,
-    ``"static"`` those selected most often on the fitting examples, ``"lora"`` is PEFT's. The model
-    comes back as it was; meanwhile no other thread may run it.
+    ``"static"`` those selected most often on the fitting examples, ``"lora"`` is of rank 1. The
+    model comes back as it was; meanwhile no other thread may run it.
 
     Args:
         model: a causal language model of transformers, sharpened or not.
@@ -102,7 +102,7 @@ def calibrate(
     Raises:
         TypeError, ValueError: arguments out of range, too few examples that can be used, held-out
             ones among the others, or a ``resume`` file of another call.
-        ModuleNotFoundError: scipy, or PEFT for its control, is missing.
+        ModuleNotFoundError: scipy is missing.
 
     Warns:
         UserWarning: examples were left out, nothing was found, or nothing was measured.
