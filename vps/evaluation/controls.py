@@ -46,8 +46,6 @@ def control(model: nn.Module, name: str, seed: int = 0) -> AbstractContextManage
     _layers(model)
     if name == SHARPENED:
         return nullcontext()
-    if name == "baseline":
-        return disabled(model)
     if name not in CONTROLS:
         raise ValueError(
             f"control: name must be 'sharpened' or one of {', '.join(CONTROLS)}, got {name!r}"
