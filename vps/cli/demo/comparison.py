@@ -14,6 +14,7 @@ from vps.cli.demo.calibrated import CALIBRATION, Calibrated, solve
 from vps.cli.demo.heatmap import draw
 from vps.config import VPSConfig
 from vps.evaluation.tasks import right
+from vps.evaluation.templates import render
 from vps.model.calibration import Calibration
 from vps.model.generation import Generation, changed_choices, encode, first_difference, generate
 from vps.model.loading import load_model
@@ -155,22 +156,9 @@ def compare(
 
 
 def write_report(run: DemoRun, picture: Path) -> None:
-    """Write ``run.report``, one HTML file with its picture inside.
-
-    Raises:
-        ModuleNotFoundError: jinja2 is missing.
-    """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError:
-        raise ModuleNotFoundError(
-            "the report needs jinja2: pip install 'vps-kernels[cli]'"
-        ) from None
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = page.render(
+    """Write ``run.report``, one HTML file with its picture inside."""
+    text = render(
+        TEMPLATE,
         run=run,
         prompt=PROMPTS[0],
         gold=GOLD,
