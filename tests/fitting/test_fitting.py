@@ -1,5 +1,6 @@
 """Fitting γ: its gradient against finite differences, the descent, the split, the verdict."""
 
+import itertools
 import math
 import random
 import warnings
@@ -87,14 +88,13 @@ def test_random_labels_find_nothing(tokenizer):
         found.apply(model)
 
 
+@pytest.mark.filterwarnings("ignore:vps.calibrate")
 def test_the_seed_decides(tokenizer):
     def run(seed):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return calibrate(
-                learner(), tokenizer, pairs(12), held_out=[], controls=False, chat=False, seed=seed,
-                options=Options(steps=4, batch_size=3, every=2, seed=seed),
-            )  # fmt: skip
+        return calibrate(
+            learner(), tokenizer, pairs(12), held_out=[], controls=False, chat=False, seed=seed,
+            options=Options(steps=4, batch_size=3, every=2, seed=seed),
+        )  # fmt: skip
 
     one, two, other = run(0), run(0), run(1)
     assert one.gamma == two.gamma and one.data == two.data
@@ -105,25 +105,22 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:vps.calibrate")
 @pytest.mark.parametrize("after", [1, 5])
 def test_an_interrupted_run_goes_on(tokenizer, tmp_path, after):
     options = Options(steps=4, batch_size=2, every=2, learning_rates=(0.05, 0.1), patience=9)
 
     def run(path, count=None, seed=0):
-        left = [count]
+        looks = itertools.count()
 
         def advance():
-            if count is not None:
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Interrupted
+            if next(looks) == count:
+                raise Interrupted
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return calibrate(
-                learner(), tokenizer, pairs(12, seed), held_out=[], controls=["scale"], chat=False,
-                options=options, resume=path, advance=advance,
-            )  # fmt: skip
+        return calibrate(
+            learner(), tokenizer, pairs(12, seed), held_out=[], controls=["scale"], chat=False,
+            options=options, resume=path, advance=advance,
+        )  # fmt: skip
 
     path = tmp_path / "cal.json.partial"
     whole = run(None)
@@ -157,23 +154,20 @@ def test_gradients_without_fitting(tokenizer):
     assert -1 <= fitting.agreement(found) <= 1
 
 
+@pytest.mark.filterwarnings("ignore:vps.calibrate")
 def test_layers_that_are_not_chosen_stay_plain(tokenizer):
     model = learner(times=6)
     options = Options(steps=2, batch_size=6, every=2, learning_rates=(0.1,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        common = dict(held_out=[], controls=False, chat=False, options=options)
-        found = calibrate(model, tokenizer, pairs(8), layers=["q_proj", "up_proj"], **common)
-        top = calibrate(model, tokenizer, pairs(8), layers=3, **common)
+    common = dict(held_out=[], controls=False, chat=False, options=options)
+    found = calibrate(model, tokenizer, pairs(8), layers=["q_proj", "up_proj"], **common)
+    top = calibrate(model, tokenizer, pairs(8), layers=3, **common)
     stepped = [found.report["forms"]["sharpening"]["step"] for found in (found, top)]
     assert all(stepped), "the data of this test were expected to be fitted"
     assert {n for n, v in found.gamma.items() if v} == {
         f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.up_proj")
     }
     assert sum(value != 0 for value in top.gamma.values()) == 3
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found.apply(model)
+    found.apply(model)
     x = torch.randn(1, 3, 16)
     layer = model.model.layers[0].mlp.gate_proj
     assert torch.equal(layer(x), F.linear(x, layer.weight))
