@@ -22,7 +22,7 @@ from vps.algorithm.flow import Given
 from vps.backends.dispatch import backend
 from vps.config import VPSConfig
 from vps.functional import NOTHING, arrange, sharpen
-from vps.masking import STATE, group
+from vps.masking import STATE
 from vps.model.matching import experts
 from vps.model.patching import disabled, patch, sharpened_layers
 
@@ -99,20 +99,19 @@ def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 torch.randn(d, settings.r, generator=generator).to(x.device) for d in (d_in, d_out)
             )  # type: ignore[assignment]
         P, Q = factors[key]
-        dims, mask = masking.token_dims(x)
+        grouped, _, counted, _ = arrange(x, None, layer.config.scope)
         with torch.autocast(x.device.type, enabled=False):
             dtype = selection.accumulation_dtype(y.dtype)
             noise = (x.to(dtype) @ P.to(dtype)) @ Q.to(dtype).mT
             sizes = []
             for update in ((y - plain).to(dtype), noise):
                 finite = update.detach().nan_to_num(0.0, 0.0, 0.0)
-                grouped = group(finite, dims, layer.config.scope)
-                if mask is not None:
-                    counted = mask.to(x.device).reshape(*grouped.shape[:-1], 1)
-                    grouped = grouped.masked_fill(~counted, 0.0)
-                sizes.append(torch.linalg.vector_norm(grouped, dim=(1, 2), keepdim=True))
+                finite = finite.reshape(*grouped.shape[:-1], -1)
+                if counted is not None:
+                    finite = finite.masked_fill(~counted.unsqueeze(-1), 0.0)
+                sizes.append(torch.linalg.vector_norm(finite, dim=(1, 2), keepdim=True))
             scale = (sizes[0] / sizes[1]).nan_to_num(0.0, 0.0, 0.0)
-            scaled = group(noise, dims, layer.config.scope) * scale
+            scaled = noise.reshape(*grouped.shape[:-1], -1) * scale
         return plain + scaled.reshape(y.shape).to(y.dtype)
 
     with _hooked(model, hook):
