@@ -146,7 +146,7 @@ def calibrate(
             "per": per,
             "layers": layers if isinstance(layers, int) or layers is None else list(layers),
             "controls": list(names),
-            "options": json.loads(json.dumps(asdict(options))),
+            "options": _plain(asdict(options)),
             "scope": scope,
             "chat": chat,
             "longest": longest,
@@ -168,7 +168,7 @@ def calibrate(
             gamma=gamma,
             examples=tuple(each.identity for each in (*parts.fit, *parts.stop)),
             scope=scope,
-            found=_found(found, families),
+            found=found[SHARPENING]["summary"]["step"] > 0 and improves(families),
             report=_plain(
                 {
                     "forms": {name: each["summary"] for name, each in found.items()},
@@ -289,12 +289,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as they come back from JSON."""
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found
-
-
-def _found(found: Mapping[str, dict[str, Any]], families: dict[str, list[Any]]) -> bool | None:
-    if found[SHARPENING]["summary"]["step"] == 0:
-        return False
-    return improves(families)
 
 
 def _controls(controls: Sequence[str] | bool) -> tuple[str, ...]:
