@@ -179,29 +179,6 @@ def test_what_typer_refuses_gets_one_line(refuse, arguments, message):
     assert message in refuse(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("setting", "field", "value"),
-    [
-        ("gamma=.3", "gamma", 0.3),
-        ("gamma=1", "gamma", 1.0),
-        ("rank=3", "rank", 3),
-        ("tau=null", "tau", None),
-        ("tau=none", "tau", None),
-        ("clamp=1e-2", "clamp", 0.01),
-        ("rank_bounds=[1,2]", "rank_bounds", (1, 2)),
-        ("gamma_bounds=0.1,0.2", "gamma_bounds", (0.1, 0.2)),
-        ("layers_to_transform=0", "layers_to_transform", (0,)),
-        ("lbfgs=False", "lbfgs", False),
-        ("builder=sk", "builder", "sk"),
-        ('target_modules=["q_proj"]', "target_modules", ("q_proj",)),
-        ("target_modules=.*up_proj", "target_modules", ".*up_proj"),
-        ("exclude_modules=null", "exclude_modules", None),
-    ],
-)
-def test_settings_are_read_by_the_type_of_their_field(setting, field, value):
-    assert getattr(read_config(None, [setting]), field) == value
-
-
 @pytest.mark.parametrize("name", ["gamma", "rank", "topk", "order"])
 def test_a_fixed_value_turns_its_policy_off_unless_asked(tmp_path, name):
     path = tmp_path / "c.json"

@@ -28,7 +28,7 @@ def stub(monkeypatch):
 
 
 def test_the_harness_is_asked_for_each_cell(stub):
-    evaluate = harness.harness_evaluator("model", "tokenizer", ["t"], limit=3, batch_size=4)
+    evaluate = harness.evaluator(StubHarness("model", "tokenizer", ["t"]))
     grid = make_grid({"cells": [{"gamma": 0.3}], "draws": 2})
     for cell in grid.cells:
         assert len(evaluate(cell).outcomes) == 10
@@ -44,8 +44,6 @@ def test_the_harness_is_asked_for_each_cell(stub):
         (config, "shuffled_selection", 0),
         (config, "shuffled_selection", 1),
     ]
-    options = stub[0].options
-    assert (options["limit"], options["batch_size"], options["scoring_scope"]) == (3, 4, "config")
     assert evaluate(grid.cells[1]).scopes == {"generate_until": "token"}
 
 
@@ -69,7 +67,9 @@ def test_ablate_and_report_by_command(run, refuse, tmp_path, folder, stub):
     code, out, err = run(*ablation(tmp_path, folder))
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "7 cells: 7 evaluated, 0 failed, 0 finished before"
-    assert stub[0].tasks == ["t", "u"] and stub[0].options["limit"] == 10
+    assert stub[0].tasks == ["t", "u"]
+    options = stub[0].options
+    assert (options["limit"], options["batch_size"], options["scoring_scope"]) == (10, 1, "config")
     layers = sharpened_layers(stub[0].model)  # of the first cell that fits the model
     assert {layer.config.gamma for layer in layers.values()} == {0.2}
     made = read_run(tmp_path / "x")

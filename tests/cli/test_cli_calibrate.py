@@ -5,6 +5,7 @@ import json
 import pytest
 from cli_cases import FAST, rows, write
 
+import vps
 from vps import Calibration
 from vps.model.generation import encode, generate
 from vps.model.loading import load_model
@@ -14,19 +15,14 @@ from vps.model.loading import load_model
 def calibrated(folder, tmp_path_factory):
     """A calibration of few layers that moves the output whether or not it helps."""
     path = tmp_path_factory.mktemp("calibration") / "cal.json"
-    import warnings
-
-    import vps
-
     model, tokenizer = load_model(str(folder))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="was not measured"):
         made = vps.calibrate(
             model, tokenizer, rows(12), held_out=[], controls=False,
             options=vps.fitting.Options(steps=4, batch_size=4, learning_rates=(0.1,)),
         )  # fmt: skip
     gamma = {name: 0.5 if "up_proj" in name else -0.5 for name in made.gamma}
-    vps.Calibration(**(vars(made) | {"gamma": gamma, "found": True})).save(path)
+    Calibration(**(vars(made) | {"gamma": gamma, "found": True})).save(path)
     return path
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import vps
 from vps import VPSConfig
-from vps.evaluation.harness import VARIANTS, Scores, evaluate, table_rows
+from vps.evaluation.comparison import table_rows
+from vps.evaluation.harness import VARIANTS, Harness
 from vps.evaluation.paired import Outcome
 from vps.model.loading import load_model
 
@@ -39,20 +41,16 @@ def test_json_and_files(run, common, folder, tmp_path):
     assert (code, err) == (0, "")
     values = json.loads(text)
     model, own = load_model(str(folder))
-    scores = evaluate(
-        model,
-        own,
-        ["local_choice", "local_text"],
-        CONFIG,
-        include_path=[folder],
-        limit=6,
-        batch_size=3,
-    )
-    assert list(values["variants"]) == list(scores) and set(scores) == set(VARIANTS)
+    vps.patch(model, CONFIG)
+    tasks = ["local_choice", "local_text"]
+    harness = Harness(model, own, tasks, include_path=[folder], limit=6, batch_size=3)
+    scores = {name: harness.run(variant=name) for name in values["variants"]}
+    assert next(iter(scores)) == "baseline" and set(scores) == set(VARIANTS)
     for name, each in scores.items():
         assert values["variants"][name]["results"] == each.results
         assert values["variants"][name]["scopes"] == each.scopes
-    assert values["rows"] == json.loads(json.dumps(table_rows(scores)))
+    rows = table_rows({name: each.outcomes for name, each in scores.items()})
+    assert values["rows"] == json.loads(json.dumps(rows))
     assert VPSConfig.from_json(json.dumps(values["config"])) == CONFIG
     assert set(values["kept"]) == {"local_choice"}
     assert set(values["kept"]["local_choice"]) == set(VARIANTS) - {"baseline"}
@@ -83,20 +81,15 @@ def test_table(run, common):
 
 
 def test_rows():
-    def scores(variant, *numbers):
-        outcomes = [
+    def outcomes(*numbers):
+        return [
             Outcome("t", str(i), metric, value, None, weight)
             for i, (metric, value, weight) in enumerate(numbers)
         ]
-        return Scores(variant, None, outcomes, {})
 
     both = {
-        "baseline": scores(
-            "baseline", ("acc", 1, 1), ("acc", 0, 1), ("nll", 2.0, 3), ("nll", 1.0, 1)
-        ),
-        "sharpened": scores(
-            "sharpened", ("acc", 0, 1), ("acc", 1, 1), ("nll", 1.0, 3), ("nll", 1.0, 1)
-        ),
+        "baseline": outcomes(("acc", 1, 1), ("acc", 0, 1), ("nll", 2.0, 3), ("nll", 1.0, 1)),
+        "sharpened": outcomes(("acc", 0, 1), ("acc", 1, 1), ("nll", 1.0, 3), ("nll", 1.0, 1)),
     }
     found = {(row["metric"], row["variant"]): row for row in table_rows(both)}
     assert found["acc", "sharpened"] == {
@@ -107,11 +100,11 @@ def test_rows():
     assert math.isclose(found["nll", "sharpened"]["difference"], -0.75)
     assert found["nll", "sharpened"]["gained"] is None
     assert "difference" not in table_rows({"sharpened": both["sharpened"]})[0]
-    both["sharpened"].outcomes.pop()
-    with pytest.raises(ValueError, match="sharpened must have the documents .* 1 are in one"):
+    both["sharpened"].pop()
+    with pytest.raises(ValueError, match="'sharpened' and 'baseline' saw other .* 1 in common"):
         table_rows(both)
-    both["baseline"].outcomes.append(both["baseline"].outcomes[0])
-    with pytest.raises(ValueError, match="document '0' of 't' comes twice for 'acc'"):
+    both["baseline"].append(both["baseline"][0])
+    with pytest.raises(ValueError, match="acc of document '0' of t comes twice"):
         table_rows(both)
 
 

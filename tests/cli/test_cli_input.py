@@ -71,6 +71,16 @@ def test_weights_are_read_alike(refuse):
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
+        ("gamma=.3", 0.3),
+        ("gamma=1", 1.0),
+        ("rank=3", 3),
+        ("tau=null", None),
+        ("tau=none", None),
+        ("clamp=1e-2", 0.01),
+        ("rank_bounds=[1,2]", (1, 2)),
+        ("gamma_bounds=0.1,0.2", (0.1, 0.2)),
+        ("lbfgs=False", False),
+        ("builder=sk", "sk"),
         ("target_modules=q_proj,v_proj", ("q_proj", "v_proj")),
         ("target_modules=q_proj, v_proj,", ("q_proj", "v_proj")),
         ("target_modules=q_proj", ("q_proj",)),
@@ -80,12 +90,14 @@ def test_weights_are_read_alike(refuse):
         ("target_modules=0,2", ("0", "2")),
         ("target_modules=0", ("0",)),
         ("exclude_modules=k_proj,o_proj", ("k_proj", "o_proj")),
+        ("layers_to_transform=0", (0,)),
         ("layers_to_transform=0,1", (0, 1)),
         ("layers_to_transform=[0, 1]", (0, 1)),
         ('target_modules=["q_proj"]', ("q_proj",)),
         # What is more than names stays a regular expression.
         (r"target_modules=.*\.(q|v)_proj", r".*\.(q|v)_proj"),
         (r"target_modules=.*\.[0-9]{1,2}\.up_proj", r".*\.[0-9]{1,2}\.up_proj"),
+        ("target_modules=.*up_proj", ".*up_proj"),
         ("target_modules=.*_proj,x", ".*_proj,x"),
         ("target_modules=(q|v)_proj", "(q|v)_proj"),
         ("target_modules=[qv]", "[qv]"),
@@ -95,7 +107,7 @@ def test_weights_are_read_alike(refuse):
         ("exclude_modules=null", None),
     ],
 )
-def test_names_are_a_list(setting, value):
+def test_settings_are_read_by_the_type_of_their_field(setting, value):
     assert getattr(read_config(None, [setting]), setting.partition("=")[0]) == value
 
 

@@ -193,14 +193,12 @@ def test_a_failing_row_does_not_end_the_others(refine, data, tmp_path, monkeypat
         (("--prompt", " "), "the prompt is empty"),
     ],
 )
-def test_bad_usage(refine, data, tmp_path, monkeypatch, arguments, message):
+def test_bad_usage(refuse, folder, data, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").write_text("\n\n")
     places = {"data": data, "empty": tmp_path / "empty", "missing": tmp_path / "missing"}
     given = [
         a.format(**places) if a[0] != "{" or "}" in a and ":" not in a else a for a in arguments
     ]
-    code, out, err = refine(*given)
-    assert code == 2 and out == "" and message in err
-    assert err.count("\n") == 1 and err.startswith("vps: error: ")
+    assert message in refuse("refine", "--model", folder, *given)
     assert not (tmp_path / "o").exists()

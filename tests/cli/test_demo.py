@@ -25,7 +25,6 @@ from vps.cli.demo.comparison import (
     CONFIG,
     Answer,
     DemoRun,
-    Refined,
     compare,
     run_demo,
     write_report,
@@ -63,8 +62,8 @@ def test_comparison_and_report(model, tokenizer, tmp_path):
     assert (
         f"{run.changed:.1%}" in page and f"{run.plain_rate / run.sharpened_rate:.2f} times" in page
     )
-    iterations = run.refined.result.iterations
-    assert len(iterations) == 3 and run.refined.result.used_labels
+    iterations = run.refined.iterations
+    assert len(iterations) == 3 and run.refined.used_labels
     for entry in iterations:
         assert f"total {entry.losses.total:.4g}\n" in page and entry.text in page
     assert (tmp_path / "out/heatmap.png").read_bytes().startswith(b"\x89PNG")
@@ -146,9 +145,8 @@ def test_text_of_the_model_is_escaped_and_its_difference_marked(tmp_path, monkey
         "& other",
     )
     losses = Losses({"numeric": 4.0}, 4.0)
-    refined = Refined("<i>how</i>", "7", RefineResult(
-        hostile, 0, "best", True, (Iteration(0, hostile, 2, losses),)
-    ))  # fmt: skip
+    first = Iteration(0, f"<i>how</i> {hostile}", 2, losses)
+    refined = RefineResult(hostile, 0, "best", True, (first,))
     run = DemoRun([answer], 2.0, 1.0, 0.25, [], 7, refined, VPSConfig(), tmp_path / "report.html")
     write_report(run, picture)
     page = run.report.read_text()

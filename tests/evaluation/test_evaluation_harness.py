@@ -17,9 +17,8 @@ from evaluation_cases import (
 
 import vps
 from vps import VPSConfig
-from vps.evaluation.harness import VARIANTS, Harness, evaluate
+from vps.evaluation.harness import VARIANTS, Harness
 from vps.evaluation.lm import outcomes_of
-from vps.evaluation.paired import Outcome
 from vps.model.patching import sharpened_layers
 
 pytest.importorskip("lm_eval")
@@ -231,11 +230,10 @@ def test_a_planted_effect_is_found(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     model = patched_model()
     rig(model)
-    own = {}
-    for config in (CONFIG, NOTHING):
-        own[config] = evaluate(
-            model, tokenizer(), ["local_choice"], config, include_path=[tmp_path], batch_size=3
-        )
+    run = harness(model, tmp_path, ["local_choice"], batch_size=3)
+    own = {
+        config: {name: run.run(config, name) for name in VARIANTS} for config in (CONFIG, NOTHING)
+    }
     right = {
         (config.gamma, name): [o.value for o in scores.outcomes if o.metric == "acc"]
         for config, variants in own.items()
@@ -244,21 +242,6 @@ def test_a_planted_effect_is_found(tmp_path):
     assert right[0.5, "baseline"] == [0.0] * 12 and right[0.5, "sharpened"] == [1.0] * 12
     assert right[0, "baseline"] == right[0, "sharpened"] == [0.0] * 12
     assert own[CONFIG]["sharpened"].results["local_choice"]["acc,none"] == 1.0
-
-
-def test_evaluate_patches_a_plain_model_for_the_time(folder):
-    model, messages = plain_model(), []
-    scores = evaluate(
-        model, tokenizer(), ["local_choice"], CONFIG, include_path=[folder], limit=4,
-        variants=("baseline", "sharpened"), progress=messages.append,
-    )  # fmt: skip
-    assert not sharpened_layers(model) and messages == ["baseline", "sharpened"] == list(scores)
-    again = patched_model()
-    assert values(scores["sharpened"]) == values(
-        harness(again, folder, ["local_choice"], limit=4).run()
-    )
-    assert len(scores["baseline"].outcomes) == 8
-    assert scores["baseline"].outcomes[0] == Outcome(*values(scores["baseline"])[0])
 
 
 def test_few_shot_examples_are_the_same_in_every_run():
@@ -300,8 +283,6 @@ def test_mistakes_are_named(folder, tmp_path):
         run.run(variant="noise")
     with pytest.raises(TypeError, match="config must be a VPSConfig, got dict"):
         run.run({})
-    with pytest.raises(ValueError, match=r"variants must be of .* got \['noise'\]"):
-        evaluate(model, tokenizer(), LOCAL, variants=["noise"])
     layers = list(sharpened_layers(model).values())
     layers[0].config = NOTHING
     with pytest.raises(ValueError, match="needs layers of one config, got 2"):

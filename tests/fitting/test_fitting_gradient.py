@@ -1,6 +1,7 @@
 """∂L/∂γ against finite differences, what it keeps, and what it is the gradient of."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from fitting_cases import every, learner, nll, pairs, texts
 
 import vps
 from vps import Calibration, VPSConfig, patch
+from vps.algorithm import policy, selection
+from vps.algorithm.flow import Given, Layer
+from vps.algorithm.weight import Matrix
+from vps.evaluation import controls
 from vps.fitting import candidates, descent
 from vps.fitting.candidates import Sharpening
 from vps.fitting.descent import BUNDLE_TOKENS, bundles, each_nll, gradients, mean_nll
@@ -45,7 +50,7 @@ def test_gradient_is_the_finite_difference(tokenizer, settings, scope, by_column
         form.set_state([start.tolist()])
         exact = torch.stack([g[0] for g in gradients(model, form, examples)]).sum(0)
         held = Held(form)
-        held.record(model, examples)
+        held.loss(model, examples)
         epsilon = 1e-5
         for index in range(0, form.count, 1 + form.count // 6):
             losses = []
@@ -59,57 +64,34 @@ def test_gradient_is_the_finite_difference(tokenizer, settings, scope, by_column
 
 
 class Held:
-    """Selections, energies and mixings of the first pass, used in every later one."""
+    """The loss by the selections, energies and mixings of the first pass."""
 
     def __init__(self, form):
-        self.form = form
-        self.seen = {}
-        self.replay = False
+        self.form, self.seen, self.mixings = form, {}, []
 
-    def record(self, model, examples):
-        original = self.form._selected
-        build = candidates.selection.coupling
+    def decide(self, layers, x, *arguments):
+        key = (tuple(map(id, layers)), self.example)
+        if key not in self.seen:
+            self.seen[key] = controls.decide(layers, x, *arguments)
+        return self.seen[key]._replace(products=[one.base_product(x) for one in layers])
 
-        def selected(inputs, settings):
-            key = (id(inputs.weight), tuple(self.example))
-            if not self.replay:
-                found = original(inputs, settings)
-                self.seen[key] = found._replace(energy=found.energy.clone())
-                return found
-            held = self.seen[key]
-            H = F.linear(inputs.x, inputs.weight)
-            return held._replace(x=inputs.x, H=H, energy=held.energy.clone())
-
-        calls = iter(())
+    def loss(self, model, examples):
+        place = itertools.count()
+        build = selection.coupling
 
         def mixing(*arguments):
-            nonlocal calls
-            if not self.replay:
-                found = build(*arguments)
-                self.mixings.append(found)
-                return found
-            return self.mixings[self.place.pop(0)]
+            at = next(place)
+            if at == len(self.mixings):
+                self.mixings.append(build(*arguments))
+            return self.mixings[at]
 
-        self.mixings = []
-        self.form._selected = selected
-        self.patched = candidates.selection
-        self.original = build
-        self.mixing = mixing
-        self.loss(model, examples)
-        self.replay = True
-
-    @torch.no_grad()
-    def loss(self, model, examples):
-        self.place = list(range(len(self.mixings)))
         total = 0.0
-        self.patched.coupling = self.mixing
-        try:
-            with self.form.applied(), vps.backend("reference"):  # as with a gradient
-                for example in examples:
-                    self.example = example.ids.flatten().tolist()
-                    total += float(nll(model, example)) / example.scored
-        finally:
-            self.patched.coupling = self.original
+        with pytest.MonkeyPatch.context() as patched, self.form.applied():
+            patched.setattr(candidates, "decide", self.decide)
+            patched.setattr(selection, "coupling", mixing)
+            for example in examples:
+                self.example = tuple(example.ids.flatten().tolist())
+                total += nll(model, example).item() / example.scored
         return total
 
 
@@ -213,14 +195,9 @@ def test_nothing_wide_is_kept_for_the_backward_pass():
     G, r, d_in, d_out = 32, 4, 50, 300
     W = torch.randn(d_out, d_in)
     x = torch.randn(G, 1, d_in, requires_grad=True)
-    gamma = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    settings = vps.algorithm.policy.settings(VPSConfig(), False, d_in, d_out, True)
-    numbers = torch.tensor(vps.algorithm.policy.bounds(VPSConfig(), 1.0), dtype=torch.float64)
+    settings = policy.settings(VPSConfig(), False, d_in, d_out, True)
+    numbers = torch.tensor(policy.bounds(VPSConfig(), 1.0), dtype=torch.float64, requires_grad=True)
     index = torch.randint(0, 50, (G, r))
-    H = F.linear(x, W).detach()
-    inputs = vps.backends.call.Inputs(
-        x, W, None, None, index, index, numbers, None, H, torch.ones(G)
-    )
     kept = []
 
     def pack(tensor):
@@ -228,7 +205,9 @@ def test_nothing_wide_is_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        candidates.differentiable(inputs, gamma, settings, candidates.norms(W))
+        layer = Layer(Matrix(W), None, settings, numbers)
+        given = Given(index, index, torch.ones(G))
+        candidates.differentiable(x, layer, None, None, given, F.linear(x, W))
     assert kept and all(t.data_ptr() == W.data_ptr() or t.numel() <= G * r for t in kept)
 
 

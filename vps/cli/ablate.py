@@ -123,14 +123,15 @@ class Ablate(TaskOptions):
     def _evaluator(
         self, tasks: list[str], grid: "Grid", process: Process, progress: Progress
     ) -> "Evaluator":
-        from vps.evaluation.harness import harness_evaluator
+        from vps.evaluation.harness import Harness, evaluator
 
         with muted(self.debug):
             model, tokenizer = self.load(progress, own_device(self.device, process))
             _patch(model, grid)
             progress.step("loading the tasks")
             with blaming("--tasks", kinds=(ValueError,)):
-                return harness_evaluator(model, tokenizer, tasks, **self.of_harness())
+                options = self.of_harness() | {"scoring_scope": "config"}
+                return evaluator(Harness(model, tokenizer, tasks, **options))
 
     def _say(self, process: Process, cells: int, result: "AblationResult") -> None:
         counts = {

@@ -130,9 +130,10 @@ class Eval(CalibrationOptions, TaskOptions):
 
     def _report(self, config: "VPSConfig", tasks: list[str], scores: dict[str, Any]) -> None:
         """Print and write."""
-        from vps.evaluation import harness
+        from vps.evaluation.comparison import table_rows, table_text
 
         filtered = self._filtered(scores)
+        rows = table_rows({name: each.outcomes for name, each in scores.items()})
         values = {
             "vps": __version__,
             "model": self.model,
@@ -147,7 +148,7 @@ class Eval(CalibrationOptions, TaskOptions):
                 }
                 for name, each in scores.items()
             },
-            "rows": harness.table_rows(scores),
+            "rows": rows,
             "kept": {
                 task: {name: found.as_dict() for name, found in each.items()}
                 for task, each in filtered.items()
@@ -167,7 +168,7 @@ class Eval(CalibrationOptions, TaskOptions):
         if self.as_json:
             print(json.dumps(values, ensure_ascii=False))
             return
-        print(harness.table_text(scores))
+        print(table_text(rows, [each.scopes for each in scores.values()]))
         for task, each in filtered.items():
             for name, found in each.items():
                 print(f"\n{task}, {name} against the baseline:\n{found}")

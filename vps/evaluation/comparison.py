@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ LOWER_IS_BETTER = frozenset(
     {"nll", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score"}
 )
 NO_DIFFERENCE = "no difference"
+COUNTED = "Differences are counted, not tested: few documents show large ones by chance."
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,52 @@ def compare(
     return _corrected(found)
 
 
+def table_rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
+    """Make one row for every task, metric and variant, without statistics.
+
+    Args:
+        outcomes: of each variant, by its name.
+
+    Returns:
+        Dicts of ``task``, ``metric``, ``variant``, ``n`` (documents) and ``value`` (weighted mean);
+        with a baseline among the variants also ``difference`` from it and, where all values are 0
+        or 1, ``gained`` and ``lost`` documents, else ``None``.
+
+    Raises:
+        ValueError: variants of unequal documents, or a document twice.
+    """
+    for each in outcomes.values():
+        paired.check_outcomes(each)
+    columns = {name: _columns(each, pooled=False) for name, each in outcomes.items()}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name in columns:
+        against = BASELINE if BASELINE in columns else name
+        for (task, metric), own, base in _paired(name, against, columns):
+            row = {"task": task, "metric": metric, "variant": name, "n": len(own.values)}
+            row["value"] = own.mean[0]
+            if BASELINE in columns:
+                row["difference"] = own.mean[0] - base.mean[0]
+                row["gained"], row["lost"] = own.flips(base)
+            found.setdefault((task, metric), []).append(row)
+    return [row for rows in found.values() for row in rows]
+
+
+def table_text(rows: Sequence[Mapping[str, Any]], scopes: Sequence[Mapping[str, str]]) -> str:
+    """Write the rows as a table, with the scopes that ran, by kind of request."""
+    lines: list[str] = []
+    for (task, metric, n), group in groupby(rows, itemgetter("task", "metric", "n")):
+        lines += [*([""] if lines else []), f"{task}, {metric}, {n} documents"]
+        for row in group:
+            line = f"  {row['variant']:<20} {row['value']:9.4f}"
+            if "difference" in row and row["variant"] != BASELINE:
+                line += f"  {row['difference']:+9.4f}"
+                if row["gained"] is not None:
+                    line += f"  +{row['gained']} −{row['lost']}"
+            lines.append(line)
+    ran = {f"{kind} under scope {s}" for each in scopes for kind, s in each.items()}
+    return "\n".join([*lines, "", *([f"ran: {', '.join(sorted(ran))}"] if ran else []), COUNTED])
+
+
 @dataclass(frozen=True)
 class _Column:
     """Hold the values of one task and metric by document."""
@@ -203,15 +253,24 @@ class _Column:
     weights: Any
     groups: tuple[str, ...]
 
-    @property
-    def binary(self) -> bool:
-        return bool(np.isin(self.values, (0.0, 1.0)).all() and (self.weights == 1).all())
+    @cached_property
+    def mean(self) -> tuple[float, float]:
+        """Return the weighted mean and its standard error."""
+        return paired.weighted_mean(self.values, self.weights)
+
+    def flips(self, base: _Column) -> tuple[int, int] | tuple[None, None]:
+        """Count the documents gained and lost, where all are right or wrong."""
+        for each in (self, base):
+            if not np.isin(each.values, (0.0, 1.0)).all() or (each.weights != 1).any():
+                return None, None
+        d = self.values - base.values
+        return int((d > 0).sum()), int((d < 0).sum())
 
 
-def _columns(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], _Column]:
+def _columns(outcomes: Sequence[Outcome], pooled: bool = True) -> dict[tuple[str, str], _Column]:
     """Group outcomes by task and metric, and over all tasks for a metric that several have."""
     groups = paired.grouped(outcomes)
-    for metric in dict.fromkeys(each.metric for each in outcomes):
+    for metric in dict.fromkeys(each.metric for each in outcomes if pooled):
         every = [each for each in outcomes if each.metric == metric]
         if len({each.task for each in every}) > 1:
             groups[ALL_TASKS, metric] = every
@@ -227,34 +286,40 @@ def _columns(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], _Column]:
     return found
 
 
+def _paired(
+    name: str, against: str, columns: Mapping[str, Mapping[tuple[str, str], _Column]]
+) -> Iterator[tuple[tuple[str, str], _Column, _Column]]:
+    """Yield each task and metric with the columns of two cells, of the same documents."""
+    ours, theirs = columns[name], columns[against]
+    if ours.keys() != theirs.keys():
+        extra = ", ".join(f"{t} ({m})" for t, m in sorted(ours.keys() ^ theirs.keys()))
+        raise RunError(f"cells {name!r} and {against!r} were measured on other tasks: {extra}")
+    for key, own in ours.items():
+        base = theirs[key]
+        if own.documents != base.documents or (own.weights != base.weights).any():
+            both = len(set(own.documents) & set(base.documents))
+            raise RunError(
+                f"cells {name!r} and {against!r} saw other documents of {key[0]}: "
+                f"{len(own.documents)} and {len(base.documents)}, {both} in common, or of other "
+                "weights; they cannot be paired"
+            )
+        yield key, own, base
+
+
 def _compare(
     name: str,
     against: str,
     columns: Mapping[str, Mapping[tuple[str, str], _Column]],
     resamples: int,
 ) -> list[Comparison]:
-    ours, theirs = columns[name], columns[against]
-    if ours.keys() != theirs.keys():
-        extra = ", ".join(f"{t} ({m})" for t, m in sorted(ours.keys() ^ theirs.keys()))
-        raise RunError(f"cells {name!r} and {against!r} were measured on other tasks: {extra}")
     found = []
-    for (task, metric), own in ours.items():
-        base = theirs[task, metric]
-        if own.documents != base.documents or (own.weights != base.weights).any():
-            both = len(set(own.documents) & set(base.documents))
-            raise RunError(
-                f"cells {name!r} and {against!r} saw other documents of {task}: "
-                f"{len(own.documents)} and {len(base.documents)}, {both} in common, or of other "
-                "weights; they cannot be paired"
-            )
+    for (task, metric), own, base in _paired(name, against, columns):
         d = own.values - base.values
         low, high = paired.difference_interval(d, own.weights, own.groups, resamples=resamples)
-        value, value_error = paired.weighted_mean(own.values, own.weights)
-        mean, mean_error = paired.weighted_mean(base.values, base.weights)
+        (value, value_error), (mean, mean_error) = own.mean, base.mean
         terms = d * own.weights / own.weights.mean()
-        gained = lost = None
-        if own.binary and base.binary:
-            gained, lost = int((d > 0).sum()), int((d < 0).sum())
+        gained, lost = own.flips(base)
+        if gained is not None and lost is not None:
             p = paired.mcnemar(gained, lost)
         else:
             p = paired.paired_t(d, own.weights)

@@ -8,10 +8,10 @@ update and takes its direction away; ``shuffled_selection`` uses features that a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from vps.algorithm import coupling, policy, selection
 from vps.algorithm.flow import Given
 from vps.backends.dispatch import backend
 from vps.config import VPSConfig
-from vps.functional import arrange, sharpen
-from vps.masking import STATE, group
+from vps.functional import NOTHING, arrange, sharpen
+from vps.masking import STATE
 from vps.model.matching import experts
 from vps.model.patching import disabled, patch, sharpened_layers
 
@@ -46,8 +46,6 @@ def control(model: nn.Module, name: str, seed: int = 0) -> AbstractContextManage
     _layers(model)
     if name == SHARPENED:
         return nullcontext()
-    if name == "baseline":
-        return disabled(model)
     if name not in CONTROLS:
         raise ValueError(
             f"control: name must be 'sharpened' or one of {', '.join(CONTROLS)}, got {name!r}"
@@ -101,20 +99,19 @@ def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 torch.randn(d, settings.r, generator=generator).to(x.device) for d in (d_in, d_out)
             )  # type: ignore[assignment]
         P, Q = factors[key]
-        dims, mask = masking.token_dims(x)
+        grouped, _, counted, _ = arrange(x, None, layer.config.scope)
         with torch.autocast(x.device.type, enabled=False):
             dtype = selection.accumulation_dtype(y.dtype)
             noise = (x.to(dtype) @ P.to(dtype)) @ Q.to(dtype).mT
             sizes = []
             for update in ((y - plain).to(dtype), noise):
                 finite = update.detach().nan_to_num(0.0, 0.0, 0.0)
-                grouped = group(finite, dims, layer.config.scope)
-                if mask is not None:
-                    counted = mask.to(x.device).reshape(*grouped.shape[:-1], 1)
-                    grouped = grouped.masked_fill(~counted, 0.0)
-                sizes.append(torch.linalg.vector_norm(grouped, dim=(1, 2), keepdim=True))
+                finite = finite.reshape(*grouped.shape[:-1], -1)
+                if counted is not None:
+                    finite = finite.masked_fill(~counted.unsqueeze(-1), 0.0)
+                sizes.append(torch.linalg.vector_norm(finite, dim=(1, 2), keepdim=True))
             scale = (sizes[0] / sizes[1]).nan_to_num(0.0, 0.0, 0.0)
-            scaled = group(noise, dims, layer.config.scope) * scale
+            scaled = noise.reshape(*grouped.shape[:-1], -1) * scale
         return plain + scaled.reshape(y.shape).to(y.dtype)
 
     with _hooked(model, hook):
@@ -154,15 +151,18 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         if layer.config.builder == "random":
             own_seed = _own_seed(seed, order[name])
         else:
+            deciding = layer.deciding()
             with torch.no_grad():
-                own, energy = _own_selection(layer, grouped, counted, r)
-            chosen[name, part] = own
+                found = decide(deciding, grouped, counted, settings)
+            if len(deciding) == 2:
+                energy = found.energy
+            chosen[name, part] = found.I_in, found.outputs[deciding.index(layer)]
             donated = chosen.get((donors.get(name, ""), part))
         if donated is None or donated[0].shape != (len(grouped), r):
             drawn = selection.random_features(own_seed, d_in, d_out, r)
             I_in, I_out = (torch.tensor(i, device=x.device).expand(len(grouped), r) for i in drawn)
             donated = I_in, I_out
-        given = Given(*donated, energy if settings.adaptive else None)
+        given = Given(*donated, energy)
         with backend("torch"):
             return sharpen(x, (layer.projection(x),), layer.config, state=layer.state, given=given)[
                 0
@@ -303,20 +303,50 @@ def _settings(layer: Any) -> policy.Settings | None:
     return policy.settings(layer.config, layer.gradient, d_in, d_out, layer.gamma is not None)
 
 
-def _own_selection(
-    layer: Any, x: Tensor, mask: Tensor | None, r: int
-) -> tuple[Features, Tensor | None]:
-    """Features ``[G, r]`` that the layer selects for x ``[G, T, d_in]``, and its policy's energy
-    where that is pooled with its peer's.
+class Decided(NamedTuple):
+    """What a layer, or a query and a key, decide for x ``[G, T, d_in]``.
+
+    Args:
+        products: H of each ``[G, T, d_out]``, with its graph.
+        I_in: ``[G, r]``.
+        outputs: I_out of each, ``[G, r]``.
+        energy: ``[G]``, pooled over both; ``None`` where it is not measured.
     """
-    deciding = layer.deciding()
-    flat = x.reshape(-1, x.shape[-1])
-    H, *of_key = (one.base_product(flat).view(*x.shape[:-1], -1) for one in deciding)
-    if of_key:
-        pair = layer.coupling
-        joint = coupling.decide(x, H, of_key[0], mask, None, r, pair.heads, pair.kv_heads)
-        index = 0 if layer is deciding[0] else 1
-        return (joint.features[:, 0], joint.features[:, index + 1]), joint.energy
-    scores = [selection.counted_statistics(values, mask, False)[0] for values in (x, H)]
-    I_in, I_out = (selection.top_k(each, r) for each in scores)
-    return (I_in, I_out), None
+
+    products: list[Tensor]
+    I_in: Tensor
+    outputs: list[Tensor]
+    energy: Tensor | None
+
+
+def decide(
+    layers: Sequence[Any],
+    x: Tensor,
+    mask: Tensor | None,
+    settings: policy.Settings,
+    given: Given = NOTHING,
+) -> Decided:
+    """Select the features of a layer, or of a query and a key, as the flow would.
+
+    Args:
+        layers: those that decide together.
+        x: ``[G, T, d_in]``.
+        mask: bool ``[G, T]``, True counts; ``None`` when all count.
+        settings: how many features, and whether an energy is asked for.
+        given: features of a single layer that are decided already.
+    """
+    products, r = [one.base_product(x) for one in layers], settings.r
+    with torch.no_grad():
+        x, *found = (values.detach() for values in (x, *products))
+        if len(layers) == 2:
+            pair = layers[0].coupling
+            joint = coupling.decide(
+                x, found[0], found[1], mask, given.I_in, r, pair.heads, pair.kv_heads
+            )
+            I_in, *outputs = joint.features.unbind(1)
+            return Decided(products, I_in, outputs, joint.energy if settings.adaptive else None)
+        s_out, energy = selection.counted_statistics(found[0], mask, settings.adaptive)
+        if given.I_in is not None and given.I_out is not None:
+            return Decided(products, given.I_in, [given.I_out], energy)
+        s_in, _ = selection.counted_statistics(x, mask, False)
+        return Decided(products, selection.top_k(s_in, r), [selection.top_k(s_out, r)], energy)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from vps.config import VPSConfig
 from vps.evaluation.controls import CONTROLS, SHARPENED, configured, control
 from vps.evaluation.grid import BASELINE, Cell
 from vps.evaluation.lm import language_model, outcomes_of
-from vps.evaluation.paired import Outcome, grouped
+from vps.evaluation.paired import Outcome
 from vps.evaluation.runs import Evaluation, Evaluator
 from vps.evaluation.tasks import load
 from vps.model.capture import restored
-from vps.model.patching import patch, policy_state, sharpened_layers, unpatch
+from vps.model.patching import policy_state, sharpened_layers
 
 VARIANTS = (SHARPENED, *CONTROLS)
-COUNTED = "Differences are counted, not tested: few documents show large ones by chance."
 SCOPES = ("token", "sequence", "batch", "config")
 
 
@@ -197,72 +196,6 @@ class Harness:
         )
 
 
-def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
-    tasks: Sequence[Any],
-    config: VPSConfig | None = None,
-    *,
-    variants: Sequence[str] = ("baseline", SHARPENED, *list(CONTROLS)[1:]),
-    limit: int | None = None,
-    batch_size: int = 1,
-    num_fewshot: int | None = None,
-    include_path: Sequence[str | Path] = (),
-    chat: bool = False,
-    scoring_scope: str = "token",
-    seed: int = 0,
-    group: Any = None,
-    progress: Callable[[str], None] = lambda message: None,
-) -> dict[str, Scores]:
-    """Run baseline, sharpened model and controls on the same documents.
-
-    Args:
-        model: a causal language model of transformers; one without sharpened layers is patched for
-            the time.
-        tokenizer: its tokenizer.
-        tasks: as for :class:`Harness`, like the arguments that are not listed here.
-        config: the settings; ``None`` for those of the layers, or the defaults.
-        variants: what to run, in this order.
-        seed: of the controls.
-        progress: called with the name of each variant before it runs.
-
-    Returns:
-        :class:`Scores` by variant.
-
-    Raises:
-        ValueError: an unknown variant, or as for :class:`Harness`.
-    """
-    unknown = [name for name in variants if name not in VARIANTS]
-    if unknown or not variants:
-        raise ValueError(
-            f"evaluation: variants must be of {', '.join(VARIANTS)}, got {list(variants)!r}"
-        )
-    patched_here = not sharpened_layers(model)
-    if patched_here:
-        patch(model, config)
-    try:
-        harness = Harness(
-            model,
-            tokenizer,
-            tasks,
-            limit=limit,
-            batch_size=batch_size,
-            num_fewshot=num_fewshot,
-            include_path=include_path,
-            chat=chat,
-            scoring_scope=scoring_scope,
-            group=group,
-        )
-        scores = {}
-        for name in variants:
-            progress(name)
-            scores[name] = harness.run(config, name, seed)
-        return scores
-    finally:
-        if patched_here:
-            unpatch(model)
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Fix the random numbers of sampled generation; the caller's go on where they were."""
@@ -277,113 +210,16 @@ def _seeded(seed: int) -> Iterator[None]:
             random.setstate(before)
 
 
-def harness_evaluator(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    batch_size: int = 1,
-    num_fewshot: int | None = None,
-    include_path: Sequence[Path] = (),
-    chat: bool = False,
-) -> Evaluator:
-    """Return what evaluates the cells of an ablation by lm-eval.
+def evaluator(harness: Harness) -> Evaluator:
+    """Return what evaluates the cells of an ablation.
 
-    Given continuations are scored under the scope of the cell, which is causal unless the grid
-    asks for another. The arguments are those of :class:`vps.evaluation.harness.Harness`.
+    Make the harness with ``scoring_scope="config"``, so that given continuations are scored under
+    the scope of the cell, which is causal unless the grid asks for another.
     """
-    harness = Harness(
-        model,
-        tokenizer,
-        tasks,
-        limit=limit,
-        batch_size=batch_size,
-        num_fewshot=num_fewshot,
-        include_path=include_path,
-        chat=chat,
-        scoring_scope="config",
-    )
 
     def evaluate(cell: Cell) -> Evaluation:
-        variant = BASELINE if cell.config is None else cell.control or "sharpened"
+        variant = BASELINE if cell.config is None else cell.control or SHARPENED
         scores = harness.run(cell.config, variant, seed=cell.draw)
         return Evaluation(scores.outcomes, scores.scopes)
 
     return evaluate
-
-
-def table_rows(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
-    """Make one row for every task, metric and variant.
-
-    Returns:
-        Dicts of ``task``, ``metric``, ``variant``, ``n`` (documents) and ``value`` (weighted mean);
-        with a baseline among the variants also ``difference`` from it and, where all values are 0
-        or 1, ``gained`` and ``lost`` documents, else ``None``.
-
-    Raises:
-        ValueError: variants of unequal documents.
-    """
-    groups = {name: grouped(each.outcomes) for name, each in scores.items()}
-    found = []
-    for task, metric in dict.fromkeys(key for group in groups.values() for key in group):
-        own = {name: _by_document(group.get((task, metric), [])) for name, group in groups.items()}
-        base = own.get(BASELINE)
-        for variant, documents in own.items():
-            row = {"task": task, "metric": metric, "variant": variant, "n": len(documents)}
-            row["value"] = _mean(documents)
-            if base is not None:
-                if base.keys() != documents.keys():
-                    raise ValueError(
-                        f"table: {variant} must have the documents of the baseline in {task!r}, "
-                        f"{metric!r}, {len(base.keys() ^ documents.keys())} are in one of them only"
-                    )
-                row["difference"] = _mean(documents) - _mean(base)
-                row["gained"], row["lost"] = _flips(base, documents)
-            found.append(row)
-    return found
-
-
-def table_text(scores: Mapping[str, Scores]) -> str:
-    """Write the rows as a table, with the scopes that ran."""
-    lines: list[str] = []
-    for (task, metric, n), group in groupby(
-        table_rows(scores), lambda row: (row["task"], row["metric"], row["n"])
-    ):
-        lines += [*([""] if lines else []), f"{task}, {metric}, {n} documents"]
-        for row in group:
-            line = f"  {row['variant']:<20} {row['value']:9.4f}"
-            if "difference" in row and row["variant"] != BASELINE:
-                line += f"  {row['difference']:+9.4f}"
-                if row["gained"] is not None:
-                    line += f"  +{row['gained']} −{row['lost']}"
-            lines.append(line)
-    ran = {f"{kind} under scope {s}" for each in scores.values() for kind, s in each.scopes.items()}
-    return "\n".join([*lines, "", *([f"ran: {', '.join(sorted(ran))}"] if ran else []), COUNTED])
-
-
-def _by_document(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
-    found: dict[str, Outcome] = {}
-    for each in outcomes:
-        if each.document in found:
-            raise ValueError(
-                f"table: document {each.document!r} of {each.task!r} comes twice for "
-                f"{each.metric!r}"
-            )
-        found[each.document] = each
-    return found
-
-
-def _mean(documents: Mapping[str, Outcome]) -> float:
-    total = sum(each.weight for each in documents.values())
-    above = sum(each.value * each.weight for each in documents.values())
-    return above / total if total else float("nan")
-
-
-def _flips(
-    before: Mapping[str, Outcome], after: Mapping[str, Outcome]
-) -> tuple[int | None, int | None]:
-    pairs = [(each.value, after[key].value) for key, each in before.items()]
-    if any(value not in (0, 1) for pair in pairs for value in pair):
-        return None, None
-    return sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)

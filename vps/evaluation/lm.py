@@ -11,7 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from typing import Any
 
 import numpy
@@ -105,23 +105,10 @@ def _class() -> type[Any]:
         batch_size_per_gpu: int
         _rows: Counter[tuple[int, ...]] | None = None
 
-        def loglikelihood(self, requests: Any, **kwargs: Any) -> Any:
-            compute = partial(super().loglikelihood, **kwargs)
-            return self._shared("loglikelihood", compute, requests)
-
-        def loglikelihood_rolling(self, requests: Any, **kwargs: Any) -> Any:
-            compute = partial(super().loglikelihood_rolling, **kwargs)
-            return self._shared("loglikelihood_rolling", compute, requests)
-
-        def generate_until(self, requests: Any, **kwargs: Any) -> Any:
-            compute = partial(super().generate_until, **kwargs)
-            return self._shared("generate_until", compute, requests)
-
-        def _shared(
-            self, kind: str, compute: Callable[[list[Any]], list[Any]], requests: Any
-        ) -> Any:
+        def _shared(self, kind: str, requests: Any, **kwargs: Any) -> Any:
             """Compute under the scope for this kind of request, one row a call in scope "batch",
             whose results else depend on batch-mates."""
+            compute = partial(getattr(super(), kind), **kwargs)
             own = kind == "generate_until" or self.scoring_scope == "config"
             before = self.batch_size_per_gpu
             with nullcontext() if own else scoped(self.model, self.scoring_scope):
@@ -151,6 +138,8 @@ def _class() -> type[Any]:
             with token_mask(mask):
                 return super()._model_call(inps, *args, **kwargs)
 
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(SharpenedLM, kind, partialmethod(SharpenedLM._shared, kind))
     return SharpenedLM
 
 

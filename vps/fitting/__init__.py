@@ -10,7 +10,7 @@ Files in reading order:
 - ``descent``: a few steps of Adam on them, and the loss.
 - ``fitted_controls``: output scale, LoRA, random and frequent features.
 - ``sensitivity``: ∂L/∂γ of every layer and its noise, without fitting.
-- ``verdict``: held-out comparisons, and what a calibration says of itself.
+- ``verdict``: held-out comparisons, and what a calibration says of itself (``calibration.txt``).
 - ``calibrate``: examples in, a :class:`vps.Calibration` out; an interrupted call goes on.
 """
 

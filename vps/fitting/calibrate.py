@@ -70,8 +70,8 @@ def calibrate(
     report on. Examples of more than ``longest`` tokens, or without one to predict, are left out and
     named in ``report``. Each control is fitted likewise, to as many numbers: ``"scale"`` is
     ``(1 + a) · H``, ``"random-1"`` and ``"random-2"`` sharpen features drawn at random,
-    ``"static"`` those selected most often on the fitting examples, ``"lora"`` is PEFT's. The model
-    comes back as it was; meanwhile no other thread may run it.
+    ``"static"`` those selected most often on the fitting examples, ``"lora"`` is of rank 1. The
+    model comes back as it was; meanwhile no other thread may run it.
 
     Args:
         model: a causal language model of transformers, sharpened or not.
@@ -102,7 +102,7 @@ def calibrate(
     Raises:
         TypeError, ValueError: arguments out of range, too few examples that can be used, held-out
             ones among the others, or a ``resume`` file of another call.
-        ModuleNotFoundError: scipy, or PEFT for its control, is missing.
+        ModuleNotFoundError: scipy is missing.
 
     Warns:
         UserWarning: examples were left out, nothing was found, or nothing was measured.
@@ -146,7 +146,7 @@ def calibrate(
             "per": per,
             "layers": layers if isinstance(layers, int) or layers is None else list(layers),
             "controls": list(names),
-            "options": json.loads(json.dumps(asdict(options))),
+            "options": _plain(asdict(options)),
             "scope": scope,
             "chat": chat,
             "longest": longest,
@@ -168,7 +168,7 @@ def calibrate(
             gamma=gamma,
             examples=tuple(each.identity for each in (*parts.fit, *parts.stop)),
             scope=scope,
-            found=_found(found, families),
+            found=found[SHARPENING]["summary"]["step"] > 0 and improves(families),
             report=_plain(
                 {
                     "forms": {name: each["summary"] for name, each in found.items()},
@@ -289,12 +289,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as they come back from JSON."""
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found
-
-
-def _found(found: Mapping[str, dict[str, Any]], families: dict[str, list[Any]]) -> bool | None:
-    if found[SHARPENING]["summary"]["step"] == 0:
-        return False
-    return improves(families)
 
 
 def _controls(controls: Sequence[str] | bool) -> tuple[str, ...]:

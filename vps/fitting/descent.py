@@ -118,29 +118,23 @@ def fit(
         save: called after every look with what is needed to go on, plain values for JSON.
     """
     start = time.perf_counter()
-    before = 0.0
     initial = candidate.state()
-    found = Fit(values=initial, plain=plain)
-    rates = list(options.learning_rates)
-    place, resumed = 0, None
+    found, place, resumed = Fit(values=initial, plain=plain), 0, None
     if state is not None:
         found, place, resumed = Fit(**state["fit"]), state["place"], state["running"]
         found.curves = {k: [(s, v) for s, v in curve] for k, curve in found.curves.items()}
-        before = found.seconds
-    for at in range(place, len(rates)):
-        rate = rates[at]
+    before = found.seconds
+    for at, rate in list(enumerate(options.learning_rates))[place:]:
         optimizer = torch.optim.Adam(candidate.parameters, lr=rate)
-        step, since = 0, 0
         if resumed is not None:
             step, since = _restore(candidate, optimizer, resumed)
             resumed = None
         else:
             candidate.set_state(initial)
-            since = _look(found, candidate, rate, step, plain, since)
+            step, since = 0, _look(found, candidate, rate, 0, plain, 0)
         while step < options.steps and since < options.patience:
             for _ in range(min(options.every, options.steps - step)):
-                batch = _batch(examples, step, options)
-                _step(model, candidate, optimizer, batch)
+                _step(model, candidate, optimizer, _batch(examples, step, options))
                 step += 1
                 found.steps += 1
             since = _look(found, candidate, rate, step, mean_nll(model, candidate, stop), since)
@@ -224,12 +218,7 @@ def _look(found: Fit, candidate: Candidate, rate: float, step: int, loss: float,
     lowest = min((each for _, each in curve), default=math.inf)
     curve.append((step, loss))
     if loss < found.loss:
-        found.values, found.learning_rate, found.step, found.loss = (
-            candidate.state(),
-            rate,
-            step,
-            loss,
-        )
+        vars(found).update(values=candidate.state(), learning_rate=rate, step=step, loss=loss)
     return 0 if loss < lowest else since + 1
 
 
@@ -250,12 +239,11 @@ def _state(
 def _restore(candidate: Candidate, optimizer: Any, running: dict[str, Any]) -> tuple[int, int]:
     candidate.set_state(running["values"])
     for parameter, moments in zip(candidate.parameters, running["moments"], strict=True):
+        like: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
         optimizer.state[parameter] = {
             name: torch.tensor(value)
             if name == "step"
-            else torch.tensor(value, dtype=parameter.dtype, device=parameter.device).view_as(
-                parameter
-            )
+            else torch.tensor(value, **like).view_as(parameter)
             for name, value in moments.items()
         }
     return running["step"], running["since"]

@@ -1,6 +1,6 @@
 """Make the controls that are fitted beside sharpening, each to as many numbers.
 
-An output scale, and a LoRA of rank 1 through PEFT; sharpening of features that are drawn at random
+An output scale, and a LoRA of rank 1; sharpening of features that are drawn at random
 or were selected most often is :class:`Sharpening` with ``features``.
 
 A LoRA of rank 1 on all layers has thousands of numbers for each γ. So it gets as many as there are
@@ -10,8 +10,7 @@ all of ``B``, then all of ``A``, and of the last only so many as are left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +22,6 @@ from vps.fitting.candidates import Candidate, Features, matrix_of
 from vps.fitting.descent import gradients
 from vps.fitting.examples import Encoded
 from vps.model.calibration import columns_of
-from vps.model.patching import disabled
-
-ADAPTER = "default"
 
 
 class Scale(Candidate):
@@ -52,18 +48,13 @@ class LoRA(Candidate):
         chosen: names of layers, best first.
         count: how many numbers are fitted; the others keep their first values.
         seed: of A.
-
-    Raises:
-        ModuleNotFoundError: PEFT is missing.
     """
 
     name = "lora"
 
     def __init__(self, model: nn.Module, chosen: Sequence[str], count: int, seed: int) -> None:
         super().__init__(model, list(chosen), False)
-        self.model = model
-        self.seed = seed
-        self.factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.masks: list[Tensor] = []
         left = count
         for number, name in enumerate(chosen):
@@ -72,18 +63,16 @@ class LoRA(Candidate):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             bound = d_in**-0.5  # as PEFT draws A
             drawn = torch.rand(1, d_in, generator=generator) * 2 * bound - bound
-            A = nn.Parameter(drawn.to(weight.device, weight.dtype))
-            B = nn.Parameter(torch.zeros(d_out, 1, device=weight.device, dtype=weight.dtype))
+            A = drawn.to(weight.device, weight.dtype).requires_grad_()
+            B = weight.new_zeros(d_out, 1).requires_grad_()
             self.factors[name] = A, B
-            for parameter in (B, A):
-                free = min(left, parameter.numel())
+            for fitted in (B, A):
+                free = min(left, fitted.numel())
                 left -= free
-                mask = torch.zeros(parameter.numel(), device=weight.device, dtype=weight.dtype)
-                mask[:free] = 1
-                self.masks.append(mask.view_as(parameter))
+                mask = (torch.arange(fitted.numel(), device=weight.device) < free).to(weight.dtype)
+                self.masks.append(mask.view_as(fitted))
+                fitted.register_hook(self.masks[-1].mul)
         self._count = count - left
-        for fitted, mask in zip(self.parameters, self.masks, strict=True):
-            fitted.register_hook(mask.mul)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -93,30 +82,11 @@ class LoRA(Candidate):
     def count(self) -> int:
         return self._count
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        peft = _peft()
-        config = peft.LoraConfig(
-            r=1, lora_alpha=1, lora_dropout=0.0, target_modules=list(self.factors)
-        )
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        training = {m: m.training for m in self.model.modules()}
-        with disabled(self.model):  # also where PEFT wraps a layer, which then is sharpened itself
-            tuned = peft.tuners.lora.LoraModel(self.model, {ADAPTER: config}, ADAPTER)
-            try:
-                for name, (A, B) in self.factors.items():
-                    adapted = self.model.get_submodule(name)
-                    adapted.lora_A[ADAPTER].weight = A  # type: ignore[union-attr,index]
-                    adapted.lora_B[ADAPTER].weight = B  # type: ignore[union-attr,index]
-                for module in self.model.modules():
-                    module.training = training.get(module, False)
-                yield
-            finally:
-                tuned.unload()
-                if hasattr(self.model, "peft_config"):
-                    del self.model.peft_config
-                for parameter, wanted in flags:
-                    parameter.requires_grad_(wanted)
+    def compute(self, layer: Any, x: Tensor) -> Tensor | None:
+        if id(layer) not in self.parts:
+            return None
+        A, B = self.factors[self.parts[id(layer)][0]]
+        return F.linear(x, layer.matrix(), layer.bias) + F.linear(F.linear(x, A), B)
 
 
 def lora(
@@ -174,13 +144,3 @@ def frequent_features(candidate: Candidate, counts: Mapping[str, Features]) -> d
             torch.sort(count, descending=True, stable=True).indices[:r] for count in counts[name]
         )
     return found  # type: ignore[return-value]
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ModuleNotFoundError(
-            "the LoRA control needs peft: pip install peft, or calibrate without controls"
-        ) from None
-    return peft

@@ -34,7 +34,7 @@ class Demo(Command):
     def run(self) -> None:
         """Run the demo and print what it found."""
         quiet_transformers(self.debug)
-        from vps.cli.demo.comparison import run_demo
+        from vps.cli.demo.comparison import GOLD, PROMPTS, run_demo
 
         missing = blaming("--model-dir", kinds=(FileNotFoundError,))
         with Progress() as progress, muted(self.debug), missing:
@@ -43,8 +43,8 @@ class Demo(Command):
             print(f"\n> {answer.prompt}\n")
             print(side_by_side(answer.plain.text, answer.sharpened.text))
             print(difference_line(answer.first_difference))
-        print(f"\n> {run.refined.prompt}\n\nrefined, gold answer {run.refined.gold}:\n")
-        print(told(run.refined.result))
+        print(f"\n> {PROMPTS[0]}\n\nrefined, gold answer {GOLD}:\n")
+        print(told(run.refined))
         if run.calibrated is not None:
             print(f"\n{run.calibrated}")
         print(

@@ -24,14 +24,12 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Problem:
-    """Hold one problem: its answer, the text of both models, and which of them is right."""
+    """Hold one problem: its answer, and the text of both models."""
 
     question: str
     answer: str
     plain: str
     calibrated: str
-    plain_right: bool
-    calibrated_right: bool
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Calibrated:
     def __str__(self) -> str:
         if self.refused is not None:
             return f"calibrated: nothing, {self.refused}"
-        plain = sum(each.plain_right for each in self.problems)
-        calibrated = sum(each.calibrated_right for each in self.problems)
+        plain = sum(right(each.plain, each.answer) for each in self.problems)
+        calibrated = sum(right(each.calibrated, each.answer) for each in self.problems)
         return (
             f"{len(self.problems)} held-out problems: {plain} right plain, {calibrated} right "
             "calibrated; so few show no difference in accuracy"
@@ -73,12 +71,7 @@ def solve(model: Any, tokenizer: Any, calibration: Calibration) -> Calibrated:
             with disabled(model):
                 plain = generate(model, tokenizer, inputs, NEW_TOKENS).text
             own = generate(model, tokenizer, inputs, NEW_TOKENS).text
-            answer = problem["answer"]
-            problems.append(
-                Problem(
-                    problem["prompt"], answer, plain, own, right(plain, answer), right(own, answer)
-                )
-            )
+            problems.append(Problem(problem["prompt"], problem["answer"], plain, own))
         return Calibrated(problems)
     finally:
         clear_calibration(model)

@@ -13,6 +13,8 @@ from torch import Tensor
 from vps.cli.demo.calibrated import CALIBRATION, Calibrated, solve
 from vps.cli.demo.heatmap import draw
 from vps.config import VPSConfig
+from vps.evaluation.tasks import right
+from vps.evaluation.templates import render
 from vps.model.calibration import Calibration
 from vps.model.generation import Generation, changed_choices, encode, first_difference, generate
 from vps.model.loading import load_model
@@ -43,15 +45,6 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Refined:
-    """Hold one refinement: prompt, gold answer and what came of them."""
-
-    prompt: str
-    gold: str
-    result: RefineResult
-
-
-@dataclass(frozen=True)
 class DemoRun:
     """Hold what the demo found.
 
@@ -73,7 +66,7 @@ class DemoRun:
     changed: float
     statistics: list[LayerStatistics]
     prompt_tokens: int
-    refined: Refined
+    refined: RefineResult
     config: VPSConfig
     report: Path
     calibrated: Calibrated | None = None
@@ -153,7 +146,7 @@ def compare(
         changed,
         statistics,
         prompt_tokens,
-        Refined(PROMPTS[0], GOLD, result),
+        result,
         CONFIG,
         out / "report.html",
         calibrated,
@@ -163,23 +156,13 @@ def compare(
 
 
 def write_report(run: DemoRun, picture: Path) -> None:
-    """Write ``run.report``, one HTML file with its picture inside.
-
-    Raises:
-        ModuleNotFoundError: jinja2 is missing.
-    """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError:
-        raise ModuleNotFoundError(
-            "the report needs jinja2: pip install 'vps-kernels[cli]'"
-        ) from None
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = page.render(
+    """Write ``run.report``, one HTML file with its picture inside."""
+    text = render(
+        TEMPLATE,
         run=run,
+        prompt=PROMPTS[0],
+        gold=GOLD,
+        right=right,
         positions=sum(len(answer.plain.tokens) for answer in run.answers),
         picture=base64.b64encode(picture.read_bytes()).decode(),
     )

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 
-def render(name: str, **values: Any) -> str:
-    """Fill the template of that name; a value that it asks for must be there."""
-    return _environment(name.endswith(".html")).get_template(name).render(values)
+def render(name: str | Path, **values: Any) -> str:
+    """Fill a template of this folder, or one elsewhere; a value that it asks for must be there."""
+    path = Path(__file__).parent / name
+    template = _environment(path.parent, path.suffix).get_template(path.name)
+    return str(template.render(values))
 
 
 @cache
-def _environment(html: bool) -> Any:
+def _environment(folder: Path, suffix: str) -> Any:
     import jinja2
 
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=html,
-        finalize=None if html else _in_markdown,
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=suffix == ".html",
+        finalize=_in_markdown if suffix == ".md" else None,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
