@@ -87,8 +87,8 @@ class Answer:
         source: where it was found.
         value: the number, exact; of "x = 5" the 5. ``None`` for several numbers.
         unit: names of pint, or money, with their exponents, where a known unit is named.
-        parts: the kind of another plain answer and its numbers: ``("ratio", 3, 2)``, and
-            ``time``, ``date``, ``range`` alike.
+        parts: what another plain answer may be, each with its numbers: ``("ratio", 3/2, 1)``,
+            and ``time``, ``date``, ``range`` alike.
         formula: algebra or LaTeX that the worker reads.
         undecidable: an answer stands there that is not worked out (too large, ``1/0``) or of
             which a part would be dropped, or the text was cut and no answer is in what is left.

@@ -77,8 +77,8 @@ DATES = [
     )
 ]
 
-# A kind's name and what it is made of: ("time", 17, 30, 0), ("ratio", 3, 2).
-Parts = tuple[str | Fraction | int | None, ...]
+# What an answer may be, each with its kind's name: ("time", 17, 30, 0), ("ratio", 3/2, 1).
+Parts = tuple[tuple[str | Fraction | int, ...], ...]
 
 
 class ChangedError(UndecidableError):
@@ -127,7 +127,8 @@ def quantity(text: str, start: int = 0, stop: int | None = None) -> Quantity | N
     if ordinal:
         end = ordinal.end()
     found = unit_at(text, end)
-    if sign and units.DIVIDED.match(text, end):
+    joint = units.JOINT.match(text, end) if sign else None
+    if sign and joint and joint["divided"]:
         found = units.match(f"{sign[2]}{text[end : end + 60]}", 0)
         unit, end = (found.unit, end + found.end - len(sign[2])) if found else (unit, end)
     elif found and (unit is None or unit == found.unit):
@@ -172,44 +173,46 @@ def compound(text: str, start: int = 0) -> Quantity | None:
 
 
 def structure(text: str) -> tuple[Parts, units.Unit | None] | None:
-    """Read a ratio, a time, a date or a range that all of ``text`` is, with a range's unit."""
+    """Read a ratio, a time, a date or a range that all of ``text`` is, with a range's unit.
+
+    What is given back is each kind that it may be: ``10:30`` is a ratio and two times.
+    """
     for pattern in DATES:
         if date := pattern.fullmatch(text):
             return dated(date.groupdict()), None
+    readings: Parts = ()
     time = TIME.fullmatch(text)
     if time and (time[2] or time[4] or time[5]):
         hour, minute, second = int(time[1]), int(time[2] or 0), int(time[3] or 0)
         if time[4]:
             hour = hour % 12 + 12 * (time[4] in "pP")
-        if time[4] or time[1] == "0" or (time[2] or "0")[0] == "0":
-            return ("time", hour, minute, second, bool(time[4]) or not 0 < hour <= 12), None
-        if hour < 24 and minute < 60 and not time[3]:
-            return ("clock", hour, minute), None
-    if RATIO.fullmatch(text):
-        return ("ratio", *(signed(term.strip()) for term in text.split(":"))), None
-    span = RANGE.fullmatch(text)
-    if span is None:
-        return None
+        hours = (hour,) if time[4] or not 0 < hour <= 12 else (hour % 12, hour % 12 + 12)
+        if hour < 24 and minute < 60:
+            readings = tuple(("time", each, minute, second) for each in hours)
+    if RATIO.fullmatch(text) and not re.match(r"0|.*:0\d", text):
+        *terms, last = (signed(term.strip()) for term in text.split(":"))
+        if last:
+            readings += (("ratio", *(term / last for term in terms), 1),)
+    if readings or (span := RANGE.fullmatch(text)) is None:
+        return (readings, None) if readings else None
     sign, first, unit, joint = (span[at] or span[at + 4] or "" for at in range(1, 5))
-    low, high, kind = signed(first), signed(span[9]), "span" if joint == "-" else "range"
+    low, high, hyphen = signed(first), signed(span[9]), joint == "-"
     found = units.match(sign or span[10].strip() or unit.strip(), 0)
     named = found or not NOUNS.fullmatch(f" {unit}{span[10]}") and not (unit + span[10]).strip()
-    if low >= high or kind == "span" and low < 0 or not (named or NOUNS.fullmatch(span[10])):
+    if low >= high or hyphen and low < 0 or not (named or NOUNS.fullmatch(span[10])):
         return None
-    return (kind, low, high), found.unit if found else None
+    readings = (("range", low, high), *((("ratio", low - high, 1),) if hyphen else ()))
+    return readings, found.unit if found else None
 
 
 def dated(found: dict[str, str | None]) -> Parts:
-    """Return year, month and day; of ``5/3/2019`` the numbers as they stand."""
+    """Return year, month and day, 0 where one is not said; ``5/3/2019`` may be two dates."""
     year, month, day, a, b = (int(found.get(part) or 0) for part in "ymdab")
     if a:
-        return ("unclear date", year, a, b)
-    return (
-        "date",
-        year,
-        MONTHS.index(name[:3].lower()) + 1 if (name := found.get("name")) else month,
-        day,
-    )
+        years = (year,) if year > 99 else (year + 1900, year + 2000)
+        return tuple(("date", each, *days) for each in years for days in ((a, b), (b, a)))
+    name = found.get("name")
+    return (("date", year, MONTHS.index(name[:3].lower()) + 1 if name else month, day),)
 
 
 def signed(text: str) -> Fraction:

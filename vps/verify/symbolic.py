@@ -19,7 +19,7 @@ from sympy.core.relational import Relational
 
 from vps.verify.answer import FUNCTIONS, GREEK
 
-EQUAL, DIFFERENT, UNDECIDED = "equal", "different", "undecided"
+EQUAL, DIFFERENT, UNDECIDED = "correct", "wrong", "undecided"
 
 # Values put in for variables, none of them special: fractions of both signs, small and large.
 POINTS = ((7, 11), (-13, 17), (23, 5), (-19, 3))

@@ -36,8 +36,11 @@ FACTOR = re.compile(
     r"|[ \t]{1,3}(?P<squared>squared)(?![A-Za-z])|[ \t]{1,3}(?P<cubed>cubed)(?![A-Za-z]))?",
     re.IGNORECASE,
 )
-DIVIDED = re.compile(r"[ \t]{0,3}(?:/|(?<=[ \t])per(?=[ \t]))[ \t]{0,3}", re.IGNORECASE)
-MULTIPLIED = re.compile(r"[ \t]{0,3}\*(?!\*)[ \t]{0,3}|[ \t]{1,3}|-(?=[A-Za-z])")
+JOINT = re.compile(
+    r"[ \t]{0,3}(?P<divided>/|(?<=[ \t])per(?=[ \t]))[ \t]{0,3}(?P<grouped>\(?)"
+    r"|[ \t]{0,3}\*(?!\*)[ \t]{0,3}|[ \t]{1,3}|-(?=[A-Za-z])",
+    re.IGNORECASE,
+)
 WORD_FOLLOWS = re.compile(r"[ \t]+[A-Za-z\d]")
 
 
@@ -92,6 +95,10 @@ class Scale(NamedTuple):
     factor: Fraction
     zero: Fraction
 
+    def base(self, magnitude: Fraction) -> Fraction:
+        """Express ``magnitude`` in base units."""
+        return self.factor * magnitude + self.zero
+
 
 def match(text: str, start: int) -> Match | None:
     """Return the unit that begins at ``start``, such as ``m/s^2`` or ``square feet``.
@@ -111,17 +118,12 @@ def match(text: str, start: int) -> Match | None:
         if grouped and text[position : position + 1] == ")":
             grouped, position = False, position + 1
             end = position
-        divided = DIVIDED.match(text, position)
-        multiplied = None if divided else MULTIPLIED.match(text, position)
-        if divided:
-            position, sign = divided.end(), -1
-            if text[position : position + 1] == "(":
-                grouped, position = True, position + 1
-        elif multiplied:
-            # a / b · c is (a / b) · c, a / (b · c) is not.
-            position, sign = multiplied.end(), sign if grouped else 1
-        else:
+        joint = JOINT.match(text, position)
+        if joint is None:
             break
+        # a / b · c is (a / b) · c, a / (b · c) is not.
+        position, sign = joint.end(), -1 if joint["divided"] else sign if grouped else 1
+        grouped = grouped or bool(joint["grouped"])
     if end is None or re.match(r"[ \t]{0,3}(?:\^|\*\*)", text[end : end + 6]):
         return None
     if max(map(abs, exponents.values())) > MAX_EXPONENT:
@@ -181,19 +183,19 @@ def registry() -> Any:
 
 
 @lru_cache(maxsize=1024)
-def scale(unit: Unit) -> Scale:
-    """Return the dimension of a unit and its conversion to base units.
+def scale(unit: Unit | None) -> Scale:
+    """Return the dimension of a unit and its conversion to base units; no unit is a plain number.
 
     Raises:
         ValueError: a name that is not in the table, or an exponent beyond ±9.
         UndecidableError: pint has no conversion.
         ImportError: pint is missing.
     """
-    for name, exponent in unit:
+    for name, exponent in unit or ():
         if name not in KNOWN | MONEY or not 0 < abs(exponent) <= MAX_EXPONENT:
             raise ValueError(f"vps.verify: no unit that is known: {name}^{exponent}")
-    if unit == PERCENT:
-        return Scale((), Fraction(1, 100), Fraction(0))
+    if unit is None or unit == PERCENT:
+        return Scale((), Fraction(1, 100 if unit else 1), Fraction(0))
     units = registry()
     with _registry_lock:
         try:
@@ -227,14 +229,7 @@ def is_money(unit: Unit | None) -> bool:
 
 def same_dimension(unit: Unit | None, other: Unit | None) -> bool:
     """Tell whether two units measure the same; no unit is a number without dimension."""
-    if unit == other:
-        return True
-    return dimension(unit) == dimension(other)
-
-
-def dimension(unit: Unit | None) -> tuple[tuple[str, Fraction], ...]:
-    """Return base dimensions with their powers; empty for a plain number."""
-    return scale(unit).dimension if unit else ()
+    return unit == other or scale(unit).dimension == scale(other).dimension
 
 
 def smaller(unit: Unit, other: Unit) -> bool:
@@ -247,22 +242,14 @@ def smaller(unit: Unit, other: Unit) -> bool:
     return bool(ours.dimension) and same and ours.factor < theirs.factor
 
 
-def convert(magnitude: Fraction, unit: Unit, to: Unit) -> Fraction:
+def convert(magnitude: Fraction, unit: Unit | None, to: Unit | None) -> Fraction:
     """Express ``magnitude`` of ``unit`` in ``to``, of the same dimension.
 
     Raises:
         ValueError: the dimensions differ.
         UndecidableError, ImportError: as for :func:`scale`.
     """
-    if unit == to:
-        return magnitude
     source, target = scale(unit), scale(to)
     if source.dimension != target.dimension:
         raise ValueError(f"vps.verify: {unit} and {to} have different dimensions")
-    return (source.factor * magnitude + source.zero - target.zero) / target.factor
-
-
-def to_base(magnitude: Fraction, unit: Unit) -> Fraction:
-    """Express ``magnitude`` in base units."""
-    source = scale(unit)
-    return source.factor * magnitude + source.zero
+    return (source.base(magnitude) - target.zero) / target.factor
