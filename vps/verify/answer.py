@@ -36,7 +36,7 @@ JOINT = r"(?:[ \t]*(?![ \t\d.])|(?<![A-Za-z\d.])[ \t]*|(?=\S)|(?<=\d)[ \t]+(?=\d
 STRETCH = re.compile(rf"{PIECE}(?:{JOINT}{PIECE})*")
 # Two or three letters that touch a number or an operator are a product of variables.
 PRODUCT = re.compile(
-    rf"(?:(?<={OPERATOR})\s?|(?<=[\d)}}\](]))(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?![A-Za-z])"
+    rf"(?:(?<={OPERATOR})\s?|(?<=[\d)}}\]({{]))(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?![A-Za-z])"
     rf"|(?<![A-Za-z\\])(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?=\s?{OPERATOR}|[\d({{_])"
 )
 JOINED = re.compile(
@@ -58,7 +58,7 @@ HUGE = re.compile(
     rf"(?<!\}}){POWER}(?:\d{{5,}}|\d{{2,}}[)}}\s]{{0,4}}{POWER}\d|\d[)}}\s]{{0,4}}{POWER}\d+[)}}\s]{{0,4}}{POWER}\d)"
 )
 # What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
-NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\(\w{1,3}(?:,\s?\w{1,3})?\))?")
+NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\([^()=<>]{1,24}\))?")
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
 # The rounded value behind an exact one: "5/3 ≈ 1.67" is 5/3, "x ≈ 11" is 11.
 APPROXIMATED = re.compile(rf"(?<=[\d)}}!%])\s{{0,3}}(?:\\approx(?![A-Za-z])|≈)\s{{0,3}}-?{LITERAL}")
@@ -244,7 +244,7 @@ def read_formula(text: str, answer: Answer) -> Answer | None:
     head = text[: tail.start()] if tail else ""
     found = units.match(text, tail.start(1)) if tail else None
     if tail and found and found.end == len(text) and is_formula(head):
-        constant = not re.search(r"(?<![\\A-Za-z])[A-Za-z]", head)
+        constant = not re.search(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:sin|cos|tan)", head)
         metres = tail[1] == "m" and head[-1].isspace() and "\\" in head
         if len(tail[1]) > 1 or constant and (metres or tail[1] in "°%"):
             return replace(answer, formula=head.strip(), unit=found.unit)
@@ -257,7 +257,7 @@ def is_formula(text: str) -> bool:
     """Tell whether a text has no word but those of formulas; three letters may be a product."""
     if BROKEN.search(text) or re.search(rf"{OPERATOR}\s*$", text) or excess(text):
         return False
-    if "\\int" in text:
+    if "\\int" in text or re.search(r"\\frac\s?\{d", text):
         text = re.sub(r"\bd[a-z]\b", " ", text)
     if FOREIGN.search(PRODUCT.sub(" ", JOINED.sub(" ", text))):
         return False
@@ -272,9 +272,9 @@ def excess(text: str) -> int:
 def informative(text: str) -> bool:
     """Tell whether a text says something: a number, a command, or an operator by a symbol."""
     return bool(
-        re.search(r"\d|\\[A-Za-z]", text)
+        re.search(r"\d|\\[A-Za-z]|\binfinity\b", text)
         or re.search(r"[^\W_]", text)
-        and re.search(OPERATOR, text)
+        and re.search(rf"{OPERATOR}|_|\w\(|\|.*\|", text)
     )
 
 

@@ -54,7 +54,7 @@ LISTED = re.compile(rf"\(?{ITEM}(?:\s{{0,3}}(?:[,;:]|and|or|to)\s{{0,3}}{ITEM}){
 NUMBER = rf"-?(?:{LITERAL})"
 RATIO = re.compile(rf"{NUMBER}(?:\s?:\s?{NUMBER}){{1,5}}")
 TIME = re.compile(
-    r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s?(?:([ap])\.?m\.?|(o'clock))?", re.IGNORECASE
+    r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s{0,3}(?:([ap])\.?m\.?|(o'clock))?", re.IGNORECASE
 )
 RANGE = re.compile(
     rf"(?:(?:from )?([$€£]?)({NUMBER})([^\d-]{{0,12}}?)\s?(to|through|\.\.|(?<! )-(?! ))"

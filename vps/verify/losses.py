@@ -59,6 +59,8 @@ def compare(
         return correct_if(chosen[0]["letter"] == chosen[1]["letter"])
     if prediction.undecidable or gold.undecidable:
         return Verdict.UNDECIDED
+    # "ab" beside a formula is a product.
+    prediction, gold = product(prediction, gold), product(gold, prediction)
     if gold.says_words:
         same = gold.words and gold.words == prediction.words and gold.words not in ("nan", "inf")
         return Verdict.CORRECT if same else Verdict.UNDECIDED
@@ -74,6 +76,12 @@ def compare(
     request = {"prediction": for_worker(prediction), "gold": for_worker(gold)}
     found = (pool or default_pool()).ask(request, deadline)
     return Verdict(found["verdict"]) if found else Verdict.UNDECIDED
+
+
+def product(answer: Answer, other: Answer) -> Answer:
+    """Return a word of two or three letters beside a formula as the product of its letters."""
+    letters = answer.says_words and other.formula and re.fullmatch("[A-Za-z]{2,3}", answer.words)
+    return replace(answer, formula=undressed(answer.text).strip(" .")) if letters else answer
 
 
 def for_worker(answer: Answer) -> str:

@@ -51,7 +51,11 @@ TYPED = [
         (r"<=", r"\\leq "),
         (r">=", r"\\geq "),
         (r"\*", r"\\cdot "),
-        (r"°", ""),
+        (r"°", lambda sign: r"^{\circ}" if re.search(r"sin|cos|tan", sign.string) else ""),
+        (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
+        (r"\\[lr]brace(?![A-Za-z])", lambda brace: r"\{" if brace[0][1] == "l" else r"\}"),
+        (r"\}\s*(?=\\d?binom)", r"}\\cdot "),
+        (r"(\\mathbb\s?\{?[RZNQC]\}?)\s*-", r"\1\\setminus "),
         (r"\\varnothing", r"\\emptyset"),
         (r"\\sqrt\s+(\d+)", r"\\sqrt{\1}"),
         (r"(?<!\d)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[0].replace(",", "")),
@@ -75,6 +79,7 @@ TYPED = [
     )
 ]
 BRACKETED = re.compile(r"(\^|\\sqrt)\s{0,3}\(")
+IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])|\\vee|\\lor")
 
 
@@ -98,7 +103,7 @@ def latex(text: str) -> str:
 def compare(prediction: str, gold: str) -> str:
     """Judge whether two formulas mean the same: equal, different or undecided."""
     left, right = latex(prediction), latex(gold)
-    real = not (should_treat_as_complex(left) or should_treat_as_complex(right))
+    real = not any(should_treat_as_complex(side) or IMAGINARY.search(side) for side in (left, right))
     try:
         return decide(read(prediction, real), read(gold, real))
     except Exception:
@@ -113,7 +118,7 @@ def read(text: str, real: bool) -> Any:
     found = latex2sympy.latex2sympy(
         latex(text),
         is_real=real,
-        convert_degrees=False,
+        convert_degrees=True,
         normalization_config=None,
         conversion_config=CONVERSION,
     )
@@ -130,7 +135,7 @@ def exact(found: Any, real: bool) -> Any:
         return sympy.ImmutableMatrix(found.applyfunc(lambda part: exact(part, real)))
     if not isinstance(found, sympy.Basic):
         return found
-    if isinstance(found, sympy.Expr):
+    if isinstance(found, (sympy.Expr, sympy.Intersection)):
         found = found.doit()
     known = {number: sympy.Rational(str(number)) for number in found.atoms(sympy.Float)}
     if not real:

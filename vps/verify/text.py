@@ -23,6 +23,14 @@ FIRST_WORD = re.compile(r"[\w.,^*/+\-\\{}()\[\]]*")
 COMMANDS = dict(
     zip("≠≈π∞√∈∪∩∅±", "neq approx pi infty sqrt in cup cap emptyset pm".split(), strict=True)
 )
+GREEK = dict(
+    zip(
+        "αβγδεθλρστφψω",
+        "alpha beta gamma delta epsilon theta lambda rho sigma tau phi psi omega".split(),
+        strict=True,
+    )
+)
+GREEK_LETTER = re.compile(rf"(?<![^\W\d_])[{''.join(GREEK)}](?![^\W\d_])")
 CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("−‒–‐‑﹣－", "-"),
@@ -50,6 +58,9 @@ DRESSING = [
         (r"(?<=\d)(?:\{,\}|,\\[!,]\s?)(?=\d)", ","),
         (r"(?<=\d)\\,(?=\d{3})", ","),
         (r"\\!", ""),
+        (r"\{([:;])\}", r"\1"),
+        (r"\\\{\s{0,3}\\\}", r"\\emptyset "),
+        (r"\^\s?\{?\s?(?:\\(?:text|mathrm|textrm)\s?\{)?\s?(st|nd|rd|th)\s?\}{0,2}", r"\1"),
         (r"(?<!\\)\\[,;: ]|~|\\(?:q?quad|therefore|implies|Rightarrow)(?![A-Za-z])", " "),
         (r"\\%", "%"),
         (r"\$\$|(?<!\\)\\[()\[\]]", " "),
@@ -59,13 +70,19 @@ DRESSING = [
         (r"\\\$|\$(?!\s?-?[\d.])(?<!\d\$)", " "),
         (r"\\(?:boxed|fbox)(?![A-Za-z])", " "),
         (r"(?<!\\)\{\s{0,3}\}", " "),
-        (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
+        (r"\\(?:left|right)\.", ""),
+        (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|bf|rm|it|sim)(?![A-Za-z])", ""),
         (
             r"\\(?:text(?:normal|bf|it|rm|sf)?|mathrm|mathbf|mathit|mathsf|operatorname|mbox)"
             r"\s{0,3}\{([^{}]*)\}",
             r" \1 ",
         ),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (
+            r"\\frac\s*(\\[a-z]+|[A-Za-z])\s*(\\[a-z]+|[A-Za-z\d])(?![A-Za-z])",
+            r"\\frac{\1}{\2}",
+        ),
+        (r"_\s?\{\s*(\w+)\s*\}", r"_{\1}"),
         (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
         (r"\\leq?(?:slant)?(?![A-Za-z])", "<="),
@@ -76,6 +93,12 @@ DRESSING = [
         (r"\\(?:mu|micro)(?=[A-Za-z])", "μ"),
     )
 ]
+# Rows of equations: one that begins with a sign goes on, others are a list.
+ROWS = re.compile(
+    r"\\begin\{((?:align|aligned|gather|gathered|equation|split|cases)\*?)\}(.*?)\\end\{\1\}",
+    re.DOTALL,
+)
+ROW_END = re.compile(r"\\\\(?:\s|&|\[\d\w]{1,6}\])*(?P<sign>[=<>]|\\[lg]eq?|$)?")
 DOUBLED = re.compile(r"\\(?=\\[A-Za-z])")
 PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 
@@ -85,7 +108,7 @@ HASHES = re.compile(r"#{4,}[ \t]*([^\n]*)")
 HEADING = re.compile(r"(?:final |the )?(?:answer|solution|result|conclusion)s?\b\W*", re.IGNORECASE)
 STEP = re.compile(r"(?:step|part|case)\b", re.IGNORECASE)
 PHRASE = re.compile(
-    r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE
+    r"\b(?:answer|(?:correct|right) (?:option|choice))\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE
 )
 
 
@@ -122,6 +145,7 @@ def clean(text: str) -> Cleaned:
     if len(text) > 2 * LIMIT:
         cut, text = True, text[-2 * LIMIT :]
     if not text.isascii():
+        text = GREEK_LETTER.sub(lambda letter: rf"\{GREEK[letter[0]]} ", text)
         text = "".join(map(plain_character, text))
     else:
         text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f]", " ", text)
@@ -150,6 +174,13 @@ def undressed(text: str) -> str:
     """
     if "\\" not in text and "$" not in text and "{" not in text:
         return text.replace("~", " ")
+    if "\\begin" in text:
+        text = ROWS.sub(
+            lambda rows: ROW_END.sub(
+                lambda row: ", " if row["sign"] is None else row["sign"], rows[2]
+            ).replace("&", " "),
+            text,
+        )
     if "\\begin" not in text:
         text = DOUBLED.sub("", text)
     for pattern, replacement in DRESSING:
