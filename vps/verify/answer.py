@@ -15,6 +15,7 @@ from vps.verify.arithmetic import LITERAL, UndecidableError
 from vps.verify.text import Source, clean, locate, undressed
 
 MAX_FORMULA = 400
+MAX_CALLS = 9
 GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau "
     "phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega"
@@ -58,7 +59,7 @@ HUGE = re.compile(
     rf"(?<!\}}){POWER}(?:\d{{5,}}|\d{{2,}}[)}}\s]{{0,4}}{POWER}\d|\d[)}}\s]{{0,4}}{POWER}\d+[)}}\s]{{0,4}}{POWER}\d)"
 )
 # What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
-NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\([^()=<>]{1,24}\))?")
+NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\((?:[^()=]|[<>]=){1,24}\))?")
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
 # The rounded value behind an exact one: "5/3 ≈ 1.67" is 5/3, "x ≈ 11" is 11.
 APPROXIMATED = re.compile(rf"(?<=[\d)}}!%])\s{{0,3}}(?:\\approx(?![A-Za-z])|≈)\s{{0,3}}-?{LITERAL}")
@@ -274,7 +275,7 @@ def informative(text: str) -> bool:
     return bool(
         re.search(r"\d|\\[A-Za-z]|\binfinity\b", text)
         or re.search(r"[^\W_]", text)
-        and re.search(rf"{OPERATOR}|_|\w\(|\|.*\|", text)
+        and re.search(OPERATOR + (r"|_|\w\(|\|.*\|" if text.count("(") < MAX_CALLS else ""), text)
     )
 
 

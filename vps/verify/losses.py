@@ -21,7 +21,7 @@ LARGEST = 1e300
 CONVERSION_TOLERANCE = Fraction(1, 10**9)
 
 # One of several answers that a question offers, alone or before its text: "(C) 12".
-CHOICE = re.compile(r"(?:option |choice )?(?:\(\s?)?(?P<letter>[A-Z])(?:\s?\)\.?|[.:](?=\s)|\.?$)")
+CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?(?:\(\s?)?(?P<letter>[A-Z])(?:\s?\)\.?|[.:](?=\s)|\.?$)")
 
 Samples = Sequence[str] | Callable[[], Iterable[str]]
 
@@ -79,9 +79,9 @@ def compare(
 
 
 def product(answer: Answer, other: Answer) -> Answer:
-    """Return a word of two or three letters beside a formula as the product of its letters."""
-    letters = answer.says_words and other.formula and re.fullmatch("[A-Za-z]{2,3}", answer.words)
-    return replace(answer, formula=undressed(answer.text).strip(" .")) if letters else answer
+    """Return a word of two or three small letters beside a formula as the product of its letters."""
+    letters = answer.says_words and other.formula and re.fullmatch("[a-z]{2,3}", undressed(answer.text).strip())
+    return replace(answer, formula=letters[0]) if letters else answer
 
 
 def for_worker(answer: Answer) -> str:

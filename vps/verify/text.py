@@ -79,8 +79,8 @@ DRESSING = [
         ),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (
-            r"\\frac\s*(\\[a-z]+|[A-Za-z])\s*(\\[a-z]+|[A-Za-z\d])(?![A-Za-z])",
-            r"\\frac{\1}{\2}",
+            r"\\frac\s*(?:\{([^{}]*)\}|(\\[a-z]+|[A-Za-z]))\s*(\\[a-z]+|[A-Za-z\d])(?![A-Za-z])",
+            r"\\frac{\1\2}{\3}",
         ),
         (r"_\s?\{\s*(\w+)\s*\}", r"_{\1}"),
         (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
@@ -103,6 +103,7 @@ DOUBLED = re.compile(r"\\(?=\\[A-Za-z])")
 PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
+NEGATED = re.compile(r"\bnot\s{0,3}\$?$", re.IGNORECASE)
 BETWEEN_BOXES = re.compile(r"[\s$,;}]{0,9}(?:\\text\{)?\s{0,3}(?:and|or|,|;)?[\s$}]{0,9}")
 HASHES = re.compile(r"#{4,}[ \t]*([^\n]*)")
 HEADING = re.compile(r"(?:final |the )?(?:answer|solution|result|conclusion)s?\b\W*", re.IGNORECASE)
@@ -224,7 +225,8 @@ def last_boxes(text: str) -> str:
             opened.append(brace.span())
         elif brace[0] == "}" and opened:
             span = opened.pop()
-            if span is not None and text[span[1] : brace.start()].strip():
+            negated = span and NEGATED.search(text, max(0, span[0] - 9), span[0])
+            if span is not None and text[span[1] : brace.start()].strip() and not negated:
                 closed.append((*span, brace.start()))
     if not closed:
         return ""
