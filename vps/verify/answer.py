@@ -59,7 +59,10 @@ HUGE = re.compile(
     rf"(?<!\}}){POWER}(?:\d{{5,}}|\d{{2,}}[)}}\s]{{0,4}}{POWER}\d|\d[)}}\s]{{0,4}}{POWER}\d+[)}}\s]{{0,4}}{POWER}\d)"
 )
 # What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
-NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\((?:[^()=]|[<>]=){1,24}\))?")
+NAME = re.compile(
+    r"(?:\\(?:det|angle|triangle|vec|bar|hat|overline)\s?)?[{|]{0,2}(?:[A-Za-z]{1,3}|\\[A-Za-z]+)"
+    r"[}|]{0,2}(?:_\{?\w{1,8}\}?)?'?(?:\((?:[^()=]|[<>]=){1,24}\))?"
+)
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
 # The rounded value behind an exact one: "5/3 ≈ 1.67" is 5/3, "x ≈ 11" is 11.
 APPROXIMATED = re.compile(rf"(?<=[\d)}}!%])\s{{0,3}}(?:\\approx(?![A-Za-z])|≈)\s{{0,3}}-?{LITERAL}")

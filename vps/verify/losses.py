@@ -21,7 +21,9 @@ LARGEST = 1e300
 CONVERSION_TOLERANCE = Fraction(1, 10**9)
 
 # One of several answers that a question offers, alone or before its text: "(C) 12".
-CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?(?:\(\s?)?(?P<letter>[A-Z])(?:\s?\)\.?|[.:](?=\s)|\.?$)")
+CHOICE = re.compile(
+    r"(?:[Oo]ption |[Cc]hoice )?(?:\(\s?)?(?P<letter>[A-Z])(?:\s?\)\.?|[.:](?=\s)|\.?$)"
+)
 
 Samples = Sequence[str] | Callable[[], Iterable[str]]
 
@@ -55,8 +57,12 @@ def compare(
     if prediction is None or gold is None:
         return Verdict.WRONG if gold and not gold.undecidable else Verdict.UNDECIDED
     chosen = [CHOICE.match(undressed(answer.text).strip()) for answer in (prediction, gold)]
-    if chosen[0] and chosen[1] and "" in (found.string[found.end() :] for found in chosen if found):
+    texts = [found.string[found.end() :] if found else "" for found in chosen]
+    if chosen[0] and chosen[1] and "" in texts:
         return correct_if(chosen[0]["letter"] == chosen[1]["letter"])
+    if None in chosen:  # one is the text of a choice, without its letter
+        prediction = extract_answer(texts[0]) or prediction
+        gold = extract_answer(texts[1]) or gold
     if prediction.undecidable or gold.undecidable:
         return Verdict.UNDECIDED
     # "ab" beside a formula is a product.
@@ -79,8 +85,9 @@ def compare(
 
 
 def product(answer: Answer, other: Answer) -> Answer:
-    """Return a word of two or three small letters beside a formula as the product of its letters."""
-    letters = answer.says_words and other.formula and re.fullmatch("[a-z]{2,3}", undressed(answer.text).strip())
+    """Return two or three small letters beside a formula as the product of them."""
+    text = undressed(answer.text).strip()
+    letters = answer.says_words and other.formula and re.fullmatch("[a-z]{2,3}", text)
     return replace(answer, formula=letters[0]) if letters else answer
 
 

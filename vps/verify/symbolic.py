@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
+from latex2sympy2_extended import is_expr_of_only_symbols
 from latex2sympy2_extended import latex2sympy2 as latex2sympy
 from math_verify.grader import should_treat_as_complex, verify
 from sympy.core.relational import Relational
@@ -185,11 +186,13 @@ def beside(found: Any, other: Any) -> Any:
     if isinstance(found, FINITE) or not all(isinstance(part, sympy.Eq) for part in parts):
         return found
     first, last = parts[0].lhs, parts[-1].rhs
+    if first.is_number and last.is_Symbol:
+        first, last = last, first
     if isinstance(last, sympy.Set) and first.is_Symbol:
         return beside(last, other)
     if is_relation(other):
         return found if len(parts) == 1 else sympy.Eq(first, last, evaluate=False)
-    if not first.is_Add or all(part.is_Symbol for part in first.args):
+    if is_expr_of_only_symbols(first) or isinstance(first, sympy.Function):
         return beside(last, other)
     return None if isinstance(other, sympy.Expr) else found
 

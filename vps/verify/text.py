@@ -73,8 +73,8 @@ DRESSING = [
         (r"\\(?:left|right)\.", ""),
         (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|bf|rm|it|sim)(?![A-Za-z])", ""),
         (
-            r"\\(?:text(?:normal|bf|it|rm|sf)?|mathrm|mathbf|mathit|mathsf|operatorname|mbox)"
-            r"\s{0,3}\{([^{}]*)\}",
+            r"\\(?:text(?:normal|bf|it|rm|sf)?|math(?:rm|bf|it|sf)|operatorname|mbox|underline)"
+            r"\s{0,3}\{((?:[^{}]|\{[^{}]*\})*)\}",
             r" \1 ",
         ),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -91,16 +91,20 @@ DRESSING = [
         (r"\\gt(?![A-Za-z])", ">"),
         (r"\^\s{0,3}(?:\{\s{0,3}\\circ\s{0,3}\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
         (r"\\(?:mu|micro)(?=[A-Za-z])", "μ"),
+        (r"\\(?:vee|lor)(?![A-Za-z])", " or "),
+        (r"\\backslash(?![A-Za-z])", r"\\setminus "),
+        (r"[ \t]{2,}", " "),
     )
 ]
 # Rows of equations: one that begins with a sign goes on, others are a list.
 ROWS = re.compile(
-    r"\\begin\{((?:align|aligned|gather|gathered|equation|split|cases)\*?)\}(.*?)\\end\{\1\}",
+    r"\\(?:begin\{(?:align|aligned|gather|gathered|equation|split|cases)\*?\}"
+    r"|left\s?\\\{\s?\\begin\{array\}\{[clr]+\})(.*?)\\end\{[a-z]+\*?\}",
     re.DOTALL,
 )
 ROW_END = re.compile(r"\\\\(?:\s|&|\[\d\w]{1,6}\])*(?P<sign>[=<>]|\\[lg]eq?|$)?")
 DOUBLED = re.compile(r"\\(?=\\[A-Za-z])")
-PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
+PROSE = re.compile(r"(?<![\\A-Za-z{])(?!and\b)[A-Za-z]{3,}")
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
 NEGATED = re.compile(r"\bnot\s{0,3}\$?$", re.IGNORECASE)
@@ -109,7 +113,9 @@ HASHES = re.compile(r"#{4,}[ \t]*([^\n]*)")
 HEADING = re.compile(r"(?:final |the )?(?:answer|solution|result|conclusion)s?\b\W*", re.IGNORECASE)
 STEP = re.compile(r"(?:step|part|case)\b", re.IGNORECASE)
 PHRASE = re.compile(
-    r"\b(?:answer|(?:correct|right) (?:option|choice))\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE
+    r"\b(?:answer|(?:correct|right) (?:option|choice))\s{0,3}(?:is\b|was\b|equals\b|:|=)"
+    r"(?!\s{0,3}not\b)[\s:]{0,9}",
+    re.IGNORECASE,
 )
 
 
@@ -178,7 +184,7 @@ def undressed(text: str) -> str:
     if "\\begin" in text:
         text = ROWS.sub(
             lambda rows: ROW_END.sub(
-                lambda row: ", " if row["sign"] is None else row["sign"], rows[2]
+                lambda row: ", " if row["sign"] is None else row["sign"], rows[1]
             ).replace("&", " "),
             text,
         )
