@@ -61,7 +61,7 @@ HUGE = re.compile(
 # What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
 NAME = re.compile(
     r"(?:\\(?:det|angle|triangle|vec|bar|hat|overline)\s?)?[{|]{0,2}(?:[A-Za-z]{1,3}|\\[A-Za-z]+)"
-    r"[}|]{0,2}(?:_\{?\w{1,8}\}?)?'?(?:\((?:[^()=]|[<>]=){1,24}\))?"
+    r"[}|]{0,2}(?:_\{?\w{1,8}\}?)?'?(?:\((?:[^()=]|[<>]=|\([^()=]{1,9}\)){1,24}\))?"
 )
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
 # The rounded value behind an exact one: "5/3 ≈ 1.67" is 5/3, "x ≈ 11" is 11.

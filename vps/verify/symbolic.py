@@ -192,7 +192,7 @@ def beside(found: Any, other: Any) -> Any:
         return beside(last, other)
     if is_relation(other):
         return found if len(parts) == 1 else sympy.Eq(first, last, evaluate=False)
-    if is_expr_of_only_symbols(first) or isinstance(first, sympy.Function):
+    if is_expr_of_only_symbols(first) or isinstance(first, (sympy.Function, sympy.Derivative)):
         return beside(last, other)
     return None if isinstance(other, sympy.Expr) else found
 

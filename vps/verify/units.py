@@ -5,11 +5,9 @@ Money is a unit too, with conversions of its own: cents are dollars.
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,37 +147,21 @@ def factor(text: str, start: int) -> tuple[str, int, int] | None:
     return (name, exponent, found.end()) if abs(exponent) <= MAX_EXPONENT else None
 
 
-_registry: Any = None
-_registry_lock = threading.Lock()
-
-
-def unlock() -> None:
-    """Make a new lock after a fork, where the old one stays locked if a thread held it."""
-    global _registry_lock
-    _registry_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=unlock)
-
-
+@cache
 def registry() -> Any:
-    """Return pint's registry with exact fractions, made once (0.3 s)."""
-    global _registry
-    with _registry_lock:
-        if _registry is None:
-            try:
-                import pint
-            except ImportError:
-                raise ImportError(
-                    "vps.verify: units needs pint, which is not installed: "
-                    "pip install 'vps-kernels[verify]'"
-                ) from None
-            _registry = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
-            for name in MONEY - {"us_cent"}:
-                _registry.define(f"{name} = [{name}]")
-            _registry.define("us_cent = dollar / 100")
-        return _registry
+    """Return pint's registry with exact fractions (0.3 s the first time)."""
+    try:
+        import pint
+    except ImportError:
+        raise ImportError(
+            "vps.verify: units needs pint, which is not installed: "
+            "pip install 'vps-kernels[verify]'"
+        ) from None
+    made = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
+    for name in MONEY - {"us_cent"}:
+        made.define(f"{name} = [{name}]")
+    made.define("us_cent = dollar / 100")
+    return made
 
 
 @lru_cache(maxsize=1024)
@@ -196,21 +178,19 @@ def scale(unit: Unit | None) -> Scale:
             raise ValueError(f"vps.verify: no unit that is known: {name}^{exponent}")
     if unit is None or unit == PERCENT:
         return Scale((), Fraction(1, 100 if unit else 1), Fraction(0))
-    units = registry()
-    with _registry_lock:
-        try:
-            product = units.Unit("")
-            for name, exponent in unit:
-                product = product * units.Unit(name) ** exponent
-            zero, one = (
-                Fraction(units.Quantity(Fraction(value), product).to_base_units().magnitude)
-                for value in (0, 1)
-            )
-            dimension = sorted(
-                (str(base), Fraction(power)) for base, power in product.dimensionality.items()
-            )
-        except Exception as error:  # pint has no common base of its errors
-            raise UndecidableError(f"pint: {error}") from None
+    try:
+        product = registry().Unit("")
+        for name, exponent in unit:
+            product = product * registry().Unit(name) ** exponent
+        zero, one = (
+            Fraction(registry().Quantity(Fraction(value), product).to_base_units().magnitude)
+            for value in (0, 1)
+        )
+    except ImportError:
+        raise
+    except Exception as error:  # pint has no common base of its errors
+        raise UndecidableError(f"pint: {error}") from None
+    dimension = sorted((str(base), Fraction(n)) for base, n in product.dimensionality.items())
     return Scale(tuple(dimension), one - zero, zero)
 
 
