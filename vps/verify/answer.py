@@ -26,6 +26,7 @@ FUNCTIONS = (
 NOT_A_VALUE = ("nan", "inf", "oo")
 KNOWN = "|".join([*GREEK, *FUNCTIONS, "pi", "infinity", "mod"])
 OPERATOR = r"[-+*/^=<>]"
+WORD = r"(?<!\\)\b[^\W\d_]{3,}"
 # What mathematics is made of: known words, commands, numbers, signs, letters that stand alone.
 PIECE = (
     rf"(?:{LITERAL}|\\[A-Za-z]+[ \t]*|\\[{{}}|]|(?<![^\W\d_])(?:(?:{KNOWN})(?![^\W\d_])[ \t]*"
@@ -164,12 +165,15 @@ def read(region: str, source: Source) -> Answer:
     whole = read_whole(text, answer)
     if whole is not None:
         return whole
+    contents = [text] if source == "boxed" else []
     formulas = inline_formulas(region, first=source in ("phrase", "hashes"))
     if formulas and not LIST_BEFORE.search(region[: formulas[0].start()].replace("$", " ")):
         contents = [undressed(found[0]).strip() for found in formulas]
         whole = read_whole(", ".join(contents), answer)
         if whole is not None and not whole.says_words:
             return whole
+    if any(re.search(r"\d", part) and not re.search(WORD, part) for part in contents):
+        raise UndecidableError("a part of it would be dropped")
     return read_prose(text, answer)
 
 
@@ -210,10 +214,9 @@ def read_whole(text: str, answer: Answer) -> Answer | None:
     if len(sides) > 1 and not any(re.search(r"[,;]|\b(?:or|and)\b", side) for side in sides[1:-1]):
         last = read_quantity(sides[-1].strip())
         named = NAME.fullmatch(sides[0].strip())
-        if last and not named:
-            values = {arithmetic.evaluate(side) for side in sides[:-1]}
-            if None not in values and values != {last.value}:
-                raise UndecidableError("sides that differ")
+        values = {arithmetic.evaluate(side) for side in sides[bool(named) : -1]}
+        if last and values - {None, last.value}:
+            raise UndecidableError("sides that differ")
         if last and (named or None not in values):
             relation = text if named and len(text) <= MAX_FORMULA else None
             return replace(answer, value=last.value, unit=last.unit, formula=relation)

@@ -84,6 +84,7 @@ for _ in range(3):
     NESTED = rf"[^()]*(?:\({NESTED}\)[^()]*)*"
 BRACKETED = re.compile(rf"(\^|\\sqrt)\s{{0,3}}\(({NESTED})\)")
 IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
+DOTS = re.compile(r"\\[lc]?dots|\.{3}|…")
 OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])|\\vee|\\lor")
 
 
@@ -98,6 +99,9 @@ def latex(text: str) -> str:
 
 def compare(prediction: str, gold: str) -> str:
     """Judge whether two formulas mean the same: equal, different or undecided."""
+    if DOTS.search(prediction + gold):  # what goes on like that is only known to go on
+        same = re.sub(r"\s", "", prediction) == re.sub(r"\s", "", gold)
+        return EQUAL if same else UNDECIDED
     left, right = latex(prediction), latex(gold)
     imaginary = (should_treat_as_complex(side) or IMAGINARY.search(side) for side in (left, right))
     real = not any(imaginary)

@@ -92,6 +92,7 @@ DRESSING = [
         (r"\^\s{0,3}(?:\{\s{0,3}\\circ\s{0,3}\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
         (r"\\(?:mu|micro)(?=[A-Za-z])", "μ"),
         (r"\\(?:vee|lor)(?![A-Za-z])", " or "),
+        (r"\\not\s?=", r"\\neq "),
         (r"\\backslash(?![A-Za-z])", r"\\setminus "),
         (r"[ \t]{2,}", " "),
     )
