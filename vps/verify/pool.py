@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import queue
-import selectors
 import subprocess
 import sys
 import threading
@@ -45,7 +44,6 @@ class Worker:
             bufsize=0,
             start_new_session=True,
         )
-        self.received = b""
         self.ready: dict[str, Any] | None = None  # its first message
         path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry)]
         path[:0] = [root for root in (str(WORKER.parents[2]),) if root not in path]
@@ -57,30 +55,27 @@ class Worker:
         self.process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """Read one line.
+        """Read one line; kill the process where it is not there by then.
+
+        Args:
+            deadline: in ``time.monotonic()``.
 
         Raises:
-            TimeoutError: it was not complete at ``deadline``, in ``time.monotonic()``.
-            OSError, EOFError, ValueError, TypeError: the pipe closed, or what came is no answer.
+            OSError, EOFError, ValueError, TypeError: the process ended, or sent no answer.
         """
-        stream = self.process.stdout
-        with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)  # type: ignore[arg-type]
-            while b"\n" not in self.received:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                read = os.read(stream.fileno(), MAX_ANSWER)  # type: ignore[union-attr]
-                self.received += read
-                if not read or len(self.received) > MAX_ANSWER:
-                    raise EOFError
-        line, _, self.received = self.received.partition(b"\n")
-        return dict(json.loads(line))
+        late = threading.Timer(max(0.0, deadline - time.monotonic()), self.process.kill)
+        late.daemon = True
+        late.start()
+        try:
+            return dict(json.loads(self.process.stdout.readline(MAX_ANSWER)))  # type: ignore[union-attr]
+        finally:
+            late.cancel()
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
         """Return the answer to a request, or the first message where that names missing packages.
 
         Raises:
-            TimeoutError, OSError, EOFError, ValueError, TypeError: as for :meth:`receive`.
+            OSError, EOFError, ValueError, TypeError: as for :meth:`receive`.
         """
         self.ready = self.ready or {"ready": True} | self.receive(deadline)
         if self.ready.get("missing"):
@@ -187,10 +182,9 @@ class Pool:
             worker, found = worker or self.add(), None
             try:
                 found = worker.ask(request, deadline) if worker else None
-            except TimeoutError:
-                return None
             except GONE:
-                continue
+                if time.monotonic() < deadline:
+                    continue
             finally:
                 self.places.put(self.successor(worker, found))
             if found and found.get("missing"):
