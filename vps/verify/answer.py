@@ -16,6 +16,7 @@ from vps.verify.text import Source, clean, locate, undressed
 
 MAX_FORMULA = 400
 MAX_CALLS = 9
+MAX_STRETCHES = 12
 GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau "
     "phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega"
@@ -73,14 +74,10 @@ INLINE = re.compile(
     r"|\\\[(?:[^\\]|\\[^\]]){1,400}\\\]"
 )
 JOINT_OF_FORMULAS = re.compile(r"[\s,;]{0,3}(?:and|or)?\s{0,3}")
-LAST_LIST = re.compile(
-    rf"(?<![\w.,])-?{LITERAL}(?:\s?(?:,\s?(?:and|or)?|and|or)\s?-?{LITERAL}){{1,20}}[.!]?\s*$"
-)
 LIST_BEFORE = re.compile(
     r"(?:(?:[\d%°],?[^\S\n]{0,3}(?:-|to|or|and|through|;)|\bbetween\b[^.\n]{1,40}\band"
     r"|\bfrom\b[^.\n]{1,40}\bto)[^\S\n]{0,3}|\d[:/]|\d[^\S\n]?[^\W\d_]{0,3}[^\S\n]by[^\S\n])[$€£]?$"
 )
-COMMA_BEFORE = re.compile(r"\d,\s{1,3}[$€£]?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,57 +283,37 @@ def informative(text: str) -> bool:
 
 
 def read_prose(text: str, answer: Answer) -> Answer:
-    """Read the last number or formula of a text, or the first behind a mark."""
+    """Read what the last number or formula of a text ends, or the first behind a mark begins."""
     lines = text.split("\n")
     for line in lines if answer.source != "text" else reversed(lines):
         found = stretches(line)
         if found and answer.source != "text":
             return read_stretch(line, *found[0], answer)
+        if len(found) > arithmetic.MAX_TOKENS and not re.search(r"[^\W\d_]{2}", line):
+            raise UndecidableError("a row too long")
+        for start, _ in found[-MAX_STRETCHES:]:
+            if not LIST_BEFORE.search(line, max(0, start - 60), start):
+                with suppress(UndecidableError):
+                    return read_stretch(line, start, found[-1][1], answer)
         if found:
-            if len(found) > arithmetic.MAX_TOKENS and not re.search(r"[^\W\d_]{2}", line):
-                raise UndecidableError("a row too long")
-            start, end = found[-1]
-            quantity = reaching(line, found, end)
-            if quantity:
-                return replace(answer, value=quantity.value, unit=quantity.unit)
-            before = "" if "=" in line[start:end] else line[max(0, start - 60) : start]
-            alone = not re.search(r"[^\W\d_]{3}", line[end:])
-            if LIST_BEFORE.search(before) or alone and COMMA_BEFORE.search(before):
-                listed = LAST_LIST.search(line)
-                if listed is None:
-                    raise UndecidableError("several numbers")
-                return replace(answer, formula=listed[0].strip(" .!"))
-            return read_stretch(line, start, end, answer)
+            raise UndecidableError("a part of it would be dropped")
     # LaTeX that says more than words
     return replace(answer, undecidable="\\" in undressed(answer.text))
 
 
-def reaching(line: str, found: list[tuple[int, int]], end: int) -> kinds.Quantity | None:
-    """Read units that reach to ``end`` in a line, as in "5 km/h" or "1 hour and 30 minutes"."""
-    for start, stop in found[-kinds.MAX_PAIRS - 1 :]:
-        with suppress(kinds.ChangedError):
-            quantity = kinds.compound(line, start)
-            if quantity is None and stop < end:
-                quantity = kinds.quantity(line, start, stop)
-            if quantity and quantity.end >= end:
-                return quantity
-    return None
-
-
 def read_stretch(text: str, start: int, end: int, answer: Answer) -> Answer:
-    """Read one stretch of mathematics: a number with the unit behind it, or a formula."""
-    sides = list(EQUALS.finditer(text, start, end))
-    found = None
+    """Read a stretch of mathematics: a number with the units behind it, or a formula."""
     if structure := kinds.structure(text[start:end]):
         after = kinds.unit_at(text, end)
         return replace(answer, parts=structure[0], unit=after.unit if after else structure[1])
     if not re.search(r"(?<![<>])[<>]", text[start:end]):
-        first = sides[-1].end() if sides else start
+        first = max((side.end() for side in EQUALS.finditer(text, start, end)), default=start)
         first += len(text[first:]) - len(text[first:].lstrip())
         before = re.search(r"(?:US)?[$€£¥₹₽₩]\s?-?$|-[$€£]$", text[:first])
-        found = kinds.quantity(text, before.start() if before else first, end)
-    if found and found.end >= end:
-        return replace(answer, value=found.value, unit=found.unit)
+        first = before.start() if before else first
+        found = kinds.compound(text, first) or kinds.quantity(text, first, end)
+        if found and found.end >= end:
+            return replace(answer, value=found.value, unit=found.unit)
     whole = read_whole(text[start:end], answer)
     if whole is None:
         raise UndecidableError("a part of it would be dropped")

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import queue
+import selectors
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ from typing import Any
 WORKER = Path(__file__).with_name("worker.py")
 MEMORY = 1 << 30
 MAX_ANSWER = 1 << 16
+# Seconds that a worker may take to start; requests do not kill it before.
+STARTING = 60.0
 # Less than a pipe holds, so that writing never waits for the worker.
 MAX_REQUEST = 60_000
 logger = logging.getLogger("vps.verify")
@@ -45,6 +48,7 @@ class Worker:
             start_new_session=True,
         )
         self.ready: dict[str, Any] | None = None  # its first message
+        self.patience = time.monotonic() + STARTING
         path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry)]
         path[:0] = [root for root in (str(WORKER.parents[2]),) if root not in path]
         with suppress(*GONE):  # the first request finds out
@@ -75,9 +79,15 @@ class Worker:
         """Return the answer to a request, or the first message where that names missing packages.
 
         Raises:
+            TimeoutError: the worker is still starting.
             OSError, EOFError, ValueError, TypeError: as for :meth:`receive`.
         """
-        self.ready = self.ready or {"ready": True} | self.receive(deadline)
+        if self.ready is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+            self.ready = {"ready": True} | self.receive(deadline)
         if self.ready.get("missing"):
             return self.ready
         self.send(request | {"seconds": max(0.0, deadline - time.monotonic())})
@@ -149,12 +159,15 @@ class Pool:
         return worker
 
     def successor(self, worker: Worker | None, found: dict[str, Any] | None) -> Worker | None:
-        """Return a worker that may go on, or end it and start another.
+        """Return a worker that may go on or is starting, or end it and start another.
 
         One that never got ready has no successor, which would not either.
         """
         if worker is None or found and not found.get("exhausted") and not self.closed:
             return worker
+        if worker.ready is None and time.monotonic() < worker.patience and not self.closed:
+            if worker.process.poll() is None:
+                return worker
         self.workers.discard(worker)
         worker.kill()
         return self.add() if worker.ready else None
