@@ -159,7 +159,8 @@ def read(region: str, source: Source) -> Answer:
     text = undressed(region).strip().rstrip(".,;:? \t\n")
     if source == "phrase":
         text = re.split(r"\s(?:because|since)\b", text)[0].rstrip("!.,;:? ")
-    whole = read_whole(text, answer)
+    aside = re.fullmatch(r"([^()]{0,80}\S)\s\([^()\\]*[A-Za-z]{3}[^()\\]*\)", text)
+    whole = read_whole(aside[1] if aside else text, answer)
     if whole is not None:
         return whole
     contents = [text] if source == "boxed" else []
@@ -193,7 +194,7 @@ def read_whole(text: str, answer: Answer) -> Answer | None:
     """Read a text of which every part counts; ``None`` where it is prose."""
     about = kinds.ABOUT.match(text)
     text = text[about.end() :] if about else text
-    bullet = re.match(r"[-*+]\s+(?=[\d$.])|[,;:]\s*", text)
+    bullet = re.match(r"[-*+]\s+(?=[\d$.])|[,;:]\s*|\(?[a-h]\)\s+(?=\S)", text)
     text = text[bullet.end() :] if bullet else text
     if re.fullmatch(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?", text):
         text = text.replace(" ", "")
@@ -306,7 +307,7 @@ def read_stretch(text: str, start: int, end: int, answer: Answer) -> Answer:
     if structure := kinds.structure(text[start:end]):
         after = kinds.unit_at(text, end)
         return replace(answer, parts=structure[0], unit=after.unit if after else structure[1])
-    if not re.search(r"(?<![<>])[<>]", text[start:end]):
+    if not re.search(r"(?<![<>])[<>]|=.*(?:[,;]\s|\band\b|\bor\b)", text[start:end]):
         first = max((side.end() for side in EQUALS.finditer(text, start, end)), default=start)
         first += len(text[first:]) - len(text[first:].lstrip())
         before = re.search(r"(?:US)?[$€£¥₹₽₩]\s?-?$|-[$€£]$", text[:first])

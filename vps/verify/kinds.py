@@ -16,7 +16,7 @@ from vps.verify.arithmetic import LITERAL, UndecidableError
 MAX_PAIRS = 4
 MAGNITUDES = {
     **{"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9},
-    **{"trillion": 10**12, "lakh": 10**5, "crore": 10**7, "万": 10**4, "亿": 10**8},
+    **{"bn": 10**9, "trillion": 10**12, "lakh": 10**5, "crore": 10**7, "万": 10**4, "亿": 10**8},
 }
 MAGNITUDE = re.compile(rf"[\s-]?\s?({'|'.join(MAGNITUDES)})s?(?![A-Za-z])", re.IGNORECASE)
 SIGN = re.compile(r"([-+]?)\s?(US\$|[$€£¥₹₽₩])\s?(?=-?[\d.])")
@@ -28,7 +28,7 @@ ABOUT = re.compile(
 )
 MINUS = re.compile(r"(?:minus|negative)\s{1,3}", re.IGNORECASE)
 CHANGED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|no|neither|nor|without|than|least|most|under|over|below|above|minus"
+    r"(?:\b(?:not|up|never|no|neither|nor|without|than|least|most|under|over|below|above|minus"
     r"|negative|half|third|quarter|twice|double|triple|times|except|between|out|all but)|n't|≠"
     r"|\\neq?"
     r"|(?:n't|not|never)\s(?:think|believe|say)\s(?:that\s)?(?:it|this|that|the answer)(?:'s|\sis))"
@@ -39,7 +39,8 @@ CHANGED_AFTER = re.compile(
     r"\s{0,3}(?:and\s(?:a|one|two|three)[\s-](?:half|third|quarter|fourth|fifth|tenth)|squared"
     r"|cubed|(?:[ap]\.?m\b|o'clock)|(?:or|and)\s(?:more|less|fewer|above|below|greater|higher|up)"
     r"|(?:to|through|until|till|or|out of)\s{1,3}[-$]?[\d.]"
-    r"|%?\s?(?:more|less|fewer|greater)\sthan|[:;]\s?-?[\d.]|-\s?[a-z]?\d)",
+    r"|%?\s?(?:more|less|fewer|greater)\sthan|[:;]\s?-?[\d.]|-\s?[a-z]?\d"
+    r"|\stimes\s(?:as|more|less|the|\d)|\+\s*$|\s?[‰′″])",
     re.IGNORECASE,
 )
 ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![A-Za-z])")
@@ -155,18 +156,23 @@ def unit_at(text: str, position: int) -> units.Match | None:
 
 
 def compound(text: str, start: int = 0) -> Quantity | None:
-    """Read ``1 h 30 min`` or ``5 ft 6 in``: the sum in the last unit, each smaller than before.
+    """Read ``1 h 30 min`` or ``5 ft 6 in``: the sum in the last unit (money: the first).
+
+    Each must be smaller than the one before.
 
     Raises:
         ImportError: pint is missing.
     """
-    total, end, last = Fraction(0), start, None
+    total, end, first, last = Fraction(0), start, None, None
     for count in range(MAX_PAIRS + 1):
         at = end + len(BETWEEN.match(text, end)[0]) if count else start  # type: ignore[index]
         found = quantity(text, at) if at < len(text) else None
         unit = found.unit if found else None
         if not found or not unit or len(unit) != 1 or last and not units.smaller(unit, last):
+            if count > 1 and units.is_money(first):  # dollars may be left out
+                total, last = units.convert(total, last, first), first
             return Quantity(total, last, end) if count > 1 else None
+        first = first or unit
         total = found.value + (units.convert(total, last, unit) if last else 0)
         end, last = found.end, unit
     return None
