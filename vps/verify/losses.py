@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 from vps.verify import units
 from vps.verify.answer import Answer, extract_answer
@@ -145,13 +146,9 @@ def compare_parts(prediction: Answer, gold: Answer) -> Verdict:
     kinds = set.intersection(*({reading[0] for reading in side} for side in sides))
     theirs, ours = ({reading for reading in side if reading[0] in kinds} for side in sides)
     if kinds == {"range"}:
-        ends = zip(theirs.pop()[1:], ours.pop()[1:], strict=True)
-        return correct_if(
-            all(
-                numbers_equal(replace(prediction, value=end), replace(gold, value=other))
-                for end, other in ends
-            )
-        )
+        ends: Iterable[tuple[Any, Any]] = zip(theirs.pop()[1:], ours.pop()[1:], strict=True)
+        answers = [(replace(prediction, value=a), replace(gold, value=b)) for a, b in ends]
+        return correct_if(all(numbers_equal(*pair) for pair in answers))
     if theirs == ours:
         return correct_if(bool(kinds))
     # A 0 is a part of a date that is not said.

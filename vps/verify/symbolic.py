@@ -47,11 +47,7 @@ TYPED = [
     for pattern, replacement in (
         (r"(?<=[A-Za-z])'+", lambda primes: f"_{{{'p' * len(primes[0])}}}"),
         (r"\*\*", "^"),
-        (r"!=", r"\\neq "),
         (r":=", "="),
-        (r"<=", r"\\leq "),
-        (r">=", r"\\geq "),
-        (r"\*", r"\\cdot "),
         (r"°", lambda sign: r"^{\circ}" if re.search(r"sin|cos|tan", sign.string) else ""),
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
         (r"\\[lr]brace(?![A-Za-z])", lambda brace: r"\{" if brace[0][1] == "l" else r"\}"),
@@ -60,7 +56,6 @@ TYPED = [
         (r"\\varnothing", r"\\emptyset"),
         (r"\\sqrt\s+(\d+)", r"\\sqrt{\1}"),
         (r"(?<!\d)(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda number: number[0].replace(",", "")),
-        (r"(\d(?:\.\d+)?)[eE]([-+]?\d{1,4})(?![\dA-Za-z])", r"\1\\cdot 10^{\2}"),
         (r"\babs\s?\(([^()]*)\)", r"|\1|"),
         (
             rf"(?<![\\A-Za-z])({NAMES})(?![A-Za-z])",
@@ -69,8 +64,6 @@ TYPED = [
         (r"\\langle(.*)\\rangle", r"(\1)"),
         (r"\\begin\{array\}\{[clr|]+\}", r"\\begin{matrix}"),
         (r"\\end\{array\}", r"\\end{matrix}"),
-        # (x, y) = (1, 2) is the point
-        (r"^\(\s?(?:x,\s?y(?:,\s?z)?|a,\s?b(?:,\s?c)?|m,\s?n|p,\s?q)\s?\)\s?=\s?(?=\()", ""),
         # {x | x > 3} is x > 3
         (
             r"^\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:[|:]|\\mid)([^|:]*[<>=q][^|:]*)\\\}$",

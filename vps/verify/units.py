@@ -157,7 +157,7 @@ def registry() -> Any:
             "vps.verify: units needs pint, which is not installed: "
             "pip install 'vps-kernels[verify]'"
         ) from None
-    made = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
+    made: Any = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
     for name in MONEY - {"us_cent"}:
         made.define(f"{name} = [{name}]")
     made.define("us_cent = dollar / 100")

@@ -56,13 +56,13 @@ def limit(memory: int | None = None, seconds: float = 0.0) -> None:
 
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = int(used.ru_utime + used.ru_stime + seconds) + 2
-        limits = [(resource.RLIMIT_CPU, soft, resource.getrlimit(resource.RLIMIT_CPU)[1])]
+        limits = {resource.RLIMIT_CPU: (soft, resource.getrlimit(resource.RLIMIT_CPU)[1])}
         if memory is not None:
-            sizes = {resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
-            limits = [(kind, size, size) for kind, size in sizes.items()]
-        for kind, *sizes in limits:
+            limits = {resource.RLIMIT_AS: (memory, memory)}
+            limits |= dict.fromkeys((resource.RLIMIT_FSIZE, resource.RLIMIT_CORE), (0, 0))
+        for kind, sizes in limits.items():
             with suppress(ValueError, OSError):  # a lower one is set, or the system has none
-                resource.setrlimit(kind, tuple(sizes))
+                resource.setrlimit(kind, sizes)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
