@@ -27,6 +27,7 @@ FUNCTIONS = (
 NOT_A_VALUE = ("nan", "inf", "oo")
 KNOWN = "|".join([*GREEK, *FUNCTIONS, "pi", "infinity", "mod"])
 OPERATOR = r"[-+*/^=<>]"
+SIGN = rf"{OPERATOR}|_|\w\(|\|.*\||\b[a-z]!"
 WORD = r"(?<!\\)\b[^\W\d_]{3,}"
 # What mathematics is made of: known words, commands, numbers, signs, letters that stand alone.
 PIECE = (
@@ -276,11 +277,9 @@ def excess(text: str) -> int:
 
 def informative(text: str) -> bool:
     """Tell whether a text says something: a number, a command, or an operator by a symbol."""
-    return bool(
-        re.search(r"\d|\\[A-Za-z]|\binfinity\b", text)
-        or re.search(r"[^\W_]", text)
-        and re.search(OPERATOR + (r"|_|\w\(|\|.*\|" if text.count("(") < MAX_CALLS else ""), text)
-    )
+    signs = OPERATOR if text.count("(") >= MAX_CALLS else SIGN
+    symbol = re.search(r"[^\W_]", text) and re.search(signs, text)
+    return bool(symbol or re.search(r"\d|\\[A-Za-z]|\binfinity\b", text))
 
 
 def read_prose(text: str, answer: Answer) -> Answer:

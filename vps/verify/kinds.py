@@ -23,7 +23,7 @@ SIGN = re.compile(r"([-+]?)\s?(US\$|[$€£¥₹₽₩])\s?(?=-?[\d.])")
 # Words before a number that leave it as it is, turn it round, or make it another one.
 ABOUT = re.compile(
     r"(?:(?:(?:about|around|approximately|roughly|nearly|exactly|only|just|is|be|equals)\b"
-    r"|approx\.|\\approx\b|≈|=|:)\s{0,3})+",
+    r"|approx\.|\\(?:approx|sim)\b|≈|=|:)\s{0,3})+",
     re.IGNORECASE,
 )
 MINUS = re.compile(r"(?:minus|negative)\s{1,3}", re.IGNORECASE)

@@ -42,12 +42,15 @@ CONVERSION = latex2sympy.ConversionConfig(lowercase_symbols=False)
 
 NAMES = "|".join([*FUNCTIONS, *GREEK, "pi", "infinity", "in"])
 RENAMED = {"infinity": "infty", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
+CURRENT = re.compile(r"I\s?[_^A-Z]|[A-Z]I")
 TYPED = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"(?<=[A-Za-z])'+", lambda primes: f"_{{{'p' * len(primes[0])}}}"),
+        (r"(?<=[A-Za-z}])'+", lambda primes: f"_{{{'p' * len(primes[0])}}}"),
         (r"\*\*", "^"),
         (r":=", "="),
+        # Another letter for the I of I_2, I^2 and IR, which loses its index and power
+        (r"(?<![a-z\\])I(?![a-z])", lambda i: r"\Upsilon " if CURRENT.search(i.string) else "I"),
         (r"°", lambda sign: r"^{\circ}" if re.search(r"sin|cos|tan", sign.string) else ""),
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
         (r"\\[lr]brace(?![A-Za-z])", lambda brace: r"\{" if brace[0][1] == "l" else r"\}"),
@@ -118,7 +121,7 @@ def read(text: str, real: bool) -> Any:
     )
     found = exact(found, real)
     if isinstance(found, sympy.FiniteSet) and OR.search(text):
-        if all(map(is_inequality, found.args)):
+        if all(map(is_inequality, found.args)) and len(found.free_symbols) == 1:
             return sympy.Union(*(part.as_set() for part in found.args))
     return found
 

@@ -71,7 +71,7 @@ DRESSING = [
         (r"\\(?:boxed|fbox)(?![A-Za-z])", " "),
         (r"(?<!\\)\{\s{0,3}\}", " "),
         (r"\\(?:left|right)\.", ""),
-        (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|bf|rm|it|sim)(?![A-Za-z])", ""),
+        (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|bf|rm|it)(?![A-Za-z])", ""),
         (
             r"\\(?:text(?:normal|bf|it|rm|sf)?|math(?:rm|bf|it|sf)|operatorname|mbox|underline)"
             r"\s{0,3}\{((?:[^{}]|\{[^{}]*\})*)\}",
