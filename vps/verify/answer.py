@@ -160,7 +160,7 @@ def read(region: str, source: Source) -> Answer:
     text = undressed(region).strip().rstrip(".,;:? \t\n")
     if source == "phrase":
         text = re.split(r"\s(?:because|since)\b", text)[0].rstrip("!.,;:? ")
-    aside = re.fullmatch(r"([^()]{0,80}\S)\s\([^()\\]*[A-Za-z]{3}[^()\\]*\)", text)
+    aside = re.fullmatch(r"([^()]{0,80}\S)\s\([^()\\]{0,99}[A-Za-z]{3}[^()\\]{0,99}\)", text)
     whole = read_whole(aside[1] if aside else text, answer)
     if whole is not None:
         return whole
@@ -306,7 +306,8 @@ def read_stretch(text: str, start: int, end: int, answer: Answer) -> Answer:
     if structure := kinds.structure(text[start:end]):
         after = kinds.unit_at(text, end)
         return replace(answer, parts=structure[0], unit=after.unit if after else structure[1])
-    if not re.search(r"(?<![<>])[<>]|=.*(?:[,;]\s|\band\b|\bor\b)", text[start:end]):
+    equations = re.search(r"[,;]\s|\b(?:and|or)\b", text[start:end].partition("=")[2])
+    if not equations and not re.search(r"(?<![<>])[<>]", text[start:end]):
         first = max((side.end() for side in EQUALS.finditer(text, start, end)), default=start)
         first += len(text[first:]) - len(text[first:].lstrip())
         before = re.search(r"(?:US)?[$€£¥₹₽₩]\s?-?$|-[$€£]$", text[:first])

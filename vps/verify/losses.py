@@ -86,9 +86,10 @@ def compare(
 
 
 def product(answer: Answer, other: Answer) -> Answer:
-    """Return two or three letters beside a formula as the product of them."""
+    """Return two or three letters beside a formula, or both in ``$``, as the product of them."""
     text = undressed(answer.text).strip()
-    letters = answer.says_words and other.formula and re.fullmatch("[A-Za-z]{2,3}", text)
+    algebra = other.formula or answer.text[:1] == other.text[:1] == "$"
+    letters = answer.says_words and algebra and re.fullmatch("[A-Za-z]{2,3}", text)
     return replace(answer, formula=letters[0]) if letters else answer
 
 
