@@ -24,7 +24,6 @@ GREEK = (
 FUNCTIONS = (
     "sin cos tan cot sec csc sinh cosh tanh asin acos atan arcsin arccos arctan exp log ln sqrt abs"
 ).split()
-NOT_A_VALUE = ("nan", "inf", "oo")
 KNOWN = "|".join([*GREEK, *FUNCTIONS, "pi", "infinity", "mod"])
 OPERATOR = r"[-+*/^=<>]"
 SIGN = rf"{OPERATOR}|_|\w\(|\|.*\||\b[a-z]!"

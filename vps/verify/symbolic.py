@@ -29,12 +29,6 @@ TINY = sympy.Float(10) ** (10 - DIGITS)
 MAX_ELEMENTS = 16
 FINITE = (sympy.FiniteSet, sympy.Tuple)
 INFINITIES = (sympy.oo, -sympy.oo)
-INEQUALITIES = (
-    sympy.StrictLessThan,
-    sympy.LessThan,
-    sympy.StrictGreaterThan,
-    sympy.GreaterThan,
-)
 NORMALIZATION = latex2sympy.NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
 )
@@ -151,8 +145,8 @@ def is_relation(found: Any) -> bool:
 
 def is_inequality(found: Any) -> bool:
     """Tell whether sympy has one inequality in one variable, or a chain of them."""
-    parts = found.args if isinstance(found, sympy.And) else (found,)
-    return all(isinstance(part, INEQUALITIES) for part in parts) and len(found.free_symbols) == 1
+    signs = {getattr(part, "rel_op", "") for part in listed(found)}
+    return is_relation(found) and signs <= {"<", "<=", ">", ">="} and len(found.free_symbols) == 1
 
 
 def is_equal(left: Any, right: Any) -> str:

@@ -13,9 +13,7 @@ from typing import Literal, NamedTuple
 LIMIT = 4096
 Source = Literal["boxed", "hashes", "phrase", "text"]
 
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 SUPERSCRIPT_RUN = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 VULGAR_FRACTION = re.compile("([¼-¾⅐-⅞↉])")
 BOLD = re.compile(r"(?<![\w)\]}*])\*\*([^*\n]{1,200})\*\*(?![\w(*])")
@@ -23,31 +21,17 @@ FIRST_WORD = re.compile(r"[\w.,^*/+\-\\{}()\[\]]*")
 COMMANDS = dict(
     zip("≠≈π∞√∈∪∩∅±", "neq approx pi infty sqrt in cup cap emptyset pm".split(), strict=True)
 )
-GREEK = dict(
-    zip(
-        "αβγδεθλρστφψω",
-        "alpha beta gamma delta epsilon theta lambda rho sigma tau phi psi omega".split(),
-        strict=True,
-    )
-)
-GREEK_LETTER = re.compile(rf"(?<![^\W\d_])[{''.join(GREEK)}](?![^\W\d_])")
+GREEK_LETTER = re.compile(r"(?<![^\W\d_])[αβγδεθλρστφψω](?![^\W\d_])")
 CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("−‒–‐‑﹣－", "-"),
         **dict.fromkeys("⁄∕÷", "/"),
         **dict.fromkeys("×·⋅∙∗", "*"),
         **{sign: rf" \{name} " for sign, name in COMMANDS.items()},
-        "—": " ",
+        **dict(zip("—`∶、º٫٬’", "  :,°.,'", strict=True)),
         "≤": "<=",
         "≥": ">=",
         "ℝ": r"\mathbb{R}",
-        "∶": ":",
-        "、": ",",
-        "º": "°",
-        "`": " ",
-        "٫": ".",
-        "٬": ",",
-        "’": "'",
     }
 )
 
@@ -140,19 +124,25 @@ def clean(text: str) -> Cleaned:
         text = text[-LIMIT:]
         text = text[FIRST_WORD.match(text).end() :]  # type: ignore[union-attr]
     # Before NFKC, which makes 103 of 10³ and 31/2 of 3½.
-    text = SUPERSCRIPT_RUN.sub(lambda run: "^{" + run[0].translate(SUPERSCRIPTS) + "}", text)
-    text = SUBSCRIPT_RUN.sub(lambda run: "_{" + run[0].translate(SUBSCRIPTS) + "}", text)
+    text = SUPERSCRIPT_RUN.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run[0])}}}", text)
+    text = SUBSCRIPT_RUN.sub(lambda run: f"_{{{unicodedata.normalize('NFKC', run[0])}}}", text)
     text = VULGAR_FRACTION.sub(r" \1", text)
     # Before it, too: it makes a space and a combining mark of º and some signs.
     text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
     if len(text) > 2 * LIMIT:
         cut, text = True, text[-2 * LIMIT :]
     if not text.isascii():
-        text = GREEK_LETTER.sub(lambda letter: rf"\{GREEK[letter[0]]} ", text)
+        text = GREEK_LETTER.sub(greek, text)
         text = "".join(map(plain_character, text))
     else:
         text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f]", " ", text)
     return Cleaned(BOLD.sub(r"\1", text).strip(), cut)
+
+
+def greek(letter: re.Match[str]) -> str:
+    """Return the command of a Greek letter that stands alone."""
+    name = unicodedata.name(letter[0]).rpartition(" ")[2].lower()
+    return rf"\{name.replace('lamda', 'lambda')} "
 
 
 def plain_character(character: str) -> str:
