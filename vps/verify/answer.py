@@ -249,7 +249,7 @@ def read_formula(text: str, answer: Answer) -> Answer | None:
     head = text[: tail.start()] if tail else ""
     found = units.match(text, tail.start(1)) if tail else None
     if tail and found and found.end == len(text) and is_formula(head):
-        constant = not re.search(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:sin|cos|tan)", head)
+        constant = not re.search(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:sin|cos|tan)|°", head)
         metres = tail[1] == "m" and head[-1].isspace() and "\\" in head
         if len(tail[1]) > 1 or constant and (metres or tail[1] in "°%"):
             return replace(answer, formula=head.strip(), unit=found.unit)
