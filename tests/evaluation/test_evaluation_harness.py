@@ -18,7 +18,7 @@ from evaluation_cases import (
 import vps
 from vps import VPSConfig
 from vps.evaluation.harness import VARIANTS, Harness
-from vps.evaluation.lm import outcomes_of
+from vps.evaluation.lm import outcomes_of, scoped
 from vps.model.patching import sharpened_layers
 
 pytest.importorskip("lm_eval")
@@ -138,10 +138,31 @@ def test_padding_would_count_without_the_mask(folder, monkeypatch):
     config = VPSConfig(scope="sequence")
     options = dict(tasks=["local_choice"], scoring_scope="config")
     alone = values(harness(model, folder, **options).run(config))
-    monkeypatch.setattr("vps.evaluation.lm._counted", lambda inputs, waiting: None)
+    monkeypatch.setattr("vps.evaluation.lm._marked", lambda ids, waiting: (None, ids >= 0))
     padded = values(harness(model, folder, batch_size=7, **options).run(config))
     largest = max(abs(a[4] - b[4]) for a, b in zip(alone, padded, strict=True))
     assert largest > 1e-3
+
+
+@torch.no_grad()
+def test_under_the_prompt_scope_the_context_decides(folder):
+    """One pass a request, equal to the context followed by the continuation with a cache."""
+    model = patched_model(torch.float64)
+    rows = [([5, 6, 7], [8, 9]), ([5, 6], [7, 8, 9]), ([5, 6, 7, 8], [9]), ([11], [12, 13, 14, 15])]
+    for batch_size in (1, 3):
+        lm = harness(model, folder, batch_size=batch_size, scoring_scope="prompt")._lm
+        with scoped(model, "prompt"):
+            requests = [((str(row), ""), *row) for row in rows]
+            lm.logits_cache = False
+            found = [one for one, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+            for (context, continuation), score in zip(rows, found, strict=True):
+                out = model(torch.tensor([context]))
+                logits, expected = out.logits[:, -1:], 0.0
+                for token in continuation:
+                    expected += logits[0, -1].log_softmax(-1)[token].item()
+                    step = torch.tensor([[token]])
+                    logits = model(step, past_key_values=out.past_key_values).logits
+                assert score == pytest.approx(expected, abs=1e-9)
 
 
 def test_scoring_is_causal_and_generation_keeps_the_scope(folder):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,10 +26,10 @@ from vps.evaluation.paired import Outcome
 from vps.evaluation.runs import Evaluation, Evaluator
 from vps.evaluation.tasks import load
 from vps.model.capture import restored
-from vps.model.patching import policy_state, sharpened_layers
+from vps.model.patching import patch, policy_state, sharpened_layers, unpatch
 
 VARIANTS = (SHARPENED, *CONTROLS)
-SCOPES = ("token", "sequence", "batch", "config")
+SCOPES = ("token", "prompt", "sequence", "batch", "config")
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,55 @@ def _seeded(seed: int) -> Iterator[None]:
             yield
         finally:
             random.setstate(before)
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Any],
+    config: VPSConfig | None = None,
+    *,
+    variants: Sequence[str] = (BASELINE, SHARPENED, *list(CONTROLS)[1:]),
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda message: None,
+    **options: Any,
+) -> dict[str, Scores]:
+    """Run baseline, sharpened model and controls on the same documents.
+
+    Args:
+        model: a causal language model of transformers; one without sharpened layers is patched for
+            the time.
+        tokenizer: its tokenizer.
+        tasks: as for :class:`Harness`, like the ``options``.
+        config: the settings; ``None`` for those of the layers, or the defaults.
+        variants: what to run, in this order.
+        seed: of the controls.
+        progress: called with the name of each variant before it runs.
+
+    Returns:
+        :class:`Scores` by variant.
+
+    Raises:
+        ValueError: an unknown variant, or as for :class:`Harness`.
+    """
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown or not variants:
+        raise ValueError(
+            f"evaluation: variants must be of {', '.join(VARIANTS)}, got {list(variants)!r}"
+        )
+    patched_here = not sharpened_layers(model)
+    if patched_here:
+        patch(model, config)
+    try:
+        harness = Harness(model, tokenizer, tasks, **options)
+        scores = {}
+        for name in variants:
+            progress(name)
+            scores[name] = harness.run(config, name, seed)
+        return scores
+    finally:
+        if patched_here:
+            unpatch(model)
 
 
 def evaluator(harness: Harness) -> Evaluator:

@@ -8,7 +8,6 @@ call itself stays that of ``HFLM``, so a model without sharpening gives the same
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial, partialmethod
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from vps.evaluation.controls import with_configs
 from vps.evaluation.paired import Outcome
-from vps.masking import token_mask
+from vps.masking import prompt, token_mask
 from vps.model.patching import check_scope, sharpened_layers
 
 ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -103,39 +102,50 @@ def _class() -> type[Any]:
         group: Any
         ran: dict[str, tuple[str, int]]  # scope and batch size by type of request
         batch_size_per_gpu: int
-        _rows: Counter[tuple[int, ...]] | None = None
+        logits_cache: bool
+        _rows: dict[tuple[int, ...], list[int]] | None = None
 
         def _shared(self, kind: str, requests: Any, **kwargs: Any) -> Any:
             """Compute under the scope for this kind of request, one row a call in scope "batch",
             whose results else depend on batch-mates."""
             compute = partial(getattr(super(), kind), **kwargs)
             own = kind == "generate_until" or self.scoring_scope == "config"
-            before = self.batch_size_per_gpu
+            before = self.batch_size_per_gpu, self.logits_cache
             with nullcontext() if own else scoped(self.model, self.scoring_scope):
                 scopes = {layer.config.scope for layer in sharpened_layers(self.model).values()}
                 if "batch" in scopes:
                     self.batch_size_per_gpu = 1
+                if "prompt" in scopes:  # equal rows may have contexts of other lengths
+                    self.logits_cache = False
                 self.ran[kind] = (", ".join(sorted(scopes)), self.batch_size_per_gpu)
                 try:
                     return shared(compute, requests, self.group)
                 finally:
-                    self.batch_size_per_gpu = before
+                    self.batch_size_per_gpu, self.logits_cache = before
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            # HFLM runs one row for all requests that share context + continuation[:-1].
-            keep = self.max_length + 1
-            rows = {tuple(ctx + cont[:-1]): (ctx + cont)[-keep:][:-1] for _, ctx, cont in requests}
-            self._rows = Counter(tuple(row) for row in rows.values())
+            # With its cache HFLM runs one row for all requests that share context +
+            # continuation[:-1]; it takes equal rows in the order of their requests.
+            keep, known = self.max_length + 1, set()
+            self._rows = {}
+            for _, context, continuation in requests:
+                whole = tuple(context + continuation[:-1])
+                if self.logits_cache and whole in known:
+                    continue
+                known.add(whole)
+                row = tuple((context + continuation)[-keep:][:-1])
+                context_length = max(0, len(row) - len(continuation) + 1)
+                self._rows.setdefault(row, []).append(context_length)
             try:
                 return super()._loglikelihood_tokens(requests, *args, **kwargs)
             finally:
                 self._rows = None
 
         def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Any:
-            mask = None if self._rows is None else _counted(inps, self._rows)
-            if mask is None:
+            if self._rows is None:
                 return super()._model_call(inps, *args, **kwargs)
-            with token_mask(mask):
+            counted, context = _marked(inps, self._rows)
+            with prompt(context), nullcontext() if counted is None else token_mask(counted):
                 return super()._model_call(inps, *args, **kwargs)
 
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -143,28 +153,30 @@ def _class() -> type[Any]:
     return SharpenedLM
 
 
-def _counted(inputs: Tensor, waiting: Counter[tuple[int, ...]]) -> Tensor | None:
-    """Mark the tokens of inputs ``[B, T]`` that belong to a row to be scored; ``None`` if all do.
+def _marked(
+    inputs: Tensor, waiting: dict[tuple[int, ...], list[int]]
+) -> tuple[Tensor | None, Tensor]:
+    """Mark the tokens of inputs ``[B, T]`` that belong to a row to be scored, ``None`` if all do.
 
-    Rows come longest first, so the longest that fits is the one.
+    Also mark those of the context, which is the prompt under ``scope="prompt"``. Rows come longest
+    first, so the longest that fits is the one; ``waiting`` has the lengths of their contexts.
     """
-    lengths = []
+    lengths, contexts = [], []
     for row in inputs.tolist():
         length = len(row)
-        while not waiting[tuple(row[:length])]:
+        while not waiting.get(tuple(row[:length])):
             if length == 1 or row[length - 1] != 0:
                 raise RuntimeError(
                     "evaluation: lm-eval ran a row that fits no request padded with 0 to the "
                     "right, as version 0.4.13 has them; this version pads otherwise"
                 )
             length -= 1
-        waiting[tuple(row[:length])] -= 1
+        contexts.append(waiting[tuple(row[:length])].pop(0))
         lengths.append(length)
-    width = inputs.shape[1]
-    if min(lengths) == width:
-        return None
-    ends = torch.tensor(lengths, device=inputs.device).unsqueeze(1)
-    return torch.arange(width, device=inputs.device) < ends
+    order = torch.arange(inputs.shape[1], device=inputs.device)
+    ends, starts = (torch.tensor(n, device=inputs.device).unsqueeze(1) for n in (lengths, contexts))
+    counted = None if min(lengths) == inputs.shape[1] else order < ends
+    return counted, order < starts
 
 
 def outcomes_of(task: Any, samples: list[dict[str, Any]], tokens: Callable[[str], int]) -> list:

@@ -173,16 +173,20 @@ class Sharpening(Candidate):
         plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, True)
         assert plan is not None
         features = plan.drawn if self.features is None else self.features[name]
-        drawn = [index.expand(len(grouped), -1) for index in features or ()]
+        drawn = Given()
+        if features is not None:
+            I_in, I_out = (index.expand(len(grouped), -1) for index in features)
+            drawn = Given(I_in, I_out)
         held, self._of_peer = self._of_peer, None
         if held is not None and held[0] is x and held[1] == x._version:
             found = held[2]
         else:
-            found = decide(layers, grouped, mask, plan.settings, Given(*drawn))
+            found = decide(layers, grouped, mask, plan.settings, drawn)
             if len(layers) == 2:
                 self._of_peer = x, x._version, found
         at = 0 if layer is layers[0] else 1
-        I_in, I_out = drawn or (found.I_in, found.outputs[at])
+        if features is None:
+            I_in, I_out = found.I_in, found.outputs[at]
         if self.counts is not None:
             for count, index in zip(self.counts[name], (I_in, I_out), strict=True):
                 flat = (index if mask is None else index[mask.any(1)]).reshape(-1)
@@ -226,7 +230,7 @@ def differentiable(
         given: features and energy.
         H: base product ``[G, T, d_out]``, with its graph.
     """
-    I_in, I_out, energy = given
+    I_in, I_out, energy = given[:3]
     settings = layer.settings
     assert I_in is not None and I_out is not None
     W = layer.weight.W  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vps.fitting.candidates import Candidate
 from vps.fitting.examples import Encoded
+from vps.masking import prompt
 
 UNSCORED = -100
 BUNDLE_TOKENS = 512  # of a pass, padding included: no more memory than one long example takes
@@ -268,7 +269,10 @@ def nlls(model: Any, examples: Sequence[Encoded]) -> Tensor:
         options["attention_mask"] = mask
         if "position_ids" in accepted:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp_(min=0)
-    logits = model(input_ids=ids, **options).logits[:, -last - 1 : -1]
+    scored = torch.tensor([each.scored for each in examples], device=ids.device).unsqueeze(1)
+    is_prompt = torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - scored
+    with prompt(is_prompt):  # for scope="prompt"
+        logits = model(input_ids=ids, **options).logits[:, -last - 1 : -1]
     labels = ids[:, -last:].clone()
     for row, example in zip(labels, examples, strict=True):
         row[: last - example.scored] = UNSCORED
