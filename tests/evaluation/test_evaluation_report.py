@@ -189,7 +189,7 @@ def test_what_looks_ahead_is_said(tmp_path):
     analysis = analyse(finished(tmp_path, nothing, values=values), resamples=RESAMPLES)
     words = summarise(analysis)
     scope = dict(words.conditions)["scope"]
-    assert scope.startswith("sequence (loglikelihood) in 1 cells. Scopes other than token look")
+    assert scope.startswith("sequence (loglikelihood) in 1 cells. Scopes other than token and")
     assert "No controls were run, as the grid asked" in " ".join(words.findings)
 
 

@@ -58,7 +58,7 @@ class Calibrate(ConfigOptions, ModelOptions):
     ] = None
     patience: Annotated[int | None, count(help="looks without a lower loss")] = None
     scope: Annotated[
-        Scope, Option(help="for scoring the examples; token is the only one without leaks")
+        Scope, Option(help="for scoring the examples; only token and prompt are without leaks")
     ] = "token"
     no_chat: Annotated[bool, Option("--no-chat", help="do not use the chat template")] = False
     seed: Seed = 0

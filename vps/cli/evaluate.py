@@ -51,8 +51,8 @@ class Eval(CalibrationOptions, TaskOptions):
     """
 
     scoring_scope: Annotated[
-        Literal["token", "sequence", "batch", "config"],
-        Option(help="for scoring given continuations; token is the only one without leaks"),
+        Literal["token", "prompt", "sequence", "batch", "config"],
+        Option(help="for scoring given continuations; only token and prompt are without leaks"),
     ] = "token"
     no_controls: Annotated[
         bool, Option("--no-controls", help="only the plain and the sharpened model")

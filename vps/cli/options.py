@@ -45,7 +45,7 @@ integer = partial(Option, parser=whole, metavar="N")
 count = partial(Option, parser=positive, metavar="N")
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
 Seed = Annotated[int, integer(help="of what is drawn")]
-Scope = Literal["token", "sequence", "batch"]
+Scope = Literal["token", "prompt", "sequence", "batch"]
 
 
 @dataclass(kw_only=True)

@@ -279,12 +279,13 @@ def _scopes(analysis: Analysis) -> str:
         text = ", ".join(f"{scope} ({kind})" if kind else scope for kind, scope in ran.items())
         counts[text] = counts.get(text, 0) + 1
         looks_ahead |= any(
-            scope != "token" and not kind.startswith("generate") for kind, scope in ran.items()
+            scope not in ("token", "prompt") and not kind.startswith("generate")
+            for kind, scope in ran.items()
         )
     text = "; ".join(f"{text} in {count} cells" for text, count in counts.items())
     if looks_ahead:
         text += (
-            ". Scopes other than token look ahead: where given continuations are scored, late "
+            ". Scopes other than token and prompt look ahead: where given continuations are scored, late "
             "tokens shape the update of early ones and the scores leak"
         )
     return text or "none"

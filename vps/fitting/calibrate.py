@@ -87,8 +87,8 @@ def calibrate(
             stay plain. ``None`` for all.
         controls: names of :data:`CONTROLS`; all, or none.
         options: of the descent, the same for all.
-        scope: under which examples are scored; ``"token"`` is the only one without a leak from late
-            tokens to early ones.
+        scope: under which examples are scored; under ``"token"``, and under ``"prompt"``, where the
+            prompt of an example decides, late tokens leak into no early one.
         chat: put prompts into the chat template, where there is one.
         longest: tokens of an example.
         seed: of the split, the order of the examples and the controls.
