@@ -1,8 +1,8 @@
 """Run tasks of lm-evaluation-harness on a sharpened model, its plain self and the controls.
 
 All variants see the same documents. Requests that score given continuations run under
-``scope="token"``, which is causal (SPEC §2), or ``"prompt"``, where the context of a request decides;
-generation runs under the config's scope.
+``scope="token"``, which is causal (SPEC §2), or under ``"prompt"``, where the context of a request
+decides; generation runs under the config's scope.
 """
 
 from __future__ import annotations

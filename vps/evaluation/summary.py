@@ -285,8 +285,8 @@ def _scopes(analysis: Analysis) -> str:
     text = "; ".join(f"{text} in {count} cells" for text, count in counts.items())
     if looks_ahead:
         text += (
-            ". Scopes other than token and prompt look ahead: where given continuations are scored, late "
-            "tokens shape the update of early ones and the scores leak"
+            ". Scopes other than token and prompt look ahead: where given continuations are "
+            "scored, late tokens shape the update of early ones and the scores leak"
         )
     return text or "none"
 
