@@ -73,12 +73,17 @@ def measure(
     def answer(module: Any) -> Tensor:
         return generate(module, ids[:, :PROMPT], new_tokens)
 
+    def answers(module: Any) -> Tensor:
+        rows = ids[:, : 8 * PROMPT].reshape(8, -1)
+        return generate(module, rows, few)
+
     wrong = model.check(lambda module: module(ids[:, :64], use_cache=False).logits, dtype)
-    kind = shapes.title(dtype)
+    kind, few = shapes.title(dtype), max(1, new_tokens // 4)
     found = {}
     for title, call, part, author in (
-        (f"prefill of {prefill} tokens, {kind}", logits, 3, None),
-        (f"{new_tokens} greedy tokens after {min(PROMPT, prefill)}, {kind}", answer, 1, TOO_SLOW),
+        (f"prefill of {prefill} tokens, {kind}", logits, 4, None),
+        (f"{new_tokens} greedy tokens after {min(PROMPT, prefill)}, {kind}", answer, 2, TOO_SLOW),
+        (f"batch of 8, {few} greedy tokens, {kind}", answers, 1, TOO_SLOW),
     ):
         probe = torch.empty(1, 1, 0, device=device)
         calls = model.runs(call, probe, wrong, author)

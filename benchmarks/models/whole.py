@@ -17,6 +17,7 @@ from benchmarks.common import Variant
 from vps import VPSConfig, reference
 
 PLAIN = "plain"
+PROMPT = ", scope prompt"
 COMPARED_LAYERS = 16
 CLEAR = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 SMOLLM2 = "SmolLM2-135M"
@@ -76,6 +77,8 @@ class Variants:
         self.plain = plain
         self.sharpened = shared_copy(plain)
         vps.patch(self.sharpened, config)
+        self.prompted = shared_copy(plain)
+        vps.patch(self.prompted, config.replace(scope="prompt"))
         layer = next(m for m in plain.modules() if isinstance(m, nn.Linear))
         self.lora_name = f"peft lora r={baselines.rank(config, layer)}"
         self.lora: nn.Module | str = "not here: peft is not installed"
@@ -102,17 +105,20 @@ class Variants:
         for name in variants.BACKENDS:
             # Inside a model the CUDA backend decodes what it takes and leaves the rest to Triton.
             reason = variants.why_not(name, probe)
-            found[f"vps {name}"] = reason or self._sharpened(name, run)
+            found[f"vps {name}"] = reason or self._by(name, run, self.sharpened)
+            found[f"vps {name}{PROMPT}"] = reason or self._by(name, run, self.prompted)
         found[variants.AUTHOR] = author or (lambda: run(self.author))
         return {
             name: wrong.get(name) or (call if isinstance(call, str) else Variant(call))
             for name, call in found.items()
         }
 
-    def _sharpened(self, name: str, run: Callable[[nn.Module], object]) -> Callable[[], object]:
+    def _by(
+        self, name: str, run: Callable[[nn.Module], object], model: nn.Module
+    ) -> Callable[[], object]:
         def call() -> object:
             with vps.backend(name):
-                return run(self.sharpened)
+                return run(model)
 
         return call
 
@@ -130,10 +136,11 @@ class Variants:
         probe = torch.empty(1, 1, 0, device=next(self.plain.parameters()).device)
         for name in variants.BACKENDS:
             if variants.why_not(name, probe) is None:
-                with vps.backend(name):
-                    reason = self._why_wrong(self.sharpened, call, dtype)
-                if reason is not None:
-                    wrong[f"vps {name}"] = reason
+                for scope, model in (("", self.sharpened), (PROMPT, self.prompted)):
+                    with vps.backend(name):
+                        reason = self._why_wrong(model, call, dtype)
+                    if reason is not None:
+                        wrong[f"vps {name}{scope}"] = reason
         for name, model in ((variants.AUTHOR, self.author), (self.lora_name, self.lora)):
             if isinstance(model, nn.Module) and (reason := self._why_wrong(model, call, dtype)):
                 wrong[name] = reason

@@ -20,7 +20,7 @@ from vps.layers.opaque_layer import sharpened_by
 from vps.masking import Marks
 
 # Arguments in which models take caches. Before transformers 5.24 it was past_key_values.
-NAMES = ("cache", "past_key_values", "cache_params")
+NAMES = ("cache", "past_key_values", "cache_params", "mems", "past_buckets_states", "state")
 
 
 def held_by(given: Mapping[str, Any]) -> Held:
@@ -64,7 +64,11 @@ def settle(held: Held | None, given: Any, output: Any) -> None:
         given: the cache that the call was given, or ``None``.
         output: the output of the model, which may have a new cache.
     """
-    if held is None or held.is_made or not held.updates:
+    if held is None or held.is_made or held.refusal is not None:
+        return
+    if getattr(given, "vps_prompt_length", None) is not None:
+        del given.vps_prompt_length  # it was for this call
+    if not held.updates:
         return
     cache = given
     if cache is None:
