@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vps.masking import prompt, token_mask
     from vps.model.calibration import Calibration, clear_calibration
     from vps.model.capture import capture
-    from vps.model.entropy import EntropyProcessor, token_entropy
+    from vps.model.generation import EntropyProcessor, token_entropy
     from vps.model.patching import PatchReport, disabled, patch, policy_state, set_config, unpatch
     from vps.model.settings import load, save
     from vps.refine import Iteration, RefineResult, refine
@@ -75,7 +75,7 @@ _HOMES = {
     "masking": ("prompt", "token_mask"),
     "model.calibration": ("Calibration", "clear_calibration"),
     "model.capture": ("capture",),
-    "model.entropy": ("EntropyProcessor", "token_entropy"),
+    "model.generation": ("EntropyProcessor", "token_entropy"),
     "model.patching": (
         "PatchReport",
         "disabled",

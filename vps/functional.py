@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vps import masking
 from vps.algorithm import policy, tracing
 from vps.algorithm.fixed import FixedUpdate
 from vps.algorithm.flow import Given, Layer
@@ -27,8 +26,7 @@ from vps.backends import dispatch, reference_backend, sharing, torch_backend
 from vps.backends.call import Call, Kind
 from vps.backends.sharing import Kept
 from vps.config import VPSConfig
-from vps.masking import STATE, check_mask, group, marks_for
-from vps.packing import Packing
+from vps.masking import STATE, arrange, check_mask, marks_for
 
 # Every call needs these, so they are looked up once.
 _transform_running = torch._C._functorch.peek_interpreter_stack
@@ -394,34 +392,3 @@ def _reverse_only(plan: Plan, x: Tensor) -> tuple[Plan, Tensor]:
         bias = None if bias is None else tracing.reverse_only(bias)
         layers.append(layer._replace(weight=weight, bias=bias))
     return plan._replace(layers=tuple(layers)), tracing.reverse_only(x)
-
-
-def arrange(
-    x: Tensor, mask: Tensor | None, scope: str
-) -> tuple[Tensor, Tensor | None, Tensor | None, Packing | None]:
-    """Return x as ``[G, T, d_in]``, its mask, and the mask as ``[G, T]`` on x's device.
-
-    If rows hold several sequences, x is returned as it is, with the packing. The caller then
-    arranges each part by itself, with its mask.
-    """
-    if mask is None:
-        if (scope == "sequence" or scope == "prompt" and not STATE.prompts) and x.dim() == 3:
-            layouts = STATE.layouts
-            if not layouts:
-                return x, None, None, None
-            last = layouts[-1]  # nearly always it has just these tokens
-            if last.packed is None and last.encoded is None and last.shape == x.shape[:-1]:
-                mask = last.mask
-                return x, mask, None if mask is None else mask.to(x.device), None
-        dims, mask, packing = masking.groups_of(x, scope)
-        if packing is not None:
-            return x, None, None, packing
-    else:
-        dims = tuple(mask.shape)
-    grouped = group(x, dims, scope)
-    if mask is None:
-        return grouped, None, None, None
-    counted = mask.to(x.device)
-    if counted.shape != grouped.shape[:-1]:
-        counted = counted.reshape(grouped.shape[:-1])
-    return grouped, mask, counted, None

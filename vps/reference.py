@@ -105,38 +105,12 @@ def vps_linear(
         gamma: γ in place of the config's, of either sign: a number, or one for each column that
             there can be. Numbers for columns scale the columns of ``Ũ`` while γ itself is 1.
 
-    Returns:
-        The output and every intermediate.
+    Returns: the output and every intermediate.
 
     Source: SPEC §1–§5 and §8; the paper, algorithms 1, 2, 4 and 5.
     """
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    x2d = x.reshape(-1, x.shape[-1])
-    H = x2d @ weight.T
-    y = H.clone() if bias is None else H + bias
-    counted = torch.ones(len(x2d), dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()
-    if prompt is not None and config.scope == "prompt":
-        counted = counted & prompt.reshape(-1).cpu()
-    groups = []
-    for tokens in group_tokens(x.shape[:-1], config.scope):
-        tokens = tokens.to(x.device)
-        group = _sharpen(
-            x2d[tokens].to(accumulate),
-            H[tokens].to(accumulate),
-            weight.to(accumulate),
-            tokens,
-            counted.to(x.device)[tokens],
-            config,
-            entropy,
-            outcomes,
-            gradient,
-            memory if config.lbfgs else (),
-            gamma,
-        )
-        if group.rank:
-            y[tokens] = (y[tokens] + group.gamma * group.delta).to(y.dtype)
-        groups.append(group)
-    return Result(y.reshape(*x.shape[:-1], len(weight)), H, groups)
+    layer = Projection(weight, bias, gradient, memory, gamma)
+    return _sharpen_layers(x, (layer,), None, config, mask, prompt, entropy, outcomes)[0]
 
 
 def held_vps_linear(
@@ -151,33 +125,20 @@ def held_vps_linear(
     clamp: float | None = None,
     memory: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:
-    """Sharpen later tokens of one sequence by what its prompt decided, literally.
+    """Sharpen later tokens x ``[T, d_in]`` of one sequence by what its prompt decided, literally.
 
-    Args:
-        x: ``[T, d_in]``.
-        weight, bias: ``[d_out, d_in]`` and ``[d_out]``, or ``None``.
-        I_in, I_out: ``[r]``.
-        core: ``C`` ``[r, r]``, as :class:`Group` has it.
-        gamma: γ.
-        clamp: bound of δ, or ``None``.
-        memory: L-BFGS pairs, as for :func:`vps_linear`.
+    ``I_in``, ``I_out`` ``[r]``, ``core`` ``[r, r]`` and γ are those of the prompt's :class:`Group`.
 
-    Source: SPEC §11; with a clamp or pairs the form of §4.
+    Source: SPEC §11, in the form of §4, which holds with a clamp and L-BFGS too.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    W, x_wide, C = weight.to(wide), x.to(wide), core.to(wide)
-    if clamp is None and not memory:
-        U = one_hot(I_in, W.shape[1], W)
-        e = gamma * (x_wide @ W[I_out].T) @ C
-        y = (x_wide + e @ U.T) @ W.T
-        return (y if bias is None else y + bias.to(wide)).to(x.dtype)
-    B = W @ one_hot(I_in, W.shape[1], W)
+    W, C = weight.to(wide), core.to(wide)
+    H, B = x.to(wide) @ W.T, W @ one_hot(I_in, W.shape[1], W)
     if memory:
         B = B + 1e-3 * inverse_hessian(memory).to(W) @ B
-    delta = ((x_wide @ W.T)[:, I_out] @ C) @ B.T
-    if clamp is not None:
-        delta = delta.clamp(-clamp, clamp)
-    y = x_wide @ W.T + gamma * delta
+    bound = math.inf if clamp is None else clamp
+    delta = (H[:, I_out] @ C @ B.T).clamp(-bound, bound)
+    y = H + gamma * delta
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
@@ -190,13 +151,14 @@ def coupled_vps_linear(
     kv_heads: int,
     config: Any,
     mask: Tensor | None = None,
+    prompt: Tensor | None = None,
     entropy: float | None = None,
     outcomes: Sequence[bool] = (),
 ) -> tuple[Result, Result]:
     """Sharpen the query and the key projection of one attention block together, literally.
 
-    They share ``I_in`` and the policy decision, which is made from their pooled energy. ``I_out``
-    ranks channels by what they add to the attention logits.
+    They share ``I_in`` and one policy decision, from their pooled energy; ``I_out`` ranks channels
+    by what they add to the attention logits.
 
     Args:
         x: input of both, ``[..., d_in]``.
@@ -204,49 +166,57 @@ def coupled_vps_linear(
         key: the key projection, with weight ``[kv_heads * d, d_in]``.
         heads: query heads, of d channels each.
         kv_heads: key-value heads; a divisor of ``heads``.
-        config, mask, entropy, outcomes: as for :func:`vps_linear`.
+        config, mask, prompt, entropy, outcomes: as for :func:`vps_linear`.
 
     Source: SPEC §7; the paper, section 7.
     """
+    both, numbers = (query, key), (heads, kv_heads)
+    first, second = _sharpen_layers(x, both, numbers, config, mask, prompt, entropy, outcomes)
+    return first, second
+
+
+def _sharpen_layers(
+    x: Tensor,
+    layers: Sequence[Projection],
+    heads: tuple[int, int] | None,
+    config: Any,
+    mask: Tensor | None,
+    prompt: Tensor | None,
+    entropy: float | None,
+    outcomes: Sequence[bool],
+) -> list[Result]:
+    """Sharpen one layer, or with ``heads`` a query and a key together."""
     accumulate = torch.promote_types(x.dtype, torch.float32)
     x2d = x.reshape(-1, x.shape[-1])
+    H = [x2d @ p.weight.T for p in layers]
+    y = [h.clone() if p.bias is None else h + p.bias for h, p in zip(H, layers, strict=True)]
     counted = torch.ones(len(x2d), dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()
+    if prompt is not None and config.scope == "prompt":
+        counted = counted & prompt.reshape(-1).cpu()
     counted = counted.to(x.device)
-    both = (query, key)
-    H = [x2d @ p.weight.T for p in both]
-    y = [h.clone() if p.bias is None else h + p.bias for h, p in zip(H, both, strict=True)]
-    groups: tuple[list[Group], list[Group]] = ([], [])
+    groups: list[list[Group]] = [[] for _ in layers]
     for tokens in group_tokens(x.shape[:-1], config.scope):
         tokens = tokens.to(x.device)
-        values = [clean(h[tokens][counted[tokens]].to(accumulate)) for h in H]
-        energy = mean_square(torch.cat(values, dim=1))
-        topk = decide(config, energy, entropy, outcomes)[3]
-        n = max(1, len(values[0]))
-        s_q, s_k = (v.abs().sum(0) / n for v in values)
-        pools = couple_heads(s_q, s_k, heads, kv_heads, min(topk, len(s_k)))
-        for i, p in enumerate(both):
+        joint: list[tuple[float, Tensor] | None] = [None] * len(layers)
+        if heads is not None:
+            values = [clean(h[tokens][counted[tokens]].to(accumulate)) for h in H]
+            energy = mean_square(torch.cat(values, dim=1))
+            topk = decide(config, energy, entropy, outcomes)[3]
+            n = max(1, len(values[0]))
+            s_q, s_k = (v.abs().sum(0) / n for v in values)
+            pools = couple_heads(s_q, s_k, *heads, min(topk, len(s_k)))
+            joint = [(energy, pool) for pool in pools]
+        for i, p in enumerate(layers):
             group = _sharpen(
-                x2d[tokens].to(accumulate),
-                H[i][tokens].to(accumulate),
-                p.weight.to(accumulate),
-                tokens,
-                counted[tokens],
-                config,
-                entropy,
-                outcomes,
-                p.gradient,
-                p.memory if config.lbfgs else (),
-                p.gamma,
-                joint=(energy, pools[i]),
-            )
+                x2d[tokens].to(accumulate), H[i][tokens].to(accumulate), p, tokens, counted[tokens],
+                config, entropy, outcomes, joint[i],
+            )  # fmt: skip
             if group.rank:
                 y[i][tokens] = (y[i][tokens] + group.gamma * group.delta).to(y[i].dtype)
             groups[i].append(group)
     shape = x.shape[:-1]
-    results = [
-        Result(y[i].reshape(*shape, len(p.weight)), H[i], groups[i]) for i, p in enumerate(both)
-    ]
-    return results[0], results[1]
+    each = zip(y, layers, H, groups, strict=True)
+    return [Result(own.reshape(*shape, len(p.weight)), h, found) for own, p, h, found in each]
 
 
 def couple_heads(
@@ -293,18 +263,17 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 def _sharpen(
     x: Tensor,
     H: Tensor,
-    W: Tensor,
+    layer: Projection,
     tokens: Tensor,
     counted: Tensor,
     config: Any,
     entropy: float | None,
     outcomes: Sequence[bool],
-    gradient: bool,
-    memory: Sequence[tuple[Tensor, Tensor]],
-    own_gamma: float | Sequence[float] | None,
     joint: tuple[float, Tensor] | None = None,
 ) -> Group:
     """Compute one group; ``joint`` holds energy and output pool where a coupling decides them."""
+    W, own_gamma = layer.weight.to(x.dtype), layer.gamma
+    memory = layer.memory if config.lbfgs else ()
     d_out, d_in = W.shape
     x_counted, H_counted = clean(x[counted]), clean(H[counted])
     n = max(1, len(x_counted))
@@ -330,7 +299,7 @@ def _sharpen(
         I_in = top_k(s_in, k_in)
         I_out = top_k(s_out, k_out) if joint is None else joint[1]
     U, V = one_hot(I_in[:r], d_in, W), one_hot(I_out[:r], d_out, W)
-    if config.builder == "sc" or (config.builder == "hybrid" and gradient):
+    if config.builder == "sc" or (config.builder == "hybrid" and layer.gradient):
         V = couple(V, x_counted[:, I_in[:r]], H_counted[:, I_out[:r]], config.alpha)
 
     A, B = W.T @ V, W @ U
@@ -340,13 +309,12 @@ def _sharpen(
     B_used = B_own
     if memory:
         B_used = B_own + 1e-3 * inverse_hessian(memory).to(W) @ B_own
-    series = torch.eye(r, dtype=W.dtype, device=W.device)
+    t, series = x @ A_clipped, torch.eye(r, dtype=W.dtype, device=W.device)
     if order == 2:
         M = (V / scale.sqrt()).T @ B_own
         series = series + (gamma / 2) * M.T
-        delta = ((x @ A_clipped) @ series) @ B_used.T
-    else:
-        delta = (x @ A_clipped) @ B_used.T
+        t = t @ series
+    delta = t @ B_used.T
     core = (V / scale.sqrt())[I_out[:r]] @ series / scale.sqrt()
     if columns is not None:
         core = core * W.new_tensor(list(columns)[:r])
@@ -411,7 +379,7 @@ def couple(V: Tensor, X_A: Tensor, Y: Tensor, alpha: float) -> Tensor:
 def clip_scale(A: Tensor, B: Tensor, tau: float | None, clip: str) -> Tensor:
     """Return ``s`` [r]; the clip divides both factors by its root (SPEC §4)."""
     if tau is None or not A.shape[1]:
-        return torch.ones(A.shape[1], dtype=A.dtype, device=A.device)
+        return A.new_ones(A.shape[1])
     if clip == "component":
         return (A.norm(dim=0) * B.norm(dim=0) / tau).clamp(min=1)
     norm = torch.linalg.matrix_norm(A @ B.T, ord=2)

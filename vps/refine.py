@@ -30,8 +30,15 @@ from vps.model.capture import (
     start_over,
     take_gradient,
 )
-from vps.model.entropy import EntropyProcessor, token_entropy
-from vps.model.generation import Generation, encode, generate, input_device, sample
+from vps.model.generation import (
+    EntropyProcessor,
+    Generation,
+    encode,
+    generate,
+    input_device,
+    sample,
+    token_entropy,
+)
 from vps.model.patching import disabled, policy_state, set_config
 from vps.model.statistics import observe
 from vps.verify import CompositeVerifier, Losses

@@ -141,8 +141,8 @@ class OwnProduct(Literal):
                 k = min(topk, H[1].shape[1])
                 joint = energy, reference.couple_heads(*scores, HEADS, KV_HEADS, k)[self.index]
             group = reference._sharpen(
-                flat[tokens], H[self.index][tokens], self.W, tokens,
-                torch.ones_like(tokens).bool(), self.config, None, (), False, (), None, joint,
+                flat[tokens], H[self.index][tokens], reference.Projection(self.W), tokens,
+                torch.ones_like(tokens).bool(), self.config, None, (), joint,
             )  # fmt: skip
             # x A = H V, the first identity of SPEC §4: A itself knows nothing of a rounded x.
             t = H[self.index][tokens] @ (group.V / group.scale.sqrt())

@@ -7,7 +7,8 @@ token reads ``E = γ Cᵀ R`` ``[r, d_in]`` and no column, score, norm or policy
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from vps.algorithm.core import Core, square
 from vps.algorithm.flow import Given
+
+_numbers = itertools.count(1)
 
 
 class FixedUpdate(NamedTuple):
@@ -120,14 +123,41 @@ class Held:
         self.given: dict[int, Given | None] = {}
         self._called: set[int] = set()
 
-    def add(self, number: int, update: FixedUpdate, is_called: bool = True) -> None:
-        """Add what a layer decided, in its own call or in the call of its partner."""
-        if is_called and number in self._called:
-            self.updates[number] = None
-            return
-        self.updates[number] = update
-        if is_called:
-            self._called.add(number)
+    def find(self, layer: Any) -> Given | None:
+        """Return what the prompt decided for a sharpened layer; ``None`` where it is to decide now.
+
+        Raises:
+            ValueError: the cache cannot be followed, or its prompt decided nothing for the layer.
+        """
+        if self.refusal is not None:
+            raise ValueError(self.refusal)
+        if not self.is_made:
+            return None
+        found = self.given.get(layer.number)
+        if found is not None:
+            return found
+        if layer.number in self.updates:
+            raise ValueError(
+                "vps: scope='prompt' holds one decision for each layer, and one of widths "
+                f"{layer.widths} is called several times in a pass; expected another scope, or "
+                "the layer excluded"
+            )
+        raise ValueError(
+            "vps: scope='prompt' needs the decision of the prompt, and this cache holds none for a "
+            f"layer of widths {layer.widths}: it was filled while the layer was plain, disabled "
+            "or sharpened anew; expected a cache that was filled by the model as it is now"
+        )
+
+    def keep(self, decided: Iterable[tuple[Any, FixedUpdate | None]], called: Any) -> None:
+        """Keep what layers decided in the call of one of them."""
+        for layer, update in decided:
+            number = numbered(layer)
+            if layer is called and number in self._called:
+                self.updates[number] = None
+            elif update is not None:
+                self.updates[number] = update
+            if layer is called:
+                self._called.add(number)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor ``[G, ...]``, as a cache changes its own."""
@@ -163,6 +193,14 @@ class Held:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._prepare()
+
+
+def numbered(layer: Any) -> int:
+    """Return the number by which caches know a layer; it gets one where it has none."""
+    if layer.number is None:
+        layer.number = next(_numbers)
+    found: int = layer.number
+    return found
 
 
 def _fits(own: Tensor, new: Tensor) -> bool:

@@ -9,6 +9,5 @@
 - ``weight_rows``: rows of W from its backward pass
 - ``adapters``: layers of PEFT around sharpened layers
 - ``pairing``, ``attention``: a query and a key layer that select together
-- ``prompted``: a layer that decides for a cache, or uses what the cache's prompt decided
 - ``shards``: layers split over ranks
 """

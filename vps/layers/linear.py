@@ -15,13 +15,13 @@ from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
 from vps.config import VPSConfig
 from vps.functional import NOTHING, Kept, Projection, compute, keep, sharpen
-from vps.layers import adapters, prompted
+from vps.layers import adapters
 from vps.layers.forms import WEIGHT, Form, is_replaced, why_not_sharpenable
 from vps.layers.own_forward import OwnForward, fsdp_module, is_matrix, running_plain
 from vps.layers.pairing import Coupling
 from vps.layers.riding import ForwardWeight
 from vps.layers.weight_rows import RowNorms
-from vps.masking import STATE
+from vps.masking import STATE, held_for
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +44,7 @@ class SharpenedLayer:
         displaced: attributes of the base layer with one of these names.
         kept: the plan of the last call, valid until something of the layer changes.
         rounds_input: whether its forward rounds x; then δ is added to its output under every scope.
-        number: by which a cache knows the layer (SPEC §11); ``None`` outside a patched model.
+        number: by which a cache knows the layer (SPEC §11).
         is_whole: whether this process holds all of the layer.
         plain_class: the class that :meth:`plain` restores.
     """
@@ -228,17 +228,16 @@ class SharpenedLayer:
         return self.sharpen_alone(x)
 
     def _sharpen_prompted(self, x: Tensor) -> Tensor | None:
-        """Return the sharpened output under ``scope="prompt"``, inside a layout."""
-        given = prompted.given(self, x)
+        held = held_for(x)
+        given = None if held is None else held.find(self)
         if given is not None:
             return self.sharpen_alone(x, given)
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
-        held = prompted.deciding(x)
-        decided: list[FixedUpdate | None] | None = None if held is None else []
-        y = self.sharpen_alone(x, held=decided)
+        decided: list[FixedUpdate | None] = []
+        y = self.sharpen_alone(x, held=None if held is None else decided)
         if held is not None:
-            prompted.keep(held, (self,), decided or (), self)
+            held.keep(zip((self,), decided, strict=False), self)
         return y
 
     def sharpen_alone(

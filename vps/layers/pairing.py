@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vps.algorithm import tracing
 from vps.algorithm.fixed import FixedUpdate
 from vps.functional import Kept, compute, keep, sharpen
-from vps.layers import prompted
+from vps.masking import held_for
 
 if TYPE_CHECKING:
     from vps.layers.linear import SharpenedLayer
@@ -87,11 +87,11 @@ class Coupling:
 
         ``None`` stands for the output of the base layer.
         """
-        held = prompted.deciding(x) if layer.config.scope == "prompt" else None
-        decided: list[FixedUpdate | None] | None = None if held is None else []
-        ys = self._outputs(layer, x, decided)
+        held = held_for(x) if layer.config.scope == "prompt" else None
+        decided: list[FixedUpdate | None] = []
+        ys = self._outputs(layer, x, None if held is None else decided)
         if held is not None:
-            prompted.keep(held, (self.query, self.key), decided or (), layer)
+            held.keep(zip((self.query, self.key), decided, strict=False), layer)
         return ys
 
     def _outputs(

@@ -7,9 +7,8 @@
 - ``prompt_cache``: keeps what a prompt decided with the cache of its sequences
 - ``capture``: records outputs and gradients of layers, for a refinement
 - ``statistics``: what each layer decides, and how large its update is
-- ``entropy``: the entropy of the next token, for the policy
 - ``loading``: loads a model by its name
-- ``generation``: generates text
+- ``generation``: generates text, and tells the entropy of the next token to the policy
 - ``calibration``: a γ for each layer, kept in a file
 - ``settings``: how a model is sharpened, kept in a file
 """

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vps.algorithm.fixed import Held
-from vps.layers import prompted
+from vps.algorithm.fixed import Held, numbered
 from vps.layers.opaque_layer import sharpened_by
 from vps.masking import Marks
 
@@ -197,7 +196,7 @@ def attach(model: nn.Module) -> None:
     for module in model.modules():
         layer = sharpened_by(module)
         if layer is not None:
-            prompted.number(layer)
+            numbered(layer)
         if callable(getattr(type(module), "_get_candidate_generator", None)):
             module.__dict__["_get_candidate_generator"] = NotedPrompt(module)
 
