@@ -193,8 +193,7 @@ def _sharpen_layers(
     counted = torch.ones(len(x2d), dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()
     if prompt is not None and config.scope == "prompt":
         counted = counted & prompt.reshape(-1).cpu()
-    counted = counted.to(x.device)
-    groups: list[list[Group]] = [[] for _ in layers]
+    counted, groups = counted.to(x.device), [list[Group]() for _ in layers]
     for tokens in group_tokens(x.shape[:-1], config.scope):
         tokens = tokens.to(x.device)
         joint: list[tuple[float, Tensor] | None] = [None] * len(layers)
