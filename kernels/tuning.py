@@ -159,6 +159,36 @@ def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
     }
 
 
+def edited_gemv(width: int, rows: int, element_size: int, architecture: str) -> dict[str, int]:
+    """Take 32 rows of W, since every program reads x and E besides; of a narrow layer 16.
+
+    Each warp multiplies a slice of every step by itself: their products are no chain. Of float32,
+    which no tensor core takes, a slice fits the registers. gfx942 has no product with 8 columns.
+    """
+    stream = STREAM[architecture]
+    block = stream.row_bytes // element_size // stream.warps
+    return {
+        "BLOCK_N": 8 if rows <= 8 and architecture != "gfx942" else 16,
+        "BLOCK_O": 32 if width > 2048 else 16,
+        "SLICES": stream.warps,
+        "BLOCK_K": block if element_size == 2 else min(16, block),
+        "STAGES": stream.stages,
+        "num_warps": stream.warps,
+    }
+
+
+def edit(tokens: int, r: int) -> dict[str, int]:
+    """Take 16 bytes of a row a thread; of a long prompt 2 rows, which share E."""
+    ranks = power_of_2(r)
+    share = tokens >= 256 and ranks <= 8
+    return {
+        "RANKS": ranks,
+        "BLOCK_T": 2 if share else 1,
+        "BLOCK_D": 2048 if share else 4096 // max(1, ranks // 8),
+        "num_warps": 8 if share else 16,
+    }
+
+
 def decode_apply(width: int, records: int) -> dict[str, int]:
     """Take 256 outputs a program; all records of a group fit in its registers."""
     block = max(16, power_of_2(records))
