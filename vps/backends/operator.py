@@ -6,6 +6,7 @@ for CPU and in kernels for CUDA and ROCm. ``rules`` and ``numbers`` are ``Settin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -87,14 +88,14 @@ def sharpen(
 def run(call: Call) -> Result:
     """Run a call through the operators."""
     if call.given.core is not None:
-        return _fixed(call)
+        return run_fixed(call, EDITED)
     if call.heads is None and call.held is None:  # as run_native does, in one call less for a token
         y, I_in = sharpen(call.inputs(), call.layers[0].settings, call.traced)
         return [y], I_in
     return run_native(call, sharpen, sharpen_pair, couple)
 
 
-def _fixed(call: Call) -> Result:
+def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
     """Run a call whose update a prompt has fixed; torch computes what needs δ or a gradient."""
     inputs, through = call.inputs(), call.given.through
     if needs_gradient(inputs) or not torch_backend.edits(call):
@@ -102,7 +103,7 @@ def _fixed(call: Call) -> Result:
     x, weight, bias, _, I_in = inputs[:5]
     assert I_in is not None and through is not None
     with torch._C._AutoDispatchBelowAutograd():
-        return [EDITED(x, weight, bias, I_in, through)], I_in
+        return [edited(x, weight, bias, I_in, through)], I_in
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
@@ -346,7 +347,16 @@ def _torch_edited(
     return F.linear(fixed.edited(x, I_in, through), weight, bias)
 
 
-LIBRARY.impl("edited", _torch_edited, "CUDA")
+def triton_edited(
+    x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor
+) -> Tensor:
+    """Compute ``vps::edited`` by the Triton kernels, imported at the first call."""
+    from vps.kernels import edited
+
+    return edited.launch(x, weight, bias, I_in, through)
+
+
+LIBRARY.impl("edited", triton_edited, "CUDA")
 LIBRARY.impl("linear", _triton, "CUDA")
 LIBRARY.impl("linear_pair", _triton_pair, "CUDA")
 LIBRARY.impl("couple", _triton_joint, "CUDA")
