@@ -178,15 +178,14 @@ def edited_gemv(width: int, rows: int, element_size: int, architecture: str) -> 
 
 
 def edit(tokens: int, r: int) -> dict[str, int]:
-    """Take 16 bytes of a row a thread; of a long prompt 2 rows, which share E."""
+    """Take 16 bytes of a row a thread; of a long prompt 2 rows, which share E; less of many r."""
     ranks = power_of_2(r)
-    share = tokens >= 256 and ranks <= 8
-    return {
-        "RANKS": ranks,
-        "BLOCK_T": 2 if share else 1,
-        "BLOCK_D": 2048 if share else 4096 // max(1, ranks // 8),
-        "num_warps": 8 if share else 16,
-    }
+    rows, block, warps = 1, 4096, 16
+    if ranks > 4:
+        block, warps = 2048 if ranks == 8 else 4096 // ranks, 8
+    elif tokens >= 256:
+        rows, block, warps = 2, 2048, 8
+    return {"RANKS": ranks, "BLOCK_T": rows, "BLOCK_D": block, "num_warps": warps}
 
 
 def decode_apply(width: int, records: int) -> dict[str, int]:

@@ -25,8 +25,8 @@ SHAPES = [  # groups, tokens, d_in, d_out, r
     (3, 2, 40, 30, 5),
     (5, 1, 4200, 10, 4),
     (2, 17, 33, 20, 1),
-    (1, 260, 2100, 9, 3),
-    (1, 257, 30, 9, 17),
+    (1, 257, 2100, 9, 3),
+    (1, 18, 30, 9, 17),
 ]
 
 
@@ -73,7 +73,7 @@ def check(x, W, b, I_in, through):
 def test_edited(device, dtype, shape):
     x, W, b, I_in, through = layer(*shape, dtype, device)
     check(x, W, b, I_in, through)
-    check(x, W, None, I_in, through)
+    check(x[:, :20], W, None, I_in, through)
 
 
 @pytest.mark.parametrize("architecture", list(tuning.STREAM))
@@ -127,9 +127,8 @@ def test_an_edited_row_does_not_depend_on_the_others(device, dtype):
     assert torch.equal(together[kept], x[kept])
 
 
-@pytest.mark.parametrize("tokens", [2, 256])
-def test_several_layers_in_one_launch(device, tokens):
-    x, _, _, *first = layer(2, tokens, 100, 1, 4, torch.bfloat16, device)
+def test_several_layers_in_one_launch(device):
+    x, _, _, *first = layer(2, 3, 100, 1, 4, torch.bfloat16, device)
     layers = [first, *(layer(2, 1, 100, 1, 4, x.dtype, device)[3:] for _ in range(2))]
     together = edited.edit(x, layers)
     assert len(together) == 3
@@ -182,36 +181,34 @@ def test_beyond_2_31_elements(device, sparse):
 
 
 def test_few_kernels_for_all_lengths(device, monkeypatch):
-    """What is constant in a kernel or chosen by the value of an argument."""
+    """Triton compiles anew for other constants, and for an integer that is 1 or divides by 16."""
     if device == "cuda":
-        pytest.skip("counts launches without running them")
+        pytest.skip("reads what the interpreter keeps")
     seen = set()
 
     class Kernel:
         def __init__(self, kernel):
-            self.kernel, names = kernel, kernel.fn.__code__.co_varnames
-            self.plain = set(names[: kernel.fn.__code__.co_argcount])
+            self.kernel = kernel
 
         def __getitem__(self, grid):
-            def launched(*arguments, **constants):
-                free = {"rows", "tokens", "groups", "blocks"}
+            def launch(*arguments, **constants):
                 named = zip(self.kernel.arg_names, arguments, strict=False)
-                integers = tuple(
+                special = [
                     (name, value == 1, value % 16 == 0)
                     for name, value in named
-                    if isinstance(value, int) and name not in free
-                )
-                seen.add((self.kernel.fn.__name__, integers, tuple(sorted(constants.items(), key=str))))
+                    if isinstance(value, int)
+                    and name not in self.kernel.kwargs["do_not_specialize"]
+                ]
+                seen.add(str((self.kernel.fn, special, constants)))
 
-            return launched
+            return launch
 
     for name in ("edited_gemv_kernel", "edit_kernel"):
         monkeypatch.setattr(edited, name, Kernel(getattr(edited, name)))
-    monkeypatch.setattr(F, "linear", lambda x, *_: x)
+    W, I_in, through = torch.empty(4, 64), torch.empty(1, 4), torch.empty(1, 4, 64)
     for tokens in range(1, 4097):
-        x = torch.empty(1, 1, device="meta").expand(tokens, 64)[None]
-        edited.launch(x, *(torch.empty(4, 64), None, torch.empty(1, 4), torch.empty(1, 4, 64)))
-    assert len(seen) <= 4
+        edited.launch(torch.empty(1, tokens, 64), W, None, I_in, through)
+    assert len(seen) == 4  # rows up to 8, 16, 255, more
 
 
 def test_errors():
@@ -222,18 +219,18 @@ def test_errors():
                 edited.launch(x.expand(2, tokens, 6), W, b, I_in, wrong)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_model_after_its_prompt(device, dtype):
-    """The backend takes the kernels; a clamp and a gradient take torch's form."""
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_a_model_after_its_prompt(device, clamp):
+    """The backend takes the kernels; a clamp and a gradient take the form of torch."""
     from tiny import tiny
 
-    ids = torch.arange(14, device=device).view(2, 7)
-    for clamp in (None, 0.5):
-        found = []
-        for name in ("torch", "triton"):
-            model = tiny("qwen2", dtype, num_hidden_layers=1).to(device)
-            vps.patch(model, vps.VPSConfig(scope="prompt", clamp=clamp))
-            with vps.backend(name), torch.no_grad():
+    found, ids = [], torch.arange(14, device=device).view(2, 7)
+    for name in ("torch", "triton"):
+        model = tiny("qwen2", torch.float32, num_hidden_layers=1).to(device)
+        vps.patch(model, vps.VPSConfig(scope="prompt", clamp=clamp))
+        with vps.backend(name):
+            with torch.no_grad():
                 past = model(ids).past_key_values
-                found.append(model(ids[:, :1], past_key_values=past).logits)
-        torch.testing.assert_close(*found)
+                first = model(ids[:, :1], past_key_values=past).logits
+            found.append((first, model(ids[:, :1], past_key_values=past).logits))
+    torch.testing.assert_close(*found)
