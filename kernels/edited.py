@@ -1,9 +1,9 @@
 """Change r entries of x before an untouched product, in one launch (SPEC §11).
 
-``y = W(x + Σ_c e_c u(I_in[c])) + b``, ``e = x Eᵀ``. For a few rows the first kernel streams W, x and
-E together and adds ``Σ_c e_c W[:, I_in[c]]`` to its tile, so the change of x is never rounded: each
-program takes all r dot products again, and none waits. For more rows the second kernel writes
-``x + e``, and cuBLAS multiplies.
+``y = W(x + Σ_c e_c u(I_in[c])) + b``, ``e = x Eᵀ``. For a few rows the first kernel streams W and E
+together and adds ``Σ_c e_c W[:, I_in[c]]`` to its tile, so the change of x is never rounded: each
+program takes all r dot products, and none waits. For more rows the second kernel writes ``x + e``,
+and cuBLAS multiplies.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -27,14 +27,15 @@ SLOTS = 16  # rows of E a program reads beside 16 or 32 of W; with more, a secon
 
 @triton.jit
 def total(parts, SLICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum over 2 or 4 slices, in one order for every shape."""
-    pairs = tl.reshape(tl.permute(parts, (1, 2, 0)), [ROWS, COLUMNS, SLICES // 2, 2])
-    left, right = tl.split(pairs)
-    if SLICES == 4:
-        first, second = tl.split(left + right)
-        return first + second
-    else:
-        return tl.reshape(left + right, [ROWS, COLUMNS])
+    """Sum over 2, 4 or 8 slices, in one order for every number of rows and columns."""
+    parts = tl.permute(parts, (1, 2, 0))
+    for halving in tl.static_range(1, 4):
+        if 2**halving < SLICES:
+            parts = tl.reshape(parts, [ROWS, COLUMNS, SLICES // 2**halving, 2])
+        if 2**halving <= SLICES:
+            left, right = tl.split(parts)
+            parts = left + right
+    return parts
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "groups"])
@@ -94,14 +95,15 @@ def edited_gemv_kernel(
 
     columns_at = weight_rows[:, None] + I_in[None, :] * stride_in
     columns = tl.load(columns_at, mask=in_width[:, None] & held[None, :], other=0.0)
+    bias = tl.zeros([BLOCK_O], dtype=tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + out.to(tl.int64) * stride_bias, mask=in_width, other=0.0)
     first = group * tokens
     own = (row[None, :] >= first[:, None]) & (row[None, :] < (first + tokens)[:, None])
     e = tl.where(own & held[:, None], total(dots, SLICES, SLOTS, BLOCK_N), 0.0)
     y = total(product, SLICES, BLOCK_O, BLOCK_N)
     y = tl.dot(columns.to(tl.float32), e, y, input_precision="ieee")
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + out.to(tl.int64) * stride_bias, mask=in_width, other=0.0)
-        y += bias.to(tl.float32)[:, None]
+    y += bias[:, None]
     y_at = y_ptr + row.to(tl.int64)[None, :] * width + out[:, None]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_width[:, None] & here[None, :])
 
@@ -157,9 +159,7 @@ def edit_kernel(
 
 
 @on_its_device
-def launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor
-) -> Tensor:
+def launch(x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor) -> Tensor:
     """Compute ``W(x + Σ_c e_c u(I_in[c])) + b`` for every group.
 
     Args:

@@ -160,20 +160,22 @@ def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
 
 
 def edited_gemv(width: int, rows: int, element_size: int, architecture: str) -> dict[str, int]:
-    """Take 32 rows of W, since every program reads x and E besides; of a narrow layer 16.
+    """Take 32 rows of W, since every program reads x and E besides.
 
-    Each warp multiplies a slice of every step by itself: their products are no chain. Of float32,
-    which no tensor core takes, a slice fits the registers. gfx942 has no product with 8 columns.
+    Each warp multiplies a slice of every step by itself: their products are no chain. A narrow
+    layer makes few programs, of 16 rows and twice the warps. Of float32, which no tensor core
+    takes, a slice fits the registers. gfx942 has no product with 8 columns.
     """
-    stream = STREAM[architecture]
+    stream, narrow = STREAM[architecture], width <= 2048
     block = stream.row_bytes // element_size // stream.warps
+    warps = stream.warps * (2 if narrow else 1)
     return {
         "BLOCK_N": 8 if rows <= 8 and architecture != "gfx942" else 16,
-        "BLOCK_O": 32 if width > 2048 else 16,
-        "SLICES": stream.warps,
+        "BLOCK_O": 16 if narrow else 32,
+        "SLICES": warps,
         "BLOCK_K": block if element_size == 2 else min(16, block),
         "STAGES": stream.stages,
-        "num_warps": stream.warps,
+        "num_warps": warps,
     }
 
 
