@@ -211,6 +211,23 @@ def test_few_kernels_for_all_lengths(device, monkeypatch):
     assert len(seen) == 4  # rows up to 8, 16, 255, more
 
 
+@pytest.mark.parametrize("groups", [1, 5])
+def test_captured_equals_eager(device, groups):
+    if device == "cpu":
+        pytest.skip("captures a CUDA graph")
+    x, *rest = layer(groups, 1, 512, 768, 4, torch.bfloat16, device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        edited.launch(x, *rest)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = edited.launch(x, *rest)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, edited.launch(x, *rest))
+
+
 def test_errors():
     x, W, b, I_in, through = layer(2, 1, 6, 5, 2, torch.float32, "cpu")
     for wrong in (through[:1], through[..., :5], through[:, :1], through.half()):
