@@ -127,6 +127,7 @@ def edit_kernel(
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     layer = tl.program_id(1)
     I_in_ptr, through_ptr = I_in_ptrs[0], through_ptrs[0]
@@ -143,14 +144,14 @@ def edit_kernel(
     I_in = tl.load(I_in_ptr + entry, mask=held, other=-1)
 
     dots = tl.zeros([BLOCK_T, RANKS, BLOCK_D], dtype=ACC)
-    for start in range(0, D_IN, BLOCK_D):
+    for start in tl.range(0, D_IN, BLOCK_D, num_stages=STAGES):
         at = (start + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]
         x = tl.load(x_rows + at * stride_x_d, mask=here & (at < D_IN), other=0.0)
         wanted = held & (at < D_IN)
         through = tl.load(through_ptr + entry * D_IN + at, mask=wanted, other=0.0)
         dots += x.to(ACC) * through.to(ACC)
     e = tl.sum(dots, axis=2, keep_dims=True)
-    for start in range(0, D_IN, BLOCK_D):
+    for start in tl.range(0, D_IN, BLOCK_D, num_stages=STAGES):
         at = (start + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]
         inside = here & (at < D_IN)
         x = tl.load(x_rows + at * stride_x_d, mask=inside, other=0.0)
@@ -212,7 +213,7 @@ def edit(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ..
         _check(x, *layer)
     out = torch.empty(len(layers), groups, tokens, d_in, dtype=x.dtype, device=x.device)
     if out.numel() > 0:
-        tile = tuning.edit(tokens, r)
+        tile = tuning.edit(tokens, r, x.element_size(), tuning.architecture(x.device))
         blocks = tuning.steps(tokens, tile["BLOCK_T"])
         edit_kernel[groups * blocks, len(layers)](
             x, tuple(I_in.contiguous() for I_in, _ in layers),

@@ -179,15 +179,21 @@ def edited_gemv(width: int, rows: int, element_size: int, architecture: str) -> 
     }
 
 
-def edit(tokens: int, r: int) -> dict[str, int]:
+def edit(tokens: int, r: int, element_size: int, architecture: str) -> dict[str, int]:
     """Take 16 bytes of a row a thread; of a long prompt 2 rows, which share E; less of many r."""
     ranks = power_of_2(r)
-    rows, block, warps = 1, 4096, 16
+    rows, row_bytes, warps = 1, 8192, 16
     if ranks > 4:
-        block, warps = 2048 if ranks == 8 else 4096 // ranks, 8
+        row_bytes, warps = 4096 if ranks == 8 else 8192 // ranks, 8
     elif tokens >= 256:
-        rows, block, warps = 2, 2048, 8
-    return {"RANKS": ranks, "BLOCK_T": rows, "BLOCK_D": block, "num_warps": warps}
+        rows, row_bytes, warps = 2, 4096, 8
+    return {
+        "RANKS": ranks,
+        "BLOCK_T": rows,
+        "BLOCK_D": row_bytes // element_size,
+        "STAGES": min(3, STREAM[architecture].stages),
+        "num_warps": warps,
+    }
 
 
 def decode_apply(width: int, records: int) -> dict[str, int]:
