@@ -185,6 +185,11 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through
     if rows == 0 or rows > LARGEST_N or groups * ranks > SLOTS or is_wide:
         return F.linear(edit(x, [(I_in, through)])[0], weight, bias)
     _check(x, I_in, through)
+    if weight.shape[1] != d_in or weight.dtype != x.dtype:
+        raise ValueError(
+            f"edited: weight must be [d_out, {d_in}] {x.dtype} to fit x, got "
+            f"{tuple(weight.shape)} {weight.dtype}"
+        )
     y = torch.empty(groups, tokens, width, dtype=x.dtype, device=x.device)
     tile = tuning.edited_gemv(width, rows, x.element_size(), tuning.architecture(x.device))
     flat = x.reshape(rows, d_in)
@@ -225,9 +230,9 @@ def edit(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ..
 
 
 def _check(x: Tensor, I_in: Tensor, through: Tensor) -> None:
-    groups, _, d_in = x.shape
-    if through.shape != (groups, I_in.shape[1], d_in) or through.dtype != x.dtype:
+    wanted = (x.shape[0], I_in.shape[1], x.shape[2])
+    if I_in.shape[0] != x.shape[0] or through.shape != wanted or through.dtype != x.dtype:
         raise ValueError(
-            f"edited: through must be [{groups}, {I_in.shape[1]}, {d_in}] {x.dtype} to fit x and "
-            f"I_in, got {tuple(through.shape)} {through.dtype}"
+            f"edited: I_in must be {list(wanted[:2])} and through {list(wanted)} {x.dtype} to fit "
+            f"x, got {tuple(I_in.shape)}, {tuple(through.shape)} {through.dtype}"
         )

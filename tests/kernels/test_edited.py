@@ -232,8 +232,13 @@ def test_errors():
     x, W, b, I_in, through = layer(2, 1, 6, 5, 2, torch.float32, "cpu")
     for wrong in (through[:1], through[..., :5], through[:, :1], through.half()):
         for tokens in (1, 20):
-            with pytest.raises(ValueError, match=r"through must be \[2, 2, 6\] torch.float32"):
+            with pytest.raises(ValueError, match=r"and through \[2, 2, 6\] torch.float32 to fit x"):
                 edited.launch(x.expand(2, tokens, 6), W, b, I_in, wrong)
+    with pytest.raises(ValueError, match=r"I_in must be \[2, 2\] .* got \(1, 2\)"):
+        edited.launch(x, W, b, I_in[:1], through)
+    for weight in (W[:, :5], W.half()):
+        with pytest.raises(ValueError, match=r"weight must be \[d_out, 6\] torch.float32"):
+            edited.launch(x, weight, b, I_in, through)
 
 
 @pytest.mark.parametrize("clamp", [None, 0.5])
