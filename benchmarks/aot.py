@@ -27,6 +27,7 @@ from vps.kernels import (
     couple,
     decode,
     delta,
+    edited,
     entropy,
     factors,
     features,
@@ -74,6 +75,22 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
     policy = new(9, dtype=torch.float64)
     for dtype in (torch.bfloat16, torch.float32):  # float16 differs from bfloat16 in opcodes only
         name = str(dtype).removeprefix("torch.")
+        for d_in, d_out, r, groups, tokens in (
+            (3584, 3584, 4, 1, 1),
+            (3584, 18944, 4, 1, 16),
+            (18944, 3584, 2, 8, 1),
+            (3584, 512, 4, 1, 1),
+            (8192, 28672, 2, 1, 1),
+            (18944, 3584, 4, 16, 1),
+            (8192, 28672, 4, 1, 512),
+            (3584, 3584, 8, 2, 17),
+            (3584, 3584, 64, 1, 17),
+        ):
+            x, W = new(groups, tokens, d_in, dtype=dtype), new(d_out, d_in, dtype=dtype)
+            I_in, E = new(groups, r, dtype=torch.int64), new(groups, r, d_in, dtype=dtype)
+            arguments = (x, W, new(d_out, dtype=dtype), I_in, E)
+            yield f"edited {name}", lambda a=arguments: edited.launch(*a)
+        yield f"edited {name}", lambda x=x, one=(I_in, E): edited.edit(x, [one] * 3)
         layers = (3584, 3584, 4, 1), (3584, 18944, 4, 16), (8192, 28672, 8, 1), (3584, 151936, 4, 1)
         for d_in, d_out, r, tokens in layers:
             W, b = new(d_out, d_in, dtype=dtype), new(d_out, dtype=dtype)

@@ -159,6 +159,43 @@ def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
     }
 
 
+def edited_gemv(width: int, rows: int, element_size: int, architecture: str) -> dict[str, int]:
+    """Take 32 rows of W, since every program reads x and E besides.
+
+    Each warp multiplies a slice of every step by itself: their products are no chain. A narrow
+    layer makes few programs, of 16 rows and twice the warps. Of float32, which no tensor core
+    takes, a slice fits the registers. gfx942 has no product with 8 columns.
+    """
+    stream, narrow = STREAM[architecture], width <= 2048
+    block = stream.row_bytes // element_size // stream.warps
+    warps = stream.warps * (2 if narrow else 1)
+    return {
+        "BLOCK_N": 8 if rows <= 8 and architecture != "gfx942" else 16,
+        "BLOCK_O": 16 if narrow else 32,
+        "SLICES": warps,
+        "BLOCK_K": block if element_size == 2 else min(16, block),
+        "STAGES": stream.stages,
+        "num_warps": warps,
+    }
+
+
+def edit(tokens: int, r: int, element_size: int, architecture: str) -> dict[str, int]:
+    """Take 16 bytes of a row a thread; of a long prompt 2 rows, which share E; less of many r."""
+    ranks = power_of_2(r)
+    rows, row_bytes, warps = 1, 8192, 16
+    if ranks > 4:
+        row_bytes, warps = 4096 if ranks == 8 else 8192 // ranks, 8
+    elif tokens >= 256:
+        rows, row_bytes, warps = 2, 4096, 8
+    return {
+        "RANKS": ranks,
+        "BLOCK_T": rows,
+        "BLOCK_D": row_bytes // element_size,
+        "STAGES": min(3, STREAM[architecture].stages),
+        "num_warps": warps,
+    }
+
+
 def decode_apply(width: int, records: int) -> dict[str, int]:
     """Take 256 outputs a program; all records of a group fit in its registers."""
     block = max(16, power_of_2(records))

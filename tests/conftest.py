@@ -38,7 +38,8 @@ def repair_interpreter():
             ).data.astype(d.data.dtype)
             for operand in (a, b)
         )
-        return TensorHandle((a[:, :, None] * b).sum(1) + d.data, d.dtype.scalar)
+        product = (a[..., None] * b[..., None, :, :]).sum(-2)
+        return TensorHandle(product + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_fp_trunc = create_fp_trunc
     InterpreterBuilder.create_dot = create_dot

@@ -22,7 +22,7 @@ from benchmarks.results import Section
 
 OPS = (
     *(kernels.scores, kernels.select, kernels.features, kernels.couple, kernels.factors),
-    *(kernels.delta, kernels.entropy, linear.decode, linear.linear),
+    *(kernels.delta, kernels.edited, kernels.entropy, linear.decode, linear.linear),
 )
 BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
 MOST_INPUTS = 64

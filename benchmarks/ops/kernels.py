@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import vps
 from benchmarks import shapes
 from benchmarks.ops.problem import OpCase, Problem, of_kernel
 from benchmarks.ops.roofline import SECTOR, Cost
 from vps import reference
-from vps.algorithm import coupling, gradient, selection
+from vps.algorithm import coupling, fixed, gradient, selection
 from vps.algorithm.weight import gather
 
 GAMMA, TAU = 0.5, 0.8
@@ -163,6 +165,39 @@ def delta(problem: Problem) -> OpCase:
         triton,
         lambda H, W, I_in, I_out: plain(H.double(), W.double(), I_in, I_out),
         Cost(bytes_moved, 2 * r * elements),
+    )
+
+
+def edited(problem: Problem) -> OpCase:
+    """Decode a token after its prompt has decided, ``W(x + Σ_c e_c u(I_in[c]))``."""
+    d_in, d_out, r = problem.d_in, problem.d_out, problem.r
+
+    def plain(x: Tensor, W: Tensor, I_in: Tensor, through: Tensor) -> Tensor:
+        return F.linear(fixed.edited(x, I_in.unsqueeze(1), through.mT), W)
+
+    def triton(x: Tensor, W: Tensor, I_in: Tensor, through: Tensor) -> Tensor:
+        from vps.kernels import edited
+
+        return edited.launch(x, W, None, I_in, through)
+
+    def cpp(x: Tensor, W: Tensor, I_in: Tensor, through: Tensor) -> Tensor:
+        return torch.ops.vps.edited(x, W, None, I_in, through)
+
+    missing = "not in C++" if problem.device == "cuda" else vps.backends()["cpp"]
+    elements = d_in * (d_out + r + 1) + d_out
+    return of_kernel(
+        f"edited, {problem.title(1)}",
+        lambda: (
+            problem.normal(1, 1, d_in),
+            problem.normal(d_out, d_in) * d_in**-0.5,
+            problem.features(d_in),
+            problem.normal(1, r, d_in) * d_in**-0.5,
+        ),
+        plain,
+        triton,
+        lambda x, W, I_in, through: plain(x.double(), W.double(), I_in, through.double()),
+        Cost(elements * problem.dtype.itemsize, 2 * d_in * (d_out + r)),
+        cpp=missing or cpp,
     )
 
 

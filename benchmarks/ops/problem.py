@@ -76,8 +76,8 @@ def of_kernel(
     triton: Call,
     oracle: Call,
     cost: Cost,
-    cpp: str = PART,
+    cpp: Call | str = PART,
 ) -> OpCase:
-    """Return the case of a Triton kernel beside plain torch; ``cpp`` says why there is no other."""
-    calls = {"torch": plain, "triton": triton_or_reason(triton), "cpp": cpp}
+    """Return the case of a Triton kernel beside plain torch; ``cpp`` may say why there is none."""
+    calls: dict[str, Call | str] = {"torch": plain, "triton": triton_or_reason(triton), "cpp": cpp}
     return OpCase(name, "torch", inputs, calls, cost, oracle)

@@ -33,7 +33,7 @@ def seeded():
 def test_checks_pass(device, dtype):
     """Of every op and implementation that can run here, the Triton kernels among them."""
     cases = ops.cases(problem(dtype, device))
-    assert len(cases) == 9
+    assert len(cases) == 10
     checked = set()
     for case in cases:
         for name, call in case.calls.items():
@@ -142,7 +142,8 @@ def test_pytest_benchmark_finds_every_op():
     options = ["-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
     run = execute(*options, "benchmarks")
     assert run.returncode == 0, run.stdout
-    for name in ("scores", "select", "couple", "factors", "delta", "entropy", "decode", "linear"):
+    named = "scores select couple factors delta edited entropy decode linear"
+    for name in named.split():
         assert f"test_op[{name}" in run.stdout
     assert "test_op[" not in execute(*options, "tests/test_config.py").stdout
 

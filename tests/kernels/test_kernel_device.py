@@ -6,7 +6,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from vps.kernels import couple, decode, delta, entropy, factors, features, scores, select, tuning
+from vps.kernels import (
+    couple,
+    decode,
+    delta,
+    edited,
+    entropy,
+    factors,
+    features,
+    scores,
+    select,
+    tuning,
+)
 
 
 class Kernel:
@@ -32,7 +43,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for module in (couple, decode, delta, entropy, factors, features, scores, select):
+    for module in (couple, decode, delta, edited, entropy, factors, features, scores, select):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(current, seen))
     yield seen
@@ -62,11 +73,17 @@ def update():
     return new(2, 5, 96), None, new(96, 64), index(), index(), core, gamma, None, None
 
 
+def prompted(tokens):
+    return new(2, tokens, 64), new(96, 64), None, index(), new(2, 4, 64)
+
+
 @pytest.mark.parametrize(
     ("launch", "arguments", "kernels"),
     [
         (decode.launch, token, 2),
         (delta.launch, update, 1),
+        (edited.launch, lambda: prompted(1), 1),
+        (edited.launch, lambda: prompted(20), 1),  # and cuBLAS
         (entropy.launch, lambda: (new(2, 1000),), 2),
         (
             factors.launch,

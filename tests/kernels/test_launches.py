@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vps
 from vps.backends import operator, triton
+from vps.backends.call import Outputs
 from vps.model import attention_mask
 from vps.model.patching import sharpened_layers
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 # None launches anything; constants, which are made anew under a dispatch mode, are kept elsewhere.
 FREE = {"empty", "new_empty", "view", "select", "slice", "unsqueeze", "expand", "t", "detach"}
 FREE |= {"transpose", "as_strided", "alias", "_unsafe_view", "permute", "squeeze", "reshape"}
-FREE |= {"lift_fresh"}
+FREE |= {"lift_fresh", "unbind"}
 
 
 class Launches(TorchDispatchMode):
@@ -58,17 +59,19 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.fixture
-def model(monkeypatch):
+def model(monkeypatch, request):
     """A patched block that is computed as on a GPU: by the operator, and no mask is read."""
 
-    def by_operator(inputs, settings, traced):
-        y, features, *_ = operator._triton(*inputs, *settings.packed())
+    def by_operator(inputs, settings, traced, kept):
+        y, features, *rest = operator._triton(*inputs, *settings.packed())
+        if kept is not None:
+            kept.append(Outputs(y, *features.unbind(1), *rest))
         return y, features[:, 0]
 
     monkeypatch.setattr(triton, "_interpreted", by_operator)
     monkeypatch.setattr(attention_mask, "is_read_freely", lambda _: False)
     model = tiny("qwen2", torch.float32, num_hidden_layers=1)
-    vps.patch(model)
+    vps.patch(model, vps.VPSConfig(scope=getattr(request, "param", "sequence")))
     return model
 
 
@@ -112,3 +115,25 @@ def test_a_prefill_takes_six_a_layer(model, monkeypatch, sequences):
         "up_proj": layer,
         "down_proj": ranked + layer,
     }
+
+
+@pytest.mark.parametrize("model", ["prompt"], indirect=True)
+@pytest.mark.parametrize(
+    "sequences, tokens, launches",
+    [
+        (1, 1, {"edited_gemv_kernel": 1}),
+        (3, 5, {"edited_gemv_kernel": 1}),
+        (5, 1, {"edit_kernel": 1, "linear": 1}),  # each program would read E of five
+        (1, 17, {"edit_kernel": 1, "linear": 1}),
+    ],
+)
+@torch.no_grad()
+def test_after_its_prompt_a_layer_takes_one(model, monkeypatch, sequences, tokens, launches):
+    """One, or cuBLAS and one, in each layer and without anything of torch between."""
+    ids = torch.arange(24 * sequences).view(sequences, 24) % 7
+    with vps.backend("triton"):
+        past = model(ids[:, :5]).past_key_values
+        with Launches(model, monkeypatch) as counted:
+            model(ids[:, :tokens], past_key_values=past)
+    layers = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    assert counted.found == {layer: Counter(launches) for layer in layers}

@@ -61,6 +61,7 @@ def fix(I_in: Tensor, I_out: Tensor, core: Core, rows: Tensor | None, like: Tens
         rows: ``R = W[I_out]`` ``[G, r, d_in]``, or ``None``.
         like: a tensor of the dtype of x.
     """
+    I_in = I_in.contiguous()  # once, not for every token
     if rows is None:
         return FixedUpdate(I_in, I_out, core, None)
     matrix, gamma, inactive = core

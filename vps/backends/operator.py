@@ -6,6 +6,7 @@ for CPU and in kernels for CUDA and ROCm. ``rules`` and ``numbers`` are ``Settin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -87,24 +88,25 @@ def sharpen(
 def run(call: Call) -> Result:
     """Run a call through the operators."""
     if call.given.core is not None:
-        return _fixed(call)
+        return run_fixed(call, EDITED)
     if call.heads is None and call.held is None:  # as run_native does, in one call less for a token
         y, I_in = sharpen(call.inputs(), call.layers[0].settings, call.traced)
         return [y], I_in
     return run_native(call, sharpen, sharpen_pair, couple)
 
 
-def _fixed(call: Call) -> Result:
+def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
     """Run a call whose update a prompt has fixed; torch computes what needs δ or a gradient."""
     (layer,), (I_in, *_, through, _) = call.layers, call.given
     differentiates = torch.is_grad_enabled()
     if not torch_backend.edits(call) or differentiates and needs_gradient(call.inputs()):
         return torch_backend.run(call)
     weight: Any = layer.weight
+    arguments = call.x, weight.W, layer.bias, I_in, through
     if call.traced or not differentiates:
-        return [EDITED(call.x, weight.W, layer.bias, I_in, through)], I_in  # type: ignore[return-value]
+        return [edited(*arguments)], I_in  # type: ignore[return-value]
     with torch._C._AutoDispatchBelowAutograd():
-        return [EDITED(call.x, weight.W, layer.bias, I_in, through)], I_in  # type: ignore[return-value]
+        return [edited(*arguments)], I_in  # type: ignore[return-value]
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
@@ -348,7 +350,16 @@ def _torch_edited(
     return F.linear(fixed.edited(x, I_in.unsqueeze(1), through.mT), weight, bias)
 
 
-LIBRARY.impl("edited", _torch_edited, "CUDA")
+def triton_edited(
+    x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor
+) -> Tensor:
+    """Compute ``vps::edited`` by the Triton kernels, imported at the first call."""
+    from vps.kernels import edited
+
+    return edited.launch(x, weight, bias, I_in, through)
+
+
+LIBRARY.impl("edited", triton_edited, "CUDA")
 LIBRARY.impl("linear", _triton, "CUDA")
 LIBRARY.impl("linear_pair", _triton_pair, "CUDA")
 LIBRARY.impl("couple", _triton_joint, "CUDA")
