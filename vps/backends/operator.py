@@ -98,12 +98,11 @@ def run(call: Call) -> Result:
 def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
     """Run a call whose update a prompt has fixed; torch computes what needs δ or a gradient."""
     (layer,), (I_in, *_, through, _) = call.layers, call.given
-    differentiates = torch.is_grad_enabled()
-    if not torch_backend.edits(call) or differentiates and needs_gradient(call.inputs()):
+    if not torch_backend.edits(call) or torch.is_grad_enabled() and needs_gradient(call.inputs()):
         return torch_backend.run(call)
     weight: Any = layer.weight
     arguments = call.x, weight.W, layer.bias, I_in, through
-    if call.traced or not differentiates:
+    if call.traced:
         return [edited(*arguments)], I_in  # type: ignore[return-value]
     with torch._C._AutoDispatchBelowAutograd():
         return [edited(*arguments)], I_in  # type: ignore[return-value]
