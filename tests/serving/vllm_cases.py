@@ -54,10 +54,12 @@ def make_model(folder, family):
 
 
 def answers(llm, prompts, tokens=TOKENS, **sampling):
-    """Greedy tokens of all prompts, asked at once."""
+    """Greedy tokens of all prompts, asked at once; ``tokens`` may be a number for each."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **sampling)
+    counts = tokens if isinstance(tokens, list) else [tokens] * len(prompts)
+    common = dict(temperature=0, ignore_eos=True, **sampling)
+    sampling = [SamplingParams(max_tokens=count, **common) for count in counts]
     results = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
     )

@@ -1,8 +1,8 @@
 """Read a serving engine's settings, and refuse by name and remedy what cannot be sharpened.
 
 ``VPS_CONFIG`` holds the settings, as a JSON file or JSON text. A request's tokens must not depend
-on what else is in the batch. With ``scope="token"`` they cannot; ``scope="sequence"`` needs every
-prompt in one piece, once; ``scope="batch"`` is refused.
+on what else is in the batch. With ``scope="token"`` they cannot; ``scope="prompt"`` needs every
+prompt in one piece, ``scope="sequence"`` also once; ``scope="batch"`` is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def config_from_environment() -> VPSConfig:
         if config.scope == "batch":
             raise ValueError(
                 "scope='batch' would let the requests of a batch change each other's tokens; "
-                "expected 'token' or 'sequence'"
+                "expected 'token', 'sequence' or 'prompt'"
             )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{origin}: {error}") from None
@@ -95,13 +95,19 @@ def check(engine: Any, config: VPSConfig, keeps_prompts_whole: bool) -> None:
         )
     if engine.lora_config is not None:
         reasons.append("adapters (--enable-lora) would be added to sharpened outputs unsharpened")
-    if config.scope == "sequence":
-        reasons += [f"scope='sequence': {reason}" for reason in _splits(engine)]
-        if not keeps_prompts_whole:
-            reasons.append(
-                "scope='sequence': the scheduler may split, cache or repeat prompts: add "
-                f"--scheduler-cls {SCHEDULER}, or set scope to 'token'"
+    if config.scope != "token":
+        found = _splits(engine)
+        if config.scope == "prompt" and engine.use_v2_model_runner:
+            found.append(
+                "Model Runner V2 does not say whose tokens a batch has: set the variable "
+                "VLLM_USE_V2_MODEL_RUNNER=0"
             )
+        if not keeps_prompts_whole:
+            found.append(
+                f"the scheduler may split or cache prompts: add --scheduler-cls {SCHEDULER}, or "
+                "set scope to 'token'"
+            )
+        reasons += [f"scope='{config.scope}': {reason}" for reason in found]
     if reasons:
         raise ValueError(f"vps cannot sharpen this engine: {'; '.join(reasons)}")
 

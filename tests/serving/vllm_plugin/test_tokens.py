@@ -17,6 +17,12 @@ CONFIGS = {
     "random": VPSConfig(scope="token", builder="random", seed=3, **STRONG),
     "sequence": VPSConfig(),
     "sequence, sc": VPSConfig(builder="sc", **STRONG),
+    "prompt": VPSConfig(scope="prompt"),
+    "prompt, sc, strong": VPSConfig(scope="prompt", builder="sc", **STRONG),
+    "prompt, clamp": VPSConfig(scope="prompt", clamp=0.5, clip="spectral"),
+    "prompt, some layers": VPSConfig(
+        scope="prompt", target_modules=["k_proj", "up_proj"], layers_to_transform=[1], **STRONG
+    ),
 }
 
 
@@ -96,6 +102,35 @@ def test_whole_prompts_only(engine, llama):
     assert counted["vllm:prefix_cache_hits"] == counted["vllm:num_preemptions"] == 0
 
 
+@pytest.mark.parametrize("blocks", [8, 64])
+def test_a_prompt_decides_for_its_request_alone(engine, llama, blocks):
+    """Requests join, leave, and with 8 blocks are stopped and computed again with their answers."""
+    config = VPSConfig(scope="prompt", **STRONG)
+    prefix = [(7 * index) % 120 + 2 for index in range(40)]
+    prompts = PROMPTS + [prefix + [index, 5] for index in range(2, 8)]
+    tokens = [30, 3, 25, 1, 30, 12, 30, 30, 7, 30]
+    want = [row[:count] for row, count in zip(expected(llama, config, prompts, 30), tokens)]
+    assert want != [row[:count] for row, count in zip(expected(llama, None, prompts, 30), tokens)]
+    llm = engine(
+        llama,
+        config,
+        max_num_seqs=5,
+        block_size=32,
+        num_gpu_blocks_override=blocks,
+        enable_prefix_caching=True,
+        disable_log_stats=False,
+    )
+    assert answers(llm, prompts, tokens) == want
+    counted = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    assert counted["vllm:prefix_cache_hits"] == 0
+    assert (counted["vllm:num_preemptions"] > 0) == (blocks == 8)
+    core = llm.llm_engine.engine_core.engine_core
+    core.step()  # which tells the model runner that the last requests have finished
+    kept = core.model_executor.driver_worker.worker.model_runner.vps_decisions
+    assert kept.of == kept.stacked == {}
+    assert answers(llm, prompts[:4], tokens[:4]) == want[:4]
+
+
 def test_compiled(engine, llama):
     """torch.compile, and no graph of other settings: vLLM keeps graphs by this hash."""
     hashes = set()
@@ -103,9 +138,10 @@ def test_compiled(engine, llama):
         VPSConfig(scope="token", gamma=0.0, adaptive_gamma=False),
         VPSConfig(scope="token", target_modules=["down_proj", "q_proj"]),
         VPSConfig(),
+        VPSConfig(scope="prompt"),
     ):
         llm = engine(llama, config, enforce_eager=False)
         assert answers(llm, PROMPTS) == expected(llama, config)
         hashes.add(llm.llm_engine.vllm_config.compute_hash())
         del llm
-    assert len(hashes) == 3
+    assert len(hashes) == 4
