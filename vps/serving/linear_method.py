@@ -1,7 +1,7 @@
 """Let a linear layer of vLLM multiply by ``torch.ops.vps.serve``.
 
-The operator is opaque to vLLM's compiler. It finds where the requests of a batch start in the forward
-context, and with ``scope="prompt"`` who they are in the step that the model runner executes.
+The operator is opaque to vLLM's compiler. It finds where the requests of a batch start in the
+forward context, and with ``scope="prompt"`` which they are in the step of the model runner.
 The weight stays a plain matrix, which vLLM on a CPU would pack and drop, so the backends of
 :func:`vps.vps_linear` compute as everywhere else.
 """
@@ -128,8 +128,8 @@ def _runs(context: ForwardContext, scope: str = "sequence") -> list[Run] | None:
     """Find the requests of the batch, once a forward pass; ``None`` in a pass without any.
 
     Raises:
-        RuntimeError: the attention backend does not say where requests start, the model runner not
-            who they are, or the batch holds a part of a prompt whose beginning was computed before.
+        RuntimeError: the attention backend does not say where requests start, or the model runner
+            which they are; or a part of a prompt came, whose beginning was computed before.
     """
     if not context.attn_metadata:  # a pass that measures memory or warms up
         return None

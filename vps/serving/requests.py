@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, repeat
@@ -149,7 +149,7 @@ def _stacked(givens: Sequence[Given]) -> Given:
     """
 
     def together(tensors: Sequence[Any]) -> Any:
-        return None if any(one is None for one in tensors) else torch.cat(tensors)
+        return None if any(one is None for one in tensors) else torch.cat(list(tensors))
 
     I_in, I_out, _, cores, through = zip(*givens, strict=True)
     core = Core(*map(together, zip(*cores, strict=True)))
@@ -168,7 +168,7 @@ class Decisions:
         self.of: dict[str, Decision] = {}
         self.stacked: dict[tuple[str, ...], Decision] = {}
 
-    def finish(self, requests: Set[str]) -> None:
+    def finish(self, requests: set[str]) -> None:
         """Free what is kept for requests, which another request may follow by the same id."""
         for request in requests:
             self.of.pop(request, None)
@@ -177,7 +177,7 @@ class Decisions:
             self.stacked = {ids: own for ids, own in kept if requests.isdisjoint(ids)}
 
     def runs(
-        self, requests: Iterable[str], lengths: Mapping[str, int], starting: Set[str]
+        self, requests: Iterable[str], lengths: Mapping[str, int], starting: set[str]
     ) -> list[Run]:
         """Return the runs of a batch; a prompt is a run by itself.
 
@@ -266,14 +266,15 @@ def _parts(
     given = iter(run.given(fused.name)) if run is not None and run.prompts else repeat(NOTHING)
     layers = []
     for start, stop, _ in fused.parts:
-        own = None if bias is None else bias[start:stop]
-        layers.append(Projection(weight[start:stop], own))
+        layers.append((weight[start:stop], None if bias is None else bias[start:stop]))
     outputs: list[Tensor] = []
 
-    def add(layers: Sequence[Projection], **options: Any) -> None:
-        ys = functional.sharpen(x, tuple(layers), fused.config, held=held, **options)
-        for y, layer in zip(ys, layers, strict=True):
-            outputs.append(F.linear(x, *layer[:2]) if y is None else y)
+    def add(layers: Sequence[tuple[Tensor, Tensor | None]], **options: Any) -> None:
+        each = tuple(Projection(*layer) for layer in layers)
+        ys = functional.sharpen(x, each, fused.config, held=held, **options)
+        outputs.extend(
+            F.linear(x, *layer) if y is None else y for y, layer in zip(ys, layers, strict=True)
+        )
 
     if fused.heads is not None and (run is None or not run.prompts):
         add(layers[:2], heads=fused.heads)
@@ -281,14 +282,15 @@ def _parts(
         if part.sharpened:
             add([layer], given=next(given))
         else:
-            outputs.append(F.linear(x, *layer[:2]))
-    if decision is not None and held is not None:
+            outputs.append(F.linear(x, *layer))
+    if decision is not None:
         if fused.name in decision:
             raise RuntimeError(
                 f"vps: scope='prompt' holds one decision for each layer, and {fused.name} is "
                 "called several times in a pass; expected another scope, or the layer excluded"
             )
+        made = (one for one in held or () if one is not None)
         decision[fused.name] = [
-            Given(one.I_in, one.I_out, None, one.core, one.through) for one in held if one is not None
+            Given(one.I_in, one.I_out, None, one.core, one.through) for one in made
         ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
