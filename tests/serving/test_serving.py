@@ -26,18 +26,32 @@ def qkv():
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def by_request(x, weight, bias, config):
-    """The literal algorithm for each request and each part alone."""
+def by_part(x, weight, bias, config):
+    """The literal algorithm for each part of one request alone."""
     rows = torch.arange(len(weight)).split(QKV)
     layers = [(weight[row], bias[row]) for row in rows]
+    query, key = (reference.Projection(*layer) for layer in layers[:2])
+    options = dict(heads=HEADS, kv_heads=KV_HEADS, config=config)
+    pair = reference.coupled_vps_linear(x, query, key, **options)
+    return [*pair, reference.vps_linear(x, *layers[2], config=config)]
+
+
+def by_request(x, weight, bias, config):
+    """The literal algorithm for each request and each part alone."""
+    parts = [by_part(piece, weight, bias, config) for piece in x.split(PROMPTS)]
+    return torch.cat([torch.cat([part.y for part in own], -1) for own in parts])
+
+
+def later(x, decided, weight, bias, config):
+    """The literal algorithm for tokens whose prompt gave the results ``decided``."""
     outputs = []
-    for piece in x.split(PROMPTS):
-        query, key = (reference.Projection(*layer) for layer in layers[:2])
-        options = dict(heads=HEADS, kv_heads=KV_HEADS, config=config)
-        pair = reference.coupled_vps_linear(piece, query, key, **options)
-        value = reference.vps_linear(piece, *layers[2], config=config)
-        outputs.append(torch.cat([pair[0].y, pair[1].y, value.y], -1))
-    return torch.cat(outputs)
+    for row, result in zip(torch.arange(len(weight)).split(QKV), decided, strict=True):
+        (group,) = result.groups
+        chosen = group.I_in[: group.rank], group.I_out[: group.rank], group.core, group.gamma
+        outputs.append(
+            reference.held_vps_linear(x, weight[row], bias[row], *chosen, clamp=config.clamp)
+        )
+    return torch.cat(outputs, -1)
 
 
 @pytest.mark.parametrize("builder", ["sk", "sc"])
@@ -53,6 +67,71 @@ def test_requests_of_a_batch_are_apart(qkv, scope, builder):
     assert not torch.allclose(y, F.linear(*qkv), atol=1e-3)
     other = sharpen(*qkv, fused, [Run(1, len(qkv[0]))])
     assert torch.allclose(y, other, atol=1e-3) == (scope == "token")  # else groups matter here
+
+
+@pytest.mark.parametrize("options", [{}, dict(builder="sc"), dict(clamp=0.1)])
+def test_a_prompt_decides_until_its_request_finishes(qkv, options):
+    x, weight, bias = qkv
+    config = VPSConfig(scope="prompt", **(dict(gamma=1.5, adaptive_gamma=False) | options))
+    fused = requests.couple(requests.split("attn.qkv_proj", QKV, PACKED, config), HEADS, KV_HEADS)
+    decisions, decided, stacked = requests.Decisions(), {}, []
+    steps = [  # tokens of each request; those in capitals start
+        {"A": 5, "B": 5},
+        {"a": 1, "b": 1, "C": 3},
+        {"b": 1, "a": 1, "c": 1},
+        {"b": 1, "a": 1, "c": 1},
+        {"b": 1, "a": 7, "c": 4},  # a was stopped, c has drafts
+    ]
+    for step in steps:
+        tokens = {name.lower(): length for name, length in step.items()}
+        x = torch.randn(sum(tokens.values()), D_IN, dtype=torch.float64)
+        grouping = decisions.runs(tokens, tokens, {name.lower() for name in step if name.isupper()})
+        stacked.append(grouping[0].decision)
+        want = []
+        for name, piece in zip(step, x.split(list(tokens.values())), strict=True):
+            if name.isupper():
+                decided[name.lower()] = by_part(piece, weight, bias, config)
+                want.append(torch.cat([part.y for part in decided[name.lower()]], -1))
+            else:
+                want.append(later(piece, decided[name], weight, bias, config))
+        y = sharpen(x, weight, bias, fused, grouping)
+        torch.testing.assert_close(y, torch.cat(want), rtol=1e-9, atol=1e-9)
+    assert stacked[3] is stacked[2] is not stacked[1]  # put together once
+    with pytest.raises(RuntimeError, match="a part of a prompt"):
+        decisions.runs(["d"], {"d": 2}, {"e"})
+    decisions.finish({"a", "unknown"})
+    assert set(decisions.of) == {"b", "c"}
+    assert decisions.runs(["a"], {"a": 2}, {"a"})[0].decision == {}
+    decisions.finish({"a", "b", "c"})
+    assert decisions.of == decisions.stacked == {}
+
+
+def test_a_layer_decides_once(qkv):
+    config = VPSConfig(scope="prompt")
+    fused = requests.split("attn.qkv_proj", QKV, PACKED, config)
+    assert fused.name == "attn.qkv_proj"
+    grouping = requests.Decisions().runs("a", {"a": len(qkv[0])}, {"a"})
+    sharpen(*qkv, fused, grouping)
+    with pytest.raises(RuntimeError, match="attn.qkv_proj is called several times"):
+        sharpen(*qkv, fused, grouping)
+
+
+def test_decisions_in_both_forms(qkv):
+    """A prompt whose edited x would round too much keeps the form of SPEC 4, with others."""
+    x, weight, bias = qkv
+    config = VPSConfig(scope="prompt", gamma=1.5, adaptive_gamma=False)
+    fused = requests.split("attn.qkv_proj", QKV, PACKED, config)
+    decisions = requests.Decisions()
+    sharpen(x, weight, bias, fused, decisions.runs("ab", dict(a=7, b=7), {"a", "b"}))
+
+    def both():
+        return sharpen(x[:2], weight, bias, fused, decisions.runs("ab", dict(a=1, b=1), set()))
+
+    want = both()
+    layer = decisions.of["a"][fused.name]
+    layer[:] = [part._replace(through=None) for part in layer]
+    decisions.stacked.clear()
+    torch.testing.assert_close(both(), want, rtol=1e-9, atol=1e-9)
 
 
 def test_parts_that_are_not_named_stay_plain(qkv):
@@ -201,6 +280,7 @@ def engine(**changes):
         lora_config=None,
         speculative_config=None,
         kv_transfer_config=None,
+        use_v2_model_runner=False,
     )
     everything = SimpleNamespace(**(values | changes))
     for name in ("parallel_config", "model_config", "compilation_config"):
@@ -214,7 +294,7 @@ ALWAYS = {
     "--enable-lora": dict(lora_config=object()),
 }
 WITH_SEQUENCES = {
-    "speculative decoding": dict(speculative_config=object()),
+    "speculative decoding": dict(speculative_config=SimpleNamespace(method="eagle")),
     "--kv-transfer-config": dict(kv_transfer_config=object()),
     "context parallelism": dict(prefill_context_parallel_size=2),
     "--enable-dbo": dict(use_ubatching=True),
@@ -232,6 +312,8 @@ def test_engines_that_are_refused(said):
     assert said in str(caught.value)
     if said in WITH_SEQUENCES:
         assert "scope='sequence'" in str(caught.value)
+        with pytest.raises(ValueError, match=f"scope='prompt': [^;]*{said}"):
+            limits.check(changed, VPSConfig(scope="prompt"), True)
         limits.check(changed, VPSConfig(scope="token"), False)
     else:
         with pytest.raises(ValueError, match=said):
@@ -243,6 +325,19 @@ def test_engines_that_are_accepted():
     limits.check(engine(), VPSConfig(scope="token"), False)
     with pytest.raises(ValueError, match=f"--scheduler-cls {limits.SCHEDULER}"):
         limits.check(engine(), VPSConfig(), False)
+
+
+def test_engines_that_a_prompt_scope_tells_apart():
+    prompt = VPSConfig(scope="prompt")
+    ngram = dict(speculative_config=SimpleNamespace(method="ngram"))
+    limits.check(engine(**ngram), prompt, True)
+    with pytest.raises(ValueError, match="several tokens of an answer"):
+        limits.check(engine(**ngram), VPSConfig(), True)
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        limits.check(engine(use_v2_model_runner=True), prompt, True)
+    limits.check(engine(use_v2_model_runner=True), VPSConfig(), True)
+    with pytest.raises(ValueError, match=f"scope='prompt': [^;]*{limits.SCHEDULER}"):
+        limits.check(engine(), prompt, False)
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,17 @@ def make_model(folder, family):
     return str(folder)
 
 
+def counts(prompts, tokens):
+    """How many tokens each answer has: one number for all, or a list."""
+    return tokens if isinstance(tokens, list) else [tokens] * len(prompts)
+
+
 def answers(llm, prompts, tokens=TOKENS, **sampling):
     """Greedy tokens of all prompts, asked at once."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **sampling)
+    common = dict(temperature=0, ignore_eos=True, **sampling)
+    sampling = [SamplingParams(max_tokens=count, **common) for count in counts(prompts, tokens)]
     results = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
     )
@@ -71,8 +77,9 @@ def expected(folder, config, prompts=PROMPTS, tokens=TOKENS):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if config is not None:
         vps.patch(model, config)
-    length = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    return [
-        model.generate(torch.tensor([prompt]), **length)[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
+    found = []
+    for prompt, count in zip(prompts, counts(prompts, tokens), strict=True):
+        length = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        row = model.generate(torch.tensor([prompt]), **length)[0]
+        found.append(row[len(prompt) :].tolist())
+    return found

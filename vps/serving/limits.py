@@ -1,8 +1,8 @@
 """Read a serving engine's settings, and refuse by name and remedy what cannot be sharpened.
 
 ``VPS_CONFIG`` holds the settings, as a JSON file or JSON text. A request's tokens must not depend
-on what else is in the batch. With ``scope="token"`` they cannot; ``scope="sequence"`` needs every
-prompt in one piece, once; ``scope="batch"`` is refused.
+on what else is in the batch. With ``scope="token"`` they cannot; ``scope="prompt"`` needs every
+prompt in one piece, ``scope="sequence"`` also once; ``scope="batch"`` is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def config_from_environment() -> VPSConfig:
         if config.scope == "batch":
             raise ValueError(
                 "scope='batch' would let the requests of a batch change each other's tokens; "
-                "expected 'token' or 'sequence'"
+                "expected 'token', 'sequence' or 'prompt'"
             )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{origin}: {error}") from None
@@ -95,23 +95,33 @@ def check(engine: Any, config: VPSConfig, keeps_prompts_whole: bool) -> None:
         )
     if engine.lora_config is not None:
         reasons.append("adapters (--enable-lora) would be added to sharpened outputs unsharpened")
-    if config.scope == "sequence":
-        reasons += [f"scope='sequence': {reason}" for reason in _splits(engine)]
+    if config.scope != "token":
+        found = _splits(engine, config.scope)
         if not keeps_prompts_whole:
-            reasons.append(
-                "scope='sequence': the scheduler may split, cache or repeat prompts: add "
-                f"--scheduler-cls {SCHEDULER}, or set scope to 'token'"
+            found.append(
+                f"the scheduler may split or cache prompts: add --scheduler-cls {SCHEDULER}, or "
+                "set scope to 'token'"
             )
+        reasons += [f"scope='{config.scope}': {reason}" for reason in found]
     if reasons:
         raise ValueError(f"vps cannot sharpen this engine: {'; '.join(reasons)}")
 
 
-def _splits(engine: Any) -> list[str]:
-    """Return why a layer may not see whole prompts and single generated tokens."""
-    model, parallel = engine.model_config, engine.parallel_config
+def _splits(engine: Any, scope: str) -> list[str]:
+    """Return why a layer may not see whole prompts and, after them, the tokens of each request."""
+    model, parallel, drafts = engine.model_config, engine.parallel_config, engine.speculative_config
     reasons = []
-    if engine.speculative_config is not None:
+    if scope == "sequence" and drafts is not None:
         reasons.append("speculative decoding computes several tokens of an answer at once")
+    elif drafts is not None and drafts.method != "ngram":
+        reasons.append(
+            f"speculative decoding by {drafts.method!r} is untested: expected the method 'ngram'"
+        )
+    if scope == "prompt" and engine.use_v2_model_runner:
+        reasons.append(
+            "Model Runner V2 does not say whose tokens a batch has: set the variable "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     if engine.kv_transfer_config is not None:
         reasons.append("keys and values from elsewhere (--kv-transfer-config) stand for tokens")
     if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:

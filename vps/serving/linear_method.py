@@ -1,12 +1,15 @@
 """Let a linear layer of vLLM multiply by ``torch.ops.vps.serve``.
 
-The operator is opaque to vLLM's compiler, and finds the requests of a batch in the forward context.
+The operator is opaque to vLLM's compiler. It finds where the requests of a batch start in the
+forward context, and with ``scope="prompt"`` which they are in the step of the model runner.
 The weight stays a plain matrix, which vLLM on a CPU would pack and drop, so the backends of
 :func:`vps.vps_linear` compute as everywhere else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +20,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from vps.serving.requests import Fused, Run, runs, sharpen
+from vps.serving.requests import Decisions, Fused, Run, runs, sharpen
 
 if TYPE_CHECKING:
     from vps.serving.plugin import Sharpening
@@ -25,7 +28,10 @@ if TYPE_CHECKING:
 LIBRARY = torch.library.Library("vps", "FRAGMENT")
 LIBRARY.define("serve(Tensor x, Tensor weight, Tensor? bias, str settings) -> Tensor")
 CACHED = "vps_runs"
+DECISIONS = "vps_decisions"
 NEEDED = ("query_start_loc", "seq_lens")
+# The model runner and its scheduler's output for the step that runs; ``None`` in a step of its own.
+STEPS: list[tuple[Any, Any] | None] = []
 
 
 @register_weight_loader_v2_supported_method
@@ -82,9 +88,34 @@ def keeps_prompts_whole(engine: Any) -> bool:
     )
 
 
+@cache
+def follow_requests() -> None:
+    """Let the operator know the requests of each step; what they decided ends with them."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def begin(runner: Any, scheduled: Any, *rest: Any) -> tuple[Any, Any]:
+        runner.__dict__.setdefault(DECISIONS, Decisions()).finish(scheduled.finished_req_ids)
+        return runner, scheduled
+
+    def noting(function: Any, step: Callable[..., Any]) -> Any:
+        @wraps(function)
+        def noted(*arguments: Any, **options: Any) -> Any:
+            STEPS.append(step(*arguments))
+            try:
+                return function(*arguments, **options)
+            finally:
+                STEPS.pop()
+
+        return noted
+
+    GPUModelRunner.execute_model = noting(GPUModelRunner.execute_model, begin)
+    GPUModelRunner._dummy_run = noting(GPUModelRunner._dummy_run, lambda *rest: None)
+
+
 def _serve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: str) -> Tensor:
     fused = Fused.from_json(settings)
-    grouping = None if fused.config.scope == "token" else _runs(get_forward_context())
+    scope = fused.config.scope
+    grouping = None if scope == "token" else _runs(get_forward_context(), scope)
     y = sharpen(x.reshape(-1, x.shape[-1]), weight, bias, fused, grouping)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -93,20 +124,43 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, settings: str) -> Tens
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _runs(context: ForwardContext) -> list[Run] | None:
+def _runs(context: ForwardContext, scope: str = "sequence") -> list[Run] | None:
     """Find the requests of the batch, once a forward pass; ``None`` in a pass without any.
 
     Raises:
-        RuntimeError: the attention backend does not say where requests start, or the batch holds a
-            part of a prompt whose beginning was computed before.
+        RuntimeError: the attention backend does not say where requests start, or the model runner
+            which they are; or a part of a prompt came, whose beginning was computed before.
     """
     if not context.attn_metadata:  # a pass that measures memory or warms up
         return None
     known, grouping = context.additional_kwargs.get(CACHED, (None, None))
     if known is context.attn_metadata:
         return grouping
-    assert isinstance(context.attn_metadata, dict)  # micro-batches are refused
-    kinds = context.attn_metadata.values()
+    grouping = _of_step() if scope == "prompt" else _of_metadata(context.attn_metadata)
+    context.additional_kwargs[CACHED] = context.attn_metadata, grouping
+    return grouping
+
+
+def _of_step() -> list[Run] | None:
+    """Return the runs of the requests, with what their prompts decided."""
+    if not STEPS:
+        raise RuntimeError(
+            "vps: scope='prompt' needs to know the requests of a batch, which this model runner "
+            "does not say; set scope to 'token'"
+        )
+    if STEPS[-1] is None:
+        return None
+    runner, scheduled = STEPS[-1]
+    new = scheduled.scheduled_new_reqs
+    starting = {request.req_id for request in new if request.num_computed_tokens == 0}
+    decisions: Decisions = getattr(runner, DECISIONS)
+    return decisions.runs(runner.input_batch.req_ids, scheduled.num_scheduled_tokens, starting)
+
+
+def _of_metadata(attn_metadata: Any) -> list[Run]:
+    """Return the runs of whole prompts and single tokens, by where requests start."""
+    assert isinstance(attn_metadata, dict)  # micro-batches are refused
+    kinds = attn_metadata.values()
     found = (kind for kind in kinds if all(hasattr(kind, name) for name in NEEDED))
     metadata = next(found, None)
     if metadata is None:
@@ -122,9 +176,7 @@ def _runs(context: ForwardContext) -> list[Run] | None:
             "vps: scope='sequence' was given a part of a prompt, whose beginning was computed "
             "before; set scope to 'token'"
         )
-    grouping = runs(starts.tolist())
-    context.additional_kwargs[CACHED] = context.attn_metadata, grouping
-    return grouping
+    return runs(starts.tolist())
 
 
 LIBRARY.impl("serve", _serve, "CompositeExplicitAutograd")

@@ -105,6 +105,8 @@ class Sharpening(QuantizationConfig):
         engine = get_current_vllm_config()
         limits.check(engine, self.config, linear_method.keeps_prompts_whole(engine))
         self._tell_compiler(engine)
+        if self.config.scope == "prompt":
+            linear_method.follow_requests()
         if prefix.rpartition(".")[2] in ABSORBED and select_names([prefix], None, self.config):
             raise ValueError(
                 f"vps cannot sharpen {prefix}: it is a {type(layer).__name__} whose weight vLLM "

@@ -1,8 +1,8 @@
-"""Schedule every prompt whole and once, as ``scope="sequence"`` needs.
+"""Schedule every prompt whole, as ``scope="sequence"`` and ``"prompt"`` need.
 
-No prompt is split over steps (chunked prefill), taken from the cache of another request (prefix
-caching), or computed again together with its answer (preemption): only as many requests run at once
-as surely fit.
+No prompt is split over steps (chunked prefill) or taken from the cache of another request (prefix
+caching). With ``"sequence"`` none is computed again together with its answer (preemption): only as
+many requests run at once as surely fit. With ``"prompt"`` that changes no answer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler as Base
 
 from vps.serving.limits import running_requests
+from vps.serving.plugin import Sharpening
 
 logger = init_logger("vllm.plugins.vps")
 
@@ -38,6 +39,10 @@ class Scheduler(Base):
         scheduling.long_prefill_token_threshold = 0
         cache.enable_prefix_caching = False
         super().__init__(vllm_config, *arguments, **options)
+        method = vllm_config.quant_config
+        self.repeats = isinstance(method, Sharpening) and method.config.scope == "prompt"
+        if self.repeats:
+            return
         wanted = scheduling.max_num_active_seqs or scheduling.max_num_seqs
         self.max_num_active_reqs = running_requests(cache.kv_cache_max_concurrency, wanted)
         if self.max_num_active_reqs < wanted:
@@ -50,6 +55,8 @@ class Scheduler(Base):
             )
 
     def _preempt_request(self, *arguments: Any, **options: Any) -> None:
+        if self.repeats:
+            return super()._preempt_request(*arguments, **options)
         raise RuntimeError(
             "vps: scope='sequence' cannot stop a running request and compute it again: its answer "
             "would become part of the prompt"

@@ -34,7 +34,7 @@ def engine(monkeypatch):
         if config is not None:
             monkeypatch.setenv("VPS_CONFIG", config.to_json())
             options.setdefault("quantization", "vps")
-            if config.scope == "sequence":
+            if config.scope != "token":
                 options.setdefault("scheduler_cls", SCHEDULER)
         defaults = dict(dtype="float32", max_model_len=128, max_num_seqs=8, enforce_eager=True)
         return LLM(folder, **{**defaults, **options})

@@ -60,7 +60,7 @@ def stop(process):
 
 
 def test_server(llama, tmp_path):
-    config = VPSConfig()
+    config = VPSConfig(scope="prompt")
     settings, log = tmp_path / "settings.json", tmp_path / "log"
     settings.write_text(config.to_json())
     with socket.socket() as free:

@@ -6,6 +6,7 @@ from vllm_cases import PROMPTS, TOKENS, answers, expected
 from vps import VPSConfig
 
 STRONG = dict(gamma=2.0, adaptive_gamma=False, tau=None)
+NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=2)
 CONFIGS = {
     "token": VPSConfig(scope="token"),
     "token, sc, order 2": VPSConfig(scope="token", builder="sc", order=2),
@@ -17,6 +18,9 @@ CONFIGS = {
     "random": VPSConfig(scope="token", builder="random", seed=3, **STRONG),
     "sequence": VPSConfig(),
     "sequence, sc": VPSConfig(builder="sc", **STRONG),
+    "prompt": VPSConfig(scope="prompt"),
+    "prompt, sc, strong": VPSConfig(scope="prompt", builder="sc", **STRONG),
+    "prompt, clamp": VPSConfig(scope="prompt", clamp=0.5, clip="spectral"),
 }
 
 
@@ -103,9 +107,42 @@ def test_compiled(engine, llama):
         VPSConfig(scope="token", gamma=0.0, adaptive_gamma=False),
         VPSConfig(scope="token", target_modules=["down_proj", "q_proj"]),
         VPSConfig(),
+        VPSConfig(scope="prompt"),
     ):
         llm = engine(llama, config, enforce_eager=False)
         assert answers(llm, PROMPTS) == expected(llama, config)
         hashes.add(llm.llm_engine.vllm_config.compute_hash())
         del llm
-    assert len(hashes) == 3
+    assert len(hashes) == 4
+
+
+# The last test: vLLM 0.32 cannot start another engine where ngram has loaded numba.
+@pytest.mark.parametrize(("blocks", "drafts"), [(64, None), (8, None), (8, NGRAM)])
+def test_a_prompt_decides_for_its_request_alone(engine, llama, blocks, drafts):
+    """Requests join, leave, and with 8 blocks are stopped and computed again with their answers."""
+    config = VPSConfig(scope="prompt", **STRONG)
+    prefix = [(7 * index) % 120 + 2 for index in range(40)]
+    prompts = PROMPTS + [prefix + [index, 5] for index in range(2, 8)]
+    tokens = [30, 3, 25, 1, 30, 12, 30, 30, 7, 30]
+    want = expected(llama, config, prompts, tokens)
+    assert want != expected(llama, None, prompts, tokens)
+    llm = engine(
+        llama,
+        config,
+        max_num_seqs=5,
+        block_size=32,
+        num_gpu_blocks_override=blocks,
+        enable_prefix_caching=True,
+        disable_log_stats=False,
+        speculative_config=drafts,
+    )
+    assert answers(llm, prompts, tokens) == want
+    counted = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    assert counted["vllm:prefix_cache_hits"] == 0
+    assert (counted["vllm:num_preemptions"] > 0) == (blocks == 8)
+    assert (counted.get("vllm:spec_decode_num_accepted_tokens", 0) > 0) == (drafts is not None)
+    core = llm.llm_engine.engine_core.engine_core
+    core.step()  # which tells the model runner that the last requests have finished
+    kept = core.model_executor.driver_worker.worker.model_runner.vps_decisions
+    assert kept.of == kept.stacked == {}
+    assert answers(llm, prompts[:4], tokens[:4]) == want[:4]
