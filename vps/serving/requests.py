@@ -151,9 +151,9 @@ def _stacked(givens: Sequence[Given]) -> Given:
     def together(tensors: Sequence[Any]) -> Any:
         return None if any(one is None for one in tensors) else torch.cat(list(tensors))
 
-    I_in, I_out, _, cores, through = zip(*givens, strict=True)
+    I_in, I_out, _, cores, through, _ = zip(*givens, strict=True)
     core = Core(*map(together, zip(*cores, strict=True)))
-    return Given(together(I_in), together(I_out), None, core, together(through))
+    return FixedUpdate(together(I_in), together(I_out), core, together(through)).given()
 
 
 class Decisions:
@@ -290,7 +290,5 @@ def _parts(
                 "called several times in a pass; expected another scope, or the layer excluded"
             )
         made = (one for one in held or () if one is not None)
-        decision[fused.name] = [
-            Given(one.I_in, one.I_out, None, one.core, one.through) for one in made
-        ]
+        decision[fused.name] = [one.given() for one in made]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
