@@ -10,6 +10,9 @@ Inside transforms of ``torch.func`` torch computes, whichever backend was asked 
 
 Only ``torch`` and ``reference`` can compute a layer that holds L-BFGS pairs, and only ``torch`` a
 layer whose weight is no plain matrix in memory. Asking for another backend there raises.
+
+A compiled backend leaves to torch the later tokens of ``scope="prompt"`` that need δ itself, for a
+clamp or where rounding ``x + e`` to 16 bits would show, or a gradient.
 """
 
 from __future__ import annotations
