@@ -375,9 +375,8 @@ def _fixed(x: Tensor, plan: Plan, given: Given) -> Tensor | None:
         tracing.is_compiled_transform(traced) if traced else _transform_running() is not None
     ):
         backend = torch_backend
-    call = Call(
-        grouped, plan.layers, given=given, traced=traced or _is_tracing(), config=plan.config
-    )
+    tracing_now = traced or _is_tracing()
+    call = Call(grouped, plan.layers, None, None, None, given, tracing_now, plan.config)
     y = backend.run(call)[0][0]
     return y if y is None or grouped is x else y.view(*x.shape[:-1], y.shape[-1])
 
