@@ -26,7 +26,7 @@ from vps.backends import dispatch, reference_backend, sharing, torch_backend
 from vps.backends.call import Call, Kind
 from vps.backends.sharing import Kept
 from vps.config import VPSConfig
-from vps.masking import STATE, arrange, check_mask, marks_for
+from vps.masking import STATE, arrange, check_mask, groups_of, marks_for
 
 # Every call needs these, so they are looked up once.
 _transform_running = torch._C._functorch.peek_interpreter_stack
@@ -355,18 +355,22 @@ def compute(
 def _fixed(x: Tensor, plan: Plan, given: Given) -> Tensor | None:
     """Return the output ``[..., d_out]`` of a single layer whose update a prompt has fixed."""
     grouped, sequences = x, given.I_in.shape[0]  # type: ignore[union-attr]
+    rows = x.shape[0] if x.dim() > 2 else (STATE.layouts[-1].shape if STATE.layouts else (1,))[0]
     if x.dim() != 3 or x.shape[1] != 1:
-        grouped, _, _, packing = arrange(x, None, plan.config.scope)
-        if packing is not None:
+        if rows == sequences:
+            grouped = x.reshape(sequences, -1, x.shape[-1])
+        if groups_of(x, "sequence")[2] is not None:
             raise ValueError(
                 "vps: scope='prompt' holds one decision for each row of a cache, got rows packed "
                 "from several sequences; expected rows of one sequence"
             )
-    if grouped.shape[0] != sequences:
+    if rows != sequences:
         raise ValueError(
-            f"vps: the cache holds what {sequences} prompts decided, got a call of {len(grouped)} "
+            f"vps: the cache holds what {sequences} prompts decided, got a call of {rows} "
             "sequences; expected one for each"
         )
+    if given.through is not None and given.through.dtype is not x.dtype:  # the model was converted
+        given = given._replace(through=None, edit=None)
     backend = plan.backend
     if STATE.backends or dispatch.FROM_ENVIRONMENT is not None:
         backend = dispatch.asked(plan.kind) or backend

@@ -42,6 +42,7 @@ class TokenLayout:
         packed: which rows hold several sequences.
         around: whether the owner is a module around models, which knows no more than their rows.
         marks: which tokens are the prompt (:func:`prompt`), or ``None`` where nothing says it.
+        kept: ``logits_to_keep`` of the call: of which tokens an output head gets its input.
         cache: the cache that the call was given, or ``None``.
         held: the :class:`vps.algorithm.fixed.Held` of that cache (SPEC §11), or ``None``.
     """
@@ -54,6 +55,7 @@ class TokenLayout:
     packed: Packed | Patches | None = None
     around: bool = False
     marks: Marks | None = None
+    kept: Any = None
     cache: Any = None
     held: Any = None
 
@@ -141,7 +143,7 @@ def prompt(mask: Tensor) -> Iterator[None]:
     Their counted tokens alone decide the updates of every sequence; all tokens are sharpened. Use
     it to score a given continuation in one pass, or for a bare layer. Without it the prompt is the
     whole input. A call that finds its cache filled uses what the cache's prompt decided. Layers of
-    other scopes do not read it.
+    other scopes do not read it. With beams, B counts them.
 
     Args:
         mask: bool ``[B, T]``, the model's tokens, True marks the prompt; for a bare layer the dims
@@ -180,15 +182,28 @@ def marks_for(x: Tensor, dims: tuple[int, ...]) -> Marks | None:
     marks, shape = layout.marks, layout.shape
     if marks is None or dims in (shape, shape[::-1]):
         return marks
-    if len(dims) == 2 and dims[:1] == shape[:1] and dims[1] < shape[1]:  # the last tokens alone
-        return Marks(marks.mask[:, -dims[1] :])
-    return None
+    if not _is_kept(dims, layout):
+        return None
+    kept = layout.kept
+    return Marks(marks.mask[:, kept if isinstance(kept, Tensor) else slice(-kept, None)])
 
 
-def held_for(x: Tensor) -> Any:
-    """Return what the layers hold for the cache of the running model, if x has its tokens.
+def _is_kept(dims: tuple[int, ...], layout: TokenLayout) -> bool:
+    """Return whether tokens of ``dims`` [B, k] are those that ``logits_to_keep`` asks for."""
+    kept, shape = layout.kept, layout.shape
+    if isinstance(kept, Tensor):
+        count = kept.numel()
+    else:
+        count = kept if isinstance(kept, int) and len(shape) == 2 and 0 < kept < shape[1] else 0
+    return count > 0 and tuple(dims) == (shape[0], count)
 
-    The tokens may be the last few alone, as those of an output head are.
+
+def held_for(x: Tensor, number: int | None) -> Any:
+    """Return what the layers hold for the cache of the running model, or ``None``.
+
+    It concerns a layer whose x has the tokens of the call, or those that ``logits_to_keep`` asks
+    for; and one that has decided and now gets other tokens of these rows, as where a layer is
+    applied to all that is cached.
     """
     if not STATE.layouts:
         return None
@@ -198,10 +213,20 @@ def held_for(x: Tensor) -> Any:
         return None
     if layout.encoded is not None and _is_encoded(x, layout.encoded.states, layout.shape):
         return None
-    if own == layout.shape or x.dim() <= 2 and count(own) == count(layout.shape):
+    if own == layout.shape or own == layout.shape[::-1] or _has_tokens(x, layout.shape):
         return held
-    few = x.dim() == 3 and own[:1] == layout.shape[:1] and own[1] < layout.shape[-1]
-    return held if few else None
+    if _is_kept(own, layout) or number in held.given and own[:1] == layout.shape[:1]:
+        return held
+    return None
+
+
+def _has_tokens(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Return whether x, ``[B · T, d]`` or with more dims as ``[B, 1, T, d]``, has these tokens."""
+    own = x.shape[:-1]
+    if x.dim() <= 2:
+        return count(own) == count(shape)
+    several = tuple(dim for dim in own if dim != 1)
+    return len(own) > len(shape) > 0 and several == tuple(dim for dim in shape if dim != 1)
 
 
 def bind_to_thread_state(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -281,7 +306,7 @@ def _sequences(x: Tensor) -> _Sequences:
     layout = STATE.layouts[-1]
     if layout.encoded is not None and _is_encoded(x, layout.encoded.states, layout.shape):
         return own, layout.encoded.mask, None, None
-    if own == layout.shape or (x.dim() <= 2 and count(own) == count(layout.shape)):
+    if own == layout.shape or _has_tokens(x, layout.shape):
         return layout.shape, layout.mask, layout.packed, None
     if layout.owner is None:
         raise ValueError(
@@ -352,7 +377,8 @@ def arrange(
             if not layouts:
                 return x, None, None, None
             last = layouts[-1]  # nearly always it has just these tokens
-            if last.packed is None and last.encoded is None and last.shape == x.shape[:-1]:
+            plain = last.packed is None and last.encoded is None and last.marks is None
+            if plain and last.shape == x.shape[:-1]:
                 mask = last.mask
                 return x, mask, None if mask is None else mask.to(x.device), None
         dims, mask, packing = groups_of(x, scope)

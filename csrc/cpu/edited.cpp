@@ -1,6 +1,6 @@
 // One layer whose update a prompt has fixed, y = W(x + Σ_c e_c u(I_in[c])) + b: r dot products a
 // token, then the layer's own product. For few tokens that is our own GEMV, which takes x + e in
-// float32.
+// float32. For more in 16 bits, rounding x + e could show in y, so e · W[:, I_in] is added to H.
 #include "edited.h"
 
 #include <algorithm>
@@ -27,7 +27,8 @@ class Edit {
 
   Tensor run() {
     const Matrix W = matrix(a_.weight);
-    return is_gemv(count(), W) ? by_gemv(W) : by_torch();
+    if (is_gemv(count(), W)) return by_gemv(W);
+    return s_.dtype == Dtype::float32 ? by_torch() : by_columns(W);
   }
 
  private:
@@ -78,24 +79,35 @@ class Edit {
         auto* const out =
             static_cast<std::byte*>(changed.data_ptr()) + n * s_.d_in * s_.element_size;
         std::memcpy(out, token(n), s_.d_in * s_.element_size);
-        if (s_.dtype == Dtype::float32)
-          add<float>(out, n, e);
-        else if (s_.dtype == Dtype::bfloat16)
-          add<BFloat16>(out, n, e);
-        else
-          add<Half>(out, n, e);
+        float* const elements = reinterpret_cast<float*>(out);
+        for (int64_t c = 0; c < r_; ++c) elements[features(n)[c]] += e[c];
       }
     });
     return base_linear(changed, a_.weight, a_.bias);
   }
 
-  template <class T>
-  void add(void* x, int64_t n, const float* e) const {
-    T* const elements = static_cast<T*>(x);
-    for (int64_t c = 0; c < r_; ++c) {
-      T& element = elements[features(n)[c]];
-      element = static_cast<T>(static_cast<float>(element) + e[c]);
-    }
+  Tensor by_columns(const Matrix& W) {
+    const Tensor y = base_linear(a_.x, a_.weight, std::nullopt);
+    const int64_t** chosen = workspace_.take<const int64_t*>(s_.groups);
+    for (int64_t g = 0; g < s_.groups; ++g) chosen[g] = I_in_ + g * r_;
+    const Distinct wanted = distinct(chosen, s_.groups, r_, s_.d_in, workspace_);
+    auto* const columns = workspace_.take<uint16_t>(wanted.count * s_.d_out);
+    gather_columns<uint16_t>(W, wanted, columns);
+    const void** used = workspace_.take<const void*>(s_.groups * r_);
+    for (int64_t i = 0; i < s_.groups * r_; ++i) used[i] = columns + wanted.slots[i] * s_.d_out;
+    const Optional bias = contiguous(a_.bias);
+    const void* const b = bias ? bias->data_ptr() : nullptr;
+    parallel(count(), s_.d_in * r_ + s_.d_out, [&](int64_t n, int64_t end) {
+      Workspace scratch;
+      float* const e = scratch.take<float>(r_);
+      for (; n < end; ++n) {
+        changes(n, e);
+        auto* const out = static_cast<std::byte*>(y.data_ptr()) + n * s_.d_out * s_.element_size;
+        kernels_.apply(out, 1, s_.d_out, 0, s_.d_out, e, r_, r_, used + n / s_.tokens * r_, b, 1.0f,
+                       -1.0f);
+      }
+    });
+    return y;
   }
 
   const EditedArguments& a_;

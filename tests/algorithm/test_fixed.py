@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vps
 from vps import VPSConfig, reference
-from vps.algorithm.fixed import edited, rounds_too_much
+from vps.algorithm.fixed import edited
 from vps.algorithm.flow import Given
 from vps.algorithm.policy import LayerGamma
 from vps.functional import Projection, sharpen
@@ -116,21 +116,22 @@ def made(seed, kind, dtype, d_in, d_out) -> tuple[Tensor, Tensor, Tensor | None]
     x = torch.randn(2, 6, d_in, generator=generator)
     if kind != "plain":
         outliers = torch.randperm(d_in, generator=generator)[:4]
-        x[..., outliers] += 200 if kind == "huge" else 20
-        if kind == "cancelling":
+        late = slice(4 if kind == "cancelling late" else 0, None)
+        x[:, late, outliers] += 200 if kind == "huge" else 20
+        x[..., outliers] += 2  # so that they are selected
+        if kind.startswith("cancelling"):
             W[:, outliers[1::2]] = -W[:, outliers[::2]]
     b = torch.randn(d_out, generator=generator) if seed % 2 else None
     return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["plain", "outliers", "huge", "cancelling"])
+@pytest.mark.parametrize("kind", ["plain", "outliers", "huge", "cancelling", "cancelling late"])
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 @torch.no_grad()
 def test_sixteen_bits_err_at_most_twice_as_much_as_torch(backend, kind, dtype):
     if vps.backends()[backend] is not None:
         pytest.skip(vps.backends()[backend])
-    fell_back = 0
     for seed in range(16):
         sizes = [(64, 48), (192, 576), (576, 192)][seed % 3]
         x, W, b = made(seed, kind, dtype, *sizes)
@@ -144,7 +145,6 @@ def test_sixteen_bits_err_at_most_twice_as_much_as_torch(backend, kind, dtype):
             sharpen(x[:, :4], (layer,), config, held=held)
             update = held[0]
             (found,) = sharpen(x[:, 4:], (layer,), config, given=given_of(update))
-        fell_back += update.through is None
         core = update.core._replace(
             matrix=update.core.matrix.double(), gamma=update.core.gamma.double()
         )
@@ -156,15 +156,6 @@ def test_sixteen_bits_err_at_most_twice_as_much_as_torch(backend, kind, dtype):
         for norm in (float("inf"), 2):
             errors = [torch.dist(each.double(), exact, norm) for each in (found, added)]
             assert errors[0] <= 2 * errors[1], (seed, norm)
-    assert (fell_back > 0) == (kind == "cancelling")
-
-
-def test_an_edit_that_rounds_too_much_is_seen():
-    x = torch.tensor([[[100.0, 100.0, 1.0]]])
-    W = torch.tensor([[1.0, -1.0, 0.5]])
-    y = x @ W.t()
-    assert rounds_too_much(x, y, W, torch.tensor([[0, 1]]))
-    assert not rounds_too_much(x, y, W, torch.tensor([[2]]))
 
 
 def test_a_feature_that_is_left_out_twice_changes_nothing():

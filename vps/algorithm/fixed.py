@@ -7,7 +7,7 @@ token reads ``E = γ Cᵀ R`` ``[r, d_in]`` and no column, score, norm or policy
 
 from __future__ import annotations
 
-import itertools
+import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from vps.algorithm.core import Core, square
 from vps.algorithm.flow import Given
-
-_numbers = itertools.count(1)
 
 
 class FixedUpdate(NamedTuple):
@@ -84,24 +82,6 @@ def edited(x: Tensor, index: Tensor, across: Tensor) -> Tensor:
     if e.dtype != x.dtype:  # under autocast
         e = e.to(x.dtype)
     return x.scatter_add(-1, index if x.shape[1] == 1 else index.expand_as(e), e)
-
-
-def rounds_too_much(x: Tensor, y: Tensor, W: Tensor, I_in: Tensor) -> bool:
-    """Return whether rounding ``x + e`` to 16 bits would show in the output.
-
-    Rounding changes feature c by a part of its size, which adds that part of ``x_c W[:, c]`` to y.
-    Where large features cancel each other in y this is more than y's own rounding. The sum of the
-    squares may be 4 times that of y, which keeps the error within 1.6 times that of the other form.
-
-    Args:
-        x, y: input ``[G, T, d_in]`` and output ``[G, T, d_out]`` of the prompt, on a CPU.
-        W: ``[d_out, d_in]``.
-        I_in: ``[G, r]``.
-    """
-    chosen = x.gather(-1, I_in.unsqueeze(1).expand(-1, x.shape[1], -1)).float()
-    columns = torch.linalg.vector_norm(W[:, I_in], dim=0, dtype=torch.float32)
-    parts = (chosen * columns.unsqueeze(1)).square().sum((1, 2))
-    return bool((parts > 4 * y.float().square().sum((1, 2))).any())
 
 
 class Held:
@@ -173,6 +153,8 @@ class Held:
         ``in_place`` writes them into the tensors of earlier ones where these fit, so that a
         captured CUDA graph reads them.
         """
+        if not self.is_made:  # else the same prompt adds the layers of an outer module
+            self.updates = {n: own for n, own in self.updates.items() if n in other.updates}
         for number, update in other.updates.items():
             earlier = self.updates.get(number)
             if in_place and earlier is not None and update is not None:
@@ -199,7 +181,7 @@ class Held:
 def numbered(layer: Any) -> int:
     """Return the number by which caches know a layer; it gets one where it has none."""
     if layer.number is None:
-        layer.number = next(_numbers)
+        layer.number = uuid.uuid4().int >> 66  # unlike those of any other process
     found: int = layer.number
     return found
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from vps.algorithm import gradient
 from vps.algorithm.core import Core
-from vps.algorithm.fixed import FixedUpdate, fix, rounds_too_much
+from vps.algorithm.fixed import FixedUpdate, fix
 from vps.algorithm.flow import Given, Layer
 from vps.algorithm.policy import CLIPS, Settings
-from vps.algorithm.selection import is_read_freely
 from vps.algorithm.weight import Matrix
 from vps.config import VPSConfig
 
@@ -81,23 +80,18 @@ class Call(NamedTuple):
         I_out: Tensor,
         core: Core | None,
         rows: Tensor | None,
-        y: Tensor | None,
     ) -> None:
         """Append to ``held``, if there is one, what was decided for a layer.
 
-        ``rows`` is ``W[I_out]`` ``[G, r, d_in]`` where it is known, else ``None``; y is the output.
+        ``rows`` is ``W[I_out]`` ``[G, r, d_in]`` where it is known, else ``None``.
         """
         if self.held is None:
             return
-        if core is None or y is None:
+        if core is None:
             self.held.append(None)
             return
         if layer.settings.clamp is not None:
             rows = None
-        weight, x = layer.weight, self.x.detach()
-        if rows is not None and x.element_size() == 2 and isinstance(weight, Matrix):
-            if is_read_freely(x) and rounds_too_much(x, y.detach(), weight.W.detach(), I_in):
-                rows = None
         core = Core(*(None if one is None else one.detach() for one in core))  # type: ignore[arg-type]
         with torch.no_grad():
             self.held.append(fix(I_in, I_out, core, rows, self.x))
@@ -229,7 +223,7 @@ def run_native(call: Call, linear: Any, pair: Any, couple: Any) -> Result:
     for at, own in enumerate((query, key)):
         if layers[at].is_plain:
             found.append(None)
-            call.hold(layers[at], I_in, outputs[at], None, None, None)
+            call.hold(layers[at], I_in, outputs[at], None, None)
             continue
         own = own._replace(I_in=I_in, I_out=outputs[at], H=joint[at], energy=energy)
         found.append(linear(own, layers[at].settings, call.traced, kept)[0])
@@ -243,7 +237,7 @@ def _hold(call: Call, layer: Layer, kept: list[Outputs] | None) -> None:
         out, weight = kept[-1], layer.weight
         assert isinstance(weight, Matrix)
         rows = weight.W.detach()[out.I_out]
-        call.hold(layer, out.I_in, out.I_out, Core(out.core, out.gamma, None), rows, out.y)
+        call.hold(layer, out.I_in, out.I_out, Core(out.core, out.gamma, None), rows)
 
 
 def differentiable(

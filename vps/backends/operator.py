@@ -98,7 +98,11 @@ def run(call: Call) -> Result:
 def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
     """Run a call whose update a prompt has fixed; torch computes what needs δ or a gradient."""
     (layer,), (I_in, *_, through, _) = call.layers, call.given
-    if not torch_backend.edits(call) or torch.is_grad_enabled() and needs_gradient(call.inputs()):
+    if (
+        not torch_backend.edits(call, rounds=False)
+        or torch.is_grad_enabled()
+        and needs_gradient(call.inputs())
+    ):
         return torch_backend.run(call)
     weight: Any = layer.weight
     arguments = call.x, weight.W, layer.bias, I_in, through

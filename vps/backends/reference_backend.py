@@ -67,7 +67,7 @@ def _hold(call: Call, layer: Layer, result: reference.Result) -> None:
     r, groups = layer.settings.r, result.groups
     most = len(groups)
     if call.held is None or layer.is_plain:
-        call.hold(layer, call.x, call.x, None, None, None)
+        call.hold(layer, call.x, call.x, None, None)
         return
     like = groups[0].s_in
     core, gamma = like.new_zeros(most, r, r), like.new_tensor([own.gamma for own in groups])
@@ -77,7 +77,7 @@ def _hold(call: Call, layer: Layer, result: reference.Result) -> None:
         core[at, : own.rank, : own.rank] = own.core
         I_in[at, : own.rank], I_out[at, : own.rank] = own.I_in[: own.rank], own.I_out[: own.rank]
     assert isinstance(layer.weight, Matrix)
-    call.hold(layer, I_in, I_out, Core(core, gamma, None), layer.weight.W[I_out], result.y)
+    call.hold(layer, I_in, I_out, Core(core, gamma, None), layer.weight.W[I_out])
 
 
 def _held(call: Call) -> Tensor:

@@ -52,7 +52,7 @@ def run(call: Call) -> Result:
             wants_rows=call.held is not None and call.layers[0].settings.clamp is None,
         )  # fmt: skip
         for layer, out in zip(call.layers, outcomes, strict=True):
-            call.hold(layer, I_in, out.I_out, out.core, out.rows, out.y)
+            call.hold(layer, I_in, out.I_out, out.core, out.rows)
     finally:
         for layer in call.layers:
             layer.weight.release()
@@ -71,12 +71,16 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
     return Outputs(out.y, I_in, out.I_out, out.core.matrix, out.core.gamma, out.t)
 
 
-def edits(call: Call) -> bool:
+def edits(call: Call, rounds: bool = True) -> bool:
     """Return whether a fixed update of a call can change x before the layer's own product.
 
-    A clamp and L-BFGS need δ itself, and the gradient of W must not see the change.
+    A clamp and L-BFGS need δ itself, and the gradient of W must not see the change. ``rounds`` says
+    that ``x + e`` is rounded to the dtype of x. In 16 bits that shows where large features cancel
+    each other in y, so a matrix then takes the form of SPEC §4.
     """
     layer = call.layers[0]
+    if rounds and call.x.element_size() == 2 and isinstance(layer.weight, Matrix):
+        return False
     if call.given.through is None or layer.pairs or layer.settings.clamp is not None:
         return False
     if not torch.is_grad_enabled():

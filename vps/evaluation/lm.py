@@ -125,10 +125,11 @@ def _class() -> type[Any]:
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             # With its cache HFLM runs one row for all requests that share context +
-            # continuation[:-1]; it takes equal rows in the order of their requests.
+            # continuation[:-1]. It takes the longest texts first, in the order of their tokens.
             keep, known = self.max_length + 1, set()
             self._rows = {}
-            for _, context, continuation in requests:
+            order = sorted(requests, key=lambda own: (-len(own[1] + own[2]), own[1] + own[2]))
+            for _, context, continuation in order:
                 whole = tuple(context + continuation[:-1])
                 if self.logits_cache and whole in known:
                     continue

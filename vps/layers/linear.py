@@ -228,7 +228,9 @@ class SharpenedLayer:
         return self.sharpen_alone(x)
 
     def _sharpen_prompted(self, x: Tensor) -> Tensor | None:
-        held = held_for(x)
+        held = held_for(x, self.number)
+        if held is not None and held.is_made and self.gamma is not None and self.gamma.is_zero:
+            return None  # its partner is sharpened
         given = None if held is None else held.find(self)
         if given is not None:
             return self.sharpen_alone(x, given)

@@ -87,7 +87,7 @@ class Coupling:
 
         ``None`` stands for the output of the base layer.
         """
-        held = held_for(x) if layer.config.scope == "prompt" else None
+        held = held_for(x, layer.number) if layer.config.scope == "prompt" else None
         decided: list[FixedUpdate | None] = []
         ys = self._outputs(layer, x, None if held is None else decided)
         if held is not None:

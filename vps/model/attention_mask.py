@@ -80,7 +80,7 @@ class _Enter:
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         _drop(module)  # left behind when an interrupt cut the last call short
-        layout = _prompted(_layout(module, given, self.prefix), given)
+        layout = _prompted(_layout(module, given, self.prefix), given, self.prefix)
         if layout.shape or not _is_said():
             STATE.layouts.append(layout)
         if module.training and torch.is_grad_enabled():
@@ -147,7 +147,7 @@ def _layout(module: nn.Module, given: Mapping[str, Any], prefix: str) -> TokenLa
     return TokenLayout(shape, counted, module, encoded, _rows(module, given, shape), packed)
 
 
-def _prompted(layout: TokenLayout, given: Mapping[str, Any]) -> TokenLayout:
+def _prompted(layout: TokenLayout, given: Mapping[str, Any], prefix: str) -> TokenLayout:
     """Return a layout with what ``scope="prompt"`` asks for: the cache, and the prompt's tokens."""
     if not layout.shape:
         return layout
@@ -158,9 +158,11 @@ def _prompted(layout: TokenLayout, given: Mapping[str, Any]) -> TokenLayout:
     else:
         config = getattr(outer.owner, "config", None)
         encodes = getattr(config, "is_encoder_decoder", False) and layout.encoded is None
+        encodes = encodes and not prefix  # the encoder alone has no tokens of the decoder
         marks = outer.marks if outer.shape == layout.shape and not encodes else None
-    held = prompt_cache.held_by(given)
-    return dataclasses.replace(layout, marks=marks, cache=prompt_cache.in_call(given), held=held)
+    held, cache = prompt_cache.held_by(given), prompt_cache.in_call(given)
+    kept = given.get("logits_to_keep")
+    return dataclasses.replace(layout, marks=marks, kept=kept, cache=cache, held=held)
 
 
 def _tower(module: nn.Module, given: Mapping[str, Any], encoded: Encoded | None) -> TokenLayout:

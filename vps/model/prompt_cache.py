@@ -36,16 +36,15 @@ def held_by(given: Mapping[str, Any]) -> Held:
             "expected a Cache of transformers, or another scope"
         )
     own: Held | None = getattr(cache, "vps_held", None)
-    if torch.compiler.is_compiling():
-        return Held() if own is None or not own.is_made else own
-    length = _length(cache)
-    if own is not None and own.is_made and length != 0:
-        return own
-    if length:
+    if own is not None and own.is_made:
+        if torch.compiler.is_compiling() or not _is_empty(cache, waits=False):
+            return own
+        own.is_made = False
+    elif not _is_empty(cache, waits=True):
         return Held(
-            f"vps: scope='prompt' needs the decision of the prompt, and this cache already has "
-            f"{length} tokens without one: it was filled by an unpatched model, under vps.disabled "
-            "or under another scope; expected an empty cache"
+            "vps: scope='prompt' needs the decision of the prompt, and this cache already has "
+            "tokens without one: it was filled by an unpatched model, under vps.disabled or under "
+            "another scope; expected an empty cache"
         )
     return Held()
 
@@ -63,11 +62,9 @@ def settle(held: Held | None, given: Any, output: Any) -> None:
         given: the cache that the call was given, or ``None``.
         output: the output of the model, which may have a new cache.
     """
-    if held is None or held.is_made or held.refusal is not None:
-        return
     if getattr(given, "vps_prompt_length", None) is not None:
         del given.vps_prompt_length  # it was for this call
-    if not held.updates:
+    if held is None or held.is_made or held.refusal is not None or not held.updates:
         return
     cache = given
     if cache is None:
@@ -100,15 +97,30 @@ def _can_follow(cache: object) -> bool:
     )
 
 
-def _length(cache: Any) -> int | None:
-    """Return how many tokens a cache has, or ``None`` where it does not tell without waiting."""
-    try:
-        length = cache.get_seq_length()
-    except (ValueError, AttributeError, NotImplementedError):  # states of linear attention alone
-        return None
-    if isinstance(length, Tensor):
-        return None if length.device.type != "cpu" else int(length)
-    return int(length)
+def _is_empty(cache: Any, waits: bool) -> bool:
+    """Return whether a cache has no token; ``waits`` says whether it may wait for a GPU to tell."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", ())
+    if torch.compiler.is_compiling() and getattr(cache, "is_compileable", False):
+        return not cache.is_initialized  # how many tokens there are is not known to a compiler
+    for layer in layers:
+        states = getattr(layer, "has_previous_state", False)  # of linear attention
+        if any(states.values() if isinstance(states, dict) else _listed(states)):
+            return False
+        find = getattr(layer, "get_seq_length", None)
+        length = 0 if find is None else find()
+        if isinstance(length, Tensor) and length.is_cuda:
+            if not waits:
+                return False
+            if torch.cuda.is_current_stream_capturing():
+                continue
+        if length:
+            return False
+    return True
+
+
+def _listed(states: Any) -> Any:
+    return states if isinstance(states, (list, tuple)) else (states,)
 
 
 class _Following:
@@ -138,7 +150,7 @@ class _Following:
 
     def crop(self, *arguments: Any, **options: Any) -> Any:
         found = super().crop(*arguments, **options)  # type: ignore[misc]
-        if _length(self) == 0:
+        if _is_empty(self, waits=True):
             self.vps_held.is_made = False
         return found
 
