@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vps.packing import Packed, Packing, Patches, TimeFirst
+from vps.packing import Marks, Packed, Packing, Patches, TimeFirst
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class TokenLayout:
         kept: ``logits_to_keep`` of the call: of which tokens an output head gets its input.
         cache: the cache that the call was given, or ``None``.
         held: the :class:`vps.algorithm.fixed.Held` of that cache (SPEC §11), or ``None``.
+        is_ready: whether layers may go by ``held.ready`` (an eager call that nothing looks at).
     """
 
     shape: tuple[int, ...]
@@ -58,36 +59,7 @@ class TokenLayout:
     kept: Any = None
     cache: Any = None
     held: Any = None
-
-
-class Marks:
-    """Which tokens are the prompt.
-
-    Args:
-        mask: bool ``[..., T]``, True marks the prompt.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
-        self._last: tuple[Tensor | None, Tensor] | None = None
-
-    def among(self, counted: Tensor | None, dims: tuple[int, ...]) -> Tensor:
-        """Return which tokens of ``dims`` are counted and of the prompt.
-
-        Raises:
-            ValueError: the mask has another shape.
-        """
-        if tuple(self.mask.shape) != dims:
-            raise ValueError(
-                f"vps.prompt: mask must have the shape of the tokens, {dims}, "
-                f"got {tuple(self.mask.shape)}"
-            )
-        if counted is None:
-            return self.mask
-        # Layers of one x share their selection only where they get the very same mask.
-        if self._last is None or self._last[0] is not counted:
-            self._last = counted, self.mask.to(counted.device) & counted
-        return self._last[1]
+    is_ready: bool = False
 
 
 # Token dims of a layer's input, the mask of that shape, how its rows are packed, and the layout of

@@ -196,6 +196,36 @@ class Packed:
         return counted & (before >= 0) & (positions <= highest)
 
 
+class Marks:
+    """Which tokens are the prompt.
+
+    Args:
+        mask: bool ``[..., T]``, True marks the prompt.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._last: tuple[Tensor | None, Tensor] | None = None
+
+    def among(self, counted: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+        """Return which tokens of ``dims`` are counted and of the prompt.
+
+        Raises:
+            ValueError: the mask has another shape.
+        """
+        if tuple(self.mask.shape) != dims:
+            raise ValueError(
+                f"vps.prompt: mask must have the shape of the tokens, {dims}, "
+                f"got {tuple(self.mask.shape)}"
+            )
+        if counted is None:
+            return self.mask
+        # Layers of one x share their selection only where they get the very same mask.
+        if self._last is None or self._last[0] is not counted:
+            self._last = counted, self.mask.to(counted.device) & counted
+        return self._last[1]
+
+
 class TimeFirst:
     """The tokens ``[T, B]`` of a layer in a model with tokens ``[B, T]`` (XLNet, FSMT).
 

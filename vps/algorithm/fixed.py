@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from vps.algorithm.core import Core, square
 from vps.algorithm.flow import Given
+from vps.masking import STATE
 
 
 class FixedUpdate(NamedTuple):
@@ -95,6 +97,8 @@ class Held:
         updates: the update of each layer by the layer's number; ``None`` for a layer that was
             called several times in one pass.
         given: the same as the flow takes them, once the prompt has decided.
+        ready: for a later token of a layer, by its number: what the layer had then, and the call.
+        backends: the backends that were asked for when ``ready`` was filled.
     """
 
     def __init__(self, refusal: str | None = None) -> None:
@@ -102,6 +106,8 @@ class Held:
         self.is_made = False
         self.updates: dict[int, FixedUpdate | None] = {}
         self.given: dict[int, Given | None] = {}
+        self.ready: dict[int, tuple[Any, ...]] = {}
+        self.backends: list[str] = []
         self._called: set[int] = set()
 
     def find(self, layer: Any) -> Given | None:
@@ -140,6 +146,39 @@ class Held:
             if layer is called:
                 self._called.add(number)
 
+    def prepare(self, layer: Any, x: Tensor, call: tuple[Any, tuple[Tensor, ...]] | None) -> None:
+        """Make a later token of a layer ready: ``call`` computes it, if that is a single call."""
+        if call is not None and layer.config.clamp is None:
+            rows = self.updates[layer.number].I_in.shape[0]  # type: ignore[union-attr]
+            self.ready[layer.number] = layer.config, layer.gamma, x.dtype, (rows, 1), *call
+
+    def later(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Return the output for a later token by what is ready, or ``None`` where it may not be.
+
+        The products of a whole model evict Python's code from the caches, so each step of the
+        longer way costs several times there what it costs in a loop.
+        """
+        entry = self.ready.get(layer.number)
+        if entry is None or STATE.disabled or STATE.plain or self.backends != STATE.backends:
+            return None
+        config, gamma, dtype, dims, call, arguments = entry
+        own = layer._parameters
+        W = own.get("weight")
+        if (
+            layer.config is not config
+            or layer.gamma is not gamma
+            or layer.memory is not None
+            or type(x) is not Tensor
+            or type(W) is not Parameter
+            or x.dtype is not dtype
+            or x.shape[:-1] != dims
+            or torch.is_grad_enabled()
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return None
+        y: Tensor = call(x, W, own.get("bias"), *arguments)
+        return y
+
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor ``[G, ...]``, as a cache changes its own."""
         for number, update in self.updates.items():
@@ -169,9 +208,10 @@ class Held:
 
     def _prepare(self) -> None:
         self.given = {n: None if own is None else own.given() for n, own in self.updates.items()}
+        self.ready = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"given": {}}  # views, which a pickle would copy
+        return self.__dict__ | {"given": {}, "ready": {}}  # views, which a pickle would copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -37,6 +37,7 @@ def why_not(kind: Kind) -> str | None:
 
 
 run = operator.run
+later = operator.later
 
 
 def _library() -> Path | None:

@@ -24,6 +24,9 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
+from vps.algorithm.flow import Given
 from vps.backends import cpp, cuda, reference_backend, torch_backend, triton
 from vps.backends.call import Kind
 from vps.masking import STATE
@@ -83,6 +86,18 @@ def asked(kind: Kind) -> ModuleType | None:
     if reason is not None:
         raise RuntimeError(f"vps backend {name!r} cannot run this layer: {reason}")
     return BACKENDS[name]
+
+
+def later(kind: Kind, given: Given, x: Tensor) -> tuple[Any, tuple[Tensor, ...]] | None:
+    """Return a function of x ``[G, 1, d_in]``, W, b and more arguments, and these arguments.
+
+    It computes a later token of a fixed update (SPEC §11). ``None`` where that is no single call.
+    """
+    if given.through is None or given.through.dtype is not x.dtype:
+        return None
+    find = getattr(asked(kind) or fastest(kind), "later", None)
+    found: tuple[Any, tuple[Tensor, ...]] | None = None if find is None else find(given, x)
+    return found
 
 
 def fastest(kind: Kind) -> ModuleType:

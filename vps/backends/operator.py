@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vps.algorithm import coupling, fixed, gradient, tracing
 from vps.algorithm.core import square
+from vps.algorithm.flow import Given
 from vps.algorithm.policy import Settings
 from vps.algorithm.selection import accumulation_dtype
 from vps.backends import sharing, torch_backend
@@ -93,6 +94,13 @@ def run(call: Call) -> Result:
         y, I_in = sharpen(call.inputs(), call.layers[0].settings, call.traced)
         return [y], I_in
     return run_native(call, sharpen, sharpen_pair, couple)
+
+
+def later(given: Given, x: Tensor) -> tuple[Any, tuple[Tensor, ...]] | None:
+    """Return the function of x, W, b and these arguments that computes a later token."""
+    if given.I_in is None or given.through is None:
+        return None
+    return EDITED._op, (given.I_in, given.through)
 
 
 def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:

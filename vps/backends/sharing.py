@@ -118,6 +118,7 @@ class Kept:
         self.kind, self.config, self.tail = type(plan), plan.config, plan[3:]
         self.state = weakref.ref(plan.state)
         self.outcomes = plan.state.outcomes
+        self.facts = plan.kind
         self.parts = [
             (own.weight.W.shape, layer.gradient, own[2:])
             for layer, own in zip(layers, plan.layers, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,17 @@ def _edited(call: Call) -> Result:
         return [layer.weight.plain(x, layer.bias)], given.I_in
     finally:
         layer.weight.release()
+
+
+def later(given: Given, x: Tensor) -> tuple[Any, tuple[Tensor, ...]] | None:
+    """Return the function of x, W, b and these arguments that computes a later token."""
+    if given.edit is None or x.element_size() == 2:
+        return None
+    return _later, given.edit
+
+
+def _later(x: Tensor, W: Tensor, b: Tensor | None, index: Tensor, across: Tensor) -> Tensor:
+    return F.linear(x.scatter_add(-1, index, torch.bmm(x, across)), W, b)
 
 
 def _is_short(call: Call) -> bool:

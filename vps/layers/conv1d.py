@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from vps.layers.forms import WEIGHT, Form, why_not_sharpenable
-from vps.layers.linear import SharpenedLayer, parameter
-from vps.layers.own_forward import is_matrix
+from vps.layers.linear import SharpenedLayer
+from vps.layers.own_forward import is_matrix, parameter
 
 
 class VPSConv1D(SharpenedLayer, Conv1D):  # type: ignore[misc]  # bias

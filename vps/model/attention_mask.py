@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vps import packing
+from vps.algorithm import tracing
 from vps.algorithm.selection import is_read_freely
 from vps.layers.pairing import remove_hooks
 from vps.masking import STATE, Encoded, TokenLayout, bind_to_thread_state
@@ -161,8 +162,13 @@ def _prompted(layout: TokenLayout, given: Mapping[str, Any], prefix: str) -> Tok
         encodes = encodes and not prefix  # the encoder alone has no tokens of the decoder
         marks = outer.marks if outer.shape == layout.shape and not encodes else None
     held, cache = prompt_cache.held_by(given), prompt_cache.in_call(given)
+    is_ready = held.is_made and tracing.is_alone()
+    if is_ready and held.backends != STATE.backends:
+        held.backends, held.ready = list(STATE.backends), {}
     kept = given.get("logits_to_keep")
-    return dataclasses.replace(layout, marks=marks, kept=kept, cache=cache, held=held)
+    return dataclasses.replace(
+        layout, marks=marks, kept=kept, cache=cache, held=held, is_ready=is_ready
+    )
 
 
 def _tower(module: nn.Module, given: Mapping[str, Any], encoded: Encoded | None) -> TokenLayout:
