@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from vps.algorithm import policy, tracing
 from vps.algorithm.fixed import FixedUpdate
-from vps.algorithm.flow import Given, Layer
+from vps.algorithm.flow import NOTHING, Given, Layer
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import own_gamma, plan_for
 from vps.algorithm.weight import Matrix, Weight, autocast_dtype, cast, check_input
@@ -26,13 +26,13 @@ from vps.backends import dispatch, reference_backend, sharing, torch_backend
 from vps.backends.call import Call, Kind
 from vps.backends.sharing import Kept
 from vps.config import VPSConfig
-from vps.masking import STATE, arrange, check_mask, groups_of, marks_for
+from vps.masking import STATE, check_mask, group, groups_of, marks_for
+from vps.packing import Packing
 
 # Every call needs these, so they are looked up once.
 _transform_running = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-NOTHING = Given()
 
 
 class Projection(NamedTuple):
@@ -315,7 +315,7 @@ def compute(
         biases = [layer.bias for layer in plan.layers if layer.bias is not None]
         tracing.refuse_tangents(x, *weights, *biases)
     if given.core is not None:
-        return [_fixed(x, plan, given)]
+        return [dispatch.run_fixed(x, plan, given)]
     grouped, mask, counted, packing = arrange(x, mask, plan.config.scope)
     if packing is not None:
         return packing.apply_all(x, partial(compute, plan=plan))
@@ -352,39 +352,6 @@ def compute(
     return [None if y is None else y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
-def _fixed(x: Tensor, plan: Plan, given: Given) -> Tensor | None:
-    """Return the output ``[..., d_out]`` of a single layer whose update a prompt has fixed."""
-    grouped, sequences = x, given.I_in.shape[0]  # type: ignore[union-attr]
-    rows = x.shape[0] if x.dim() > 2 else (STATE.layouts[-1].shape if STATE.layouts else (1,))[0]
-    if x.dim() != 3 or x.shape[1] != 1:
-        if rows == sequences:
-            grouped = x.reshape(sequences, -1, x.shape[-1])
-        if groups_of(x, "sequence")[2] is not None:
-            raise ValueError(
-                "vps: scope='prompt' holds one decision for each row of a cache, got rows packed "
-                "from several sequences; expected rows of one sequence"
-            )
-    if rows != sequences:
-        raise ValueError(
-            f"vps: the cache holds what {sequences} prompts decided, got a call of {rows} "
-            "sequences; expected one for each"
-        )
-    if given.through is not None and given.through.dtype is not x.dtype:  # the model was converted
-        given = given._replace(through=None, edit=None)
-    backend = plan.backend
-    if STATE.backends or dispatch.FROM_ENVIRONMENT is not None:
-        backend = dispatch.asked(plan.kind) or backend
-    traced = torch.compiler.is_compiling()
-    if backend is not reference_backend and (
-        tracing.is_compiled_transform(traced) if traced else _transform_running() is not None
-    ):
-        backend = torch_backend
-    tracing_now = traced or _is_tracing()
-    call = Call(grouped, plan.layers, None, None, None, given, tracing_now, plan.config)
-    y = backend.run(call)[0][0]
-    return y if y is None or grouped is x else y.view(*x.shape[:-1], y.shape[-1])
-
-
 def _reverse_only(plan: Plan, x: Tensor) -> tuple[Plan, Tensor]:
     """Return a plan and its input, inside a transform, through which forward mode is refused."""
     layers = []
@@ -395,3 +362,35 @@ def _reverse_only(plan: Plan, x: Tensor) -> tuple[Plan, Tensor]:
         bias = None if bias is None else tracing.reverse_only(bias)
         layers.append(layer._replace(weight=weight, bias=bias))
     return plan._replace(layers=tuple(layers)), tracing.reverse_only(x)
+
+
+def arrange(
+    x: Tensor, mask: Tensor | None, scope: str
+) -> tuple[Tensor, Tensor | None, Tensor | None, Packing | None]:
+    """Return x as ``[G, T, d_in]``, its mask, and the mask as ``[G, T]`` on x's device.
+
+    If rows hold several sequences, x is returned as it is, with the packing. The caller then
+    arranges each part by itself, with its mask.
+    """
+    if mask is None:
+        if (scope == "sequence" or scope == "prompt" and not STATE.prompts) and x.dim() == 3:
+            layouts = STATE.layouts
+            if not layouts:
+                return x, None, None, None
+            last = layouts[-1]  # nearly always it has just these tokens
+            plain = last.packed is None and last.encoded is None and last.marks is None
+            if plain and last.shape == x.shape[:-1]:
+                mask = last.mask
+                return x, mask, None if mask is None else mask.to(x.device), None
+        dims, mask, packing = groups_of(x, scope)
+        if packing is not None:
+            return x, None, None, packing
+    else:
+        dims = tuple(mask.shape)
+    grouped = group(x, dims, scope)
+    if mask is None:
+        return grouped, None, None, None
+    counted = mask.to(x.device)
+    if counted.shape != grouped.shape[:-1]:
+        counted = counted.reshape(grouped.shape[:-1])
+    return grouped, mask, counted, None

@@ -185,7 +185,9 @@ def held_for(x: Tensor, number: int | None) -> Any:
         return None
     if layout.encoded is not None and _is_encoded(x, layout.encoded.states, layout.shape):
         return None
-    if own == layout.shape or own == layout.shape[::-1] or _has_tokens(x, layout.shape):
+    if held.refusal is not None or own in (layout.shape, layout.shape[::-1]):
+        return held
+    if _has_tokens(x, layout.shape):
         return held
     if _is_kept(own, layout) or number in held.given and own[:1] == layout.shape[:1]:
         return held
@@ -333,38 +335,6 @@ def group(x: Tensor, dims: tuple[int, ...], scope: str) -> Tensor:
     else:
         length = dims[-1] if scope == "sequence" and dims else tokens
     return x.reshape(tokens // length, length, x.shape[-1])
-
-
-def arrange(
-    x: Tensor, mask: Tensor | None, scope: str
-) -> tuple[Tensor, Tensor | None, Tensor | None, Packing | None]:
-    """Return x as ``[G, T, d_in]``, its mask, and the mask as ``[G, T]`` on x's device.
-
-    If rows hold several sequences, x is returned as it is, with the packing. The caller then
-    arranges each part by itself, with its mask.
-    """
-    if mask is None:
-        if (scope == "sequence" or scope == "prompt" and not STATE.prompts) and x.dim() == 3:
-            layouts = STATE.layouts
-            if not layouts:
-                return x, None, None, None
-            last = layouts[-1]  # nearly always it has just these tokens
-            plain = last.packed is None and last.encoded is None and last.marks is None
-            if plain and last.shape == x.shape[:-1]:
-                mask = last.mask
-                return x, mask, None if mask is None else mask.to(x.device), None
-        dims, mask, packing = groups_of(x, scope)
-        if packing is not None:
-            return x, None, None, packing
-    else:
-        dims = tuple(mask.shape)
-    grouped = group(x, dims, scope)
-    if mask is None:
-        return grouped, None, None, None
-    counted = mask.to(x.device)
-    if counted.shape != grouped.shape[:-1]:
-        counted = counted.reshape(grouped.shape[:-1])
-    return grouped, mask, counted, None
 
 
 def check_mask(x: Tensor, mask: Tensor) -> None:

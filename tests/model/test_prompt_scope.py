@@ -389,7 +389,7 @@ def test_what_cannot_be_followed_is_refused_by_name():
     other = made(transformers.AutoModelForCausalLM, "rwkv", family).requires_grad_(False)
     vps.patch(other, VPSConfig(scope="prompt", target_modules="all-linear"))
     with pytest.raises(ValueError, match="cannot follow the sequences of a list"):
-        other(token, state=other(IDS, use_cache=True).state)
+        other(token[:1], state=other(IDS[:1], use_cache=True).state)
     shared = patched()
     shared.model.layers[1].mlp.up_proj = shared.model.layers[0].mlp.up_proj
     _, cache = filled(shared)

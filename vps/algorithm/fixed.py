@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from vps.algorithm.core import Core, square
-from vps.algorithm.flow import Given
+from vps.algorithm.flow import NOTHING, Given
 from vps.masking import STATE
 
 
@@ -111,7 +111,9 @@ class Held:
         self._called: set[int] = set()
 
     def find(self, layer: Any) -> Given | None:
-        """Return what the prompt decided for a sharpened layer; ``None`` where it is to decide now.
+        """Return what the prompt decided for a layer; ``None`` where it is to decide now.
+
+        ``NOTHING`` stands for a layer that is plain while its partner is sharpened.
 
         Raises:
             ValueError: the cache cannot be followed, or its prompt decided nothing for the layer.
@@ -120,6 +122,8 @@ class Held:
             raise ValueError(self.refusal)
         if not self.is_made:
             return None
+        if layer.gamma is not None and layer.gamma.is_zero:
+            return NOTHING
         found = self.given.get(layer.number)
         if found is not None:
             return found

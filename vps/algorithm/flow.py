@@ -64,6 +64,9 @@ class Given(NamedTuple):
     edit: tuple[Tensor, Tensor] | None = None
 
 
+NOTHING = Given()
+
+
 class Outcome(NamedTuple):
     """What the flow gives for one layer.
 
@@ -88,7 +91,7 @@ def sharpen(
     mask: Tensor | None,
     entropy: Tensor | None,
     heads: tuple[int, int] | None = None,
-    given: Given = Given(),  # noqa: B008  # a constant
+    given: Given = NOTHING,
     products: tuple[Tensor, ...] | None = None,
     wants_rows: bool = False,
 ) -> tuple[list[Outcome], Tensor]:

@@ -24,12 +24,14 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vps.algorithm import tracing
 from vps.algorithm.flow import Given
 from vps.backends import cpp, cuda, reference_backend, torch_backend, triton
-from vps.backends.call import Kind
-from vps.masking import STATE
+from vps.backends.call import Call, Kind
+from vps.masking import STATE, groups_of
 
 BACKENDS: dict[str, Any] = {
     "torch": torch_backend,
@@ -98,6 +100,41 @@ def later(kind: Kind, given: Given, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]
     find = getattr(asked(kind) or fastest(kind), "later", None)
     found: tuple[Any, tuple[Tensor, ...]] | None = None if find is None else find(given, x)
     return found
+
+
+def run_fixed(x: Tensor, plan: Any, given: Given) -> Tensor | None:
+    """Return the output ``[..., d_out]`` of a single layer whose update a prompt has fixed."""
+    grouped, sequences = x, given.I_in.shape[0]  # type: ignore[union-attr]
+    rows = x.shape[0] if x.dim() > 2 else (STATE.layouts[-1].shape if STATE.layouts else (1,))[0]
+    if x.dim() != 3 or x.shape[1] != 1:
+        if rows == sequences:
+            grouped = x.reshape(sequences, -1, x.shape[-1])
+        if groups_of(x, "sequence")[2] is not None:
+            raise ValueError(
+                "vps: scope='prompt' holds one decision for each row of a cache, got rows packed "
+                "from several sequences; expected rows of one sequence"
+            )
+    if rows != sequences:
+        raise ValueError(
+            f"vps: the cache holds what {sequences} prompts decided, got a call of {rows} "
+            "sequences; expected one for each"
+        )
+    if given.through is not None and given.through.dtype is not x.dtype:  # the model was converted
+        given = given._replace(through=None, edit=None)
+    backend = plan.backend
+    if STATE.backends or FROM_ENVIRONMENT is not None:
+        backend = asked(plan.kind) or backend
+    traced = torch.compiler.is_compiling()
+    if backend is not reference_backend and (
+        tracing.is_compiled_transform(traced)
+        if traced
+        else torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        backend = torch_backend
+    tracing_now = traced or torch._C._is_tracing()
+    call = Call(grouped, plan.layers, None, None, None, given, tracing_now, plan.config)
+    y = backend.run(call)[0][0]
+    return y if y is None or grouped is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def fastest(kind: Kind) -> ModuleType:

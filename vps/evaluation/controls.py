@@ -21,7 +21,7 @@ from vps.algorithm import coupling, policy, selection
 from vps.algorithm.flow import Given
 from vps.backends.dispatch import backend
 from vps.config import VPSConfig
-from vps.functional import NOTHING, sharpen
+from vps.functional import NOTHING, arrange, sharpen
 from vps.masking import STATE, arrange
 from vps.model.matching import experts
 from vps.model.patching import disabled, patch, sharpened_layers

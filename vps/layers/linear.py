@@ -222,26 +222,23 @@ class SharpenedLayer:
         """Return the sharpened output for x, or ``None`` where the base layer's is right."""
         if self.config.scope == "prompt" and STATE.layouts and not self.is_off():
             return self._sharpen_prompted(x)
-        if not torch.compiler.is_compiling() and not STATE.disabled:
-            kept = self.kept
-            plan = None if kept is None or self.coupling is not None else kept.find((self,), x)
-            if plan is not None:
+        if not torch.compiler.is_compiling() and not STATE.disabled and self.coupling is None:
+            if self.kept is not None and (plan := self.kept.find((self,), x)) is not None:
                 return compute(x, plan)[0]
-        if STATE.disabled or self.gamma is not None or self.config.is_off:
-            if self.is_off():
-                return None
+        if (STATE.disabled or self.gamma is not None or self.config.is_off) and self.is_off():
+            return None
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
         return self.sharpen_alone(x)
 
     def _sharpen_prompted(self, x: Tensor) -> Tensor | None:
         held = held_for(x, self.number)
-        if held is not None and held.is_made and self.gamma is not None and self.gamma.is_zero:
-            return None  # its partner is sharpened
         given = None if held is None else held.find(self)
+        if given is NOTHING:  # of a pair of which the partner is sharpened
+            return None
         if given is not None:
             y = self.sharpen_alone(x, given)
-            if STATE.layouts[-1].is_ready and self.kept is not None and held is not None:
+            if STATE.layouts[-1].is_ready and self.kept is not None:
                 held.prepare(self, x, dispatch.later(self.kept.facts, given, x))
             return y
         if self.coupling is not None and self.coupling.applies():
@@ -262,13 +259,11 @@ class SharpenedLayer:
 
         Args:
             x: ``[..., d_in]``.
-            given: what is decided already.
-            held: a list that takes what is decided, or ``None``.
+            given, held: as for :func:`vps.functional.sharpen`.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and self.kept is not None:
-            plan = self.kept.find((self,), x)
-            if plan is not None:
+            if (plan := self.kept.find((self,), x)) is not None:
                 return compute(x, plan, None, given, held)[0]
         layers = (self.projection(x, inside=True),)
         (y,) = sharpen(x, layers, self.config, state=self.state, given=given, held=held)
@@ -281,10 +276,8 @@ class SharpenedLayer:
     def answer(self, x: Tensor) -> Tensor:
         """Return the output of the module for x: sharpened, or plain inside :func:`plain`."""
         entry = running_plain(self.module) if STATE.plain else None
-        if entry is None:
-            y = self.sharpen(x)
-            if y is not None:
-                return y
+        if entry is None and (y := self.sharpen(x)) is not None:
+            return y
         if entry is None or entry.module is not self.module:
             return self.apply_plain(x, True)
         entry.matrix, entry.bias = self.matrix(), self.bias
