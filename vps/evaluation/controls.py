@@ -22,7 +22,7 @@ from vps.algorithm.flow import Given
 from vps.backends.dispatch import backend
 from vps.config import VPSConfig
 from vps.functional import NOTHING, arrange, sharpen
-from vps.masking import STATE, arrange
+from vps.masking import STATE, held_for
 from vps.model.matching import experts
 from vps.model.patching import disabled, patch, sharpened_layers
 
@@ -99,6 +99,7 @@ def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 torch.randn(d, settings.r, generator=generator).to(x.device) for d in (d_in, d_out)
             )  # type: ignore[assignment]
         P, Q = factors[key]
+        _refuse_held(layer, x)
         grouped, _, counted, _ = arrange(x, None, layer.config.scope)
         with torch.autocast(x.device.type, enabled=False):
             dtype = selection.accumulation_dtype(y.dtype)
@@ -116,6 +117,16 @@ def random_noise(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     with _hooked(model, hook):
         yield
+
+
+def _refuse_held(layer: Any, x: Tensor) -> None:
+    """Refuse a later token under ``scope="prompt"``, for which a control would decide anew."""
+    held = held_for(x, layer.number) if layer.config.scope == "prompt" else None
+    if held is not None and held.is_made:
+        raise ValueError(
+            "evaluation: this control decides at every call, and scope='prompt' holds what the "
+            "prompt decided; expected given continuations, or another scope where text is generated"
+        )
 
 
 @contextmanager
@@ -145,6 +156,7 @@ def shuffled_selection(model: nn.Module, seed: int = 0) -> Iterator[None]:
         if settings is None or x.numel() == 0 or settings.r == 0:
             return None
         r = settings.r
+        _refuse_held(layer, x)
         grouped, _, counted, _ = arrange(x, None, layer.config.scope)
         energy: Tensor | None = None
         own_seed, donated = seed, None

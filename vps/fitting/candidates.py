@@ -21,7 +21,8 @@ from vps.algorithm.flow import Given, Layer
 from vps.algorithm.policy import LayerGamma, plan_for
 from vps.algorithm.weight import Matrix, matrix_products
 from vps.evaluation.controls import Decided, decide
-from vps.masking import arrange, token_mask
+from vps.functional import arrange
+from vps.masking import token_mask
 from vps.model.calibration import columns_of
 from vps.model.patching import sharpened_layers
 
