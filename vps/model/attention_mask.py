@@ -162,8 +162,8 @@ def _prompted(layout: TokenLayout, given: Mapping[str, Any], prefix: str) -> Tok
         encodes = encodes and not prefix  # the encoder alone has no tokens of the decoder
         marks = outer.marks if outer.shape == layout.shape and not encodes else None
     held, cache = prompt_cache.held_by(given), prompt_cache.in_call(given)
-    is_ready = held.is_made and tracing.is_alone()
-    if is_ready and held.backends != STATE.backends:
+    is_ready = held is not None and held.is_made and tracing.is_alone()
+    if is_ready and held is not None and held.backends != STATE.backends:
         held.backends, held.ready = list(STATE.backends), {}
     kept = given.get("logits_to_keep")
     return dataclasses.replace(

@@ -22,14 +22,14 @@ from vps.masking import Marks
 NAMES = ("cache", "past_key_values", "cache_params", "mems", "past_buckets_states", "state")
 
 
-def held_by(given: Mapping[str, Any]) -> Held:
+def held_by(given: Mapping[str, Any]) -> Held | None:
     """Return what layers hold for the cache among the arguments of a call.
 
-    A cache that is empty, and a call without one, start anew.
+    A cache that is empty, and a call without one, start anew; ``None`` where there will be none.
     """
     cache = in_call(given)
     if cache is None:
-        return Held()
+        return None if given.get("use_cache") is False else Held()
     if not _can_follow(cache):
         return Held(
             f"vps: scope='prompt' cannot follow the sequences of a {type(cache).__name__}; "
