@@ -67,6 +67,8 @@ def measure(
     torch.manual_seed(0)
     ids = torch.randint(0, plain.config.vocab_size, (1, prefill), device=device)
 
+    rows = torch.randint(0, plain.config.vocab_size, (8, min(PROMPT, prefill)), device=device)
+
     def logits(module: Any) -> Tensor:
         return module(ids, use_cache=False).logits
 
@@ -74,7 +76,6 @@ def measure(
         return generate(module, ids[:, :PROMPT], new_tokens)
 
     def answers(module: Any) -> Tensor:
-        rows = ids[:, : 8 * PROMPT].reshape(8, -1)
         return generate(module, rows, few)
 
     wrong = model.check(lambda module: module(ids[:, :64], use_cache=False).logits, dtype)
@@ -86,7 +87,7 @@ def measure(
         (f"batch of 8, {few} greedy tokens, {kind}", answers, 1, TOO_SLOW),
     ):
         probe = torch.empty(1, 1, 0, device=device)
-        calls = model.runs(call, probe, wrong, author)
+        calls = model.runs(call, probe, wrong, author, prompted=call is not logits)
         found[title] = common.measure(calls, whole.PLAIN, budget.part(part), least=5)
     return found
 

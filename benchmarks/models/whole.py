@@ -94,10 +94,12 @@ class Variants:
         probe: Tensor,
         wrong: dict[str, str],
         author: str | None = None,
+        prompted: bool = False,
     ) -> dict[str, Variant | str]:
         """Return ``run`` for every variant, or the reason why one is left out.
 
-        ``wrong`` is what :meth:`check` found; ``author`` why the published form is left out.
+        ``wrong`` is what :meth:`check` found; ``author`` why the published form is left out;
+        ``prompted`` adds the sharpened forms under ``scope="prompt"``.
         """
         found: dict[str, Callable[[], object] | str] = {PLAIN: lambda: run(self.plain)}
         lora = self.lora
@@ -106,7 +108,8 @@ class Variants:
             # Inside a model the CUDA backend decodes what it takes and leaves the rest to Triton.
             reason = variants.why_not(name, probe)
             found[f"vps {name}"] = reason or self._by(name, run, self.sharpened)
-            found[f"vps {name}{PROMPT}"] = reason or self._by(name, run, self.prompted)
+            if prompted:
+                found[f"vps {name}{PROMPT}"] = reason or self._by(name, run, self.prompted)
         found[variants.AUTHOR] = author or (lambda: run(self.author))
         return {
             name: wrong.get(name) or (call if isinstance(call, str) else Variant(call))
@@ -136,11 +139,10 @@ class Variants:
         probe = torch.empty(1, 1, 0, device=next(self.plain.parameters()).device)
         for name in variants.BACKENDS:
             if variants.why_not(name, probe) is None:
-                for scope, model in (("", self.sharpened), (PROMPT, self.prompted)):
-                    with vps.backend(name):
-                        reason = self._why_wrong(model, call, dtype)
-                    if reason is not None:
-                        wrong[f"vps {name}{scope}"] = reason
+                with vps.backend(name):
+                    reason = self._why_wrong(self.sharpened, call, dtype)
+                if reason is not None:
+                    wrong[f"vps {name}"] = wrong[f"vps {name}{PROMPT}"] = reason
         for name, model in ((variants.AUTHOR, self.author), (self.lora_name, self.lora)):
             if isinstance(model, nn.Module) and (reason := self._why_wrong(model, call, dtype)):
                 wrong[name] = reason

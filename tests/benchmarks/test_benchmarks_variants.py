@@ -125,8 +125,11 @@ def test_model():
     plain = whole.random_model("tiny", torch.float32, "cpu")
     weights = {p.data_ptr() for p in plain.parameters()}
     found = model.measure(plain, torch.float32, 0.1, new_tokens=3, prefill=10)
-    prefill, answer = found.values()
-    assert list(found) == ["prefill of 10 tokens, float32", "3 greedy tokens after 10, float32"]
+    prefill, answer, batch = found.values()
+    titles = "prefill of 10 tokens", "3 greedy tokens after 10", "batch of 8, 1 greedy tokens"
+    assert list(found) == [f"{title}, float32" for title in titles]
+    prompted = {f"vps {name}{whole.PROMPT}" for name in HERE}
+    assert prompted < measured(answer) and prompted < measured(batch)
     assert variants.AUTHOR in measured(prefill) and variants.AUTHOR not in measured(answer)
     assert {f"vps {name}" for name in HERE} < measured(answer)
     assert {p.data_ptr() for p in whole.Variants(plain).sharpened.parameters()} == weights

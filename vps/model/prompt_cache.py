@@ -75,7 +75,6 @@ def settle(held: Held | None, given: Any, output: Any) -> None:
         _attach(cache, held)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # changes a class
 def _attach(cache: Any, held: Held) -> None:
     own = getattr(cache, "vps_held", None)
     if own is None:
@@ -83,6 +82,10 @@ def _attach(cache: Any, held: Held) -> None:
     if not isinstance(cache, _Following):
         cache.__class__ = _following(type(cache))  # type: ignore[arg-type]
     own.take(held, bool(getattr(cache, "is_compileable", False)))
+
+
+# As torch.compiler.disable says it, which imports torch._dynamo: no compiler can change a class.
+_attach._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _is_exporting() -> bool:
