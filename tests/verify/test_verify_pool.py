@@ -224,14 +224,14 @@ def test_fork():
     output, errors, code = run(
         """
 import gc, os, threading, time, warnings
-from vps.verify import check, default_pool, pool, units, warm
+from vps.verify import check, default_pool, pool, warm
 warnings.simplefilter("error")
 warm()
 parent = default_pool().processes()
 threading.Thread(target=check, args=(r"\\sum_{i=1}^{10^{12}} 1/i", "1")).start()
 held = threading.Event()
 def hold():
-    with units._registry_lock, pool._default_lock:
+    with pool._default_lock:
         held.set(); time.sleep(1)
 threading.Thread(target=hold, daemon=True).start()
 held.wait()

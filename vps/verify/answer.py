@@ -15,6 +15,8 @@ from vps.verify.arithmetic import LITERAL, UndecidableError
 from vps.verify.text import Source, clean, locate, undressed
 
 MAX_FORMULA = 400
+MAX_CALLS = 9
+MAX_STRETCHES = 12
 GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau "
     "phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega"
@@ -22,9 +24,10 @@ GREEK = (
 FUNCTIONS = (
     "sin cos tan cot sec csc sinh cosh tanh asin acos atan arcsin arccos arctan exp log ln sqrt abs"
 ).split()
-NOT_A_VALUE = ("nan", "inf", "oo")
 KNOWN = "|".join([*GREEK, *FUNCTIONS, "pi", "infinity", "mod"])
 OPERATOR = r"[-+*/^=<>]"
+SIGN = rf"{OPERATOR}|_|\w\(|\|.*\||\b[a-z]!"
+WORD = r"(?<!\\)\b[^\W\d_]{3,}"
 # What mathematics is made of: known words, commands, numbers, signs, letters that stand alone.
 PIECE = (
     rf"(?:{LITERAL}|\\[A-Za-z]+[ \t]*|\\[{{}}|]|(?<![^\W\d_])(?:(?:{KNOWN})(?![^\W\d_])[ \t]*"
@@ -36,7 +39,7 @@ JOINT = r"(?:[ \t]*(?![ \t\d.])|(?<![A-Za-z\d.])[ \t]*|(?=\S)|(?<=\d)[ \t]+(?=\d
 STRETCH = re.compile(rf"{PIECE}(?:{JOINT}{PIECE})*")
 # Two or three letters that touch a number or an operator are a product of variables.
 PRODUCT = re.compile(
-    rf"(?:(?<={OPERATOR})\s?|(?<=[\d)}}\](]))(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?![A-Za-z])"
+    rf"(?:(?<={OPERATOR})\s?|(?<=[\d)}}\]({{]))(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?![A-Za-z])"
     rf"|(?<![A-Za-z\\])(?!(?:nan|inf|oo)\b)[A-Za-z]{{2,3}}(?=\s?{OPERATOR}|[\d({{_])"
 )
 JOINED = re.compile(
@@ -58,7 +61,10 @@ HUGE = re.compile(
     rf"(?<!\}}){POWER}(?:\d{{5,}}|\d{{2,}}[)}}\s]{{0,4}}{POWER}\d|\d[)}}\s]{{0,4}}{POWER}\d+[)}}\s]{{0,4}}{POWER}\d)"
 )
 # What stands before the value in "x = 5", "f(2) ≈ 5", "3 + 4 = 7".
-NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,8}\}?)?'?(?:\(\w{1,3}(?:,\s?\w{1,3})?\))?")
+NAME = re.compile(
+    r"(?:\\(?:det|angle|triangle|vec|bar|hat|overline)\s?)?[{|]{0,2}(?:[A-Za-z]{1,3}|\\[A-Za-z]+)"
+    r"[}|]{0,2}(?:_\{?\w{1,8}\}?)?'?(?:\((?:[^()=]|[<>]=|\([^()=]{1,9}\)){1,24}\))?"
+)
 EQUALS = re.compile(r"(?<![<>!:=])(?::?=|\\approx(?![A-Za-z])|≈)")
 # The rounded value behind an exact one: "5/3 ≈ 1.67" is 5/3, "x ≈ 11" is 11.
 APPROXIMATED = re.compile(rf"(?<=[\d)}}!%])\s{{0,3}}(?:\\approx(?![A-Za-z])|≈)\s{{0,3}}-?{LITERAL}")
@@ -68,14 +74,10 @@ INLINE = re.compile(
     r"|\\\[(?:[^\\]|\\[^\]]){1,400}\\\]"
 )
 JOINT_OF_FORMULAS = re.compile(r"[\s,;]{0,3}(?:and|or)?\s{0,3}")
-LAST_LIST = re.compile(
-    rf"(?<![\w.,])-?{LITERAL}(?:\s?(?:,\s?(?:and|or)?|and|or)\s?-?{LITERAL}){{1,20}}[.!]?\s*$"
-)
 LIST_BEFORE = re.compile(
     r"(?:(?:[\d%°],?[^\S\n]{0,3}(?:-|to|or|and|through|;)|\bbetween\b[^.\n]{1,40}\band"
     r"|\bfrom\b[^.\n]{1,40}\bto)[^\S\n]{0,3}|\d[:/]|\d[^\S\n]?[^\W\d_]{0,3}[^\S\n]by[^\S\n])[$€£]?$"
 )
-COMMA_BEFORE = re.compile(r"\d,\s{1,3}[$€£]?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,8 @@ class Answer:
         source: where it was found.
         value: the number, exact; of "x = 5" the 5. ``None`` for several numbers.
         unit: names of pint, or money, with their exponents, where a known unit is named.
-        parts: the kind of another plain answer and its numbers: ``("ratio", 3, 2)``, and
-            ``time``, ``date``, ``range`` alike.
+        parts: what another plain answer may be, each with its numbers: ``("ratio", 3/2, 1)``,
+            and ``time``, ``date``, ``range`` alike.
         formula: algebra or LaTeX that the worker reads.
         undecidable: an answer stands there that is not worked out (too large, ``1/0``) or of
             which a part would be dropped, or the text was cut and no answer is in what is left.
@@ -157,15 +159,19 @@ def read(region: str, source: Source) -> Answer:
     text = undressed(region).strip().rstrip(".,;:? \t\n")
     if source == "phrase":
         text = re.split(r"\s(?:because|since)\b", text)[0].rstrip("!.,;:? ")
-    whole = read_whole(text, answer)
+    aside = re.fullmatch(r"([^()]{0,80}\S)\s\([^()\\]{0,99}[A-Za-z]{3}[^()\\]{0,99}\)", text)
+    whole = read_whole(aside[1] if aside else text, answer)
     if whole is not None:
         return whole
+    contents = [text] if source == "boxed" else []
     formulas = inline_formulas(region, first=source in ("phrase", "hashes"))
     if formulas and not LIST_BEFORE.search(region[: formulas[0].start()].replace("$", " ")):
         contents = [undressed(found[0]).strip() for found in formulas]
         whole = read_whole(", ".join(contents), answer)
         if whole is not None and not whole.says_words:
             return whole
+    if any(re.search(r"\d", part) and not re.search(WORD, part) for part in contents):
+        raise UndecidableError("a part of it would be dropped")
     return read_prose(text, answer)
 
 
@@ -188,7 +194,7 @@ def read_whole(text: str, answer: Answer) -> Answer | None:
     """Read a text of which every part counts; ``None`` where it is prose."""
     about = kinds.ABOUT.match(text)
     text = text[about.end() :] if about else text
-    bullet = re.match(r"[-*+]\s+(?=[\d$.])|[,;:]\s*", text)
+    bullet = re.match(r"[-*+]\s+(?=[\d$.])|[,;:]\s*|\(?[a-h]\)\s+(?=\S)", text)
     text = text[bullet.end() :] if bullet else text
     if re.fullmatch(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?", text):
         text = text.replace(" ", "")
@@ -206,10 +212,9 @@ def read_whole(text: str, answer: Answer) -> Answer | None:
     if len(sides) > 1 and not any(re.search(r"[,;]|\b(?:or|and)\b", side) for side in sides[1:-1]):
         last = read_quantity(sides[-1].strip())
         named = NAME.fullmatch(sides[0].strip())
-        if last and not named:
-            values = {arithmetic.evaluate(side) for side in sides[:-1]}
-            if None not in values and values != {last.value}:
-                raise UndecidableError("sides that differ")
+        values = {arithmetic.evaluate(side) for side in sides[bool(named) : -1]}
+        if last and values - {None, last.value}:
+            raise UndecidableError("sides that differ")
         if last and (named or None not in values):
             relation = text if named and len(text) <= MAX_FORMULA else None
             return replace(answer, value=last.value, unit=last.unit, formula=relation)
@@ -244,7 +249,7 @@ def read_formula(text: str, answer: Answer) -> Answer | None:
     head = text[: tail.start()] if tail else ""
     found = units.match(text, tail.start(1)) if tail else None
     if tail and found and found.end == len(text) and is_formula(head):
-        constant = not re.search(r"(?<![\\A-Za-z])[A-Za-z]", head)
+        constant = not re.search(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:sin|cos|tan)|°", head)
         metres = tail[1] == "m" and head[-1].isspace() and "\\" in head
         if len(tail[1]) > 1 or constant and (metres or tail[1] in "°%"):
             return replace(answer, formula=head.strip(), unit=found.unit)
@@ -257,7 +262,7 @@ def is_formula(text: str) -> bool:
     """Tell whether a text has no word but those of formulas; three letters may be a product."""
     if BROKEN.search(text) or re.search(rf"{OPERATOR}\s*$", text) or excess(text):
         return False
-    if "\\int" in text:
+    if "\\int" in text or re.search(r"\\frac\s?\{d", text):
         text = re.sub(r"\bd[a-z]\b", " ", text)
     if FOREIGN.search(PRODUCT.sub(" ", JOINED.sub(" ", text))):
         return False
@@ -271,65 +276,44 @@ def excess(text: str) -> int:
 
 def informative(text: str) -> bool:
     """Tell whether a text says something: a number, a command, or an operator by a symbol."""
-    return bool(
-        re.search(r"\d|\\[A-Za-z]", text)
-        or re.search(r"[^\W_]", text)
-        and re.search(OPERATOR, text)
-    )
+    signs = OPERATOR if text.count("(") >= MAX_CALLS else SIGN
+    symbol = re.search(r"[^\W_]", text) and re.search(signs, text)
+    return bool(symbol or re.search(r"\d|\\[A-Za-z]|\binfinity\b", text))
 
 
 def read_prose(text: str, answer: Answer) -> Answer:
-    """Read the last number or formula of a text, or the first behind a mark."""
+    """Read what the last number or formula of a text ends, or the first behind a mark begins."""
     lines = text.split("\n")
     for line in lines if answer.source != "text" else reversed(lines):
         found = stretches(line)
         if found and answer.source != "text":
             return read_stretch(line, *found[0], answer)
+        if len(found) > arithmetic.MAX_TOKENS and not re.search(r"[^\W\d_]{2}", line):
+            raise UndecidableError("a row too long")
+        for start, _ in found[-MAX_STRETCHES:]:
+            if not LIST_BEFORE.search(line, max(0, start - 60), start):
+                with suppress(UndecidableError):
+                    return read_stretch(line, start, found[-1][1], answer)
         if found:
-            if len(found) > arithmetic.MAX_TOKENS and not re.search(r"[^\W\d_]{2}", line):
-                raise UndecidableError("a row too long")
-            start, end = found[-1]
-            quantity = reaching(line, found, end)
-            if quantity:
-                return replace(answer, value=quantity.value, unit=quantity.unit)
-            before = "" if "=" in line[start:end] else line[max(0, start - 60) : start]
-            alone = not re.search(r"[^\W\d_]{3}", line[end:])
-            if LIST_BEFORE.search(before) or alone and COMMA_BEFORE.search(before):
-                listed = LAST_LIST.search(line)
-                if listed is None:
-                    raise UndecidableError("several numbers")
-                return replace(answer, formula=listed[0].strip(" .!"))
-            return read_stretch(line, start, end, answer)
+            raise UndecidableError("a part of it would be dropped")
     # LaTeX that says more than words
     return replace(answer, undecidable="\\" in undressed(answer.text))
 
 
-def reaching(line: str, found: list[tuple[int, int]], end: int) -> kinds.Quantity | None:
-    """Read units that reach to ``end`` in a line, as in "5 km/h" or "1 hour and 30 minutes"."""
-    for start, stop in found[-kinds.MAX_PAIRS - 1 :]:
-        with suppress(kinds.ChangedError):
-            quantity = kinds.compound(line, start)
-            if quantity is None and stop < end:
-                quantity = kinds.quantity(line, start, stop)
-            if quantity and quantity.end >= end:
-                return quantity
-    return None
-
-
 def read_stretch(text: str, start: int, end: int, answer: Answer) -> Answer:
-    """Read one stretch of mathematics: a number with the unit behind it, or a formula."""
-    sides = list(EQUALS.finditer(text, start, end))
-    found = None
+    """Read a stretch of mathematics: a number with the units behind it, or a formula."""
     if structure := kinds.structure(text[start:end]):
         after = kinds.unit_at(text, end)
         return replace(answer, parts=structure[0], unit=after.unit if after else structure[1])
-    if not re.search(r"(?<![<>])[<>]", text[start:end]):
-        first = sides[-1].end() if sides else start
+    equations = re.search(r"[,;]\s|\b(?:and|or)\b", text[start:end].partition("=")[2])
+    if not equations and not re.search(r"(?<![<>])[<>]", text[start:end]):
+        first = max((side.end() for side in EQUALS.finditer(text, start, end)), default=start)
         first += len(text[first:]) - len(text[first:].lstrip())
         before = re.search(r"(?:US)?[$€£¥₹₽₩]\s?-?$|-[$€£]$", text[:first])
-        found = kinds.quantity(text, before.start() if before else first, end)
-    if found and found.end >= end:
-        return replace(answer, value=found.value, unit=found.unit)
+        first = before.start() if before else first
+        found = kinds.compound(text, first) or kinds.quantity(text, first, end)
+        if found and found.end >= end:
+            return replace(answer, value=found.value, unit=found.unit)
     whole = read_whole(text[start:end], answer)
     if whole is None:
         raise UndecidableError("a part of it would be dropped")

@@ -1,7 +1,7 @@
 """Exact arithmetic on text that never takes long: sizes are checked before anything is computed.
 
-Text becomes tokens of a short list, tokens become a Python expression of names alone, and its
-syntax tree is worked out on fractions; nothing else of Python is reached.
+Text becomes tokens of a short list, tokens become Python source of strings, signs and three names,
+and its syntax tree is worked out on fractions; nothing else of Python is reached.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable
 from fractions import Fraction
-from operator import add, mul, sub
 
 MAX_TOKENS = 256
 MAX_DEPTH = 40
@@ -28,8 +26,9 @@ TOKEN = re.compile(
     rf"\s*(?:(?P<number>{LITERAL})|(?P<name>(?:\\?sqrt|\\frac|abs)(?![A-Za-z]|\s*\[))"
     r"|(?P<times>(?<=[\d)}\s])(?<!\b0)[xX](?=\s{0,3}[\d(\\.]))|(?P<sign>\*\*|[-+*/^()\[\]{}!|]))"
 )
-# LaTeX to plain signs, from the inside out.
+SIGNS = {"^": "**", "!": ".f", "{": "(", "[": "(", "}": ")", "]": ")", "x": "*", "X": "*"}
 REPEATING = re.compile(r"(\d{0,9})\.(\d{0,9})\\overline\{(\d{1,9})\}")
+# LaTeX to plain signs, from the inside out; no fraction is mixed but one below 1 after a number.
 SHORT_FRACTION = re.compile(r"\\frac\s{0,3}(\d)\s{0,3}(\d|(?=\{))")
 MIXED = re.compile(
     r"(?<![\d./^])(?<![/^]\s)(\d{1,9})(?:\s{1,3}(\d{1,9})/(\d{1,9})"
@@ -37,7 +36,6 @@ MIXED = re.compile(
 )
 FRACTION = re.compile(r"\\frac\s{0,3}\{([^{}]*)\}\s{0,3}\{([^{}]*)\}")
 BRACES = re.compile(r"(?<!frac)(?<!frac\s)(?<!\})\{([^{}]*)\}")
-SIGNS = {"^": "**", "!": ".f", "{": "(", "[": "(", "}": ")", "]": ")", "x": "*", "X": "*"}
 
 
 class UndecidableError(ValueError):
@@ -69,35 +67,33 @@ def evaluate(text: str) -> Fraction | None:
         depth += 1 if bracket[0] in "([{" else -1
         if depth > MAX_DEPTH:
             raise UndecidableError("nested too deep")
-    text = REPEATING.sub(repeating, text)
-    text = MIXED.sub(mixed, SHORT_FRACTION.sub(short_fraction, text))
+    text = SHORT_FRACTION.sub(
+        lambda short: rf"\frac{{{short[1]}}}" + (f"{{{short[2]}}}" if short[2] else ""),
+        REPEATING.sub(repeating, text),
+    )
+    text = MIXED.sub(mixed, text)
     for _ in range(MAX_DEPTH if "{" in text else 0):
         text = FRACTION.sub(r"((\1)/(\2))", BRACES.sub(r"(\1)", text))
-    source: list[str] = []
-    values: dict[str, Fraction] = {}
+    source = [""]
     position = bars = 0
     while token := TOKEN.match(text, position):
-        position, piece = token.end(), token[token.lastgroup or 0]
-        if len(source) >= MAX_TOKENS:
+        position, piece = token.end(), token[token.lastgroup or 0].lstrip("\\")
+        if len(source) > MAX_TOKENS:
             raise UndecidableError("too many tokens")
-        before = source[-1] if source else "("
-        operand = before in (")", ".f") or before in values
+        operand = source[-1][-1:] in (")", "f")
         if token["number"]:
-            if before in values:
+            if source[-1].endswith('")'):
                 return None  # two numbers in a row
-            piece = f"n{len(values)}"
-            values[piece] = literal(token["number"])
+            piece = f'("{piece}")'
         elif piece == "|":
             bars += -1 if operand else 1
             piece = ")" if operand else "abs("
-        piece = SIGNS.get(piece, piece).lstrip("\\")
-        if operand and (piece in values or piece in ("(", "abs(", "sqrt")):
-            source.append("*")
-        source += ["(", piece, ")"] if before == "sqrt" and piece in values else [piece]
-    if text[position:].strip() or not values or bars:
+        piece = SIGNS.get(piece, piece)
+        source.append("*" + piece if operand and piece[0] in "(as" else piece)
+    if text[position:].strip() or bars:
         return None
     try:
-        return worked_out(ast.parse("".join(source), mode="eval").body, values)
+        return worked_out(ast.parse("".join(source), mode="eval").body)
     except (SyntaxError, MemoryError, RecursionError):
         return None
 
@@ -109,39 +105,31 @@ def repeating(match: re.Match[str]) -> str:
     return f"({whole or 0}+({int(fixed + repeated) - int(fixed or 0)})/{nines})"
 
 
-def short_fraction(match: re.Match[str]) -> str:
-    r"""Return ``\frac12`` and ``\frac1{2}`` with braces."""
-    return rf"\frac{{{match[1]}}}" + (f"{{{match[2]}}}" if match[2] else "")
-
-
 def mixed(match: re.Match[str]) -> str:
     r"""Return ``1 3/4`` or ``1\frac{3}{4}`` as a sum; no other fraction is mixed."""
     whole, above, below = (part for part in match.groups() if part)
     return f"({whole}+{above}/{below})" if 0 < int(above) < int(below) else match[0]
 
 
-def worked_out(node: ast.expr, values: dict[str, Fraction]) -> Fraction | None:
-    """Return the value of a syntax tree of names, signs, roots and factorials."""
-    function: Callable[[Fraction], Fraction | None]
+def worked_out(node: ast.expr) -> Fraction | None:
+    """Return the value of a syntax tree of numbers, signs, roots and factorials."""
     match node:
-        case ast.Name(id=name):
-            return values.get(name)
-        case ast.BinOp(left=first, right=second):
-            left, right = worked_out(first, values), worked_out(second, values)
-            work = BINARY.get(type(node.op))
-            return None if left is None or right is None or work is None else work(left, right)
-        case ast.Attribute(value=inner):
-            function = factorial
-        case ast.Call(func=ast.Name(id="sqrt"), args=[inner]):
-            function = square_root
-        case ast.Call(func=ast.Name(id="abs"), args=[inner]):
-            function = abs
-        case ast.UnaryOp(op=sign, operand=inner):
-            function = Fraction.__neg__ if isinstance(sign, ast.USub) else Fraction
-        case _:
-            return None
-    value = worked_out(inner, values)
-    return None if value is None else function(value)
+        case ast.Constant(value=str(text)):
+            return literal(text)
+        case ast.BinOp(left=first, op=sign, right=second):
+            left, right = worked_out(first), worked_out(second)
+            return None if left is None or right is None else combined(left, sign, right)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=inner):
+            value = worked_out(inner)
+            return -value if value is not None and isinstance(sign, ast.USub) else value
+        case ast.Attribute(value=inner, attr=name) | ast.Call(func=ast.Name(id=name), args=[inner]):
+            value = worked_out(inner)
+            if value is None or name == "abs":
+                return value and abs(value)
+            if name == "sqrt":
+                return root(value, 2)
+            return factorial(value) if name == "f" else None
+    return None
 
 
 def literal(text: str) -> Fraction:
@@ -157,23 +145,24 @@ def bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-def bounded(function: Callable[[Fraction, Fraction], Fraction]) -> Callable[..., Fraction]:
-    """Make a function refuse values longer than 8192 bits."""
-
-    def checked(left: Fraction, right: Fraction) -> Fraction:
-        value = function(left, right)
-        if bits(value) > MAX_BITS:
-            raise UndecidableError("value too long")
-        return value
-
-    return checked
-
-
-def quotient(dividend: Fraction, divisor: Fraction) -> Fraction:
-    """Divide, but not by zero."""
-    if divisor == 0:
-        raise UndecidableError("division by zero")
-    return dividend / divisor
+def combined(left: Fraction, sign: ast.operator, right: Fraction) -> Fraction | None:
+    """Return a sum, product, quotient or power of up to 8192 bits."""
+    match sign:
+        case ast.Add():
+            value = left + right
+        case ast.Sub():
+            value = left - right
+        case ast.Mult():
+            value = left * right
+        case ast.Div() if right:
+            value = left / right
+        case ast.Pow():
+            return power(left, right)
+        case _:
+            raise UndecidableError("division by zero")
+    if bits(value) > MAX_BITS:
+        raise UndecidableError("value too long")
+    return value
 
 
 def power(base: Fraction, exponent: Fraction) -> Fraction | None:
@@ -199,11 +188,6 @@ def factorial(value: Fraction) -> Fraction:
     return Fraction(math.factorial(int(value)))
 
 
-def square_root(value: Fraction) -> Fraction | None:
-    """Return the exact root where there is one."""
-    return root(value, 2)
-
-
 def root(value: Fraction, degree: int) -> Fraction | None:
     """Return the exact root of a number that is not negative, where there is one."""
     if value < 0 or degree > 2 and bits(value) > MAX_EXPONENT:
@@ -214,9 +198,3 @@ def root(value: Fraction, degree: int) -> Fraction | None:
     )
     found = Fraction(above, below)
     return found if found**degree == value else None
-
-
-BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | None]] = {
-    **{ast.Add: bounded(add), ast.Sub: bounded(sub), ast.Mult: bounded(mul)},
-    **{ast.Div: bounded(quotient), ast.Pow: power},
-}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 import time
 from collections.abc import Mapping
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 
 from vps.verify.answer import extract_answer
 from vps.verify.losses import (
-    Equality,
     Samples,
+    Verdict,
     compare,
     numeric_loss,
-    of_equality,
+    of_verdict,
     sample_texts,
     self_consistency_loss,
     units_agreement_loss,
@@ -46,14 +45,6 @@ class Losses:
     parts: dict[str, float]
     total: float
     undecided: tuple[str, ...] = ()
-
-
-class Verdict(enum.Enum):
-    """Whether a prediction answers what the gold does; undecided never counts as correct."""
-
-    CORRECT = "correct"
-    WRONG = "wrong"
-    UNDECIDED = "undecided"
 
 
 class CompositeVerifier:
@@ -105,24 +96,22 @@ class CompositeVerifier:
         deadline = time.monotonic() + WORKING_SHARE * self.timeout
         theirs = extract_answer(prediction)
         ours = None if gold is None else extract_answer(gold)
-        equality = Equality.DIFFERENT if ours is not None and not ours.says_words else None
-        if theirs is not None and ours is not None and {"numeric", "algebraic"} & {*self.weights}:
-            equality = compare(theirs, ours, deadline, self.pool)
+        verdict = Verdict.UNDECIDED
+        if {"numeric", "algebraic"} & {*self.weights}:
+            verdict = compare(theirs, ours, deadline, self.pool)
         parts: dict[str, float] = {}
         undecided: list[str] = []
         for name in self.weights:
             match name:
                 case "numeric" if gold is not None:
-                    equal = equality is Equality.EQUAL
+                    equal = verdict is Verdict.CORRECT
                     parts[name] = 0.0 if equal else numeric_loss(theirs, ours)
                 case "units" if gold is not None:
                     parts[name] = units_loss(theirs, ours)
                 case "units":
                     parts[name] = units_agreement_loss(theirs, texts or [])
                 case "algebraic" if gold is not None:
-                    parts[name], decided = 0.0, True
-                    if ours is not None and equality is not None:
-                        parts[name], decided = of_equality(equality, ours)
+                    parts[name], decided = of_verdict(verdict, theirs, ours)
                     undecided += [] if decided else [name]
                 case "self_consistency" if texts is not None:
                     parts[name] = self_consistency_loss(texts)
@@ -173,13 +162,7 @@ def check(
     """
     deadline = time.monotonic() + WORKING_SHARE * check_timeout(timeout)
     theirs, ours = extract_answer(prediction), extract_answer(gold)
-    if ours is None or theirs is None:
-        return Verdict.WRONG if ours and not ours.undecidable else Verdict.UNDECIDED
-    if not (ours.undecidable or theirs.undecidable) and units_loss(theirs, ours):
+    read = ours and theirs and not (ours.undecidable or theirs.undecidable)
+    if read and units_loss(theirs, ours):
         return Verdict.WRONG
-    match compare(theirs, ours, deadline, pool):
-        case Equality.EQUAL:
-            return Verdict.CORRECT
-        case Equality.DIFFERENT:
-            return Verdict.WRONG
-    return Verdict.UNDECIDED
+    return compare(theirs, ours, deadline, pool)

@@ -16,19 +16,19 @@ from vps.verify.arithmetic import LITERAL, UndecidableError
 MAX_PAIRS = 4
 MAGNITUDES = {
     **{"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9},
-    **{"trillion": 10**12, "lakh": 10**5, "crore": 10**7, "万": 10**4, "亿": 10**8},
+    **{"bn": 10**9, "trillion": 10**12, "lakh": 10**5, "crore": 10**7, "万": 10**4, "亿": 10**8},
 }
 MAGNITUDE = re.compile(rf"[\s-]?\s?({'|'.join(MAGNITUDES)})s?(?![A-Za-z])", re.IGNORECASE)
 SIGN = re.compile(r"([-+]?)\s?(US\$|[$€£¥₹₽₩])\s?(?=-?[\d.])")
 # Words before a number that leave it as it is, turn it round, or make it another one.
 ABOUT = re.compile(
     r"(?:(?:(?:about|around|approximately|roughly|nearly|exactly|only|just|is|be|equals)\b"
-    r"|approx\.|\\approx\b|≈|=|:)\s{0,3})+",
+    r"|approx\.|\\(?:approx|sim)\b|≈|=|:)\s{0,3})+",
     re.IGNORECASE,
 )
 MINUS = re.compile(r"(?:minus|negative)\s{1,3}", re.IGNORECASE)
 CHANGED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|no|neither|nor|without|than|least|most|under|over|below|above|minus"
+    r"(?:\b(?:not|up|never|no|neither|nor|without|than|least|most|under|over|below|above|minus"
     r"|negative|half|third|quarter|twice|double|triple|times|except|between|out|all but)|n't|≠"
     r"|\\neq?"
     r"|(?:n't|not|never)\s(?:think|believe|say)\s(?:that\s)?(?:it|this|that|the answer)(?:'s|\sis))"
@@ -39,7 +39,8 @@ CHANGED_AFTER = re.compile(
     r"\s{0,3}(?:and\s(?:a|one|two|three)[\s-](?:half|third|quarter|fourth|fifth|tenth)|squared"
     r"|cubed|(?:[ap]\.?m\b|o'clock)|(?:or|and)\s(?:more|less|fewer|above|below|greater|higher|up)"
     r"|(?:to|through|until|till|or|out of)\s{1,3}[-$]?[\d.]"
-    r"|%?\s?(?:more|less|fewer|greater)\sthan|[:;]\s?-?[\d.]|-\s?[a-z]?\d)",
+    r"|%?\s?(?:more|less|fewer|greater)\sthan|[:;]\s?-?[\d.]|-\s?[a-z]?\d"
+    r"|\stimes\s(?:as|more|less|the|\d)|\+\s*$|\s?[‰′″])",
     re.IGNORECASE,
 )
 ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![A-Za-z])")
@@ -54,7 +55,7 @@ LISTED = re.compile(rf"\(?{ITEM}(?:\s{{0,3}}(?:[,;:]|and|or|to)\s{{0,3}}{ITEM}){
 NUMBER = rf"-?(?:{LITERAL})"
 RATIO = re.compile(rf"{NUMBER}(?:\s?:\s?{NUMBER}){{1,5}}")
 TIME = re.compile(
-    r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s?(?:([ap])\.?m\.?|(o'clock))?", re.IGNORECASE
+    r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s{0,3}(?:([ap])\.?m\.?|(o'clock))?", re.IGNORECASE
 )
 RANGE = re.compile(
     rf"(?:(?:from )?([$€£]?)({NUMBER})([^\d-]{{0,12}}?)\s?(to|through|\.\.|(?<! )-(?! ))"
@@ -77,8 +78,8 @@ DATES = [
     )
 ]
 
-# A kind's name and what it is made of: ("time", 17, 30, 0), ("ratio", 3, 2).
-Parts = tuple[str | Fraction | int | None, ...]
+# What an answer may be, each with its kind's name: ("time", 17, 30, 0), ("ratio", 3/2, 1).
+Parts = tuple[tuple[str | Fraction | int, ...], ...]
 
 
 class ChangedError(UndecidableError):
@@ -127,7 +128,8 @@ def quantity(text: str, start: int = 0, stop: int | None = None) -> Quantity | N
     if ordinal:
         end = ordinal.end()
     found = unit_at(text, end)
-    if sign and units.DIVIDED.match(text, end):
+    joint = units.JOINT.match(text, end) if sign else None
+    if sign and joint and joint["divided"]:
         found = units.match(f"{sign[2]}{text[end : end + 60]}", 0)
         unit, end = (found.unit, end + found.end - len(sign[2])) if found else (unit, end)
     elif found and (unit is None or unit == found.unit):
@@ -154,62 +156,69 @@ def unit_at(text: str, position: int) -> units.Match | None:
 
 
 def compound(text: str, start: int = 0) -> Quantity | None:
-    """Read ``1 h 30 min`` or ``5 ft 6 in``: the sum in the last unit, each smaller than before.
+    """Read ``1 h 30 min`` or ``5 ft 6 in``: the sum in the last unit (money: the first).
+
+    Each must be smaller than the one before.
 
     Raises:
         ImportError: pint is missing.
     """
-    total, end, last = Fraction(0), start, None
+    total, end, first, last = Fraction(0), start, None, None
     for count in range(MAX_PAIRS + 1):
         at = end + len(BETWEEN.match(text, end)[0]) if count else start  # type: ignore[index]
         found = quantity(text, at) if at < len(text) else None
         unit = found.unit if found else None
         if not found or not unit or len(unit) != 1 or last and not units.smaller(unit, last):
+            if count > 1 and units.is_money(first):  # dollars may be left out
+                total, last = units.convert(total, last, first), first
             return Quantity(total, last, end) if count > 1 else None
+        first = first or unit
         total = found.value + (units.convert(total, last, unit) if last else 0)
         end, last = found.end, unit
     return None
 
 
 def structure(text: str) -> tuple[Parts, units.Unit | None] | None:
-    """Read a ratio, a time, a date or a range that all of ``text`` is, with a range's unit."""
+    """Read a ratio, a time, a date or a range that all of ``text`` is, with a range's unit.
+
+    What is given back is each kind that it may be: ``10:30`` is a ratio and two times.
+    """
     for pattern in DATES:
         if date := pattern.fullmatch(text):
             return dated(date.groupdict()), None
+    readings: Parts = ()
     time = TIME.fullmatch(text)
     if time and (time[2] or time[4] or time[5]):
         hour, minute, second = int(time[1]), int(time[2] or 0), int(time[3] or 0)
         if time[4]:
             hour = hour % 12 + 12 * (time[4] in "pP")
-        if time[4] or time[1] == "0" or (time[2] or "0")[0] == "0":
-            return ("time", hour, minute, second, bool(time[4]) or not 0 < hour <= 12), None
-        if hour < 24 and minute < 60 and not time[3]:
-            return ("clock", hour, minute), None
-    if RATIO.fullmatch(text):
-        return ("ratio", *(signed(term.strip()) for term in text.split(":"))), None
-    span = RANGE.fullmatch(text)
-    if span is None:
-        return None
+        hours = (hour,) if time[4] or not 0 < hour <= 12 else (hour % 12, hour % 12 + 12)
+        if hour < 24 and minute < 60:
+            readings = tuple(("time", each, minute, second) for each in hours)
+    if RATIO.fullmatch(text) and not re.match(r"0|.*:0\d", text):
+        *terms, last = (signed(term.strip()) for term in text.split(":"))
+        if last:
+            readings += (("ratio", *(term / last for term in terms), 1),)
+    if readings or (span := RANGE.fullmatch(text)) is None:
+        return (readings, None) if readings else None
     sign, first, unit, joint = (span[at] or span[at + 4] or "" for at in range(1, 5))
-    low, high, kind = signed(first), signed(span[9]), "span" if joint == "-" else "range"
+    low, high, hyphen = signed(first), signed(span[9]), joint == "-"
     found = units.match(sign or span[10].strip() or unit.strip(), 0)
     named = found or not NOUNS.fullmatch(f" {unit}{span[10]}") and not (unit + span[10]).strip()
-    if low >= high or kind == "span" and low < 0 or not (named or NOUNS.fullmatch(span[10])):
+    if low >= high or hyphen and low < 0 or not (named or NOUNS.fullmatch(span[10])):
         return None
-    return (kind, low, high), found.unit if found else None
+    readings = (("range", low, high), *((("ratio", low - high, 1),) if hyphen else ()))
+    return readings, found.unit if found else None
 
 
 def dated(found: dict[str, str | None]) -> Parts:
-    """Return year, month and day; of ``5/3/2019`` the numbers as they stand."""
+    """Return year, month and day, 0 where one is not said; ``5/3/2019`` may be two dates."""
     year, month, day, a, b = (int(found.get(part) or 0) for part in "ymdab")
     if a:
-        return ("unclear date", year, a, b)
-    return (
-        "date",
-        year,
-        MONTHS.index(name[:3].lower()) + 1 if (name := found.get("name")) else month,
-        day,
-    )
+        years = (year,) if year > 99 else (year + 1900, year + 2000)
+        return tuple(("date", each, *days) for each in years for days in ((a, b), (b, a)))
+    name = found.get("name")
+    return (("date", year, MONTHS.index(name[:3].lower()) + 1 if name else month, day),)
 
 
 def signed(text: str) -> Fraction:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 from vps.verify import units
 from vps.verify.answer import Answer, extract_answer
 from vps.verify.arithmetic import UndecidableError
-from vps.verify.kinds import Parts
 from vps.verify.pool import Pool, default_pool
 from vps.verify.text import undressed
 
@@ -20,22 +22,29 @@ LARGEST = 1e300
 CONVERSION_TOLERANCE = Fraction(1, 10**9)
 
 # One of several answers that a question offers, alone or before its text: "(C) 12".
-CHOICE = re.compile(r"(?:option |choice )?(?:\(\s?)?(?P<letter>[A-Z])(?:\s?\)\.?|[.:](?=\s)|\.?$)")
+CHOICE = re.compile(
+    r"(?:[Oo]ption |[Cc]hoice )?(?:\(\s?)?(?P<letter>[A-Z])(?:\s?\)\.?|[.:](?=\s)|\.?$)"
+)
 
 Samples = Sequence[str] | Callable[[], Iterable[str]]
 
 
-class Equality(enum.Enum):
-    """What is known of two answers."""
+class Verdict(enum.Enum):
+    """Whether a prediction answers what the gold does; undecided never counts as correct."""
 
-    EQUAL = "equal"
-    DIFFERENT = "different"
+    CORRECT = "correct"
+    WRONG = "wrong"
     UNDECIDED = "undecided"
 
 
+def correct_if(shown: bool) -> Verdict:
+    """Return correct or wrong."""
+    return Verdict.CORRECT if shown else Verdict.WRONG
+
+
 def compare(
-    prediction: Answer, gold: Answer, deadline: float, pool: Pool | None = None
-) -> Equality:
+    prediction: Answer | None, gold: Answer | None, deadline: float, pool: Pool | None = None
+) -> Verdict:
     """Compare two answers, units apart unless both are numbers.
 
     Args:
@@ -46,32 +55,42 @@ def compare(
     Raises:
         ImportError: a package of the extra ``verify`` is needed and missing.
     """
+    if prediction is None or gold is None:
+        return Verdict.WRONG if gold and not gold.undecidable else Verdict.UNDECIDED
     chosen = [CHOICE.match(undressed(answer.text).strip()) for answer in (prediction, gold)]
-    if chosen[0] and chosen[1] and "" in (found.string[found.end() :] for found in chosen if found):
-        return equal_if(chosen[0]["letter"] == chosen[1]["letter"])
+    texts = [found.string[found.end() :] if found else "" for found in chosen]
+    if chosen[0] and chosen[1] and "" in texts:
+        return correct_if(chosen[0]["letter"] == chosen[1]["letter"])
+    if None in chosen:  # one is the text of a choice, without its letter
+        prediction = extract_answer(texts[0]) or prediction
+        gold = extract_answer(texts[1]) or gold
     if prediction.undecidable or gold.undecidable:
-        return Equality.UNDECIDED
+        return Verdict.UNDECIDED
+    # "ab" beside a formula is a product.
+    prediction, gold = product(prediction, gold), product(gold, prediction)
     if gold.says_words:
-        same = gold.words and gold.words == prediction.words
-        valued = gold.words not in ("nan", "inf")
-        return Equality.EQUAL if same and valued else Equality.UNDECIDED
+        same = gold.words and gold.words == prediction.words and gold.words not in ("nan", "inf")
+        return Verdict.CORRECT if same else Verdict.UNDECIDED
     if prediction.says_words:
-        return Equality.DIFFERENT
+        return Verdict.WRONG
     if prediction.parts or gold.parts:
         return compare_parts(prediction, gold)
     relations = prediction.formula and gold.formula
     if prediction.value is not None and gold.value is not None and not relations:
-        return equal_if(numbers_equal(prediction, gold))
+        return correct_if(numbers_equal(prediction, gold))
     if gold.unit and prediction.unit != gold.unit and not units.is_money(gold.unit):
-        return Equality.UNDECIDED
+        return Verdict.UNDECIDED
     request = {"prediction": for_worker(prediction), "gold": for_worker(gold)}
     found = (pool or default_pool()).ask(request, deadline)
-    return Equality(found["verdict"]) if found else Equality.UNDECIDED
+    return Verdict(found["verdict"]) if found else Verdict.UNDECIDED
 
 
-def equal_if(shown: bool) -> Equality:
-    """Return equal or different."""
-    return Equality.EQUAL if shown else Equality.DIFFERENT
+def product(answer: Answer, other: Answer) -> Answer:
+    """Return two or three letters beside a formula, or both in ``$``, as the product of them."""
+    text = undressed(answer.text).strip()
+    algebra = other.formula or answer.text[:1] == other.text[:1] == "$"
+    letters = answer.says_words and algebra and re.fullmatch("[A-Za-z]{2,3}", text)
+    return replace(answer, formula=letters[0]) if letters else answer
 
 
 def for_worker(answer: Answer) -> str:
@@ -85,11 +104,13 @@ def for_worker(answer: Answer) -> str:
 def numbers_equal(prediction: Answer, gold: Answer) -> bool:
     """Tell whether two answers are the same number, exactly or by conversion."""
     converted = prediction.unit != gold.unit
-    for a, b in magnitudes(prediction, gold):
-        if a == b or converted and a.denominator * b.denominator > 10**12:
-            if abs(a - b) <= CONVERSION_TOLERANCE * abs(b):
-                return True
-    return False
+    return any(
+        a == b
+        or converted
+        and a.denominator * b.denominator > 10**12
+        and abs(a - b) <= CONVERSION_TOLERANCE * abs(b)
+        for a, b in magnitudes(prediction, gold)
+    )
 
 
 def magnitudes(prediction: Answer, gold: Answer) -> list[tuple[Fraction, Fraction]]:
@@ -99,76 +120,45 @@ def magnitudes(prediction: Answer, gold: Answer) -> list[tuple[Fraction, Fractio
     """
     if prediction.value is None or gold.value is None:
         raise ValueError("magnitudes: both answers must have a value")
-    raw = (prediction.value, gold.value)
-    if None in (prediction.unit, gold.unit) and units.is_money(prediction.unit or gold.unit):
-        return [raw]
-    theirs = units.resolved(prediction.unit, gold.unit)
-    ours = units.resolved(gold.unit, prediction.unit)
-    if theirs == ours:
-        return [raw]
+    pair = (prediction.value, gold.value)
+    theirs, ours = resolved(prediction, gold), resolved(gold, prediction)
+    if theirs == ours or None in (theirs, ours) and units.is_money(theirs or ours):
+        return [pair]
     try:
-        if theirs and ours:
-            if units.same_dimension(theirs, ours):
-                return [(units.convert(prediction.value, theirs, ours), gold.value)]
-        elif theirs and not units.dimension(theirs):
-            return [raw, (units.to_base(prediction.value, theirs), gold.value)]
-        elif ours and not units.dimension(ours):
-            return [raw, (prediction.value, units.to_base(gold.value, ours))]
-    except UndecidableError:
-        return [raw]
-    return [raw]
+        converted = units.convert(prediction.value, theirs, ours), gold.value
+    except (ValueError, UndecidableError):
+        return [pair]
+    return [converted] if theirs and ours else [pair, converted]
 
 
-def compare_parts(prediction: Answer, gold: Answer) -> Equality:
-    """Compare ratios, times, dates and ranges with one another and with numbers."""
-    theirs, ours = prediction.parts, gold.parts
-    if theirs is None or ours is None:
-        parts, other = (theirs or ours or ()), (gold if theirs else prediction)
-        if other.formula or parts[0] == "span":
-            return Equality.UNDECIDED
-        ratio = parts[0] in ("ratio", "clock") and proportional(parts[1:], (other.value, 1))
-        return equal_if(ratio) if parts[0] == "ratio" or not ratio else Equality.UNDECIDED
-    kinds = {str(theirs[0]), str(ours[0])}
-    pairs = list(zip(theirs[1:], ours[1:], strict=False))
-    if kinds <= {"range", "span"}:
-        answers = [(as_number(prediction, p), as_number(gold, g)) for p, g in pairs]
-        return equal_if(all(numbers_equal(p, g) for p, g in answers))
-    if kinds <= {"ratio", "clock"}:
-        equal = proportional(theirs[1:], ours[1:])
-        unclear = kinds == {"clock"} and equal and theirs != ours
-        return Equality.UNDECIDED if unclear else equal_if(equal)
-    if kinds <= {"time", "clock"}:
-        return compare_times(theirs, ours)
-    if "unclear date" in kinds and theirs != ours:
-        shared = set(theirs[1:]) & set(ours[1:])
-        return Equality.UNDECIDED if shared else Equality.DIFFERENT
-    unsaid = kinds == {"date"} and all(0 in pair for pair in pairs if pair[0] != pair[1])
-    swapped = kinds <= {"ratio", "range", "span"} and theirs[1:] == ours[1:]
-    return (
-        Equality.UNDECIDED if theirs != ours and (unsaid or swapped) else equal_if(theirs == ours)
+def resolved(answer: Answer, other: Answer) -> units.Unit | None:
+    """Return the unit of an answer, which a word may name that means either of two."""
+    return units.resolved(answer.unit, other.unit)
+
+
+def compare_parts(prediction: Answer, gold: Answer) -> Verdict:
+    """Compare ratios, times, dates and ranges with one another and with numbers.
+
+    Answers that may be read as two kinds are compared as the kind that both may be.
+    """
+    if prediction.formula or gold.formula:
+        return Verdict.UNDECIDED
+    sides = [answer.parts or (("ratio", answer.value, 1),) for answer in (prediction, gold)]
+    kinds = set.intersection(*({reading[0] for reading in side} for side in sides))
+    theirs, ours = ({reading for reading in side if reading[0] in kinds} for side in sides)
+    if kinds == {"range"}:
+        ends: Iterable[tuple[Any, Any]] = zip(theirs.pop()[1:], ours.pop()[1:], strict=True)
+        answers = [(replace(prediction, value=a), replace(gold, value=b)) for a, b in ends]
+        return correct_if(all(numbers_equal(*pair) for pair in answers))
+    if theirs == ours:
+        return correct_if(bool(kinds))
+    # A 0 is a part of a date that is not said.
+    unclear = any(
+        all(a == b or kinds == {"date"} and 0 in (a, b) for a, b in zip(one, other, strict=False))
+        for one in theirs
+        for other in ours
     )
-
-
-def as_number(answer: Answer, value: object) -> Answer:
-    """Return one end of a range as an answer of its own."""
-    return Answer(answer.text, answer.source, value=Fraction(str(value)), unit=answer.unit)
-
-
-def proportional(left: Sequence[object], right: Sequence[object]) -> bool:
-    """Tell whether two ratios are one: ``3:2`` and ``6:4``."""
-    a, b = ([Fraction(str(term)) for term in terms] for terms in (left, right))
-    return len(a) == len(b) and all(x * b[0] == y * a[0] for x, y in zip(a, b, strict=True))
-
-
-def compare_times(theirs: Parts, ours: Parts) -> Equality:
-    """Compare times of day; without am or pm the same figures may be another time."""
-    (h, m, s, said), (hour, minute, second, also_said) = (
-        (*parts[1:], 0, int(str(parts[1])) > 12) if parts[0] == "clock" else parts[1:]
-        for parts in (theirs, ours)
-    )
-    if (m, s) != (minute, second) or int(str(h)) % 12 != int(str(hour)) % 12:
-        return Equality.DIFFERENT
-    return equal_if(h == hour) if bool(said) == bool(also_said) else Equality.UNDECIDED
+    return Verdict.UNDECIDED if unclear else Verdict.WRONG
 
 
 def to_float(loss: Fraction) -> float:
@@ -197,8 +187,7 @@ def units_loss(prediction: Answer | None, gold: Answer | None) -> float:
         return 0.0
     if prediction is None or prediction.says_words or prediction.undecidable:
         return 1.0
-    theirs = units.resolved(prediction.unit, gold.unit)
-    ours = units.resolved(gold.unit, prediction.unit)
+    theirs, ours = resolved(prediction, gold), resolved(gold, prediction)
     if theirs is None and units.is_money(ours):
         return 0.0
     try:
@@ -215,18 +204,17 @@ def algebraic_loss(
     Args:
         prediction, gold, deadline, pool: as for :func:`compare`.
     """
-    if gold is None:
-        return 0.0, True
-    if prediction is None:
-        return float(not gold.says_words), True
-    return of_equality(compare(prediction, gold, deadline, pool), gold)
+    return of_verdict(compare(prediction, gold, deadline, pool), prediction, gold)
 
 
-def of_equality(equality: Equality, gold: Answer) -> tuple[float, bool]:
+def of_verdict(
+    verdict: Verdict, prediction: Answer | None, gold: Answer | None
+) -> tuple[float, bool]:
     """Return :func:`algebraic_loss` of a comparison that was made."""
-    if equality is Equality.UNDECIDED:
-        return float(not gold.says_words), gold.says_words
-    return float(equality is Equality.DIFFERENT), True
+    words = gold is None or gold.says_words
+    if verdict is Verdict.UNDECIDED or words and prediction is None:
+        return float(not words), words
+    return float(verdict is Verdict.WRONG), True
 
 
 def self_consistency_loss(samples: Samples) -> float:
@@ -240,10 +228,16 @@ def self_consistency_loss(samples: Samples) -> float:
         TypeError: neither, or a sample is not a string.
     """
     answers = [answer for answer in map(extract_answer, sample_texts(samples)) if answer]
-    numbers = [answer for answer in answers if answer.value is not None]
+    numbers = [(answer.value, answer.unit) for answer in answers if answer.value is not None]
     if len(numbers) < 2:
         return 1.0
-    found = in_base_units(numbers) or [answer.value or Fraction(0) for answer in numbers]
+    found = [value for value, _ in numbers]
+    named = [unit for _, unit in numbers]
+    if len(set(named)) > 1 and None not in named:
+        with suppress(UndecidableError):
+            scales = [units.scale(unit) for unit in named]
+            if len({scale.dimension for scale in scales}) == 1:
+                found = [scale.base(value) for scale, value in zip(scales, found, strict=True)]
     mean = sum(found, Fraction(0)) / len(found)
     variance = sum(((value - mean) ** 2 for value in found), Fraction(0)) / len(found)
     return to_float(variance / (mean**2 + Fraction(1, 10**6)))
@@ -265,29 +259,11 @@ def sample_texts(samples: Samples) -> list[str]:
     return texts
 
 
-def in_base_units(answers: Sequence[Answer]) -> list[Fraction] | None:
-    """Return magnitudes in base units if units differ and all measure the same."""
-    named = [answer.unit for answer in answers]
-    if len(set(named)) == 1 or None in named:
-        return None
-    try:
-        if not all(units.same_dimension(unit, named[0]) for unit in named):
-            return None
-        return [
-            units.to_base(answer.value, answer.unit)
-            for answer in answers
-            if answer.value is not None and answer.unit is not None
-        ]
-    except UndecidableError:
-        return None
-
-
 def units_agreement_loss(prediction: Answer | None, samples: Sequence[str]) -> float:
     """Return 1 if the prediction's dimension is not the most common of the samples, else 0."""
     found = [answer.unit for answer in map(extract_answer, samples) if answer]
-    units_found = [unit for unit in found if unit is not None]
-    if 2 * len(units_found) <= len(found):
+    named = [unit for unit in found if unit is not None]
+    if 2 * len(named) <= len(found):
         return 0.0
-    common = max(set(units_found), key=units_found.count)
-    gold = Answer("", "text", value=Fraction(0), unit=common)
-    return units_loss(prediction, gold)
+    common = max(set(named), key=named.count)
+    return units_loss(prediction, Answer("", "text", value=Fraction(0), unit=common))

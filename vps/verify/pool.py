@@ -20,27 +20,23 @@ from typing import Any
 WORKER = Path(__file__).with_name("worker.py")
 MEMORY = 1 << 30
 MAX_ANSWER = 1 << 16
+# Seconds that a worker may take to start; requests do not kill it before.
+STARTING = 60.0
 # Less than a pipe holds, so that writing never waits for the worker.
 MAX_REQUEST = 60_000
 logger = logging.getLogger("vps.verify")
 # What a Python needs to start; nothing else of the environment is passed on.
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL")
-
-
-class WorkerDiedError(Exception):
-    """The worker ended, was killed or sent nonsense."""
-
-
-class WorkerLateError(Exception):
-    """No answer within the time limit."""
+# What reading from a worker and writing to it raise where it ended or sent nonsense.
+GONE = (OSError, EOFError, ValueError, TypeError)
 
 
 class Worker:
     """One process and the pipes to it; used by one thread at a time."""
 
-    def __init__(self, script: Path = WORKER, memory: int = MEMORY) -> None:
+    def __init__(self, script: Path, memory: int) -> None:
         if not sys.executable:
-            raise RuntimeError("vps.verify: no Python to start a worker with (sys.executable)")
+            raise OSError("no Python to start a worker with (sys.executable)")
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(script)],
             stdin=subprocess.PIPE,
@@ -51,72 +47,51 @@ class Worker:
             bufsize=0,
             start_new_session=True,
         )
-        self.buffer = b""
-        self.missing: list[str] | None = None  # packages, once it has started
+        self.ready: dict[str, Any] | None = None  # its first message
+        self.patience = time.monotonic() + STARTING
         path = [os.path.abspath(entry) for entry in sys.path if entry and os.path.exists(entry)]
         path[:0] = [root for root in (str(WORKER.parents[2]),) if root not in path]
-        try:
+        with suppress(*GONE):  # the first request finds out
             self.send({"path": path, "memory": memory})
-        except WorkerDiedError:
-            self.kill()
-            raise
 
     def send(self, message: dict[str, Any]) -> None:
-        """Write one line.
-
-        Raises:
-            WorkerDiedError: nobody reads it.
-        """
-        try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
-        except (OSError, ValueError):
-            raise WorkerDiedError("the worker is gone") from None
+        """Write one line; raise one of ``GONE`` where nobody reads it."""
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """Read one line.
+        """Read one line; kill the process where it is not there by then.
+
+        Args:
+            deadline: in ``time.monotonic()``.
 
         Raises:
-            WorkerLateError: it was not complete at ``deadline``, in ``time.monotonic()``.
-            WorkerDiedError: the pipe closed, or what came is no answer.
+            OSError, EOFError, ValueError, TypeError: the process ended, or sent no answer.
         """
-        stream = self.process.stdout
-        with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)  # type: ignore[arg-type]
-            while b"\n" not in self.buffer:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise WorkerLateError("no answer in time")
-                read = os.read(stream.fileno(), MAX_ANSWER)  # type: ignore[union-attr]
-                self.buffer += read
-                if not read or len(self.buffer) > MAX_ANSWER:
-                    raise WorkerDiedError("the worker ended")
-        line, _, self.buffer = self.buffer.partition(b"\n")
+        late = threading.Timer(max(0.0, deadline - time.monotonic()), self.process.kill)
+        late.daemon = True
+        late.start()
         try:
-            return dict(json.loads(line))
-        except (ValueError, TypeError):
-            raise WorkerDiedError("the worker sent no object") from None
+            return dict(json.loads(self.process.stdout.readline(MAX_ANSWER)))  # type: ignore[union-attr]
+        finally:
+            late.cancel()
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
-        """Return the answer to a request, after the start if need be.
+        """Return the answer to a request, or the first message where that names missing packages.
 
         Raises:
-            WorkerLateError, WorkerDiedError: as for :meth:`receive`.
-            ImportError: it lacks packages.
+            TimeoutError: the worker is still starting.
+            OSError, EOFError, ValueError, TypeError: as for :meth:`receive`.
         """
-        if self.missing is None:
-            self.missing = list(self.receive(deadline).get("missing", ()))
-        if self.missing:
-            raise ImportError(
-                f"vps.verify: algebra needs {' and '.join(self.missing)}, which is not installed: "
-                "pip install 'vps-kernels[verify]'"
-            )
+        if self.ready is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+            self.ready = {"ready": True} | self.receive(deadline)
+        if self.ready.get("missing"):
+            return self.ready
         self.send(request | {"seconds": max(0.0, deadline - time.monotonic())})
         return self.receive(deadline)
-
-    def end(self, wait: float = 5.0) -> None:
-        """End the process and collect it; another thread may be reading from it."""
-        self.process.kill()
-        with suppress(subprocess.TimeoutExpired):  # stuck in the system; collected later
-            self.process.wait(timeout=wait)
 
     def close(self) -> None:
         """Close the pipes to the process."""
@@ -124,9 +99,14 @@ class Worker:
             with suppress(OSError):
                 stream.close()  # type: ignore[union-attr]
 
-    def kill(self, wait: float = 5.0) -> None:
-        """End the process and close its pipes; safe to call twice."""
-        self.end(wait)
+    def kill(self) -> None:
+        """End the process, collect it and close its pipes.
+
+        A verdict waits for this, within the share that is left for it.
+        """
+        self.process.kill()
+        with suppress(subprocess.TimeoutExpired):  # stuck in the system; collected later
+            self.process.wait(timeout=0.15)
         self.close()
 
 
@@ -136,6 +116,7 @@ class Pool:
     Args:
         size: most workers at a time.
         memory: address space of each, in bytes.
+        script: what they run.
     """
 
     def __init__(self, size: int = 2, memory: int = MEMORY, script: Path = WORKER) -> None:
@@ -171,16 +152,25 @@ class Pool:
             return None
         try:
             worker = Worker(self.script, self.memory)
-        except (OSError, WorkerDiedError) as error:
+        except OSError as error:
             logger.warning("no worker could be started: %s", error)
             return None
         self.workers.add(worker)
         return worker
 
-    def remove(self, worker: Worker) -> None:
-        """Kill a worker; a verdict waits for this, within the share that is left for it."""
+    def successor(self, worker: Worker | None, found: dict[str, Any] | None) -> Worker | None:
+        """Return a worker that may go on or is starting, or end it and start another.
+
+        One that never got ready has no successor, which would not either.
+        """
+        if worker is None or found and not found.get("exhausted") and not self.closed:
+            return worker
+        if worker.ready is None and time.monotonic() < worker.patience and not self.closed:
+            if worker.process.poll() is None:
+                return worker
         self.workers.discard(worker)
-        worker.kill(wait=0.15)
+        worker.kill()
+        return self.add() if worker.ready else None
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any] | None:
         """Return the answer of a worker; ``None`` if there is none at ``deadline``.
@@ -202,30 +192,21 @@ class Pool:
                 worker = self.places.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 return None
-            if worker is not None and worker.process.poll() is not None:
-                self.remove(worker)
-                worker = None
-            worker = worker or self.add()
-            if worker is None:
-                self.places.put(None)
-                return None
-            healthy = False
+            worker, found = worker or self.add(), None
             try:
-                found = worker.ask(request, deadline)
-                healthy = not found.get("exhausted")
-                return found
-            except WorkerLateError:
-                return None
-            except WorkerDiedError:
-                if worker.missing is None:
-                    logger.warning("a worker ended while it started")
+                found = worker.ask(request, deadline) if worker else None
+            except GONE:
+                if time.monotonic() < deadline:
+                    continue
             finally:
-                following: Worker | None = worker
-                if self.closed or not (healthy or worker.missing):
-                    self.remove(worker)
-                    # One that never got ready has no successor, which would not either.
-                    following = self.add() if worker.missing is not None else None
-                self.places.put(following)
+                self.places.put(self.successor(worker, found))
+            if found and found.get("missing"):
+                raise ImportError(
+                    f"vps.verify: algebra needs {' and '.join(found['missing'])}, which is not "
+                    "installed: pip install 'vps-kernels[verify]'"
+                )
+            return found
+        logger.warning("workers end while they start or work")
         return None
 
     def warm(self, timeout: float = 60.0) -> None:
@@ -246,12 +227,12 @@ class Pool:
         """Kill all workers; requests after that are not answered."""
         self.closed = True
         for worker in list(self.workers):
-            worker.end()  # its pipes may be in use by another thread
+            worker.process.kill()  # its pipes may be in use by another thread
         with suppress(queue.Empty):
             for _ in range(self.size):
                 waiting = self.places.get_nowait()
                 if waiting is not None:
-                    waiting.close()
+                    waiting.kill()
 
 
 def check_timeout(timeout: float) -> float:

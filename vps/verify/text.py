@@ -13,9 +13,7 @@ from typing import Literal, NamedTuple
 LIMIT = 4096
 Source = Literal["boxed", "hashes", "phrase", "text"]
 
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 SUPERSCRIPT_RUN = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 VULGAR_FRACTION = re.compile("([¼-¾⅐-⅞↉])")
 BOLD = re.compile(r"(?<![\w)\]}*])\*\*([^*\n]{1,200})\*\*(?![\w(*])")
@@ -23,23 +21,17 @@ FIRST_WORD = re.compile(r"[\w.,^*/+\-\\{}()\[\]]*")
 COMMANDS = dict(
     zip("≠≈π∞√∈∪∩∅±", "neq approx pi infty sqrt in cup cap emptyset pm".split(), strict=True)
 )
+GREEK_LETTER = re.compile(r"(?<![^\W\d_])[αβγδεθλρστφψω](?![^\W\d_])")
 CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("−‒–‐‑﹣－", "-"),
         **dict.fromkeys("⁄∕÷", "/"),
         **dict.fromkeys("×·⋅∙∗", "*"),
         **{sign: rf" \{name} " for sign, name in COMMANDS.items()},
-        "—": " ",
+        **dict(zip("—`∶、º٫٬’", "  :,°.,'", strict=True)),
         "≤": "<=",
         "≥": ">=",
         "ℝ": r"\mathbb{R}",
-        "∶": ":",
-        "、": ",",
-        "º": "°",
-        "`": " ",
-        "٫": ".",
-        "٬": ",",
-        "’": "'",
     }
 )
 
@@ -50,6 +42,9 @@ DRESSING = [
         (r"(?<=\d)(?:\{,\}|,\\[!,]\s?)(?=\d)", ","),
         (r"(?<=\d)\\,(?=\d{3})", ","),
         (r"\\!", ""),
+        (r"\{([:;])\}", r"\1"),
+        (r"\\\{\s{0,3}\\\}", r"\\emptyset "),
+        (r"\^\s?\{?\s?(?:\\(?:text|mathrm|textrm)\s?\{)?\s?(st|nd|rd|th)\s?\}{0,2}", r"\1"),
         (r"(?<!\\)\\[,;: ]|~|\\(?:q?quad|therefore|implies|Rightarrow)(?![A-Za-z])", " "),
         (r"\\%", "%"),
         (r"\$\$|(?<!\\)\\[()\[\]]", " "),
@@ -59,33 +54,48 @@ DRESSING = [
         (r"\\\$|\$(?!\s?-?[\d.])(?<!\d\$)", " "),
         (r"\\(?:boxed|fbox)(?![A-Za-z])", " "),
         (r"(?<!\\)\{\s{0,3}\}", " "),
-        (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
+        (r"\\(?:left|right)\.", ""),
+        (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|bf|rm|it)(?![A-Za-z])", ""),
         (
-            r"\\(?:text(?:normal|bf|it|rm|sf)?|mathrm|mathbf|mathit|mathsf|operatorname|mbox)"
-            r"\s{0,3}\{([^{}]*)\}",
+            r"\\(?:text(?:normal|bf|it|rm|sf)?|math(?:rm|bf|it|sf)|operatorname|mbox|underline)"
+            r"\s{0,3}\{((?:[^{}]|\{[^{}]*\})*)\}",
             r" \1 ",
         ),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (
+            r"\\frac\s*(?:\{([^{}]*)\}|(\\[a-z]+|[A-Za-z]))\s*(\\[a-z]+|[A-Za-z\d])(?![A-Za-z])",
+            r"\\frac{\1\2}{\3}",
+        ),
+        (r"_\s?\{\s*(\w+)\s*\}", r"_{\1}"),
         (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
-        (r"\\div(?![A-Za-z])", "/"),
-        (r"\\leq?(?:slant)?(?![A-Za-z])", "<="),
         (r"\\geq?(?:slant)?(?![A-Za-z])", ">="),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
         (r"\^\s{0,3}(?:\{\s{0,3}\\circ\s{0,3}\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", "°"),
-        (r"\\(?:mu|micro)(?=[A-Za-z])", "μ"),
+        (r"\\(?:vee|lor)(?![A-Za-z])", " or "),
+        (r"\\not\s?=", r"\\neq "),
+        (r"\\backslash(?![A-Za-z])", r"\\setminus "),
+        (r"[ \t]{2,}", " "),
     )
 ]
+# Rows of equations: one that begins with a sign goes on, others are a list.
+ROWS = re.compile(
+    r"\\(?:begin\{(?:align|aligned|gather|gathered|equation|split|cases)\*?\}"
+    r"|left\s?\\\{\s?\\begin\{array\}\{[clr]+\})(.*?)\\end\{[a-z]+\*?\}",
+    re.DOTALL,
+)
+ROW_END = re.compile(r"\\\\(?:\s|&|\[\d\w]{1,6}\])*(?P<sign>[=<>]|\\[lg]eq?|$)?")
 DOUBLED = re.compile(r"\\(?=\\[A-Za-z])")
-PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
+PROSE = re.compile(r"(?<![\\A-Za-z{])(?!and\b)[A-Za-z]{3,}")
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{|\\.|[{}]", re.DOTALL)
+NEGATED = re.compile(r"\bnot\s{0,3}\$?$", re.IGNORECASE)
 BETWEEN_BOXES = re.compile(r"[\s$,;}]{0,9}(?:\\text\{)?\s{0,3}(?:and|or|,|;)?[\s$}]{0,9}")
 HASHES = re.compile(r"#{4,}[ \t]*([^\n]*)")
 HEADING = re.compile(r"(?:final |the )?(?:answer|solution|result|conclusion)s?\b\W*", re.IGNORECASE)
 STEP = re.compile(r"(?:step|part|case)\b", re.IGNORECASE)
 PHRASE = re.compile(
-    r"\banswer\s{0,3}(?:is\b|was\b|equals\b|:|=)(?!\s{0,3}not\b)[\s:]{0,9}", re.IGNORECASE
+    r"\b(?:answer|(?:correct|right) (?:option|choice))\s{0,3}(?:is\b|was\b|equals\b|:|=)"
+    r"(?!\s{0,3}not\b)[\s:]{0,9}",
+    re.IGNORECASE,
 )
 
 
@@ -114,18 +124,25 @@ def clean(text: str) -> Cleaned:
         text = text[-LIMIT:]
         text = text[FIRST_WORD.match(text).end() :]  # type: ignore[union-attr]
     # Before NFKC, which makes 103 of 10³ and 31/2 of 3½.
-    text = SUPERSCRIPT_RUN.sub(lambda run: "^{" + run[0].translate(SUPERSCRIPTS) + "}", text)
-    text = SUBSCRIPT_RUN.sub(lambda run: "_{" + run[0].translate(SUBSCRIPTS) + "}", text)
+    text = SUPERSCRIPT_RUN.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run[0])}}}", text)
+    text = SUBSCRIPT_RUN.sub(lambda run: f"_{{{unicodedata.normalize('NFKC', run[0])}}}", text)
     text = VULGAR_FRACTION.sub(r" \1", text)
     # Before it, too: it makes a space and a combining mark of º and some signs.
     text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
     if len(text) > 2 * LIMIT:
         cut, text = True, text[-2 * LIMIT :]
     if not text.isascii():
+        text = GREEK_LETTER.sub(greek, text)
         text = "".join(map(plain_character, text))
     else:
         text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f]", " ", text)
     return Cleaned(BOLD.sub(r"\1", text).strip(), cut)
+
+
+def greek(letter: re.Match[str]) -> str:
+    """Return the command of a Greek letter that stands alone."""
+    name = unicodedata.name(letter[0]).rpartition(" ")[2].lower()
+    return rf"\{name.replace('lamda', 'lambda')} "
 
 
 def plain_character(character: str) -> str:
@@ -150,6 +167,13 @@ def undressed(text: str) -> str:
     """
     if "\\" not in text and "$" not in text and "{" not in text:
         return text.replace("~", " ")
+    if "\\begin" in text:
+        text = ROWS.sub(
+            lambda rows: ROW_END.sub(
+                lambda row: ", " if row["sign"] is None else row["sign"], rows[1]
+            ).replace("&", " "),
+            text,
+        )
     if "\\begin" not in text:
         text = DOUBLED.sub("", text)
     for pattern, replacement in DRESSING:
@@ -193,7 +217,8 @@ def last_boxes(text: str) -> str:
             opened.append(brace.span())
         elif brace[0] == "}" and opened:
             span = opened.pop()
-            if span is not None and text[span[1] : brace.start()].strip():
+            negated = span and NEGATED.search(text, max(0, span[0] - 9), span[0])
+            if span is not None and text[span[1] : brace.start()].strip() and not negated:
                 closed.append((*span, brace.start()))
     if not closed:
         return ""

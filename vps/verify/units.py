@@ -5,11 +5,9 @@ Money is a unit too, with conversions of its own: cents are dollars.
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +34,11 @@ FACTOR = re.compile(
     r"|[ \t]{1,3}(?P<squared>squared)(?![A-Za-z])|[ \t]{1,3}(?P<cubed>cubed)(?![A-Za-z]))?",
     re.IGNORECASE,
 )
-DIVIDED = re.compile(r"[ \t]{0,3}(?:/|(?<=[ \t])per(?=[ \t]))[ \t]{0,3}", re.IGNORECASE)
-MULTIPLIED = re.compile(r"[ \t]{0,3}\*(?!\*)[ \t]{0,3}|[ \t]{1,3}|-(?=[A-Za-z])")
+JOINT = re.compile(
+    r"[ \t]{0,3}(?P<divided>/|(?<=[ \t])per(?=[ \t]))[ \t]{0,3}(?P<grouped>\(?)"
+    r"|[ \t]{0,3}\*(?!\*)[ \t]{0,3}|[ \t]{1,3}|-(?=[A-Za-z])",
+    re.IGNORECASE,
+)
 WORD_FOLLOWS = re.compile(r"[ \t]+[A-Za-z\d]")
 
 
@@ -92,6 +93,10 @@ class Scale(NamedTuple):
     factor: Fraction
     zero: Fraction
 
+    def base(self, magnitude: Fraction) -> Fraction:
+        """Express ``magnitude`` in base units."""
+        return self.factor * magnitude + self.zero
+
 
 def match(text: str, start: int) -> Match | None:
     """Return the unit that begins at ``start``, such as ``m/s^2`` or ``square feet``.
@@ -111,17 +116,12 @@ def match(text: str, start: int) -> Match | None:
         if grouped and text[position : position + 1] == ")":
             grouped, position = False, position + 1
             end = position
-        divided = DIVIDED.match(text, position)
-        multiplied = None if divided else MULTIPLIED.match(text, position)
-        if divided:
-            position, sign = divided.end(), -1
-            if text[position : position + 1] == "(":
-                grouped, position = True, position + 1
-        elif multiplied:
-            # a / b · c is (a / b) · c, a / (b · c) is not.
-            position, sign = multiplied.end(), sign if grouped else 1
-        else:
+        joint = JOINT.match(text, position)
+        if joint is None:
             break
+        # a / b · c is (a / b) · c, a / (b · c) is not.
+        position, sign = joint.end(), -1 if joint["divided"] else sign if grouped else 1
+        grouped = grouped or bool(joint["grouped"])
     if end is None or re.match(r"[ \t]{0,3}(?:\^|\*\*)", text[end : end + 6]):
         return None
     if max(map(abs, exponents.values())) > MAX_EXPONENT:
@@ -147,68 +147,50 @@ def factor(text: str, start: int) -> tuple[str, int, int] | None:
     return (name, exponent, found.end()) if abs(exponent) <= MAX_EXPONENT else None
 
 
-_registry: Any = None
-_registry_lock = threading.Lock()
-
-
-def unlock() -> None:
-    """Make a new lock after a fork, where the old one stays locked if a thread held it."""
-    global _registry_lock
-    _registry_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=unlock)
-
-
+@cache
 def registry() -> Any:
-    """Return pint's registry with exact fractions, made once (0.3 s)."""
-    global _registry
-    with _registry_lock:
-        if _registry is None:
-            try:
-                import pint
-            except ImportError:
-                raise ImportError(
-                    "vps.verify: units needs pint, which is not installed: "
-                    "pip install 'vps-kernels[verify]'"
-                ) from None
-            _registry = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
-            for name in MONEY - {"us_cent"}:
-                _registry.define(f"{name} = [{name}]")
-            _registry.define("us_cent = dollar / 100")
-        return _registry
+    """Return pint's registry with exact fractions (0.3 s the first time)."""
+    try:
+        import pint
+    except ImportError:
+        raise ImportError(
+            "vps.verify: units needs pint, which is not installed: "
+            "pip install 'vps-kernels[verify]'"
+        ) from None
+    made: Any = pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)
+    for name in MONEY - {"us_cent"}:
+        made.define(f"{name} = [{name}]")
+    made.define("us_cent = dollar / 100")
+    return made
 
 
 @lru_cache(maxsize=1024)
-def scale(unit: Unit) -> Scale:
-    """Return the dimension of a unit and its conversion to base units.
+def scale(unit: Unit | None) -> Scale:
+    """Return the dimension of a unit and its conversion to base units; no unit is a plain number.
 
     Raises:
         ValueError: a name that is not in the table, or an exponent beyond ±9.
         UndecidableError: pint has no conversion.
         ImportError: pint is missing.
     """
-    for name, exponent in unit:
+    for name, exponent in unit or ():
         if name not in KNOWN | MONEY or not 0 < abs(exponent) <= MAX_EXPONENT:
             raise ValueError(f"vps.verify: no unit that is known: {name}^{exponent}")
-    if unit == PERCENT:
-        return Scale((), Fraction(1, 100), Fraction(0))
-    units = registry()
-    with _registry_lock:
-        try:
-            product = units.Unit("")
-            for name, exponent in unit:
-                product = product * units.Unit(name) ** exponent
-            zero, one = (
-                Fraction(units.Quantity(Fraction(value), product).to_base_units().magnitude)
-                for value in (0, 1)
-            )
-            dimension = sorted(
-                (str(base), Fraction(power)) for base, power in product.dimensionality.items()
-            )
-        except Exception as error:  # pint has no common base of its errors
-            raise UndecidableError(f"pint: {error}") from None
+    if unit is None or unit == PERCENT:
+        return Scale((), Fraction(1, 100 if unit else 1), Fraction(0))
+    try:
+        product = registry().Unit("")
+        for name, exponent in unit:
+            product = product * registry().Unit(name) ** exponent
+        zero, one = (
+            Fraction(registry().Quantity(Fraction(value), product).to_base_units().magnitude)
+            for value in (0, 1)
+        )
+    except ImportError:
+        raise
+    except Exception as error:  # pint has no common base of its errors
+        raise UndecidableError(f"pint: {error}") from None
+    dimension = sorted((str(base), Fraction(n)) for base, n in product.dimensionality.items())
     return Scale(tuple(dimension), one - zero, zero)
 
 
@@ -227,14 +209,7 @@ def is_money(unit: Unit | None) -> bool:
 
 def same_dimension(unit: Unit | None, other: Unit | None) -> bool:
     """Tell whether two units measure the same; no unit is a number without dimension."""
-    if unit == other:
-        return True
-    return dimension(unit) == dimension(other)
-
-
-def dimension(unit: Unit | None) -> tuple[tuple[str, Fraction], ...]:
-    """Return base dimensions with their powers; empty for a plain number."""
-    return scale(unit).dimension if unit else ()
+    return unit == other or scale(unit).dimension == scale(other).dimension
 
 
 def smaller(unit: Unit, other: Unit) -> bool:
@@ -247,22 +222,14 @@ def smaller(unit: Unit, other: Unit) -> bool:
     return bool(ours.dimension) and same and ours.factor < theirs.factor
 
 
-def convert(magnitude: Fraction, unit: Unit, to: Unit) -> Fraction:
+def convert(magnitude: Fraction, unit: Unit | None, to: Unit | None) -> Fraction:
     """Express ``magnitude`` of ``unit`` in ``to``, of the same dimension.
 
     Raises:
         ValueError: the dimensions differ.
         UndecidableError, ImportError: as for :func:`scale`.
     """
-    if unit == to:
-        return magnitude
     source, target = scale(unit), scale(to)
     if source.dimension != target.dimension:
         raise ValueError(f"vps.verify: {unit} and {to} have different dimensions")
-    return (source.factor * magnitude + source.zero - target.zero) / target.factor
-
-
-def to_base(magnitude: Fraction, unit: Unit) -> Fraction:
-    """Express ``magnitude`` in base units."""
-    source = scale(unit)
-    return source.factor * magnitude + source.zero
+    return (source.base(magnitude) - target.zero) / target.factor

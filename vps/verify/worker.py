@@ -12,6 +12,7 @@ import os
 import select
 import sys
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TextIO
 
@@ -22,6 +23,7 @@ FORBIDDEN_EVENTS = (
     *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"),
     *("os.chmod", "shutil.", "socket.", "ctypes.", "urllib."),
 )
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # What the parser meets before the first request; the first one loads most of sympy.
 EXAMPLES = [
     (r"\frac{x^{2}-1}{x-1}", "x+1"),
@@ -37,82 +39,53 @@ EXAMPLES = [
 ]
 
 
-def refuse_imports(event: str, arguments: tuple[Any, ...]) -> None:
-    """Refuse to load torch and its kin, which no request needs."""
-    if event == "import" and str(arguments[0]).partition(".")[0] in FORBIDDEN_IMPORTS:
-        raise ImportError(f"vps.verify: the worker imports no {arguments[0]}")
-
-
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
     """Refuse whatever a library tries to write, start or connect to."""
-    if event == "open":
-        flags = arguments[2] if len(arguments) > 2 and isinstance(arguments[2], int) else 0
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
-            raise PermissionError("vps.verify: the worker writes no files")
-    elif event.startswith(FORBIDDEN_EVENTS):
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
+    if writes or event.startswith(FORBIDDEN_EVENTS):
         raise PermissionError(f"vps.verify: the worker does no {event}")
 
 
-def limit_resources(memory: int) -> None:
-    """Limit address space, files and core dumps, where the system knows such limits."""
+def limit(memory: int | None = None, seconds: float = 0.0) -> None:
+    """Limit address space and files, or the processor's time.
+
+    The system then ends this process if it goes on when its parent is gone.
+    """
     with suppress(ImportError):  # no such limits on Windows
-        import resource
-
-        for kind, amount in (
-            (resource.RLIMIT_AS, memory),
-            (resource.RLIMIT_FSIZE, 0),
-            (resource.RLIMIT_CORE, 0),
-        ):
-            with suppress(ValueError, OSError):  # a lower one is set, or the system has none
-                resource.setrlimit(kind, (amount, amount))
-
-
-def limit_processor(seconds: float) -> None:
-    """Let the system end this process if it goes on when its parent is gone."""
-    with suppress(ImportError):
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = int(used.ru_utime + used.ru_stime + seconds) + 2
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        if hard == resource.RLIM_INFINITY or soft < hard:
-            resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
-
-
-def warm() -> list[str]:
-    """Import what requests need; return the packages that are missing."""
-    absent = [name for name in PACKAGES if find_spec(name) is None]
-    if not absent:
-        from vps.verify import symbolic
-
-        symbolic.compare(*EXAMPLES[0])
-    return absent
-
-
-def learn(requests: TextIO) -> None:
-    """Read examples as long as no request waits: what a parser has met before is fast."""
-    from vps.verify import symbolic
-
-    for prediction, gold in EXAMPLES[1:]:
-        if select.select([requests], [], [], 0)[0]:
-            return
-        try:
-            symbolic.compare(prediction, gold)
-        except MemoryError:  # the limit is lower than usual
-            return
+        limits = {resource.RLIMIT_CPU: (soft, resource.getrlimit(resource.RLIMIT_CPU)[1])}
+        if memory is not None:
+            limits = {resource.RLIMIT_AS: (memory, memory)}
+            limits |= dict.fromkeys((resource.RLIMIT_FSIZE, resource.RLIMIT_CORE), (0, 0))
+        for kind, sizes in limits.items():
+            with suppress(ValueError, OSError):  # a lower one is set, or the system has none
+                resource.setrlimit(kind, sizes)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Answer one request; an error makes it undecided."""
     from vps.verify import symbolic
 
-    limit_processor(float(request["seconds"]))
+    limit(seconds=float(request["seconds"]))
     try:
         return {"verdict": symbolic.compare(request["prediction"], request["gold"])}
     except MemoryError:
         return {"verdict": symbolic.UNDECIDED, "exhausted": True}
     except Exception as error:  # a library's error on hostile input may be any
         return {"verdict": symbolic.UNDECIDED, "error": type(error).__name__}
+
+
+def learn(requests: TextIO) -> None:
+    """Read examples as long as no request waits: what a parser has met before is fast."""
+    for prediction, gold in EXAMPLES[1:]:
+        if select.select([requests], [], [], 0)[0]:
+            return
+        found = answer({"prediction": prediction, "gold": gold, "seconds": 60})
+        if found["verdict"] == "undecided":  # the limit of memory is lower than usual
+            return
 
 
 def private_streams() -> tuple[TextIO, TextIO]:
@@ -130,9 +103,14 @@ def main() -> None:
     requests, answers = private_streams()
     start = json.loads(requests.readline())
     sys.path[:] = start["path"]
-    sys.addaudithook(refuse_imports)
-    absent = warm()
-    limit_resources(start["memory"])
+    import_module("vps.verify")
+    sys.modules.update(dict.fromkeys(FORBIDDEN_IMPORTS))  # type: ignore[arg-type]
+    absent = [name for name in PACKAGES if find_spec(name) is None]
+    if not absent:
+        from vps.verify import symbolic
+
+        symbolic.compare(*EXAMPLES[0])
+    limit(start["memory"])
     sys.addaudithook(refuse)
     gc.collect()
     gc.freeze()
