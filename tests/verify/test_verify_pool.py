@@ -130,7 +130,10 @@ def test_many_threads(pool):
 def test_memory_limit():
     pool = Pool(memory=1 << 20)
     try:
-        pool.warm()
+        try:
+            pool.warm()
+        except TimeoutError:  # where the libraries cannot even start with so little
+            pytest.skip("no worker starts under a limit of 1 MiB on this machine")
         (process,) = pool.processes()
         large = ("(a+b+c+x+y)^9", "((a+b)^2 + 2(a+b)(c+x+y) + (c+x+y)^2)^4 (a+b+c+x+y)")
         assert verdict(large, pool) == "undecided"
