@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from vps.algorithm.core import Core, square
@@ -178,6 +179,7 @@ class Held:
             or x.shape[:-1] != dims
             or torch.is_grad_enabled()
             or torch._C._is_any_autocast_enabled()
+            or forward_ad._current_level >= 0
         ):
             return None
         y: Tensor = call(x, W, own.get("bias"), *arguments)
