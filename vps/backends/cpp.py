@@ -42,8 +42,7 @@ def why_not(kind: Kind) -> str | None:
 HELD = "(Tensor y{0}, Tensor features{0}, Tensor core{0}, Tensor gamma{0}, Tensor through{0})"
 operator.LIBRARY.define(f"linear_held{operator.ARGUMENTS} -> {HELD.format('')}")
 operator.LIBRARY.define(
-    f"linear_pair_held{operator.PAIR} -> "
-    f"{HELD.format('_q')[:-1]}, {HELD.format('_k')[1:]}"
+    f"linear_pair_held{operator.PAIR} -> {HELD.format('_q')[:-1]}, {HELD.format('_k')[1:]}"
 )
 
 
@@ -59,8 +58,8 @@ def run(call: Call) -> Result:
             packed = operator.packed_settings(first)
             found = [torch.ops.vps.linear_held.default(*call.inputs(), *packed)]
         else:
-            settings = [layer.settings for layer in call.layers]
-            arguments = operator.of_pair(call.inputs(0), call.inputs(1), *settings, *call.heads)
+            second = call.layers[1].settings
+            arguments = operator.of_pair(call.inputs(0), call.inputs(1), first, second, *call.heads)
             both = torch.ops.vps.linear_pair_held.default(*arguments)
             found = [both[:5], both[5:]]
     ys: list[Tensor | None] = []

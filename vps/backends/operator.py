@@ -107,7 +107,9 @@ def later(given: Given, x: Tensor) -> tuple[Any, tuple[Tensor, ...]] | None:
 
 def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
     """Run a call whose update a prompt has fixed; torch computes what needs δ or a gradient."""
-    (layer,), (I_in, *_, through, _) = call.layers, call.given
+    (layer,), given = call.layers, call.given
+    I_in: Any = given.I_in
+    through: Any = given.through
     if (
         not torch_backend.edits(call, rounds=False)
         or torch.is_grad_enabled()
@@ -115,11 +117,17 @@ def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
     ):
         return torch_backend.run(call)
     weight: Any = layer.weight
-    arguments = call.x, weight.W, layer.bias, I_in, through
+    x, W, bias = call.x, weight.W, layer.bias
     if call.traced:
-        return [edited(*arguments)], I_in  # type: ignore[return-value]
+        return [edited(x, W, bias, I_in, through)], I_in
     with torch._C._AutoDispatchBelowAutograd():
-        return [edited(*arguments)], I_in  # type: ignore[return-value]
+        if given.readers is not None and (x.is_cuda or edited is triton_edited):
+            from vps.kernels import edited as kernels
+
+            if not x.is_inference() and not kernels.is_one_launch(x, through):
+                readers, at = given.readers
+                return [F.linear(readers.changed(x, at, kernels.edit), W, bias)], I_in
+        return [edited(x, W, bias, I_in, through)], I_in
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
@@ -370,13 +378,11 @@ def _torch_edited(
     return F.linear(fixed.edited(x, I_in.unsqueeze(1), through.mT), weight, bias)
 
 
-def triton_edited(
-    x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor
-) -> Tensor:
+def triton_edited(x: Tensor, *arguments: Any) -> Tensor:
     """Compute ``vps::edited`` by the Triton kernels, imported at the first call."""
     from vps.kernels import edited
 
-    return edited.launch(x, weight, bias, I_in, through)
+    return edited.launch(x, *arguments)
 
 
 LIBRARY.impl("edited", triton_edited, "CUDA")
