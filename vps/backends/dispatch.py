@@ -120,7 +120,7 @@ def run_fixed(x: Tensor, plan: Any, given: Given) -> Tensor | None:
             "sequences; expected one for each"
         )
     if given.through is not None and given.through.dtype is not x.dtype:  # the model was converted
-        given = given._replace(through=None, edit=None)
+        given = given._replace(through=None, edit=None, readers=None)
     backend = plan.backend
     if STATE.backends or FROM_ENVIRONMENT is not None:
         backend = asked(plan.kind) or backend

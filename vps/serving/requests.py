@@ -151,7 +151,9 @@ def _stacked(givens: Sequence[Given]) -> Given:
     def together(tensors: Sequence[Any]) -> Any:
         return None if any(one is None for one in tensors) else torch.cat(list(tensors))
 
-    I_in, I_out, _, cores, through, _ = zip(*givens, strict=True)
+    I_in, I_out, cores, through = zip(
+        *((one.I_in, one.I_out, one.core, one.through) for one in givens), strict=True
+    )
     core = Core(*map(together, zip(*cores, strict=True)))
     return FixedUpdate(together(I_in), together(I_out), core, together(through)).given()
 
