@@ -258,12 +258,11 @@ def prepare(
 
     ``None`` where γ is 0 whatever the input.
     """
-    factor = 1.0 if state is None else state.factor()
     (_, d_in), d_out = weights[0].widths, min(weight.widths[0] for weight in weights)
     calibrated = any(one.gamma is not None for one in layers)
     found, drawn, has_pairs = [], None, False
     for one, weight in zip(layers, weights, strict=True):
-        own = plan_for(config, one.gradient, factor, d_out, d_in, x.device, calibrated)
+        own = plan_for(config, one.gradient, d_out, d_in, x.device, calibrated)
         if own is None or own.settings.r == 0:
             return None
         drawn = own.drawn
@@ -333,7 +332,7 @@ def compute(
             if known is not None:
                 given, shared = Given(known), False
     state = plan.state
-    entropy = None if state is None or state.entropy is None else state.entropy_on(x.device)
+    entropy = None if state is None else state.signals(x.device)
     traced = torch.compiler.is_compiling()
     if tracing.is_compiled_transform(traced) if traced else _transform_running() is not None:
         if backend is not reference_backend:

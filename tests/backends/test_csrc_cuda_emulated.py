@@ -74,11 +74,11 @@ def run(
         columns is not None, counted is not None,
         -1.0 if config.tau is None else config.tau, -1.0 if config.clamp is None else config.clamp,
     )  # fmt: skip
-    numbers = torch.tensor(policy.bounds(config, 1.0), dtype=torch.float64)
+    numbers = torch.tensor(policy.bounds(config), dtype=torch.float64)
     if columns is not None:  # γ itself is 1 then
         numbers = policy.LayerGamma(columns).in_policy(numbers, settings.r)
         numbers, columns = numbers[: policy.NUMBERS], numbers[policy.NUMBERS :]
-    ticks = None if entropy is None else torch.tensor([entropy], dtype=torch.float64)
+    ticks = None if entropy is None else torch.tensor([entropy, 1.3], dtype=torch.float64)
     parts = [x.reshape(-1), W, b, I_in, I_out, numbers, ticks, columns, counted]
     done = subprocess.run(
         [program], input=header + b"".join(map(bytes_of, parts)), capture_output=True, timeout=120
@@ -114,7 +114,10 @@ def test_equals_the_reference(program, settings, d_in, d_out, blocks, dtype):
     W = torch.randint(-1, 2, (d_out, d_in), generator=generator).double()
     b = torch.randint(-3, 4, (d_out,), generator=generator).double()
     for bias, entropy in ((b, 0.7), (None, None))[: 1 if settings else 2]:
-        expected = reference.vps_linear(x, W, bias, config=config, entropy=entropy)
+        outcomes = () if entropy is None else (True,)
+        expected = reference.vps_linear(
+            x, W, bias, config=config, entropy=entropy, outcomes=outcomes
+        )
         group = expected.groups[0]
         narrow = [None if t is None else t.to(dtype) for t in (x, W, bias)]
         y, features, core, gamma = run(program, *narrow, config, blocks, entropy)

@@ -35,10 +35,11 @@ def run(call: Call) -> Result:
         )
     if call.given.core is not None:
         return [_held(call)], call.x.new_empty(0)
+    entropy = None if call.entropy is None else float(call.entropy[0])
     options: dict[str, Any] = {
         "config": call.config.replace(scope="sequence"),
         "mask": call.mask,
-        "entropy": None if call.entropy is None else float(call.entropy),
+        "entropy": None if entropy is None or entropy < 0 else entropy,
         "outcomes": call.outcomes,
     }
     layers = [_projection(layer) for layer in call.layers]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode, PythonFunctionalizeAPI
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from vps.algorithm import constants
+from vps import constants
 from vps.algorithm.flow import Layer
 from vps.algorithm.weight import Matrix
 
@@ -117,8 +117,9 @@ class Kept:
         self.dtype, self.device, self.width = x.dtype, x.device, x.shape[-1]
         self.kind, self.config, self.tail = type(plan), plan.config, plan[3:]
         self.state = weakref.ref(plan.state)
-        self.outcomes = plan.state.outcomes
         self.facts = plan.kind
+        own_gamma = any(own[-1] is not None for own in plan.layers)
+        self.stream = constants.stream_of(x) if own_gamma else None  # its numbers are ready there
         self.parts = [
             (own.weight.W.shape, layer.gradient, own[2:])
             for layer, own in zip(layers, plan.layers, strict=True)
@@ -140,8 +141,9 @@ class Kept:
         ):
             return None
         state, config, found = layers[0].state, self.config, []
-        own_state: Any = self.state()
-        if own_state is not state or own_state.outcomes is not self.outcomes:
+        if self.state() is not state:
+            return None
+        if self.stream is not None and self.stream != constants.stream_of(x):
             return None
         for layer, (shape, gradient, rest) in zip(layers, self.parts, strict=True):
             own = layer.__dict__.get("_parameters")
