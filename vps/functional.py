@@ -332,7 +332,9 @@ def compute(
             if known is not None:
                 given, shared = Given(known), False
     state = plan.state
-    entropy = None if state is None else state.signals(x.device)
+    entropy = None  # a CPU replays no captured graph, which must find what is set later
+    if state is not None and not (state.is_idle and x.is_cpu):
+        entropy = state.signals(x.device)
     traced = torch.compiler.is_compiling()
     if tracing.is_compiled_transform(traced) if traced else _transform_running() is not None:
         if backend is not reference_backend:
@@ -341,7 +343,7 @@ def compute(
                 plan, grouped = _reverse_only(plan, grouped)
     call = Call(
         grouped, plan.layers, counted, entropy, plan.heads, given, traced or _is_tracing(),
-        plan.config, () if state is None else state.outcomes, held,
+        plan.config, state, held,
     )  # fmt: skip
     ys, I_in = backend.run(call)
     if shared and backend is not reference_backend:

@@ -40,7 +40,7 @@ class PolicyState:
         self._nats: float | None = NO_ENTROPY  # None where only a device knows it
         self._home = _CPU  # where it was set
         self._is_elsewhere = False  # than on the CPU
-        self._is_idle = True  # neither is set
+        self.is_idle = True  # as if there were no state
         self._signals: dict[torch.device, Tensor] = {}
 
     @property
@@ -106,19 +106,16 @@ class PolicyState:
         self._settle()
 
     def _settle(self) -> None:
-        """Note whether anything is set; if so, have its place on the CPU before a compiler looks."""
-        self._is_idle = self._nats == NO_ENTROPY and self.factor() == 1
-        if not self._is_idle and not self._is_elsewhere:
+        """Note whether anything is set; if so, make its place on the CPU, before a compiler can."""
+        self.is_idle = self._nats == NO_ENTROPY and self.factor() == 1
+        if not self.is_idle and not self._is_elsewhere:
             self.signals(_CPU)
 
-    def signals(self, device: torch.device) -> Tensor | None:
+    def signals(self, device: torch.device) -> Tensor:
         """Return ℋ in nats, or −1 where none is set, and :meth:`factor`: float64 ``[2]``.
 
-        It is the same tensor at each call. ``None`` says that neither is set: on a CPU, where no
-        captured graph reads it.
+        It is the same tensor at each call; never write to it.
         """
-        if self._is_idle and device.type == "cpu":
-            return None
         found = self._signals.get(device)
         is_late = device.type == "cpu" and self._is_elsewhere
         if found is not None and not is_late and not tracing.is_exporting():

@@ -1,4 +1,4 @@
-"""Read from a config what one layer computes: rules, sizes and the bounds of the policy (SPEC §5)."""
+"""Read from a config what a layer computes: its rules, rank and the bounds of its policy."""
 
 from __future__ import annotations
 

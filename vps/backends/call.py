@@ -17,6 +17,7 @@ from vps.algorithm import gradient
 from vps.algorithm.core import Core
 from vps.algorithm.fixed import FixedUpdate, fix
 from vps.algorithm.flow import Given, Layer
+from vps.algorithm.policy import PolicyState
 from vps.algorithm.settings import CLIPS, Settings
 from vps.algorithm.weight import Matrix
 from vps.config import VPSConfig
@@ -58,7 +59,7 @@ class Call(NamedTuple):
         heads: query and key-value heads, with two layers.
         given: what is decided elsewhere.
         traced: whether a graph is made, which may be differentiated later.
-        config, outcomes: config of the layers and history of the policy, for the reference.
+        config, state: config of the layers, and policy state or ``None``, for the reference.
         held: a list that takes what is decided for each layer, ``None`` for a plain one; or
             ``None`` where nobody holds it.
     """
@@ -71,7 +72,7 @@ class Call(NamedTuple):
     given: Given = Given()
     traced: bool = False
     config: VPSConfig = VPSConfig()
-    outcomes: tuple[bool, ...] = ()
+    state: PolicyState | None = None
     held: list[FixedUpdate | None] | None = None
 
     def hold(

@@ -40,7 +40,7 @@ def run(call: Call) -> Result:
         "config": call.config.replace(scope="sequence"),
         "mask": call.mask,
         "entropy": None if entropy is None or entropy < 0 else entropy,
-        "outcomes": call.outcomes,
+        "outcomes": () if call.state is None else call.state.outcomes,
     }
     layers = [_projection(layer) for layer in call.layers]
     if call.heads is None:
