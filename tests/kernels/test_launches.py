@@ -8,7 +8,7 @@ from tiny import tiny
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import vps
-from vps.backends import operator, triton
+from vps.backends import operator, sharing, triton
 from vps.backends.call import Outputs
 from vps.model import attention_mask
 from vps.model.patching import sharpened_layers
@@ -75,9 +75,15 @@ def model(monkeypatch, request):
     return model
 
 
+@pytest.mark.parametrize("capture", [None, 3])
 @pytest.mark.parametrize("sequences", [1, 3])
 @torch.no_grad()
-def test_decoding_takes_nineteen(model, monkeypatch, sequences):
+def test_decoding_takes_nineteen(model, monkeypatch, sequences, capture):
+    """Eager, and in a captured graph, where layers of one x share a selection as well."""
+    if capture is not None:
+        state = sharing._state
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(sharing, "_state", lambda *tensors: (*state(*tensors), 7, capture))
     ids = torch.arange(5 * sequences).view(sequences, 5)
     with vps.backend("triton"):
         past = model(ids, attention_mask=torch.ones_like(ids)).past_key_values
