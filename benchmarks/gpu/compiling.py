@@ -15,7 +15,7 @@ from benchmarks.variants import CONFIG
 from vps import VPSLinear
 
 MODEL = "Qwen2.5-7B"
-TOKENS = ((1, 1), (16, 1), (1, 512), (1, 2048))
+TOKENS = ((1, 1), (16, 1), (1, 64), (1, 512), (1, 2048))
 
 
 def work(device: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:

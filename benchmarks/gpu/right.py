@@ -154,8 +154,15 @@ def on_two_streams(device: str, tokens: int, backend: str) -> None:
     assert all(map(torch.equal, found, expected)), "a call on two streams is another"
 
 
+def runs(backend: str) -> None:
+    """Require that a backend can run."""
+    assert vps.backends()[backend] is None, vps.backends()[backend]
+
+
 def plan(device: str) -> Iterator[Check]:
     """Yield all checks, the simplest first."""
+    if device == "cuda":
+        yield "triton runs", partial(runs, "triton")
     yield from of_ops(device)
     yield from of_layers(device)
     yield "pair", partial(a_pair, device)

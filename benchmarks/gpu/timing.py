@@ -194,6 +194,6 @@ def run(out: Path, seconds: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=65)
+    parser.add_argument("--seconds", type=float, default=55)
     arguments = parser.parse_args()
     run(arguments.out, arguments.seconds)

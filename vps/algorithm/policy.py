@@ -226,9 +226,9 @@ class LayerGamma:
                 numbers = torch.tensor(found, dtype=torch.float64, device=device)
             self.is_zero = not any(found)
         self.numbers: Tensor = numbers
-        self._of: Tensor | None = None
-        self._result: Tensor | None = None
-        self._stream: int | None = None  # on which the result was made
+        # By policy, and by the stream on which they were made. None is dropped: a captured graph
+        # may read it.
+        self._results: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
 
     def plain(self) -> float | list[float]:
         """Return the number, or the list of numbers."""
@@ -252,8 +252,8 @@ class LayerGamma:
         if self.is_zero:
             raise ValueError("a gamma of 0 leaves its layer plain: give the layer another")
         self.numbers.copy_(other.numbers)
-        if self._result is not None:
-            own = self._result[NUMBERS:] if self.by_column else self._result[1:3]
+        for _, result in list(self._results.values()):
+            own = result[NUMBERS:] if self.by_column else result[1:3]
             own.copy_(self.numbers)
 
     def in_policy(self, policy: Tensor, r: int) -> Tensor:
@@ -265,21 +265,26 @@ class LayerGamma:
         Raises:
             ValueError: the columns have not r numbers.
         """
-        kept = constants.is_kept()
-        capturing = kept and policy.is_cuda and torch.cuda.is_current_stream_capturing()
-        if kept and self._of is policy and self._result is not None:
-            if capturing or self._stream == constants.stream_of(policy):
-                return self._result  # a capture begins when the device is done
+        if constants.is_kept():
+            key = id(policy), constants.stream_of(policy)
+            found = self._results.get(key)
+            if found is not None and found[0] is policy:
+                return found[1]
         if self.by_column and len(self.numbers) != r:
             raise ValueError(
                 f"gamma must be one number or hold r = {r} of them, got {len(self.numbers)}"
             )
-        if not kept or capturing:
+        if not constants.is_kept():
+            return self._combined(policy)
+        if policy.is_cuda and torch.cuda.is_current_stream_capturing():
+            for of, result in self._results.values():
+                if of is policy:  # a capture begins when all streams are done
+                    return result
             return self._combined(policy)  # a graph computes it anew at each replay
         with torch.inference_mode(False):  # a tensor of that mode is of no use outside it
-            self._of, self._result = policy, self._combined(policy)
-        self._stream = constants.stream_of(policy)
-        return self._result
+            result = self._combined(policy)
+        self._results[key] = policy, result
+        return result
 
     def _combined(self, policy: Tensor) -> Tensor:
         numbers = self.numbers.to(policy.device)
