@@ -60,7 +60,7 @@ def check(x, W, b, mask, I_in, I_out, policy, entropy, r, adaptive, tau, clamp):
         s = reference.clip_scale(A, B, tau, "component")
         diagonal = torch.zeros(r, dtype=torch.float64)
         diagonal[:active] = 1 / s
-        torch.testing.assert_close(core[n].double(), diagonal.diag(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(core[n].double(), diagonal.diag(), rtol=3e-6, atol=0)
         update = (H[n, right] / s) @ B.T
         if clamp is not None:
             update = update.clamp(-clamp, clamp)

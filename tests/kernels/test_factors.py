@@ -58,7 +58,7 @@ def test_factors(device, dtype, d_in, d_out, groups, r):
     )
     assert torch.equal(selected, torch.stack([I_in, I_out], 1))
     decisions = [reference.decide(VPSConfig(), float(E), None, ()) for E in energy]
-    accuracy = 1e-12 if dtype == torch.float64 else 1e-6
+    accuracy = 1e-12 if dtype == torch.float64 else 3e-6
     assert active.tolist() == [min(r, decision[1]) for decision in decisions]
     assert core.dtype == gamma.dtype == accumulate
     strength = torch.tensor([decision[2] for decision in decisions], dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_strides(device):
         )
         assert torch.equal(selected, torch.stack([left, I_out], 1))
         expected = expected_core(weight, left, I_out, active, 0.8)
-        torch.testing.assert_close(core.double().cpu(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(core.double().cpu(), expected, rtol=3e-6, atol=0)
     assert torch.equal(plain[3], active)
 
 
