@@ -102,6 +102,13 @@ def test_what_fails_shows_and_the_rest_runs(python, tmp_path, capsys):
     assert "output of benchmarks.gpu.right" in (out / "gpu-log.txt").read_text()
 
 
+def test_without_nvcc(python, tmp_path, capsys):
+    path, _ = python(cuda_build="exit 1", watching="[ $3 = run ]; exit")
+    assert gpu.visit(gpu.smoke(tmp_path, 3.5), tmp_path, path)
+    shown = capsys.readouterr().out
+    assert "build: exit status 1" in shown and "harness: exit status 1" in shown
+
+
 def test_nothing_is_timed_that_is_not_right(python, tmp_path, capsys):
     path, calls = python(right="exit 1")
     out = tmp_path / "out"
