@@ -8,16 +8,20 @@
 namespace vps {
 namespace {
 
-/// vps::linear with `keep`, else vps::linear_only: y and I_in without what a gradient needs.
-template <bool keep>
+enum class Kind { keep, only, hold };
+
+/// vps::linear; vps::linear_only, y and I_in without what a gradient needs; vps::linear_held.
+template <Kind kind>
 auto linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& mask,
             const Optional& I_in, const Optional& I_out, const Tensor& policy,
             const Optional& entropy, const Optional& H, const Optional& energy, const Rules& rules,
             const Numbers& numbers) {
   const Arguments arguments{x,      weight,  bias, mask,   I_in,           I_out,
                             policy, entropy, H,    energy, {rules, numbers}};
-  if constexpr (keep) {
+  if constexpr (kind == Kind::keep) {
     return sharpen(arguments);
+  } else if constexpr (kind == Kind::hold) {
+    return hold(arguments, nullptr);
   } else {
     Optional selected;
     const Tensor y = sharpen_only(arguments, nullptr, &selected);
@@ -33,20 +37,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> couple(
   return {joint.H_q, joint.H_k, joint.energy, joint.features};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_pair(
+/// vps::linear_pair, or vps::linear_pair_held.
+template <bool held>
+auto linear_pair(
     const Tensor& x, const Tensor& W_q, const Optional& b_q, const Tensor& W_k, const Optional& b_k,
     const Optional& mask, const Optional& I_in, const Tensor& policy, const Optional& entropy,
     int64_t heads, int64_t kv_heads, const Rules& rules, const Numbers& numbers,
     const std::optional<Rules>& rules_k, const Optional& policy_k) {
   const Settings of_query(rules, numbers);
-  return sharpen_pair({{x, W_q, W_k, mask, I_in, of_query.r, heads, kv_heads},
-                       b_q,
-                       b_k,
-                       policy,
-                       policy_k,
-                       entropy,
-                       of_query,
-                       {rules_k ? *rules_k : rules, numbers}});
+  const PairArguments arguments{{x, W_q, W_k, mask, I_in, of_query.r, heads, kv_heads},
+                                b_q,
+                                b_k,
+                                policy,
+                                policy_k,
+                                entropy,
+                                of_query,
+                                {rules_k ? *rules_k : rules, numbers}};
+  if constexpr (held) {
+    const auto [query, key] = hold_pair(arguments);
+    return std::tuple_cat(query, key);
+  } else {
+    return sharpen_pair(arguments);
+  }
 }
 
 Tensor linear_backward(const Tensor& g, const Tensor& weight, const Tensor& features,
@@ -63,10 +75,12 @@ Tensor edited_linear(const Tensor& x, const Tensor& weight, const Optional& bias
 }  // namespace vps
 
 STABLE_TORCH_LIBRARY_IMPL(vps, CPU, m) {
-  m.impl("linear", TORCH_BOX(&vps::linear<true>));
-  m.impl("linear_only", TORCH_BOX(&vps::linear<false>));
+  m.impl("linear", TORCH_BOX(&vps::linear<vps::Kind::keep>));
+  m.impl("linear_only", TORCH_BOX(&vps::linear<vps::Kind::only>));
+  m.impl("linear_held", TORCH_BOX(&vps::linear<vps::Kind::hold>));
   m.impl("couple", TORCH_BOX(&vps::couple));
-  m.impl("linear_pair", TORCH_BOX(&vps::linear_pair));
+  m.impl("linear_pair", TORCH_BOX(&vps::linear_pair<false>));
+  m.impl("linear_pair_held", TORCH_BOX(&vps::linear_pair<true>));
   m.impl("linear_backward", TORCH_BOX(&vps::linear_backward));
   m.impl("edited", TORCH_BOX(&vps::edited_linear));
 }

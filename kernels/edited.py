@@ -159,6 +159,13 @@ def edit_kernel(
         tl.store(out_rows + at, (x.to(ACC) + change).to(x.dtype), mask=inside)
 
 
+def is_one_launch(x: Tensor, through: Tensor) -> bool:
+    """Return whether one launch computes a layer from x ``[G, T, d_in]`` and ``E``."""
+    rows, slots = x.shape[0] * x.shape[1], x.shape[0] * tuning.power_of_2(through.shape[1])
+    is_wide = accumulation(x.dtype)[1] == tl.float64
+    return 0 < rows <= LARGEST_N and slots <= SLOTS and not is_wide
+
+
 @on_its_device
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor) -> Tensor:
     """Compute ``W(x + Σ_c e_c u(I_in[c])) + b`` for every group.
@@ -181,8 +188,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through
     groups, tokens, d_in = x.shape
     width, rows, r = weight.shape[0], groups * tokens, I_in.shape[1]
     ranks = tuning.power_of_2(r)
-    is_wide = accumulation(x.dtype)[1] == tl.float64
-    if rows == 0 or rows > LARGEST_N or groups * ranks > SLOTS or is_wide:
+    if not is_one_launch(x, through):
         return F.linear(edit(x, [(I_in, through)])[0], weight, bias)
     _check(x, I_in, through)
     if weight.shape[1] != d_in or weight.dtype != x.dtype:

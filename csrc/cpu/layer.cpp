@@ -78,6 +78,11 @@ class Call {
     return y;
   }
 
+  Results hold() {
+    const Tensor y = run(nullptr);
+    return {y, *features_, *core_, *gamma_, through()};
+  }
+
   /// I_in [G, r].
   Tensor inputs() const {
     const Tensor I_in = empty({s_.groups, settings_.r}, ScalarType::Long);
@@ -87,6 +92,37 @@ class Call {
   }
 
  private:
+  /// E [G, r, d_in] = gamma Cᵀ W[I_out].
+  Tensor through() const {
+    const int64_t r = settings_.r, d = s_.d_in;
+    const Tensor out = empty({s_.groups, r, d}, s_.torch_dtype);
+    parallel(s_.groups, r * d, [&](int64_t g, int64_t end) {
+      Workspace scratch;
+      float* sum = scratch.take<float>(d);
+      float* wide = scratch.take<float>(d);
+      for (; g < end; ++g)
+        for (int64_t c = 0; c < r; ++c) {
+          std::fill(sum, sum + d, 0.0f);
+          for (int64_t j = 0; j < decisions_[g].active; ++j) {
+            const float factor = gamma_data_[g] * core_data_[(g * r + j) * r + c];
+            if (factor == 0) continue;
+            kernels_.widen(row(W_, features(g, 1)[j], s_.element_size, scratch), d, wide);
+            for (int64_t i = 0; i < d; ++i) sum[i] += factor * wide[i];
+          }
+          write(sum, d, at(out.data_ptr(), (g * r + c) * d));
+        }
+    });
+    return out;
+  }
+  void write(const float* values, int64_t count, void* out) const {
+    if (s_.dtype == Dtype::float32)
+      std::copy_n(values, count, static_cast<float*>(out));
+    else if (s_.dtype == Dtype::bfloat16)
+      std::copy_n(values, count, static_cast<BFloat16*>(out));
+    else
+      std::copy_n(values, count, static_cast<Half*>(out));
+  }
+
   static Optional kept(bool keep, std::initializer_list<int64_t> sizes, ScalarType dtype) {
     return keep ? Optional(empty(sizes, dtype)) : std::nullopt;
   }
@@ -350,6 +386,10 @@ class Call {
 }  // namespace
 
 Results sharpen(const Arguments& arguments) { return Call(arguments, nullptr, true).keep(); }
+
+Results hold(const Arguments& arguments, const Product* product) {
+  return Call(arguments, product, true).hold();
+}
 
 Tensor sharpen_only(const Arguments& arguments, const Product* product, Optional* I_in) {
   Call call(arguments, product, false);

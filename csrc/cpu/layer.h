@@ -18,6 +18,10 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 /// y, features [G, 2, r], core [G, r, r], gamma [G] and t, all that a gradient needs.
 Results sharpen(const Arguments& arguments);
 
+/// y, features [G, 2, r], core [G, r, r], gamma [G] and E = gamma Cᵀ W[I_out] [G, r, d_in]: what a
+/// prompt decides (SPEC §11). `product` may be null.
+Results hold(const Arguments& arguments, const Product* product);
+
 /// y alone; I_in [G, r] goes to `I_in` unless that is null. `product` may be null.
 Tensor sharpen_only(const Arguments& arguments, const Product* product, Optional* I_in);
 

@@ -115,22 +115,40 @@ Joint join(const JointArguments& a, bool pick, Workspace& workspace) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sharpen_pair(const PairArguments& a) {
+namespace {
+
+/// f(arguments, product) of the query and of the key, and the joint decision.
+template <class F>
+auto each(const PairArguments& a, const F& f) {
   Workspace workspace;
   const Joint joint = join(a.joint, true, workspace);
-  const Tensor selected = side(joint.features, 0);
-  const Optional known(selected), energy(joint.energy), none;
+  const Optional known(side(joint.features, 0)), energy(joint.energy), none;
   const auto layer = [&](const Tensor& W, const Optional& bias, int64_t place,
                          const Settings& settings, const Tensor& policy, const Product& product) {
     const Optional I_out(side(joint.features, place));
-    return sharpen_only({a.joint.x, W, bias, a.joint.mask, known, I_out, policy, a.entropy, none,
-                         energy, settings},
-                        &product, nullptr);
+    return f({a.joint.x, W, bias, a.joint.mask, known, I_out, policy, a.entropy, none, energy,
+              settings},
+             product);
   };
-  return {layer(a.joint.W_q, a.b_q, 1, a.of_query, a.policy, {joint.H_q, joint.columns_q}),
-          layer(a.joint.W_k, a.b_k, 2, a.of_key, a.policy_k ? *a.policy_k : a.policy,
-                {joint.H_k, joint.columns_k}),
-          selected};
+  return std::tuple(layer(a.joint.W_q, a.b_q, 1, a.of_query, a.policy, {joint.H_q, joint.columns_q}),
+                    layer(a.joint.W_k, a.b_k, 2, a.of_key, a.policy_k ? *a.policy_k : a.policy,
+                          {joint.H_k, joint.columns_k}),
+                    *known);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> sharpen_pair(const PairArguments& a) {
+  return each(a, [](const Arguments& own, const Product& product) {
+    return sharpen_only(own, &product, nullptr);
+  });
+}
+
+std::tuple<Results, Results> hold_pair(const PairArguments& a) {
+  auto [query, key, I_in] = each(a, [](const Arguments& own, const Product& product) {
+    return hold(own, &product);
+  });
+  return {query, key};
 }
 
 }  // namespace vps

@@ -33,4 +33,7 @@ struct PairArguments {
 /// Outputs of the query and of the key, and I_in [G, r].
 std::tuple<Tensor, Tensor, Tensor> sharpen_pair(const PairArguments& arguments);
 
+/// What `hold` gives for the query and for the key.
+std::tuple<Results, Results> hold_pair(const PairArguments& arguments);
+
 }  // namespace vps

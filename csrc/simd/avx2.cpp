@@ -17,6 +17,7 @@ namespace vps::avx2 {
 
 struct Vec {
   static constexpr int64_t width = 8;
+  static constexpr int registers = 16;
   __m256 v;
 };
 

@@ -17,6 +17,7 @@ namespace vps::avx512 {
 
 struct Vec {
   static constexpr int64_t width = 16;
+  static constexpr int registers = 32;
   __m512 v;
 };
 

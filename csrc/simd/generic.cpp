@@ -9,6 +9,7 @@ namespace vps::generic {
 
 struct Vec {
   static constexpr int64_t width = 8;
+  static constexpr int registers = 16;
   float lane[width];
 };
 

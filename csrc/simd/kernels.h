@@ -8,7 +8,7 @@ namespace vps {
 enum class Dtype { float32, bfloat16, float16 };
 
 constexpr int64_t kColumnTile = 512;  // columns whose scores are summed at once
-constexpr int64_t kMaxGemvTokens = 4;
+constexpr int64_t kMaxGemvTokens = 8;
 
 /// Loops over elements of one dtype, to which `void` points.
 struct Kernels {

@@ -9,9 +9,11 @@ from torch import Tensor
 
 import vps
 from vps import VPSConfig, reference
-from vps.algorithm.fixed import edited
+from vps.algorithm.core import square
+from vps.algorithm.fixed import FixedUpdate, Readers, edited
 from vps.algorithm.flow import Given
 from vps.algorithm.policy import LayerGamma
+from vps.backends import torch_backend
 from vps.functional import Projection, sharpen
 
 
@@ -162,3 +164,72 @@ def test_a_feature_that_is_left_out_twice_changes_nothing():
     x = torch.randn(2, 3, 4)
     through = torch.zeros(2, 2, 4)
     assert torch.equal(edited(x, torch.zeros(2, 1, 2, dtype=torch.int64), through.mT), x)
+
+
+def all_held(x, layers, config, heads, backend):
+    held: list = []
+    with vps.backend(backend):
+        ys = sharpen(x, layers, config, heads=heads, held=held)
+    return ys, held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("heads", [None, (4, 2)])
+@pytest.mark.parametrize("groups, tokens", [(1, 1), (1, 6), (3, 1), (3, 5)])
+@torch.no_grad()
+def test_every_way_holds_what_the_general_way_decides(monkeypatch, dtype, heads, groups, tokens):
+    """The operators of C++ and the short way of torch against the flow."""
+    ways = ["torch"]
+    if dtype is not torch.float64 and vps.backends()["cpp"] is None:
+        ways.append("cpp")
+    choices = [{}, {"builder": "sc"}, {"order": 2}, {"clip": "spectral"}, {"tau": None}]
+    for seed, choice in enumerate(choices):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(groups, tokens, 24, generator=generator).to(dtype)
+        widths = (32, 16) if heads else (20,)
+        made = [torch.randn(width, 24, generator=generator).to(dtype) for width in widths]
+        layers = tuple(Projection(W, W[:, 0].clone()) for W in made)
+        config = VPSConfig(scope="prompt", **({"tau": 0.7} | choice))
+        found = [all_held(x, layers, config, heads, way) for way in ways]
+        with monkeypatch.context() as general:
+            general.setattr(torch_backend, "_is_short", lambda call: False)
+            right_y, right = all_held(x, layers, config, heads, "torch")
+        error = 0.03 if dtype is torch.bfloat16 else 1e-4
+        close = {"rtol": error, "atol": error}
+        for ys, held in found:
+            assert len(held) == len(right) == len(layers)
+            for y, own, right_of_y, other in zip(ys, held, right_y, right, strict=True):
+                assert (y - right_of_y).abs().max() <= error * right_of_y.abs().max()
+                assert torch.equal(own.I_in, other.I_in) and torch.equal(own.I_out, other.I_out)
+                torch.testing.assert_close(own.through, other.through, **close)
+                for mine, its in zip(folded(own), folded(other), strict=True):
+                    torch.testing.assert_close(mine, its, **close)
+
+
+def folded(update):
+    """γ ``[G]`` and γ times C ``[G, r, r]`` of an update."""
+    matrix, gamma, inactive = update.core
+    matrix = square(matrix)
+    if inactive is not None:
+        matrix = matrix.masked_fill(inactive.unsqueeze(1), 0.0)
+    return gamma.double(), (matrix * gamma.view(-1, 1, 1)).double()
+
+
+def test_the_first_of_the_layers_of_one_x_changes_it_for_all():
+    x, calls = torch.randn(2, 3, 5), []
+    one = FixedUpdate(torch.zeros(2, 1), torch.zeros(2, 1), None, torch.zeros(2, 1, 5))
+    readers = Readers([one, one, one])
+
+    def edit(x, layers):
+        calls.append(len(layers))
+        return [x + at for at in range(len(layers))]
+
+    assert [float((readers.changed(x, at, edit) - x).mean()) for at in (1, 0, 2)] == [1, 0, 2]
+    assert calls == [3]
+    readers.changed(x, 0, edit)
+    x.add_(1)  # what waits is of the earlier x
+    assert torch.equal(readers.changed(x, 1, edit), x + 1)
+    assert torch.equal(readers.changed(x.clone(), 1, edit), x + 1)
+    readers.changed(x, 0, edit)
+    readers.changed(x, 0, edit)  # the same layer again
+    assert calls == [3] * 6

@@ -87,6 +87,33 @@ def edited(x: Tensor, index: Tensor, across: Tensor) -> Tensor:
     return x.scatter_add(-1, index if x.shape[1] == 1 else index.expand_as(e), e)
 
 
+class Readers:
+    """Layers that read one x, of which the first that is called changes x for all of them.
+
+    Args:
+        updates: their updates, of one r, each with E.
+    """
+
+    def __init__(self, updates: list[FixedUpdate]) -> None:
+        self.layers = [(own.I_in, own.through) for own in updates]
+        self._changed: dict[int, Tensor] = {}
+        self._x: tuple[Tensor, int] | None = None
+
+    def changed(self, x: Tensor, at: int, edit: Callable[..., Iterable[Tensor]]) -> Tensor:
+        """Return ``x + e`` ``[G, T, d_in]`` for the layer of place ``at``.
+
+        ``edit(x, layers)`` computes it for all layers ``(I_in, E)``.
+        """
+        waiting = self._x is not None and self._x[0] is x and self._x[1] == x._version
+        if not waiting or at not in self._changed:
+            self._changed = dict(enumerate(edit(x, self.layers)))
+            self._x = x, x._version
+        found = self._changed.pop(at)
+        if not self._changed:
+            self._x = None
+        return found
+
+
 class Held:
     """What the layers of a model hold for the sequences of one cache.
 
@@ -100,6 +127,7 @@ class Held:
         given: the same as the flow takes them, once the prompt has decided.
         ready: for a later token of a layer, by its number: what the layer had then, and the call.
         backends: the backends that were asked for when ``ready`` was filled.
+        readers: the layers that read one x, by number, in the order of their calls.
     """
 
     def __init__(self, refusal: str | None = None) -> None:
@@ -109,6 +137,8 @@ class Held:
         self.given: dict[int, Given | None] = {}
         self.ready: dict[int, tuple[Any, ...]] = {}
         self.backends: list[str] = []
+        self.readers: list[list[int]] = []
+        self._x: Tensor | None = None
         self._called: set[int] = set()
 
     def find(self, layer: Any) -> Given | None:
@@ -139,6 +169,15 @@ class Held:
             f"layer of widths {layer.widths}: it was filled while the layer was plain, disabled "
             "or sharpened anew; expected a cache that was filled by the model as it is now"
         )
+
+    def note(self, layer: Any, x: Tensor) -> None:
+        """Note that a layer reads x, while the prompt decides."""
+        if torch.compiler.is_compiling():
+            return
+        if x is not self._x:
+            self._x = x
+            self.readers.append([])
+        self.readers[-1].append(numbered(layer))
 
     def keep(self, decided: Iterable[tuple[Any, FixedUpdate | None]], called: Any) -> None:
         """Keep what layers decided in the call of one of them."""
@@ -198,6 +237,7 @@ class Held:
         ``in_place`` writes them into the tensors of earlier ones where these fit, so that a
         captured CUDA graph reads them.
         """
+        self.readers = other.readers
         if not self.is_made:  # else the same prompt adds the layers of an outer module
             self.updates = {n: own for n, own in self.updates.items() if n in other.updates}
         for number, update in other.updates.items():
@@ -214,10 +254,19 @@ class Held:
 
     def _prepare(self) -> None:
         self.given = {n: None if own is None else own.given() for n, own in self.updates.items()}
-        self.ready = {}
+        self.ready, self._x = {}, None
+        for numbers in self.readers:
+            found = {n: own for n in numbers if (own := self.updates.get(n)) is not None}
+            like = next(iter(found.values()), None)
+            if like is None or like.through is None or len(found) == 1:
+                continue
+            if all(_fits_beside(like.through, own.through) for own in found.values()):
+                readers = Readers(list(found.values()))
+                for at, number in enumerate(found):
+                    self.given[number] = self.given[number]._replace(readers=(readers, at))  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"given": {}, "ready": {}}  # views, which a pickle would copy
+        return self.__dict__ | {"given": {}, "ready": {}, "_x": None}  # a pickle would copy views
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -230,6 +279,13 @@ def numbered(layer: Any) -> int:
         layer.number = uuid.uuid4().int >> 66  # unlike those of any other process
     found: int = layer.number
     return found
+
+
+def _fits_beside(one: Tensor, other: Tensor | None) -> bool:
+    """Return whether one launch may read E of two layers."""
+    if other is None or one.shape != other.shape:
+        return False
+    return one.dtype == other.dtype and one.device == other.device
 
 
 def _fits(own: Tensor, new: Tensor) -> bool:

@@ -8,7 +8,7 @@ calls, so any edit of W, also of ``weight.data``, shows in the next call.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class Given(NamedTuple):
         core: what a prompt decided for a single layer with these features, or ``None``.
         through: ``E`` ``[G, r, d_in]`` of that update (:mod:`vps.algorithm.fixed`), or ``None``.
         edit: ``I_in`` ``[G, 1, r]`` and ``E`` ``[G, d_in, r]``, views for the change of x.
+        readers: the layers that read the same x (:class:`vps.algorithm.fixed.Readers`) and the
+            place of this one among them, or ``None``.
     """
 
     I_in: Tensor | None = None
@@ -62,6 +64,7 @@ class Given(NamedTuple):
     core: Core | None = None
     through: Tensor | None = None
     edit: tuple[Tensor, Tensor] | None = None
+    readers: tuple[Any, int] | None = None
 
 
 NOTHING = Given()

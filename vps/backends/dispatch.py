@@ -107,7 +107,7 @@ def run_fixed(x: Tensor, plan: Any, given: Given) -> Tensor | None:
     grouped, sequences = x, given.I_in.shape[0]  # type: ignore[union-attr]
     rows = x.shape[0] if x.dim() > 2 else (STATE.layouts[-1].shape if STATE.layouts else (1,))[0]
     if x.dim() != 3 or x.shape[1] != 1:
-        if rows == sequences:
+        if rows == sequences and x.dim() != 3:
             grouped = x.reshape(sequences, -1, x.shape[-1])
         if groups_of(x, "sequence")[2] is not None:
             raise ValueError(

@@ -27,6 +27,11 @@ ARGUMENTS = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? I_in, Tensor? I_out, "
     "Tensor policy, Tensor? entropy, Tensor? H, Tensor? energy, int[] rules, float[] numbers)"
 )
+PAIR = (
+    "(Tensor x, Tensor W_q, Tensor? b_q, Tensor W_k, Tensor? b_k, Tensor? mask, Tensor? I_in, "
+    "Tensor policy, Tensor? entropy, int heads, int kv_heads, int[] rules, float[] numbers, "
+    "int[]? rules_k=None, Tensor? policy_k=None)"
+)
 LIBRARY.define(
     f"linear{ARGUMENTS} -> (Tensor y, Tensor features, Tensor core, Tensor gamma, Tensor t)",
     tags=[torch.Tag.pt2_compliant_tag],
@@ -40,10 +45,7 @@ LIBRARY.define(
     tags=[torch.Tag.pt2_compliant_tag],
 )
 LIBRARY.define(
-    "linear_pair(Tensor x, Tensor W_q, Tensor? b_q, Tensor W_k, Tensor? b_k, Tensor? mask, "
-    "Tensor? I_in, Tensor policy, Tensor? entropy, int heads, int kv_heads, int[] rules, "
-    "float[] numbers, int[]? rules_k=None, Tensor? policy_k=None) "
-    "-> (Tensor y_q, Tensor y_k, Tensor I_in)",
+    f"linear_pair{PAIR} -> (Tensor y_q, Tensor y_k, Tensor I_in)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 LIBRARY.define(
@@ -56,7 +58,7 @@ LIBRARY.define(
     tags=[torch.Tag.pt2_compliant_tag],
 )
 sharing.register(LIBRARY)
-_packed_settings = lru_cache(Settings.packed)
+packed_settings = lru_cache(Settings.packed)
 LINEAR = torch.ops.vps.linear.default
 LINEAR_ONLY = torch.ops.vps.linear_only.default
 EDITED = torch.ops.vps.edited.default
@@ -72,7 +74,7 @@ def sharpen(
     ``traced`` says that a graph is made, which may be differentiated later. All outputs are
     appended to ``kept`` if that is a list.
     """
-    rules, numbers = settings.packed() if traced else _packed_settings(settings)
+    rules, numbers = settings.packed() if traced else packed_settings(settings)
     if kept is not None or traced or needs_gradient(inputs):
         y, features, *rest = LINEAR(*inputs, rules, numbers)
         if kept is not None:
@@ -105,7 +107,9 @@ def later(given: Given, x: Tensor) -> tuple[Any, tuple[Tensor, ...]] | None:
 
 def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
     """Run a call whose update a prompt has fixed; torch computes what needs δ or a gradient."""
-    (layer,), (I_in, *_, through, _) = call.layers, call.given
+    (layer,), given = call.layers, call.given
+    I_in: Any = given.I_in
+    through: Any = given.through
     if (
         not torch_backend.edits(call, rounds=False)
         or torch.is_grad_enabled()
@@ -113,11 +117,17 @@ def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
     ):
         return torch_backend.run(call)
     weight: Any = layer.weight
-    arguments = call.x, weight.W, layer.bias, I_in, through
+    x, W, bias = call.x, weight.W, layer.bias
     if call.traced:
-        return [edited(*arguments)], I_in  # type: ignore[return-value]
+        return [edited(x, W, bias, I_in, through)], I_in
     with torch._C._AutoDispatchBelowAutograd():
-        return [edited(*arguments)], I_in  # type: ignore[return-value]
+        if given.readers is not None and (x.is_cuda or edited is triton_edited):
+            from vps.kernels import edited as kernels
+
+            if not x.is_inference() and not kernels.is_one_launch(x, through):
+                readers, at = given.readers
+                return [F.linear(readers.changed(x, at, kernels.edit), W, bias)], I_in
+        return [edited(x, W, bias, I_in, through)], I_in
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
@@ -151,18 +161,25 @@ def sharpen_pair(
 
     x, mask, I_in and entropy come from ``query``; the settings may differ only in ``coupled``.
     """
-    packed = Settings.packed if torch.compiler.is_compiling() else _packed_settings
+    arguments = of_pair(query, key, of_query, of_key, heads, kv_heads)
+    if torch.compiler.is_compiling():
+        return LINEAR_PAIR(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return LINEAR_PAIR(*arguments)
+
+
+def of_pair(
+    query: Inputs, key: Inputs, of_query: Settings, of_key: Settings, heads: int, kv_heads: int
+) -> tuple[Any, ...]:
+    """Return the arguments of the operator of a query and a key."""
+    packed = Settings.packed if torch.compiler.is_compiling() else packed_settings
     rules, numbers = packed(of_query)
-    arguments = (
+    return (
         *query[:3], *key[1:3], *query[3:5], query.policy, query.entropy, heads, kv_heads,
         rules, numbers,
         None if of_key == of_query else packed(of_key)[0],
         None if key.policy is query.policy else key.policy,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return LINEAR_PAIR(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return LINEAR_PAIR(*arguments)
 
 
 @torch.library.register_fake("vps::linear_pair")
@@ -362,13 +379,11 @@ def _torch_edited(
     return F.linear(fixed.edited(x, I_in.unsqueeze(1), through.mT), weight, bias)
 
 
-def triton_edited(
-    x: Tensor, weight: Tensor, bias: Tensor | None, I_in: Tensor, through: Tensor
-) -> Tensor:
+def triton_edited(x: Tensor, *arguments: Any) -> Tensor:
     """Compute ``vps::edited`` by the Triton kernels, imported at the first call."""
     from vps.kernels import edited
 
-    return edited.launch(x, weight, bias, I_in, through)
+    return edited.launch(x, *arguments)
 
 
 LIBRARY.impl("edited", triton_edited, "CUDA")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vps.algorithm import fixed, flow, selection, tracing
+from vps.algorithm.core import Core
 from vps.algorithm.flow import Given, Layer
 from vps.algorithm.policy import FLOOR_GUARD, NUMBERS, Settings
 from vps.algorithm.weight import Matrix
@@ -119,7 +120,7 @@ def _is_short(call: Call) -> bool:
     first order, no clamp and no gradient.
     """
     x, first = call.x, call.layers[0].settings
-    if call.held is not None or call.given.core is not None:
+    if call.given.core is not None:
         return False
     if x.shape[0] != 1 or call.mask is not None or not selection.is_read_freely(x):
         return False
@@ -144,12 +145,15 @@ def _one(call: Call) -> Result | None:
         energy = _energy(h) if pooled is None else float(pooled)
     if best_in is None or best_out is None or not math.isfinite(energy):
         return None
-    scale = _decide(policy.tolist(), energy, entropy, settings.r)
+    gamma, scale = _decide(policy.tolist(), energy, entropy, settings.r)
     chosen = _as_result(best_in, settings.r) if I_in is None else I_in
-    if not any(scale):  # γ = 0 keeps the bits of the base layer
-        return [F.linear(x, W, bias)], chosen
-    _add(h, W, best_in, best_out, scale, settings.tau)
-    return [y if bias is None else y.add_(bias)], chosen
+    if any(scale):
+        scale = _add(h, W, best_in, best_out, scale, settings.tau)
+        y = y if bias is None else y.add_(bias)
+    else:  # γ = 0 keeps the bits of the base layer
+        y = F.linear(x, W, bias)
+    _hold(call, 0, chosen, best_out, gamma, scale)
+    return [y], chosen
 
 
 def _pair(call: Call, heads: tuple[int, int]) -> Result | None:
@@ -162,23 +166,45 @@ def _pair(call: Call, heads: tuple[int, int]) -> Result | None:
     best_in = _best(_scores(_values(x)), settings.r) if I_in is None else I_in[0]
     if best_in is None or not math.isfinite(energy):
         return None
-    scales = [_decide(own.numbers.tolist(), energy, entropy, settings.r) for own in call.layers]
-    joint = _joint(_scores(q), _scores(k), max(map(len, scales)), *heads)
+    decided = [_decide(own.numbers.tolist(), energy, entropy, settings.r) for own in call.layers]
+    wanted = max(len(scale) for _, scale in decided) if call.held is None else settings.r
+    joint = _joint(_scores(q), _scores(k), wanted, *heads)
     if joint is None:
         return None
+    chosen = _as_result(best_in, settings.r) if I_in is None else I_in
     ys: list[Tensor | None] = []
-    for at, (y, values, I_out, scale) in enumerate(
-        zip(products, (q, k), joint, scales, strict=True)
+    for at, (y, values, I_out, (gamma, scale)) in enumerate(
+        zip(products, (q, k), joint, decided, strict=True)
     ):
         W, bias = call.inputs(at)[1:3]
         if call.layers[at].is_plain:
             ys.append(None)
-        elif not any(scale):  # γ = 0 keeps the bits of the base layer
-            ys.append(F.linear(x, W, bias))
-        else:
-            _add(values, W, best_in, I_out, scale, settings.tau)
+        elif any(scale):
+            scale = _add(values, W, best_in, I_out, scale, settings.tau)
             ys.append(y if bias is None else y.add_(bias))
-    return ys, _as_result(best_in, settings.r) if I_in is None else I_in
+        else:  # γ = 0 keeps the bits of the base layer
+            ys.append(F.linear(x, W, bias))
+        _hold(call, at, chosen, I_out, gamma, scale)
+    return ys, chosen
+
+
+def _hold(
+    call: Call, at: int, I_in: Tensor, I_out: Tensor, gamma: float, scale: list[float]
+) -> None:
+    """Hold what was decided for a layer of one group: ``scale`` is γ times the diagonal of C."""
+    if call.held is None:
+        return
+    layer, r = call.layers[at], call.layers[at].settings.r
+    if layer.is_plain:
+        call.held.append(None)
+        return
+    W = call.inputs(at).weight
+    I_out, dtype = I_out[:r], selection.accumulation_dtype(W.dtype)
+    factors = torch.tensor([*scale, *[0.0] * (r - len(scale))], dtype=dtype)
+    through = (W.index_select(0, I_out) * factors.unsqueeze(1)).to(W.dtype).unsqueeze(0)
+    matrix = factors.div(gamma) if gamma else factors
+    core = Core(matrix.view(1, 1, r), torch.tensor([gamma], dtype=dtype), None)
+    call.held.append(fixed.FixedUpdate(I_in.contiguous(), I_out.unsqueeze(0), core, through))
 
 
 def _product(x: Tensor, W: Tensor) -> Tensor:
@@ -261,8 +287,10 @@ def _energy(values: Tensor) -> float:
     return selection.sum_of_squares(values) / values.numel()
 
 
-def _decide(policy: list[float], energy: float, entropy: Tensor | None, r: int) -> list[float]:
-    """Return γ of each active column, as :func:`vps.algorithm.policy.decide` chooses it."""
+def _decide(
+    policy: list[float], energy: float, entropy: Tensor | None, r: int
+) -> tuple[float, list[float]]:
+    """Return γ, and γ of each active column, as :func:`vps.algorithm.policy.decide` chooses it."""
     factor, g_low, g_high, r_low, r_high, k_low, k_high = policy[:7]
     sigma = -math.expm1(-energy)
     if entropy is not None:
@@ -273,22 +301,21 @@ def _decide(policy: list[float], energy: float, entropy: Tensor | None, r: int) 
     topk = int(k_low + (k_high - k_low) * sigma + FLOOR_GUARD)
     gamma, active = g_low + (g_high - g_low) * sigma, min(r, rank, topk)
     if len(policy) > NUMBERS:
-        return [gamma * own for own in policy[NUMBERS:][:active]]
-    return [gamma] * active
+        return gamma, [gamma * own for own in policy[NUMBERS:][:active]]
+    return gamma, [gamma] * active
 
 
 def _add(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
-) -> None:
-    """Add ``h[:, I_out] C Bᵀ`` to h ``[T, d_out]`` or ``[d_out]``.
+) -> list[float]:
+    """Add ``h[:, I_out] C Bᵀ`` to h ``[T, d_out]`` or ``[d_out]``; return the diagonal of C.
 
     C is ``scale`` after the clip by ``tau``. ``scale`` has a number for each active column; these
     are the first columns of both selections ``[r]``.
     """
     if h.dtype in WIDE:
         add = _add_to_row if h.dim() == 1 else _add_columns
-        add(h, W, I_in, I_out, scale, tau)
-        return
+        return add(h, W, I_in, I_out, scale, tau)
     h = h if h.dim() == 2 else h.unsqueeze(0)
     chosen = I_out[: len(scale)]
     B = W.index_select(1, I_in[: len(scale)])
@@ -301,11 +328,12 @@ def _add(
         scale = [own / max(1.0, a * b / tau) for own, a, b in zip(scale, *norms, strict=True)]
     u = h.index_select(1, chosen) * torch.tensor(scale, dtype=dtype)
     h.addmm_(u.to(h.dtype), B.t())
+    return scale
 
 
 def _add_columns(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
-) -> None:
+) -> list[float]:
     """Add as :func:`_add` does, one column of W after another, which beats a product of so few.
 
     A large matrix product evicts torch's code from the caches, so the first call of each torch
@@ -313,19 +341,22 @@ def _add_columns(
     """
     chosen = I_out.tolist()[: len(scale)]
     parts = [h.select(1, j).clone() for j in chosen]  # before a column is added
+    clipped = []
     for i, j, t, own in zip(I_in.tolist(), chosen, parts, scale, strict=False):
         column = W.select(1, i).clone()
         if tau is not None:
             norms = [torch.linalg.vector_norm(v).tolist() for v in (W.select(0, j), column)]
             own /= max(1.0, norms[0] * norms[1] / tau)
         h.addcmul_(t.unsqueeze(1), column, value=own)
+        clipped.append(own)
+    return clipped
 
 
 def _add_to_row(
     h: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor, scale: list[float], tau: float | None
-) -> None:
+) -> list[float]:
     """Add as :func:`_add` does, for h ``[d_out]``."""
-    t = h.index_select(0, I_out).tolist()
+    t, clipped = h.index_select(0, I_out).tolist(), []
     for i, j, own_t, own in zip(I_in.tolist(), I_out.tolist(), t, scale, strict=False):
         column = W.select(1, i)
         if tau is not None:
@@ -333,3 +364,5 @@ def _add_to_row(
             square = torch.dot(row, row).item() * torch.dot(column, column).item()
             own /= max(1.0, math.sqrt(square) / tau)
         h.add_(column, alpha=own * own_t)
+        clipped.append(own)
+    return clipped

@@ -49,7 +49,7 @@ class SharpenedLayer:
         keeps_bias: whether the output differs from the product without bias plus the bias; the
             product is then the output less the output for zeros.
         displaced: attributes of the base layer with one of these names.
-        kept: the plan of the last call, valid until something of the layer changes.
+        kept: the plan of the last call, until something of the layer changes.
         rounds_input: whether its forward rounds x; then δ is added to its output under every scope.
         number: by which a cache knows the layer (SPEC §11).
         is_whole: whether this process holds all of the layer.
@@ -234,19 +234,21 @@ class SharpenedLayer:
     def _sharpen_prompted(self, x: Tensor) -> Tensor | None:
         held = held_for(x, self.number)
         given = None if held is None else held.find(self)
-        if given is NOTHING:  # of a pair of which the partner is sharpened
+        if given is NOTHING:  # its partner is sharpened
             return None
         if given is not None:
-            y = self.sharpen_alone(x, given)
-            if STATE.layouts[-1].is_ready and self.kept is not None:
-                held.prepare(self, x, dispatch.later(self.kept.facts, given, x))
+            y, plan = self.sharpen_alone(x, given), self.kept
+            if STATE.layouts[-1].is_ready and plan is not None:
+                held.prepare(self, x, dispatch.later(plan.facts, given, x))
             return y
         if self.coupling is not None and self.coupling.applies():
             return self.coupling.sharpen(self, x)
+        if held is None:
+            return self.sharpen_alone(x)
+        held.note(self, x)
         decided: list[FixedUpdate | None] = []
-        y = self.sharpen_alone(x, held=None if held is None else decided)
-        if held is not None:
-            held.keep(zip((self,), decided, strict=False), self)
+        y = self.sharpen_alone(x, held=decided)
+        held.keep(zip((self,), decided, strict=False), self)
         return y
 
     def sharpen_alone(
@@ -262,9 +264,9 @@ class SharpenedLayer:
             given, held: as for :func:`vps.functional.sharpen`.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and self.kept is not None:
-            if (plan := self.kept.find((self,), x)) is not None:
-                return compute(x, plan, None, given, held)[0]
+        plan = None if compiling or self.kept is None else self.kept.find((self,), x)
+        if plan is not None:
+            return compute(x, plan, None, given, held)[0]
         layers = (self.projection(x, inside=True),)
         (y,) = sharpen(x, layers, self.config, state=self.state, given=given, held=held)
         if not compiling:
@@ -352,9 +354,8 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
         if not isinstance(self, SharpenedLayer):  # a reference taken while it was sharpened
             return nn.Linear.forward(self, input)
         if STATE.layouts and STATE.layouts[-1].is_ready:
-            later: Tensor | None = STATE.layouts[-1].held.later(self, input)
-            if later is not None:
-                return later
+            if (later := STATE.layouts[-1].held.later(self, input)) is not None:
+                return later  # type: ignore[no-any-return]
         return self.answer(input)
 
     @property
@@ -393,8 +394,7 @@ def recognise(module: nn.Module) -> Form | None:
     """Return the form of an ``nn.Linear`` with its weight in memory; ``None`` for any other."""
     if isinstance(module, SharpenedLayer):
         return Form(WEIGHT, type(module).sharpened)
-    if not isinstance(module, nn.Linear) or why_not_sharpenable(module, nn.Linear) is not None:
-        return None
-    if module.weight.is_meta:
+    is_plain = isinstance(module, nn.Linear) and why_not_sharpenable(module, nn.Linear) is None
+    if not is_plain or module.weight.is_meta:
         return None
     return Form(WEIGHT, VPSLinear.sharpened)

@@ -89,6 +89,9 @@ class Coupling:
         """
         held = held_for(x, layer.number) if layer.config.scope == "prompt" else None
         decided: list[FixedUpdate | None] = []
+        if held is not None:
+            for one in (self.query, self.key):
+                held.note(one, x)
         ys = self._outputs(layer, x, None if held is None else decided)
         if held is not None:
             held.keep(zip((self.query, self.key), decided, strict=False), layer)
