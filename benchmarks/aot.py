@@ -72,7 +72,7 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    policy = new(9, dtype=torch.float64)
+    policy, signals = new(9, dtype=torch.float64), new(2, dtype=torch.float64)
     for dtype in (torch.bfloat16, torch.float32):  # float16 differs from bfloat16 in opcodes only
         name = str(dtype).removeprefix("torch.")
         for d_in, d_out, r, groups, tokens in (
@@ -95,7 +95,7 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for d_in, d_out, r, tokens in layers:
             W, b = new(d_out, d_in, dtype=dtype), new(d_out, dtype=dtype)
             x, I_in = new(tokens, 1, d_in, dtype=dtype), new(tokens, r, dtype=torch.int64)
-            arguments = (x, W, b, None, I_in, None, policy, None, r, True, 0.8, None)
+            arguments = (x, W, b, None, I_in, None, policy, signals, r, True, 0.8, None)
             yield f"decode {name}", lambda a=arguments: decode.launch(*a)
         for r in (4, 64):
             I_in = I_out = new(2, r, dtype=torch.int64)
@@ -105,7 +105,7 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
                 arguments = (H, b, W, I_in, I_out, core, gamma, active, clamp)
                 yield f"delta {name}", lambda a=arguments: delta.launch(*a)
             for mask in (None, new(2, 512, dtype=torch.bool), new(2, 8192, dtype=torch.bool)):
-                arguments = (W, I_in, I_out, policy, gamma, None, 0.8, mask)
+                arguments = (W, I_in, I_out, policy, gamma, signals, 0.8, mask)
                 yield f"factors {name}", lambda a=arguments: factors.launch(*a)
         for tokens, width, r in (
             (64, 3584, 4),

@@ -27,6 +27,7 @@ WARM_UP = 20
 MOST_ROUNDS = 200
 TIME_WAS_UP = "not measured: the time was up"
 REPLAYED = 1e-2  # relative error of a graph's replay
+REPLAYS, TIMED_AT_ONCE = 5, 1e-3  # of a short graph between two events, or so many seconds
 
 
 class Variant(NamedTuple):
@@ -79,9 +80,9 @@ def measure(
     timed = {base: timed[base], base + AGAIN: timed[base], **timed}
     times = interleave({n: v.call for n, v in timed.items()}, seconds, least or least_rounds())
     rows: dict[str, Row] = {}
-    for name, variant in timed.items():
-        scale = 1 / (variant.share * work)
-        rows[name] = _row([t * scale for t in times[name]], [t / work for t in times[base]])
+    seconds_of = {n: [t / (v.share * work) for t in times[n]] for n, v in timed.items()}
+    for name, found in seconds_of.items():
+        rows[name] = _row(found, seconds_of[base])
     for name, variant in variants.items():
         if isinstance(variant, str):
             rows[name] = results.empty(variant)
@@ -152,9 +153,19 @@ def graph_of(call: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def captured(variant: Variant) -> Variant | str:
-    """Return the variant as the replay of a CUDA graph, or why there is none."""
+    """Return the variant as replays of a CUDA graph, or why there is none.
+
+    Those of a short graph are several, which hide the launch of the first.
+    """
     try:
-        return variant._replace(call=graph_of(variant.call))
+        replay = graph_of(variant.call)
+        replays = max(1, min(REPLAYS, math.ceil(TIMED_AT_ONCE / max(timed(replay), 1e-9))))
+
+        def call() -> None:
+            for _ in range(replays):
+                replay()
+
+        return Variant(call, variant.share * replays)
     except AssertionError as error:
         return f"wrong: {error}"
     except Exception as error:  # a failed capture must not end the run

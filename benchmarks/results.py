@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "vps-benchmarks-1"
+VISIT = "vps-visit-1"  # of one visit to a GPU (benchmarks.gpu), whose sections hold "lines"
 AGAIN = " again"  # what the second, identical base of the A/A band is called
 
 Row = dict[str, Any]
@@ -45,7 +46,7 @@ def noise(case: Case) -> tuple[float, float] | None:
     return (row["ratio_q1"], row["ratio_q3"]) if "ratio_q1" in row else None
 
 
-def read(path: Path) -> dict[str, Section]:
+def read(path: Path, form: str = FORMAT) -> dict[str, Section]:
     """Return the sections of a file.
 
     Raises:
@@ -55,8 +56,8 @@ def read(path: Path) -> dict[str, Section]:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is no result file of {FORMAT}")
+    if not isinstance(content, dict) or content.get("format") != form:
+        raise ValueError(f"{path} is no result file of {form}")
     return content["sections"]
 
 
@@ -87,12 +88,12 @@ def merged(folder: Path, gpu: bool) -> dict[str, Section]:
     return found
 
 
-def save(path: Path, name: str, section: Section) -> None:
+def save(path: Path, name: str, section: Section, form: str = FORMAT) -> None:
     """Put one section into a file, in place of an older one of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sections = read(path) if path.exists() else {}
+    sections = read(path, form) if path.exists() else {}
     sections[name] = section
-    content = {"format": FORMAT, "sections": dict(sorted(sections.items()))}
+    content = {"format": form, "sections": dict(sorted(sections.items()))}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, path)

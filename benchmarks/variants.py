@@ -84,7 +84,7 @@ def of_layers(work: Workload, *, config: VPSConfig = CONFIG) -> dict[str, Varian
     """Make every variant, checked; a string where it cannot run, with the reason."""
     groups = len(work.inputs[0])
     found = usual(work, config)
-    found[GEMV] = _gemv(work)
+    found[GEMV] = our_gemv(work)
     found[GEMM] = "no such form: VPS takes the GEMM of torch (cuBLAS, oneDNN, MKL)"
     found[COMPILED] = _made(work, config, _compiled(config))
     blocks = len(work.linears) // work.period
@@ -206,7 +206,8 @@ def _lora(work: Workload, r: int) -> Variant | str:
     return Variant(partial(_run, layers, work.inputs)) if reason is None else reason
 
 
-def _gemv(work: Workload) -> Variant | str:
+def our_gemv(work: Workload) -> Variant | str:
+    """Make our GEMV without VPS."""
     x = work.inputs[0]
     if not x.is_cuda:
         return NO_GEMV_IN_CPP

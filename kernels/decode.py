@@ -127,7 +127,7 @@ def apply_kernel(
     row_squares_ptr,  # [d_out] or None
     column_squares_ptr,  # [N, tiles, R] or None
     policy_ptr,  # float64 [9], or [9 + R] with a factor of each column
-    entropy_ptr,  # scalar or None
+    entropy_ptr,  # float64 [2] or None
     y_ptr,  # [N, d_out]
     features_ptr,  # int64 [N, 2, R]
     core_ptr,  # [N, R, R]
@@ -262,7 +262,7 @@ def launch(
         I_out: int64 ``[N, r]``, or ``None`` to select here.
         policy: float64 ``[9]``: factor, then the bounds of γ, rank, topk and order; ``[9 + r]``
             with a factor of each column.
-        entropy: ℋ in nats, one floating element, or ``None``.
+        entropy: float64 ``[2]``, ℋ in nats or −1, and the factor of the history; or ``None``.
         r: columns, from 1 to 8.
         adaptive: whether the policy needs the energy.
         tau: bound of the component clip, a constant of the kernel, or ``None``.

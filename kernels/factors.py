@@ -99,7 +99,7 @@ def factors_kernel(
     I_out_ptr,  # int64 [G, R]
     policy_ptr,  # float64 [9], or [9 + R] with a factor of each column
     energy_ptr,  # [G] or None
-    entropy_ptr,  # scalar or None
+    entropy_ptr,  # float64 [2] or None
     mask_ptr,  # bool [G, T] or None
     features_ptr,  # int64 [G, 2, R]: I_in, I_out
     core_ptr,  # [G, R, R]
@@ -209,7 +209,7 @@ def launch(
         policy: float64 ``[9]``: factor, then the bounds of γ, rank, topk and order; ``[9 + r]``
             with a factor of each column.
         energy: ``[G]`` in the accumulation dtype; ``None`` when nothing is adaptive.
-        entropy: ℋ in nats, one floating element, or ``None``.
+        entropy: float64 ``[2]``, ℋ in nats or −1, and the factor of the history; or ``None``.
         tau: bound of ``‖A_c‖‖B_c‖``, a constant of the kernel; ``None`` for no clip.
         mask: bool ``[G, T]``, True counts; ``None`` when all do.
 

@@ -17,18 +17,20 @@ def interpolate_integer(policy_ptr, at: tl.constexpr, sigma):
 
 @triton.jit
 def decide(
-    policy_ptr,  # float64 [9 ...]: factor, bounds of γ, rank, topk, order
+    policy_ptr,  # float64 [9 ...]: a factor, bounds of γ, rank, topk, order
     energy,  # of this group, or None when nothing is adaptive
-    entropy_ptr,  # scalar, or None
+    entropy_ptr,  # [2] ℋ or −1, and the factor of the history; or None
     R: tl.constexpr,
 ):
     """Return γ in float64 and the number of active columns of one group."""
-    sigma = tl.load(policy_ptr) * 0.0
+    factor = tl.load(policy_ptr)
+    sigma = factor * 0.0
     if energy is not None:
         sigma = 1.0 - tl.exp(-energy.to(tl.float64))
         if entropy_ptr is not None:
             sigma = tl.maximum(sigma, tl.minimum(tl.load(entropy_ptr).to(tl.float64) / 3.0, 1.0))
-        sigma = tl.minimum(tl.load(policy_ptr) * sigma, 1.0)
+            factor *= tl.load(entropy_ptr + 1)
+        sigma = tl.minimum(factor * sigma, 1.0)
     low = tl.load(policy_ptr + 1)
     gamma = low + (tl.load(policy_ptr + 2) - low) * sigma
     rank = interpolate_integer(policy_ptr, 3, sigma)

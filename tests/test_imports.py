@@ -11,7 +11,7 @@ FILES = sorted((ROOT / "vps").rglob("*.py")) + sorted((ROOT / "kernels").rglob("
 
 # A room, a module or a folder of vps, may import those of its own level and of those above it here.
 LEVELS = [
-    {"reading", "packing"},
+    {"reading", "packing", "constants"},
     {"config", "reference", "masking", "files", "verify"},
     {"algorithm", "kernels"},
     {"backends"},

@@ -258,12 +258,11 @@ def prepare(
 
     ``None`` where γ is 0 whatever the input.
     """
-    factor = 1.0 if state is None else state.factor()
     (_, d_in), d_out = weights[0].widths, min(weight.widths[0] for weight in weights)
     calibrated = any(one.gamma is not None for one in layers)
     found, drawn, has_pairs = [], None, False
     for one, weight in zip(layers, weights, strict=True):
-        own = plan_for(config, one.gradient, factor, d_out, d_in, x.device, calibrated)
+        own = plan_for(config, one.gradient, d_out, d_in, x.device, calibrated)
         if own is None or own.settings.r == 0:
             return None
         drawn = own.drawn
@@ -333,7 +332,9 @@ def compute(
             if known is not None:
                 given, shared = Given(known), False
     state = plan.state
-    entropy = None if state is None or state.entropy is None else state.entropy_on(x.device)
+    entropy = None  # a CPU replays no captured graph, which must find what is set later
+    if state is not None and not (state.is_idle and x.is_cpu):
+        entropy = state.signals(x.device)
     traced = torch.compiler.is_compiling()
     if tracing.is_compiled_transform(traced) if traced else _transform_running() is not None:
         if backend is not reference_backend:
@@ -342,7 +343,7 @@ def compute(
                 plan, grouped = _reverse_only(plan, grouped)
     call = Call(
         grouped, plan.layers, counted, entropy, plan.heads, given, traced or _is_tracing(),
-        plan.config, () if state is None else state.outcomes, held,
+        plan.config, state, held,
     )  # fmt: skip
     ys, I_in = backend.run(call)
     if shared and backend is not reference_backend:

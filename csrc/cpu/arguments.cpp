@@ -104,18 +104,6 @@ void read_policy(const Tensor& tensor, int64_t r, Shape& s) {
   for (int64_t c = 0; by_column && c < r; ++c) s.columns.push_back(number(Policy::kCount + c));
 }
 
-double read_number(const char* name, const Tensor& tensor) {
-  check_plain(name, tensor);
-  check_shape(name, tensor, {});
-  switch (dtype_of(tensor)) {
-    case ScalarType::Double: return *data<double>(tensor);
-    case ScalarType::Float: return *data<float>(tensor);
-    case ScalarType::Half: return *data<Half>(tensor);
-    case ScalarType::BFloat16: return *data<BFloat16>(tensor);
-    default: fail(name, " must be floating point, got ", dtype_name(dtype_of(tensor)));
-  }
-}
-
 /// Checks rows [G, T, width], x or g, and a weight [d_out, d_in], all but the width.
 Shape check_pair(const char* rows_name, const char* width, const Tensor& rows, const char* name,
                  const Tensor& weight) {
@@ -196,7 +184,13 @@ Shape check(const Arguments& a) {
   if (a.I_in) check_indices("I_in", *a.I_in, s.groups, set.r, s.d_in);
   if (a.I_out) check_indices("I_out", *a.I_out, s.groups, set.r, s.d_out);
   read_policy(a.policy, set.r, s);
-  if (a.entropy) s.entropy = read_number("entropy", *a.entropy);
+  if (a.entropy) {
+    check_tensor("entropy", *a.entropy, ScalarType::Double, {2});
+    const double* const signals = data<double>(*a.entropy);
+    const double nats = signals[0], factor = signals[a.entropy->stride(0)];
+    if (!(nats < 0)) s.entropy = nats;
+    s.policy.factor *= factor;
+  }
   if (set.coupled && !(set.alpha > 0 && std::isfinite(set.alpha)))
     fail("alpha", " must be positive and finite, got ", set.alpha);
   if (set.tau && !(*set.tau > 0)) fail("tau", " must be positive, got ", *set.tau);

@@ -20,7 +20,7 @@ struct Arguments {
   const Optional& I_in;     // int64 [G, r]
   const Optional& I_out;    // int64 [G, r]
   const Tensor& policy;     // float64 [9], or [9 + r] with a factor of each column
-  const Optional& entropy;  // floating, one element
+  const Optional& entropy;  // float64 [2]: nats or -1, and the factor of the history
   const Optional& H;        // [G, T, d_out], contiguous
   const Optional& energy;   // float32 [G]
   const Settings settings;

@@ -26,7 +26,7 @@ struct PairArguments {
   const Optional& b_k;       // [d_k]
   const Tensor& policy;      // as of one layer
   const Optional& policy_k;  // that of the key, where it has its own
-  const Optional& entropy;   // floating, one element
+  const Optional& entropy;   // float64 [2]
   Settings of_query, of_key;
 };
 

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <sstream>
 #include <stdexcept>
 #include <tuple>
 
@@ -18,13 +17,6 @@ void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("vps::cooperative_decode: ") + what);
 }
 
-void succeed(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return;
-  std::ostringstream message;
-  message << "vps::cooperative_decode: " << call << ": " << cudaGetErrorString(status);
-  throw std::runtime_error(message.str());
-}
-
 void check(const Optional& tensor, int32_t device, ScalarType dtype,
            std::initializer_list<int64_t> sizes, const char* what) {
   if (!tensor) return;
@@ -35,33 +27,24 @@ void check(const Optional& tensor, int32_t device, ScalarType dtype,
   require(holds && tensor->is_contiguous(), what);
 }
 
-using Kernel = void (*)(Decode);
-
-/// Blocks that run at once, each with `p.rows_per_block` rows of W, and their shared memory.
-std::pair<int, size_t> plan(Kernel kernel, Decode& p, int32_t device) {
-  int processors, limit;
-  succeed(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-          "cudaDeviceGetAttribute");
-  succeed(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          "cudaDeviceGetAttribute");
-  for (const int together : {2, 1}) {
-    const int most = std::min(processors * together, (p.d_out + kWarps - 1) / kWarps);
-    p.rows_per_block = (p.d_out + most - 1) / most;
-    const size_t bytes = shared_bytes(p.d_in, p.rows_per_block, p.r);
-    if (bytes + 1024 > static_cast<size_t>(limit)) continue;  // 1 KB for the static part
-    succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(bytes)),
-            "cudaFuncSetAttribute");
-    int resident = 0;
-    succeed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, bytes),
-            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    const int blocks = (p.d_out + p.rows_per_block - 1) / p.rows_per_block;
-    if (static_cast<int64_t>(resident) * processors >= blocks) return {blocks, bytes};
+/// Makes a device current for as long as it lives, and gives the caller's back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    succeed(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) succeed(cudaSetDevice(device), "cudaSetDevice");
+    moved_ = before_ != device;
   }
-  throw std::invalid_argument(
-      "vps::cooperative_decode: weight must be small enough for x and one block's rows to fit in "
-      "shared memory");
-}
+  ~DeviceGuard() {
+    if (moved_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool moved_ = false;
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
     const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& counted,
@@ -97,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
   const bool by_column = policy.defined() && policy.dim() == 1 && policy.size(0) == kPolicy + r;
   check(policy, device, ScalarType::Double, {by_column ? kPolicy + r : kPolicy},
         "policy must be float64 [9] or [9 + r]");
-  check(entropy, device, ScalarType::Double, {}, "entropy must be a float64 scalar");
+  check(entropy, device, ScalarType::Double, {2}, "entropy must be float64 [2]");
 
   const ScalarType single = ScalarType::Float;
   Tensor y = empty({1, 1, d_out}, dtype, device);
@@ -129,31 +112,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decode(
   p.tau = tau ? static_cast<float>(*tau) : -1.0f;
   p.clamp = clamp ? static_cast<float>(*clamp) : -1.0f;
 
-  int before;
-  succeed(cudaGetDevice(&before), "cudaGetDevice");
-  if (before != device) succeed(cudaSetDevice(device), "cudaSetDevice");
-  const Kernel kernel = is_float ? decode_kernel<float>
-                        : is_half ? decode_kernel<__half>
-                                  : decode_kernel<__nv_bfloat16>;
-  const auto [blocks, bytes] = plan(kernel, p, device);
+  const DeviceGuard guard(device);
+  const void* const kernel =
+      is_float ? reinterpret_cast<const void*>(decode_kernel<float>)
+      : is_half ? reinterpret_cast<const void*>(decode_kernel<__half>)
+                : reinterpret_cast<const void*>(decode_kernel<__nv_bfloat16>);
+  const Plan found = plan(kernel, device, p.d_in, p.d_out, p.r);
+  p.rows_per_block = found.rows_per_block;
   // Scratch of this call, from torch's allocator: it belongs to this stream.
-  Tensor scratch = empty({blocks * r, 5}, single, device), energy = empty({blocks}, single, device);
-  float* floats = data<float>(scratch);
-  p.keys = reinterpret_cast<uint64_t*>(floats);
-  p.outputs = floats + 2 * blocks * r;
-  p.row_squares = floats + 3 * blocks * r;
-  p.column_squares = floats + 4 * blocks * r;
-  p.energy = data<float>(energy);
+  const int64_t blocks = found.blocks;
+  Tensor records = empty({blocks * r, sizeof(Record) / sizeof(float)}, single, device);
+  Tensor sums = empty({1 + r, blocks}, single, device);
+  p.records = reinterpret_cast<Record*>(data<float>(records));
+  p.sums = data<float>(sums);
 
   void* stream;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   void* arguments[] = {&p};
-  const cudaError_t launched =
-      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                  dim3(kThreads), arguments, bytes,
-                                  static_cast<cudaStream_t>(stream));
-  if (before != device) cudaSetDevice(before);
-  succeed(launched, "cudaLaunchCooperativeKernel");
+  succeed(cudaLaunchCooperativeKernel(kernel, dim3(found.blocks), dim3(kThreads), arguments,
+                                      found.bytes, static_cast<cudaStream_t>(stream)),
+          "cudaLaunchCooperativeKernel");
   return {y, features, core, gamma, t};
 }
 

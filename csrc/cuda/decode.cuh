@@ -1,6 +1,7 @@
 // Decode of one token in one cooperative launch: GEMV, exchange of the best r outputs over the
-// grid, update of the outputs that every block still holds in shared memory (PERFORMANCE.md, design for
-// N = 1). Plain selection, component clip or none, first order.
+// grid, update of the outputs that every block still holds in shared memory. Plain selection,
+// component clip or none, first order. Maxima are found by warps, so few barriers of the block are
+// needed; all constants of the layer are read before the barrier of the grid.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -11,13 +12,22 @@
 #include <cstdint>
 
 #include "../policy.h"
+#include "plan.h"
 
 namespace vps {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kLargestR = 8;
 constexpr int kUnroll = 4;  // 16-byte loads of W in flight a lane
+
+/// Sorts like the score, then like the lower index; nothing is {0, 0}.
+struct Candidate {
+  uint32_t score, index;  // bits of a magnitude; 2^32 - 1 less the index
+};
+
+/// One of the best r outputs of a block.
+struct alignas(16) Record {
+  Candidate candidate;
+  float output, squares;  // H[index], and the sum of squares of its row of W
+};
 
 struct Decode {
   const void* x;         // [d_in]
@@ -28,17 +38,14 @@ struct Decode {
   const int64_t* I_out;  // [r] or null to select here
   const Policy* policy;
   const double* columns;  // factor of each column [r], or null for 1 everywhere
-  const double* entropy;  // one element or null
+  const double* entropy;  // nats or -1, and the factor of the history; or null
   void* y;               // [d_out]
   int64_t* features;     // [2, r]
   float* core;           // [r, r]
   float* gamma;          // [1]
   void* t;               // [r] or null
-  uint64_t* keys;        // scratch [blocks, r]
-  float* outputs;        // scratch [blocks, r]
-  float* row_squares;    // scratch [blocks, r]
-  float* column_squares;  // scratch [blocks, r]
-  float* energy;         // scratch [blocks]
+  Record* records;       // scratch [blocks, r]
+  float* sums;           // scratch [1 + r, blocks]: energy, squares of the columns I_in of W
   int64_t row_stride;
   int d_in, d_out, rows_per_block, r;
   double inverse_width;  // 1 / d_out
@@ -46,11 +53,6 @@ struct Decode {
   float tau;    // negative for no clip
   float clamp;  // negative for no clamp
 };
-
-/// Shared memory of a block in bytes.
-__host__ __device__ inline size_t shared_bytes(int d_in, int rows_per_block, int r) {
-  return sizeof(float) * (static_cast<size_t>(d_in) + rows_per_block * (2 + r));
-}
 
 __device__ inline float widen(float v) { return v; }
 __device__ inline float widen(__half v) { return __half2float(v); }
@@ -66,45 +68,59 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2
 
 __device__ inline float magnitude(float v) { return isfinite(v) ? fabsf(v) : 0.0f; }
 
-/// Sorts like the score, then like the lower index; never 0.
-__device__ inline uint64_t key_of(float v, int index) {
-  return static_cast<uint64_t>(__float_as_uint(magnitude(v))) << 32 | (0xFFFFFFFFu - index);
+__device__ inline Candidate candidate(float v, int index) {
+  return {__float_as_uint(magnitude(v)), 0xFFFFFFFFu - index};
 }
-__device__ inline int index_of(uint64_t key) {
-  return static_cast<int>(0xFFFFFFFFu - static_cast<uint32_t>(key));
+__device__ inline int index_of(Candidate c) { return static_cast<int>(0xFFFFFFFFu - c.index); }
+__device__ inline bool above(Candidate a, Candidate b) {
+  return a.score > b.score || (a.score == b.score && a.index > b.index);
 }
 
-struct Sum {
-  template <class V>
-  __device__ V operator()(V a, V b) const { return a + b; }
-};
-struct Max {
-  template <class V>
-  __device__ V operator()(V a, V b) const { return a > b ? a : b; }
-};
+/// The best of the lanes of a warp, in every lane.
+__device__ inline Candidate best_of_warp(Candidate mine) {
+  const uint32_t score = __reduce_max_sync(~0u, mine.score);
+  return {score, __reduce_max_sync(~0u, mine.score == score ? mine.index : 0u)};
+}
 
-/// Of all threads of the block, in one fixed order, for all threads.
-template <class V, class Op>
-__device__ V reduce(V value, Op op) {
-  __shared__ V warps[kWarps];
-  for (int lane = 16; lane; lane /= 2) value = op(value, __shfl_xor_sync(~0u, value, lane));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = warps[0];
-  for (int warp = 1; warp < kWarps; ++warp) value = op(value, warps[warp]);
+/// The best below `bound` of at(i), i = start, start + step ... below count, over a warp.
+template <class At>
+__device__ Candidate best_below(Candidate bound, int start, int step, int count, At at) {
+  Candidate best{0, 0};
+  for (int i = start; i < count; i += step) {
+    const Candidate c = at(i);
+    if (above(bound, c) && above(c, best)) best = c;
+  }
+  return best_of_warp(best);
+}
+
+/// The best of the K candidates of each lane of a warp, which is struck out, in every lane. The
+/// lane that held it gets its k in *at.
+template <int K>
+__device__ Candidate take(Candidate (&mine)[K], int* at = nullptr) {
+  Candidate best = mine[0];
+#pragma unroll
+  for (int k = 1; k < K; ++k)
+    if (above(mine[k], best)) best = mine[k];
+  best = best_of_warp(best);
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (mine[k].index == best.index) {
+      mine[k] = {0, 0};
+      if (at) *at = k;
+    }
+  return best;
+}
+
+/// Over a warp in one fixed order, in every lane.
+__device__ inline float sum_of_warp(float value) {
+  for (int other = 16; other; other /= 2) value += __shfl_xor_sync(~0u, value, other);
   return value;
 }
 
-/// Largest key below `bound` among key(i), i < count.
-template <class Key>
-__device__ uint64_t best_below(uint64_t bound, int count, Key key) {
-  uint64_t best = 0;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const uint64_t k = key(i);
-    if (k < bound && k > best) best = k;
-  }
-  return reduce(best, Max());
+/// What another block wrote before the barrier of the grid.
+__device__ inline Record fetch(const Record* record) {
+  const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(record));
+  return {{bits.x, bits.y}, __uint_as_float(bits.z), __uint_as_float(bits.w)};
 }
 
 /// Row of W times x: the product in *dot and the sum of squares in *squares, in every lane.
@@ -138,127 +154,174 @@ __device__ void row_product(const T* row, const float* x, int d_in, float* dot, 
     sum = fmaf(value, x[i], sum);
     square = fmaf(value, value, square);
   }
-  for (int other = 16; other; other /= 2) {
-    sum += __shfl_xor_sync(~0u, sum, other);
-    square += __shfl_xor_sync(~0u, square, other);
-  }
-  *dot = sum;
-  *squares = square;
+  *dot = sum_of_warp(sum);
+  *squares = sum_of_warp(square);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const Decode p) {
+__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const Decode p) {
   extern __shared__ float shared[];
-  float* const x = shared;                          // [d_in]
-  float* const H = x + p.d_in;                      // [rows_per_block]
-  float* const squares = H + p.rows_per_block;      // [rows_per_block]
-  float* const columns = squares + p.rows_per_block;  // [rows_per_block, r]
-  __shared__ int I_in[kLargestR], I_out[kLargestR];
-  __shared__ float u[kLargestR], scale[kLargestR], selected[kLargestR], weight_of[kLargestR];
-  __shared__ float norm_A[kLargestR], norm_B[kLargestR];
-  const int r = p.r, block = blockIdx.x;
+  float* const x = shared;                         // [d_in]
+  float* const H = x + p.d_in;                     // [rows_per_block]
+  float* const squares = H + p.rows_per_block;     // [rows_per_block]
+  float* const bias = squares + p.rows_per_block;  // [rows_per_block]
+  float* const columns = bias + p.rows_per_block;  // [rows_per_block, r]
+  __shared__ Record survivors[kWarps * kLargestR];
+  __shared__ Policy policy;
+  __shared__ double nats;
+  __shared__ float sums[1 + kLargestR], own[kLargestR];
+  __shared__ bool counts;
+  constexpr int kSurvivors = (kWarps * kLargestR + 31) / 32;  // a lane
+  const int r = p.r, block = blockIdx.x, blocks = gridDim.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = block * p.rows_per_block;
   const int rows = max(0, min(p.rows_per_block, p.d_out - first));
   const T* const weight = static_cast<const T*>(p.weight) + first * p.row_stride;
 
   for (int i = threadIdx.x; i < p.d_in; i += kThreads)
     x[i] = widen(static_cast<const T*>(p.x)[i]);
-  __syncthreads();
-  uint64_t bound = ~0ull;
-  for (int c = 0; c < r; ++c) {
-    if (!p.I_in) bound = best_below(bound, p.d_in, [&](int i) { return key_of(x[i], i); });
-    if (threadIdx.x == 0) I_in[c] = p.I_in ? static_cast<int>(p.I_in[c]) : index_of(bound);
+  for (int row = threadIdx.x; row < rows; row += kThreads)
+    bias[row] = p.bias ? widen(static_cast<const T*>(p.bias)[first + row]) : 0.0f;
+  if (threadIdx.x < r)
+    own[threadIdx.x] = p.columns ? static_cast<float>(p.columns[threadIdx.x]) : 1.0f;
+  if (threadIdx.x == 32) {
+    policy = *p.policy;
+    if (p.entropy) policy.factor *= p.entropy[1];
+    nats = p.entropy ? p.entropy[0] : -1.0;
+    counts = !p.counted || *p.counted;
   }
   __syncthreads();
 
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < rows; row += kWarps) {
+  int I_in = lane < r && p.I_in ? static_cast<int>(p.I_in[lane]) : 0;  // of column `lane`
+  int I_out = lane < r && p.I_out ? static_cast<int>(p.I_out[lane]) : 0;
+  if (!p.I_in) {  // of the best r of each warp
+    Candidate bound{~0u, ~0u};
+    for (int c = 0; c < r; ++c) {
+      bound = best_below(bound, threadIdx.x, kThreads, p.d_in,
+                         [&](int i) { return candidate(x[i], i); });
+      if (lane == 0) survivors[warp * r + c].candidate = bound;
+    }
+    __syncthreads();
+    Candidate mine[kSurvivors];
+#pragma unroll
+    for (int k = 0; k < kSurvivors; ++k) {
+      const int at = lane + 32 * k;
+      mine[k] = at < kWarps * r ? survivors[at].candidate : Candidate{0, 0};
+    }
+    for (int c = 0; c < r; ++c) {
+      const Candidate best = take(mine);
+      if (lane == c) I_in = index_of(best);
+    }
+  }
+
+  for (int row = warp; row < rows; row += kWarps) {
     const T* const source = weight + row * p.row_stride;
+    const float column = lane < r ? widen(source[I_in]) : 0.0f;
     float dot, square;
     row_product(source, x, p.d_in, &dot, &square);
     if (lane == 0) {
       H[row] = widen(narrow<T>(dot));
       squares[row] = square;
     }
-    if (lane < r) columns[row * r + lane] = widen(source[I_in[lane]]);
+    if (lane < r) columns[row * r + lane] = column;
   }
   __syncthreads();
 
-  float energy = 0;
-  for (int row = threadIdx.x; row < rows; row += kThreads) {
-    const float size = magnitude(H[row]);
-    energy += size * size;
-  }
-  energy = reduce(energy, Sum());
-  if (threadIdx.x == 0) p.energy[block] = energy;
-  bound = ~0ull;
-  for (int c = 0; c < r; ++c) {
-    float square = 0;
-    for (int row = threadIdx.x; row < rows; row += kThreads)
-      square += columns[row * r + c] * columns[row * r + c];
-    square = reduce(square, Sum());
-    if (!p.I_out)
-      bound = best_below(bound, rows, [&](int i) { return key_of(H[i], first + i); });
-    if (threadIdx.x == 0) {
-      const int64_t at = static_cast<int64_t>(block) * r + c;
-      p.column_squares[at] = square;
-      p.keys[at] = p.I_out ? 0 : bound;
-      const int row = (p.I_out ? static_cast<int>(p.I_out[c]) : index_of(bound)) - first;
-      const bool mine = row >= 0 && row < rows && (p.I_out || bound);
-      p.outputs[at] = mine ? H[row] : 0.0f;
-      p.row_squares[at] = mine ? squares[row] : 0.0f;
+  for (int c = warp - 1; c < r; c += kWarps) {  // a sum a warp
+    float sum = 0;
+    for (int row = lane; row < rows; row += 32) {
+      const float value = c < 0 ? magnitude(H[row]) : columns[row * r + c];
+      sum += value * value;
     }
+    sum = sum_of_warp(sum);
+    if (lane == 0) p.sums[static_cast<int64_t>(1 + c) * blocks + block] = sum;
+  }
+  if (warp == kWarps - 1) {
+    Record* const records = p.records + static_cast<int64_t>(block) * r;
+    Candidate bound{~0u, ~0u}, chosen{0, 0};
+    int row = I_out - first;
+    for (int c = 0; c < r && !p.I_out; ++c) {
+      bound = best_below(bound, lane, 32, rows,
+                         [&](int i) { return candidate(H[i], first + i); });
+      if (lane == c) chosen = bound, row = index_of(bound) - first;
+    }
+    const bool mine = row >= 0 && row < rows && (p.I_out || chosen.index);
+    if (lane < r) records[lane] = {chosen, mine ? H[row] : 0.0f, mine ? squares[row] : 0.0f};
   }
   cooperative_groups::this_grid().sync();
 
-  const int blocks = gridDim.x;
-  energy = 0;
-  for (int i = threadIdx.x; i < blocks; i += kThreads) energy += p.energy[i];
-  energy = reduce(energy, Sum());
-  bound = ~0ull;
-  for (int c = 0; c < r; ++c) {
-    float square = 0;
-    for (int i = threadIdx.x; i < blocks; i += kThreads)
-      square += p.column_squares[static_cast<int64_t>(i) * r + c];
-    square = reduce(square, Sum());
-    if (!p.I_out) bound = best_below(bound, blocks * r, [&](int i) { return p.keys[i]; });
-    const int feature = p.I_out ? static_cast<int>(p.I_out[c]) : index_of(bound);
-    const int owner = feature / p.rows_per_block;
-    for (int slot = threadIdx.x; slot < r; slot += kThreads) {
-      const int64_t at = static_cast<int64_t>(owner) * r + slot;
-      if (p.I_out ? slot == c : p.keys[at] == bound) {
-        I_out[c] = feature;
-        selected[c] = p.outputs[at];
-        norm_A[c] = sqrtf(p.row_squares[at]);
-        norm_B[c] = sqrtf(square);
+  for (int c = warp - 1; c < r; c += kWarps) {
+    float sum = 0;
+    for (int i = lane; i < blocks; i += 32)
+      sum += __ldcg(p.sums + static_cast<int64_t>(1 + c) * blocks + i);
+    sum = sum_of_warp(sum);
+    if (lane == 0) sums[1 + c] = sum;
+  }
+  float output = 0, square = 0;  // of the output of column `lane`
+  if (p.I_out) {
+    if (lane < r) {
+      const Record found = fetch(p.records + static_cast<int64_t>(I_out / p.rows_per_block) * r + lane);
+      output = found.output, square = found.squares;
+    }
+    __syncthreads();
+  } else {
+    Record found[kRecords];
+    Candidate mine[kRecords];
+#pragma unroll
+    for (int k = 0; k < kRecords; ++k) {
+      const int at = threadIdx.x + k * kThreads;
+      found[k] = at < blocks * r ? fetch(p.records + at) : Record{};
+      mine[k] = found[k].candidate;
+    }
+    for (int c = 0; c < r; ++c) {
+      const Candidate best = take(mine);
+      if (!best.index && lane == 0) survivors[warp * r + c] = {};
+#pragma unroll
+      for (int k = 0; k < kRecords; ++k)
+        if (best.index && found[k].candidate.index == best.index)
+          survivors[warp * r + c] = found[k];
+    }
+    __syncthreads();
+    Candidate last[kSurvivors];
+#pragma unroll
+    for (int k = 0; k < kSurvivors; ++k) {
+      const int at = lane + 32 * k;
+      last[k] = at < kWarps * r ? survivors[at].candidate : Candidate{0, 0};
+    }
+    for (int c = 0; c < r; ++c) {
+      int at = -1;
+      const Candidate best = take(last, &at);
+      const uint32_t slot = __reduce_max_sync(~0u, at < 0 ? 0u : 1u + lane + 32 * at);
+      if (lane == c && slot) {
+        I_out = index_of(best);
+        output = survivors[slot - 1].output, square = survivors[slot - 1].squares;
       }
     }
   }
-  __syncthreads();
 
   Decision decision{};  // of a token that does not count
-  if (!p.counted || *p.counted)
-    decision =
-        decide(*p.policy, p.entropy, p.adaptive ? energy * p.inverse_width : 0.0, r, false);
+  if (counts)
+    decision = decide(policy, nats < 0 ? nullptr : &nats,
+                      p.adaptive ? sums[0] * p.inverse_width : 0.0, r, false);
   const double gamma = decision.gamma;
   const int active = static_cast<int>(decision.active);
-  if (threadIdx.x < r) {
-    const int c = threadIdx.x;
-    const float s = p.tau < 0 ? 1.0f : norm_A[c] * norm_B[c] / p.tau;
-    scale[c] = s <= 1.0f ? 1.0f : s;
-    const float factor = p.clamp < 0 ? static_cast<float>(gamma) : 1.0f;
-    const float own = p.columns ? static_cast<float>(p.columns[c]) : 1.0f;
-    weight_of[c] = c < active ? own / scale[c] : 0.0f;
-    u[c] = c < active ? selected[c] * weight_of[c] * factor : 0.0f;
+  float weight_of = 0, mine = 0;
+  if (lane < active) {
+    const float s = p.tau < 0 ? 1.0f : sqrtf(square) * sqrtf(sums[1 + lane]) / p.tau;
+    weight_of = own[lane] / (s <= 1.0f ? 1.0f : s);
+    mine = output * weight_of * (p.clamp < 0 ? static_cast<float>(gamma) : 1.0f);
   }
-  __syncthreads();
-
+  float u[kLargestR];
+#pragma unroll
+  for (int c = 0; c < kLargestR; ++c) u[c] = __shfl_sync(~0u, mine, c);
   for (int row = threadIdx.x; row < rows; row += kThreads) {
     float base = H[row];
-    if (p.bias) base += widen(static_cast<const T*>(p.bias)[first + row]);
+    if (p.bias) base += bias[row];
     if (gamma != 0) {
       float delta = 0;
-      for (int c = 0; c < active; ++c) delta = fmaf(u[c], columns[row * r + c], delta);
+#pragma unroll
+      for (int c = 0; c < kLargestR; ++c)
+        if (c < active) delta = fmaf(u[c], columns[row * r + c], delta);
       if (p.clamp >= 0) {
         delta = delta > p.clamp ? p.clamp : delta < -p.clamp ? -p.clamp : delta;
         delta *= static_cast<float>(gamma);
@@ -269,11 +332,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const Decode p) {
   }
   if (block == 0 && threadIdx.x < r) {
     const int c = threadIdx.x;
-    p.features[c] = I_in[c];
-    p.features[r + c] = I_out[c];
-    for (int j = 0; j < r; ++j)
-      p.core[j * r + c] = j == c ? weight_of[c] : 0.0f;
-    if (p.t) static_cast<T*>(p.t)[c] = narrow<T>(c < active ? selected[c] : 0.0f);
+    p.features[c] = I_in;
+    p.features[r + c] = I_out;
+    for (int j = 0; j < r; ++j) p.core[j * r + c] = j == c ? weight_of : 0.0f;
+    if (p.t) static_cast<T*>(p.t)[c] = narrow<T>(c < active ? output : 0.0f);
     if (c == 0) *p.gamma = static_cast<float>(gamma);
   }
 }

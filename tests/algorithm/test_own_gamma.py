@@ -66,15 +66,25 @@ def test_layers_of_a_model_do_not_compile_anew():
 def test_a_layer_keeps_what_it_passes_on():
     """One tensor for one policy, so that a call costs no more than with the config's γ."""
     config = VPSConfig()
-    plan = plan_for(config, False, 1.0, 30, 24, torch.device("cpu"), True)
+    plan = plan_for(config, False, 30, 24, torch.device("cpu"), True)
     gamma = LayerGamma([0.1, 0.2, 0.3, 0.4])
     assert plan.numbers(gamma) is plan.numbers(gamma)
     with torch.inference_mode():
         fresh = LayerGamma(0.3)
         assert plan.numbers(fresh) is plan.numbers(fresh)
     assert not plan.numbers(fresh).is_inference()
-    other = plan_for(config, False, 1.3, 30, 24, torch.device("cpu"), True)
-    assert other.numbers(gamma)[0] == 1.3 and plan.numbers(gamma)[0] == 1.0
+    other = plan_for(config.replace(rank=3), False, 30, 24, torch.device("cpu"), True)
+    assert other.numbers(LayerGamma(0.3))[3] == 3 and plan.numbers(gamma)[3] == 1
+    address = plan.numbers(gamma).data_ptr()
+    gamma.set([0.4, 0.3, 0.2, -0.1])
+    assert gamma.plain() == [0.4, 0.3, 0.2, -0.1] == plan.numbers(gamma)[9:].tolist()
+    assert plan.numbers(gamma).data_ptr() == address
+    fresh.set(torch.tensor(-0.7))
+    assert plan.numbers(fresh)[1:3].tolist() == [float(torch.tensor(-0.7))] * 2
+    with pytest.raises(ValueError, match="gamma must hold 4, got 3"):
+        gamma.set([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="gamma of 0 leaves its layer plain"):
+        LayerGamma(0.0).set(1.0)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ def call(data, config, mask=None, entropy=None, outcomes=(), gradient=False, **f
     d_out, d_in = data.W.shape
     state = policy.PolicyState()
     state.outcomes = tuple(outcomes)
-    numbers = torch.tensor(policy.bounds(config, state.factor()), dtype=torch.float64)
+    state.set_entropy(entropy)
+    numbers = torch.tensor(policy.bounds(config), dtype=torch.float64)
     settings = policy.settings(config, gradient, d_in, d_out)
-    entropy = None if entropy is None else torch.tensor(entropy)
+    entropy = state.signals(numbers.device)
     I_in, I_out = features.get("I_in"), features.get("I_out")
     with torch.no_grad():
         out = torch.ops.vps.linear(

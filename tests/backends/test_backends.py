@@ -165,7 +165,7 @@ def test_triton_decodes_under_a_mask_in_its_own_kernels(backend, groups, monkeyp
     expected = reference.vps_linear(
         x.double(), W.double(), b.double(), config=VPSConfig(), mask=mask
     ).y
-    plan = functional.plan_for(VPSConfig(), False, 1.0, 40, 24, x.device)
+    plan = functional.plan_for(VPSConfig(), False, 40, 24, x.device)
     inputs = Inputs(x, W, b, mask, None, None, plan.numbers(None), None)
     monkeypatch.setattr(triton_backend.F, "linear", lambda *_: pytest.fail("a product of torch"))
     monkeypatch.setattr(torch, "stack", lambda *_: pytest.fail("features are copied"))

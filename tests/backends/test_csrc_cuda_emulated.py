@@ -12,39 +12,46 @@ import numpy
 import pytest
 import torch
 
+from benchmarks.shapes import MODELS
 from vps import VPSConfig, reference
 from vps.algorithm import policy
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).with_name("emulator")
+PROCESSORS = 132  # of the GPU in emulator.h
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory):
+def compiled(tmp_path_factory):
+    """A function that compiles a program of the emulator."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not on PATH")
     folder = tmp_path_factory.mktemp("emulator")
-    source = (ROOT / "csrc/cuda/decode.cuh").read_text()
-    for old, new in (
-        ("extern __shared__ float shared[];", "float* const shared = emulated_shared;"),
-        ("constexpr int kThreads = 512;", "constexpr int kThreads = kEmulatedThreads;"),
-    ):
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    (folder / "decode.cuh").write_text(source)
-    line = [compiler, "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-Wno-tsan", "-pthread"]
-    line += [
-        f"-I{folder}",
-        f"-I{ROOT / 'csrc/cuda'}",
-        f"-I{EMULATOR}",
-        str(EMULATOR / "run.cpp"),
-        "-o",
-        str(folder / "run"),
-    ]
-    built = subprocess.run(line, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return folder / "run"
+
+    def compile(name, **changes):
+        for file in ("decode.cuh", "plan.h"):
+            source = (ROOT / "csrc/cuda" / file).read_text()
+            for old, new in changes.get(file.split(".")[0], ()):
+                assert source.count(old) == 1
+                source = source.replace(old, new)
+            (folder / file).write_text(source)
+        line = [compiler, "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-Wno-tsan", "-pthread"]
+        line += [f"-I{path}" for path in (folder, ROOT / "csrc/cuda", EMULATOR)]
+        program = folder / name
+        line += [str(EMULATOR / f"{name}.cpp"), "-o", str(program)]
+        built = subprocess.run(line, capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        return program
+
+    return compile
+
+
+@pytest.fixture(scope="session")
+def program(compiled):
+    shared = "extern __shared__ float shared[];", "float* const shared = emulated_shared;"
+    threads = "constexpr int kThreads = 512;", "constexpr int kThreads = kEmulatedThreads;"
+    return compiled("run", decode=[shared], plan=[threads])
 
 
 def bytes_of(tensor):
@@ -63,22 +70,23 @@ def run(
     I_out=None,
     columns=None,
     counted=None,
+    seed=0,
 ):
     d_out, d_in = W.shape
     settings = policy.settings(config, False, d_in, d_out)
     rows = -(-d_out // blocks)
     header = struct.pack(
-        "14i2f",
+        "15i2f",
         x.element_size(), x.dtype == torch.bfloat16, blocks, rows, d_in, d_out, settings.r,
         settings.adaptive, b is not None, I_in is not None, I_out is not None, entropy is not None,
-        columns is not None, counted is not None,
+        columns is not None, counted is not None, seed,
         -1.0 if config.tau is None else config.tau, -1.0 if config.clamp is None else config.clamp,
     )  # fmt: skip
-    numbers = torch.tensor(policy.bounds(config, 1.0), dtype=torch.float64)
+    numbers = torch.tensor(policy.bounds(config), dtype=torch.float64)
     if columns is not None:  # γ itself is 1 then
         numbers = policy.LayerGamma(columns).in_policy(numbers, settings.r)
         numbers, columns = numbers[: policy.NUMBERS], numbers[policy.NUMBERS :]
-    ticks = None if entropy is None else torch.tensor([entropy], dtype=torch.float64)
+    ticks = None if entropy is None else torch.tensor([entropy, 1.3], dtype=torch.float64)
     parts = [x.reshape(-1), W, b, I_in, I_out, numbers, ticks, columns, counted]
     done = subprocess.run(
         [program], input=header + b"".join(map(bytes_of, parts)), capture_output=True, timeout=120
@@ -114,7 +122,10 @@ def test_equals_the_reference(program, settings, d_in, d_out, blocks, dtype):
     W = torch.randint(-1, 2, (d_out, d_in), generator=generator).double()
     b = torch.randint(-3, 4, (d_out,), generator=generator).double()
     for bias, entropy in ((b, 0.7), (None, None))[: 1 if settings else 2]:
-        expected = reference.vps_linear(x, W, bias, config=config, entropy=entropy)
+        outcomes = () if entropy is None else (True,)
+        expected = reference.vps_linear(
+            x, W, bias, config=config, entropy=entropy, outcomes=outcomes
+        )
         group = expected.groups[0]
         narrow = [None if t is None else t.to(dtype) for t in (x, W, bias)]
         y, features, core, gamma = run(program, *narrow, config, blocks, entropy)
@@ -176,3 +187,55 @@ def test_non_finite_outputs_are_never_preferred(program):
     y, features, _, gamma = run(program, x, W, None, VPSConfig(tau=None), 2)
     assert features[0].tolist()[:3] == [0, 1, 3] and gamma.isfinite()
     assert not y.isfinite().any()  # every output reads inf or inf · 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"adaptive_rank": False, "rank": 8}])
+def test_no_order_of_the_blocks_changes_a_bit(program, settings):
+    """With ties between blocks; r up to 8, where warps merge more than one record a lane."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (1, 1, 40), generator=generator).float()
+    W = torch.randint(-1, 2, (80, 40), generator=generator).float()
+    config = VPSConfig(**settings)
+    expected = reference.vps_linear(x.double(), W.double(), config=config)
+    rank, first = expected.groups[0].rank, None
+    for seed, blocks in ((1, 5), (2, 5), (3, 12)):
+        found = run(program, x, W, None, config, blocks, seed=seed)
+        if blocks == 5:
+            first = first or found
+            assert all(map(torch.equal, found, first))
+        assert found[1][1, :rank].tolist() == expected.groups[0].I_out[:rank].tolist()
+        assert (found[0] - expected.y.flatten()).norm() <= 1e-6 * expected.y.norm()
+
+
+@pytest.fixture(scope="session")
+def plans(compiled):
+    """A function that plans shapes ``(registers, d_in, d_out, r)`` for an H100, by two threads."""
+    program = compiled("plan")
+
+    def plan(shapes):
+        lines = "\n".join(" ".join(map(str, shape)) for shape in shapes)
+        done = subprocess.run([program], input=lines, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+        return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+
+    return plan
+
+
+def test_every_processor_has_its_share_of_the_rows(plans):
+    """Two blocks run on each where x fits twice into its shared memory."""
+    shapes = {shape for model in MODELS.values() for shape in model.projections().values()}
+    asked = [(64, *shape, r) for shape in sorted(shapes) for r in (1, 4, 8)]
+    for (_, d_in, d_out, r), (blocks, rows, size) in zip(asked, plans(asked), strict=True):
+        assert (blocks - 1) * rows < d_out <= blocks * rows and blocks * r <= 5 * 512
+        together = -(-blocks // PROCESSORS)
+        assert together == 2 or 8 * d_in + 3 * 2**12 > 228 * 2**10 or d_out < 1000
+        assert -(-d_out // PROCESSORS) / (together * rows) >= 0.9
+        if d_out > 1000:
+            assert d_out / (PROCESSORS * together * rows) >= 0.9
+        assert size == 4 * (d_in + rows * (3 + r))
+
+
+def test_registers_for_one_block_alone_are_told(plans):
+    """What 72 registers would do: half as many threads on each processor."""
+    (two, *_), (one, *_) = plans([(64, 3584, 3584, 4), (72, 3584, 3584, 4)])
+    assert two == 256 and one == 128

@@ -20,6 +20,7 @@ from torch import nn
 
 import vps
 from vps import VPSConfig, VPSLinear
+from vps.algorithm.policy import LayerGamma
 from vps.functional import Projection, coupled_vps_linear
 
 pytestmark = [
@@ -62,9 +63,10 @@ def test_float32_equals_the_reference(block):
         assert relative_error(y, reference_of(wide).y) <= 1e-6, seed
 
 
-def test_coupled_float32_equals_the_reference():
+@pytest.mark.parametrize("block", range(10))
+def test_coupled_float32_equals_the_reference(block):
     torch.backends.cuda.matmul.allow_tf32 = False
-    for seed in range(100):
+    for seed in range(block * 10, block * 10 + 10):
         case, wide = coupled_in_float32(coupled_case(seed))
         ys = sharpened_pair(on_gpu(case))
         for y, result in zip(ys, reference_of_pair(wide), strict=True):
@@ -130,6 +132,33 @@ def test_graph_capture_replays_with_new_input(settings, tokens):
     graph.replay()
     expected = layer(fresh)
     assert torch.equal(outputs[0], expected) and torch.equal(outputs[1], expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@torch.no_grad()
+def test_a_replay_follows_entropy_history_and_gamma(tokens):
+    """They are read where they lie, so no graph is captured anew."""
+    layer, x = layer_and_input(tokens=tokens)
+    layer.gamma = gamma = LayerGamma([0.4, 0.3, 0.2, 0.1], x.device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = layer(x)
+    for change in (
+        lambda: layer.state.set_entropy(torch.tensor(2.5, device="cuda")),
+        lambda: layer.state.record(True),
+        lambda: layer.state.set_entropy(0.1),
+        lambda: gamma.set([-0.3, 0.2, 0.5, -0.1]),
+        layer.state.reset,
+    ):
+        change()
+        graph.replay()
+        assert torch.equal(output, layer(x.clone()))
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

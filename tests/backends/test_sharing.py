@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import types
 
 import pytest
 import torch
@@ -156,3 +157,53 @@ def test_nothing_of_a_functional_transform_is_kept(backend):
             parameters
         )
         torch.testing.assert_close(y, torch.stack([layer(x) for layer in models]))
+
+
+@torch.no_grad()
+def test_a_capture_shares_with_itself_alone(counted_calls, monkeypatch):
+    """What a graph selects is made anew at each replay, so no other graph and no call reads it."""
+    first, second = layers(2)
+    x, order = torch.randn(2, 5, 9), [(7, 0)]
+    state = sharing._state
+    monkeypatch.setattr(sharing, "_state", lambda *tensors: (*state(*tensors), *order[0]))
+
+    def selections(*new):
+        order[0] = new
+        before = len(counted_calls)
+        for layer in (first, second, first):
+            assert torch.equal(layer(x), alone_in_torch(layer, x))
+        return len(counted_calls) - before
+
+    def alone_in_torch(layer, x):
+        kept, sharing._LAST.selection = sharing._LAST.selection, None
+        calls = len(counted_calls)
+        y = layer(x.clone())
+        del counted_calls[calls:]
+        sharing._LAST.selection = kept
+        return y
+
+    for new in ((7, 0), (7, 1), (7, 2), (8, 2), (7, 0)):
+        assert selections(*new) == 1, new
+
+
+def test_a_capture_has_a_number(monkeypatch):
+    """As the driver gives it; without one nothing is shared."""
+    x = types.SimpleNamespace(device="cuda:0")
+    stream = types.SimpleNamespace(cuda_stream=7)
+    capturing, code = [False], [0]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+
+    def driver(handle, status, number, *others):
+        assert handle.value == 7 and others == (None, None, None)
+        status._obj.value, number._obj.value = 1, 2**40 + 3
+        return code[0]
+
+    monkeypatch.setattr(sharing, "_driver", lambda: driver)
+    assert sharing._order(x) == (7, 0)
+    capturing[0] = True
+    assert sharing._order(x) == (7, 2**40 + 3)
+    code[0] = 1
+    assert sharing._order(x) is None
+    monkeypatch.setattr(sharing, "_driver", lambda: None)
+    assert sharing._order(x) is None

@@ -55,7 +55,10 @@ def agree(given, eps):
 def test_agrees_with_the_general_way(dtype, tokens, shape):
     torch.manual_seed(0)
     x, W = torch.randn(1, tokens, shape[1]).to(dtype), torch.randn(*shape).to(dtype)
-    extras = {"biases": [torch.randn(shape[0]).to(dtype)], "entropy": torch.tensor(1.7)}
+    extras = {
+        "biases": [torch.randn(shape[0]).to(dtype)],
+        "entropy": torch.tensor([1.7, 1.3]).double(),
+    }
     for given in ({}, extras):
         for config in (CONFIG, VPSConfig(tau=None), CONFIG.replace(adaptive_gamma=False)):
             agree(call(x, W, config=config, factor=1.3, **given), torch.finfo(dtype).eps)

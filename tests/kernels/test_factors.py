@@ -5,7 +5,7 @@ import torch
 from cases import FAR
 
 pytest.importorskip("triton")
-from vps import VPSConfig, reference
+from vps import PolicyState, VPSConfig, reference
 from vps.kernels import factors
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -58,7 +58,7 @@ def test_factors(device, dtype, d_in, d_out, groups, r):
     )
     assert torch.equal(selected, torch.stack([I_in, I_out], 1))
     decisions = [reference.decide(VPSConfig(), float(E), None, ()) for E in energy]
-    accuracy = 1e-12 if dtype == torch.float64 else 1e-6
+    accuracy = 1e-12 if dtype == torch.float64 else 3e-6
     assert active.tolist() == [min(r, decision[1]) for decision in decisions]
     assert core.dtype == gamma.dtype == accumulate
     strength = torch.tensor([decision[2] for decision in decisions], dtype=torch.float64)
@@ -79,10 +79,12 @@ def test_policy(device, entropy, outcomes):
     W = torch.ones(70, 70, device=device)
     I_in, I_out = selections(7, 9, 70, 70, device)
     config = VPSConfig(adaptive_topk=True, topk_bounds=(2, 6), rank_bounds=(1, 8))
-    factor = 1.3 if outcomes == (True,) else 0.7 if outcomes else 1.0
-    policy = numbers(device, [factor, 0.3, 0.8, 1, 8, 2, 6, 1, 1])
-    nats = None if entropy is None else torch.tensor(entropy, device=device)
-    _, core, gamma, active = factors.launch(W, I_in, I_out, policy, energy, nats, None, None)
+    policy = numbers(device, [1.0, 0.3, 0.8, 1, 8, 2, 6, 1, 1])
+    state = PolicyState()
+    state.set_entropy(entropy)
+    state.outcomes = outcomes
+    signals = state.signals(W.device)
+    _, core, gamma, active = factors.launch(W, I_in, I_out, policy, energy, signals, None, None)
     for g in range(7):
         _, rank, strength, topk, _ = reference.decide(config, float(energy[g]), entropy, outcomes)
         assert active[g] == min(rank, topk)
@@ -123,7 +125,7 @@ def test_strides(device):
         )
         assert torch.equal(selected, torch.stack([left, I_out], 1))
         expected = expected_core(weight, left, I_out, active, 0.8)
-        torch.testing.assert_close(core.double().cpu(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(core.double().cpu(), expected, rtol=3e-6, atol=0)
     assert torch.equal(plain[3], active)
 
 

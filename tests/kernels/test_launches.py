@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import torch
 from tiny import tiny
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import vps
-from vps.backends import operator, triton
+from vps.backends import operator, sharing, triton
 from vps.backends.call import Outputs
 from vps.model import attention_mask
 from vps.model.patching import sharpened_layers
@@ -75,9 +75,15 @@ def model(monkeypatch, request):
     return model
 
 
+@pytest.mark.parametrize("capture", [None, 3])
 @pytest.mark.parametrize("sequences", [1, 3])
 @torch.no_grad()
-def test_decoding_takes_nineteen(model, monkeypatch, sequences):
+def test_decoding_takes_nineteen(model, monkeypatch, sequences, capture):
+    """Eager, and in a captured graph, where layers of one x share a selection as well."""
+    if capture is not None:
+        state = sharing._state
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(sharing, "_state", lambda *tensors: (*state(*tensors), 7, capture))
     ids = torch.arange(5 * sequences).view(sequences, 5)
     with vps.backend("triton"):
         past = model(ids, attention_mask=torch.ones_like(ids)).past_key_values
@@ -141,3 +147,57 @@ def test_after_its_prompt_a_layer_takes_one(model, monkeypatch, sequences, token
         for first in ("q_proj", "o_proj", "gate_proj", "down_proj"):
             expected[first] += Counter(edit_kernel=1)
     assert counted.found == expected
+
+
+WAITS = {"_local_scalar_dense", "_to_copy", "lift_fresh", "nonzero", "is_nonzero"}
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuse what copies between host and device on a GPU, or waits for one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in WAITS and "linalg" not in name, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["sequence", "token"], indirect=True)
+@torch.no_grad()
+def test_nothing_is_copied_from_the_host_after_the_first_call(model, monkeypatch):
+    """Also with another entropy, history or γ, so that a graph can be captured and replayed."""
+    from triton.runtime.interpreter import GridExecutor
+
+    state, layers = vps.policy_state(model), list(sharpened_layers(model).values())
+    run = GridExecutor.__call__
+
+    def unseen(kernel, *arguments, **options):  # the interpreter itself copies
+        with _disable_current_modes():
+            return run(kernel, *arguments, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", unseen)
+    ids = torch.arange(6).view(2, 3)
+    state.set_entropy(0.5)
+
+    def look():
+        for tokens in (ids, ids[:, :1]):
+            x = model.model.embed_tokens(tokens)
+            for layer in layers:
+                layer(x[..., : layer.widths[1]] if layer.widths[1] <= x.shape[-1] else wide)
+
+    wide = torch.randn(2, 1, layers[-1].widths[1])
+    with vps.backend("triton"):
+        look()
+        changes = (
+            lambda: None,
+            lambda: state.set_entropy(1.5),
+            lambda: state.record(True),
+            lambda: state.set_entropy(None),
+            lambda: [
+                setattr(layer, "gamma", vps.algorithm.policy.LayerGamma(0.3)) for layer in layers
+            ],
+            lambda: layers[0].gamma.set(-0.2),
+        )
+        for change in changes:
+            change()
+            with NothingFromTheHost():
+                look()

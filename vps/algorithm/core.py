@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vps.algorithm import policy, selection
-from vps.algorithm.constants import constant
 from vps.algorithm.policy import Settings
 from vps.algorithm.weight import Products
+from vps.constants import constant
 
 SQUARINGS = 30
 
@@ -48,7 +48,8 @@ def build(
         numbers: float64 ``[9]`` as :func:`vps.algorithm.policy.bounds` returns them, or ``[9 + r]``
             with a factor for each column.
         energy: ``[G]``; ``None`` when nothing is adaptive.
-        entropy: ℋ in nats, one element, or ``None``.
+        entropy: ℋ in nats, or −1 where none is set, and the factor of the history, float64
+            ``[2]`` (:meth:`PolicyState.signals`); ``None`` for neither.
         mask: bool ``[G, T]``, True counts; ``None`` when all count.
         settings: the settings of the layer.
     """

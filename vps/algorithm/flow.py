@@ -104,7 +104,8 @@ def sharpen(
         x: ``[G, T, d_in]``, G groups of T tokens that share a selection.
         layers: one layer, or query and key.
         mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all count.
-        entropy: ℋ in nats, one element, or ``None``.
+        entropy: ℋ in nats, or −1 where none is set, and the factor of the history, float64
+            ``[2]`` (:meth:`PolicyState.signals`); ``None`` for neither.
         heads: query and key-value heads, with two layers.
         given: what is decided already.
         products: H of each layer, ``[G, T, d_out]``, if it is known.

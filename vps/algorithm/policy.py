@@ -9,65 +9,134 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vps.algorithm import constants, selection
-from vps.algorithm.constants import constant
+from vps import constants
+from vps.algorithm import selection, tracing
+from vps.algorithm.settings import Settings, bounds, settings
 from vps.config import VPSConfig
+from vps.constants import constant
 
 NUMBERS = 9  # numbers of the policy; factors of the columns may follow them
 HISTORY = 5
 FLOOR_GUARD = 2.0**-20
-# The clips that compiled backends know, by their numbers in csrc/settings.h.
-CLIPS = ("component", "spectral")
+NO_ENTROPY = -1.0  # below every σ, so it raises none
+_CPU = torch.device("cpu")
 
 
 class PolicyState:
     """The entropy and improvement history that all layers of a model share.
 
-    Set it between forward passes; the layers read it without a copy from the device.
+    On each device the layers read both in one small tensor (:meth:`signals`). It is written in
+    place, in the order of the current stream, and never replaced: setting either waits for nothing,
+    and a captured CUDA graph replays with the values of the day.
     """
 
     def __init__(self) -> None:
-        self.entropy: Tensor | None = None
-        self.outcomes: tuple[bool, ...] = ()
+        self._outcomes: tuple[bool, ...] = ()
+        self._nats: float | None = NO_ENTROPY  # None where only a device knows it
+        self._home = _CPU  # where it was set
+        self._is_elsewhere = False  # than on the CPU
+        self.is_idle = True  # as if there were no state
+        self._signals: dict[torch.device, Tensor] = {}
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """ℋ in nats, a copy in float64 where it was set, or ``None``."""
+        if self._nats is None:
+            return self._signals[self._home][0].clone()
+        return None if self._nats < 0 else torch.tensor(self._nats, dtype=torch.float64)
+
+    @entropy.setter
+    def entropy(self, nats: float | Tensor | None) -> None:
+        self.set_entropy(nats)
+
+    @property
+    def outcomes(self) -> tuple[bool, ...]:
+        """The last five outcomes, oldest first."""
+        return self._outcomes
+
+    @outcomes.setter
+    def outcomes(self, outcomes: tuple[bool, ...]) -> None:
+        self._outcomes = outcomes[-HISTORY:]
+        factor = self.factor()
+        for signals in list(self._signals.values()):
+            signals[1].fill_(factor)
+        self._settle()
 
     def set_entropy(self, nats: float | Tensor | None) -> None:
         """Set ℋ, the entropy of the next-token softmax.
 
         Args:
             nats: entropy in nats, at least 0, as a number or a tensor of one element. A tensor
-                stays on its device, unchecked. ``None`` forgets the entropy.
+                is not checked, and one on a GPU is not waited for. ``None`` forgets the entropy.
 
         Raises:
             TypeError: ``nats`` is neither a number nor a tensor.
             ValueError: a negative or infinite number, NaN, or a tensor of several elements.
         """
+        found: float | Tensor
         if nats is None:
-            self.entropy = None
-            return
-        if isinstance(nats, Tensor):
+            found = NO_ENTROPY
+        elif isinstance(nats, Tensor):
             if nats.numel() != 1:
                 raise ValueError(
                     f"set_entropy: nats must hold one element, got shape {tuple(nats.shape)}"
                 )
-            with torch.inference_mode(False):  # a tensor of that mode is of no use outside it
-                self.entropy = nats.detach().reshape(()).clone()
-            return
-        if isinstance(nats, bool) or not isinstance(nats, (int, float)):
+            found = float(nats) if nats.is_cpu else nats.detach().reshape(())
+        elif isinstance(nats, bool) or not isinstance(nats, (int, float)):
             raise TypeError(f"set_entropy: nats must be a number, got {type(nats).__name__}")
-        if not 0 <= nats < float("inf"):
+        elif not 0 <= nats < float("inf"):
             raise ValueError(f"set_entropy: nats must be finite and at least 0, got {nats!r}")
-        self.entropy = torch.tensor(float(nats), dtype=torch.float64)
+        else:
+            found = float(nats)
+        if isinstance(found, Tensor):
+            self.signals(found.device)
+            self._nats, self._home, self._is_elsewhere = None, found.device, True
+            for device, signals in list(self._signals.items()):
+                if device != _CPU:  # which would wait for it; it gets ℋ when a layer there asks
+                    signals[0].copy_(found)
+        else:
+            self._nats, self._home, self._is_elsewhere = found, _CPU, False
+            for signals in list(self._signals.values()):
+                signals[0].fill_(found)
+        self._settle()
 
-    def entropy_on(self, device: torch.device) -> Tensor | None:
-        """Return the entropy on ``device``; it is moved there once."""
-        if self.entropy is not None and self.entropy.device != device:
-            self.entropy = self.entropy.to(device)
-        return self.entropy
+    def _settle(self) -> None:
+        """Note whether anything is set; if so, make its place on the CPU, before a compiler can."""
+        self.is_idle = self._nats == NO_ENTROPY and self.factor() == 1
+        if not self.is_idle and not self._is_elsewhere:
+            self.signals(_CPU)
+
+    def signals(self, device: torch.device) -> Tensor:
+        """Return ℋ in nats, or −1 where none is set, and :meth:`factor`: float64 ``[2]``.
+
+        It is the same tensor at each call; never write to it.
+        """
+        found = self._signals.get(device)
+        is_late = device.type == "cpu" and self._is_elsewhere
+        if found is not None and not is_late and not tracing.is_exporting():
+            return found
+        if not constants.is_kept():  # they would belong to a tracer
+            if self._nats is None:
+                return self._signals[self._home].to(device)
+            return constants.vector((self._nats, self.factor()), torch.float64, device)
+        with constants.apart():
+            if self._nats is None:
+                values = self._signals[self._home].to(device, copy=True)
+            else:
+                numbers = self._nats, self.factor()
+                values = torch.tensor(numbers, dtype=torch.float64, device=device)
+        if is_late:
+            self._nats, self._home, self._is_elsewhere = float(values[0]), _CPU, False
+        if found is None:
+            found = self._signals.setdefault(device, values)
+        else:
+            found.copy_(values)
+        return found
 
     def record(self, improved: bool) -> None:
         """Append one outcome; the last five are kept.
@@ -77,20 +146,28 @@ class PolicyState:
         """
         if not isinstance(improved, bool):
             raise TypeError(f"record: improved must be a bool, got {type(improved).__name__}")
-        self.outcomes = (*self.outcomes, improved)[-HISTORY:]
+        self.outcomes = (*self._outcomes, improved)
 
     def reset(self) -> None:
         """Forget entropy and history, as before a new prompt."""
-        self.entropy = None
+        self.set_entropy(None)
         self.outcomes = ()
 
     def factor(self) -> float:
         """Return the factor by which the history multiplies σ: 1.3, 0.7 or 1."""
-        if not self.outcomes:
+        if not self._outcomes:
             return 1.0
-        if sum(self.outcomes) / len(self.outcomes) >= 3 / 5:
+        if sum(self._outcomes) / len(self._outcomes) >= 3 / 5:
             return 1.3
-        return 0.7 if len(self.outcomes) == HISTORY and not any(self.outcomes) else 1.0
+        return 0.7 if len(self._outcomes) == HISTORY and not any(self._outcomes) else 1.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"entropy": self.entropy, "outcomes": self._outcomes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.set_entropy(state["entropy"])
+        self.outcomes = state["outcomes"]
 
 
 @dataclass(frozen=True)
@@ -149,35 +226,65 @@ class LayerGamma:
                 numbers = torch.tensor(found, dtype=torch.float64, device=device)
             self.is_zero = not any(found)
         self.numbers: Tensor = numbers
-        self._of: Tensor | None = None
-        self._result: Tensor | None = None
+        # By policy, and by the stream on which they were made. None is dropped: a captured graph
+        # may read it.
+        self._results: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
 
     def plain(self) -> float | list[float]:
         """Return the number, or the list of numbers."""
         numbers: list[float] = self.numbers.tolist()
         return numbers if self.by_column else numbers[0]
 
+    def set(self, values: float | Sequence[float] | Tensor) -> None:
+        """Write other numbers in place, so that a captured CUDA graph replays with them.
+
+        Args:
+            values: as many as before, as for :class:`LayerGamma`; of 0 alone too.
+
+        Raises:
+            TypeError, ValueError: as for :class:`LayerGamma`.
+            ValueError: another number of values; or γ is the number 0, whose layer is plain.
+        """
+        other = LayerGamma(values, None if isinstance(values, Tensor) else self.numbers.device)
+        if other.by_column != self.by_column or len(other.numbers) != len(self.numbers):
+            wanted = f"hold {len(self.numbers)}" if self.by_column else "be one number"
+            raise ValueError(f"gamma must {wanted}, got {len(other.numbers)}")
+        if self.is_zero:
+            raise ValueError("a gamma of 0 leaves its layer plain: give the layer another")
+        self.numbers.copy_(other.numbers)
+        for _, result in list(self._results.values()):
+            own = result[NUMBERS:] if self.by_column else result[1:3]
+            own.copy_(self.numbers)
+
     def in_policy(self, policy: Tensor, r: int) -> Tensor:
         """Return ``policy`` ``[9]`` with this γ in place of its bounds.
 
-        With a number for each column it is ``[9 + r]``. The tensor made for one policy is kept,
-        because the layer's next call passes the same policy.
+        With a number for each column it is ``[9 + r]``. The tensor made for one policy on one
+        stream is kept, because the layer's next call passes the same policy.
 
         Raises:
             ValueError: the columns have not r numbers.
         """
-        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        if not traced and self._of is policy and self._result is not None:
-            return self._result
+        if constants.is_kept():
+            key = id(policy), constants.stream_of(policy)
+            found = self._results.get(key)
+            if found is not None and found[0] is policy:
+                return found[1]
         if self.by_column and len(self.numbers) != r:
             raise ValueError(
                 f"gamma must be one number or hold r = {r} of them, got {len(self.numbers)}"
             )
-        if traced or policy.is_cuda and torch.cuda.is_current_stream_capturing():
+        if not constants.is_kept():
+            return self._combined(policy)
+        if policy.is_cuda and torch.cuda.is_current_stream_capturing():
+            for of, result in self._results.values():
+                if of is policy:  # a capture begins when all streams are done
+                    return result
             return self._combined(policy)  # a graph computes it anew at each replay
         with torch.inference_mode(False):  # a tensor of that mode is of no use outside it
-            self._of, self._result = policy, self._combined(policy)
-        return self._result
+            result = self._combined(policy)
+        self._results[key] = policy, result
+        return result
 
     def _combined(self, policy: Tensor) -> Tensor:
         numbers = self.numbers.to(policy.device)
@@ -186,111 +293,16 @@ class LayerGamma:
         return torch.cat([policy[:1], numbers, numbers, policy[3:]])
 
 
-class Settings(NamedTuple):
-    """The choices of a layer that shape the code of the operator, which takes them packed.
+def sigma(energy: Tensor, entropy: Tensor | None, factor: float | Tensor = 1.0) -> Tensor:
+    """Return ``σ`` ``[G]`` for energies ``[G]``, which are overwritten (SPEC §5).
 
-    Args:
-        r: columns of the selection, as many as the policy can ask for.
-        adaptive: whether anything depends on the energy.
-        coupled: SC instead of SK.
-        second_order: whether the order may be 2.
-        alpha: ridge of SC.
-        tau: bound of the clip, or ``None``.
-        clip: which rule bounds the update, as in the config.
-        clamp: bound of δ, or ``None``.
+    ``entropy`` is what :meth:`PolicyState.signals` returns; ``factor`` multiplies that of the
+    history.
     """
-
-    r: int
-    adaptive: bool
-    coupled: bool
-    second_order: bool
-    alpha: float
-    tau: float | None
-    clip: str
-    clamp: float | None
-
-    @property
-    def is_plain(self) -> bool:
-        """Return whether C is the diagonal of the component clip: SK of the first order."""
-        return not (self.coupled or self.second_order) and self.clip == "component"
-
-    def packed(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Return ``rules`` and ``numbers`` as every operator takes them (csrc/settings.h)."""
-        r, adaptive, coupled, second_order, alpha, tau, clip, clamp = self
-        clips, clamps = tau is not None, clamp is not None
-        return (
-            (r, +adaptive, +coupled, +second_order, CLIPS.index(clip), +clips, +clamps),
-            (alpha, tau if clips else 0.0, clamp if clamps else 0.0),  # type: ignore[return-value]
-        )
-
-    def bare(self) -> Settings:
-        """Return settings that need no product but t, for an update whose core is given."""
-        return self._replace(adaptive=False, coupled=False, second_order=False, tau=None)
-
-    @classmethod
-    def unpacked(cls, rules: Sequence[int], numbers: Sequence[float]) -> Settings:
-        """Return the settings that :meth:`packed` turned into ``rules`` and ``numbers``."""
-        r, adaptive, coupled, second_order, clip, clips, clamps = rules
-        alpha, tau, clamp = numbers
-        return cls(
-            r,
-            bool(adaptive),
-            bool(coupled),
-            bool(second_order),
-            alpha,
-            tau if clips else None,
-            CLIPS[clip],
-            clamp if clamps else None,
-        )
-
-
-def settings(
-    config: VPSConfig, gradient: bool, d_in: int, d_out: int, calibrated: bool = False
-) -> Settings | None:
-    """Return the settings of a layer of this shape; ``None`` when γ is 0 whatever the input.
-
-    ``gradient`` says that the layer holds a gradient, which turns the hybrid builder into SC;
-    ``calibrated`` says that it has a γ of its own, which replaces the config's.
-    """
-    if not calibrated and config.is_off:
-        return None
-    rank = config.rank_bounds[1] if config.adaptive_rank else config.rank
-    topk = config.topk_bounds[1] if config.adaptive_topk else config.topk
-    return Settings(
-        r=min(rank, topk, d_in, d_out),
-        adaptive=bool(
-            config.adaptive_rank
-            or config.adaptive_gamma
-            or config.adaptive_topk
-            or config.adaptive_order
-        ),
-        coupled=config.builder == "sc" or (config.builder == "hybrid" and gradient),
-        second_order=(config.order_bounds[1] if config.adaptive_order else config.order) == 2,
-        alpha=config.alpha,
-        tau=config.tau,
-        clip=config.clip,
-        clamp=config.clamp,
-    )
-
-
-def bounds(config: VPSConfig, factor: float) -> tuple[float, ...]:
-    """Return the nine numbers by which the operator decides.
-
-    These are ``factor``, then low and high of γ, rank, topk and order, equal where one is fixed.
-    """
-    values = [factor]
-    for name in ("gamma", "rank", "topk", "order"):
-        fixed = getattr(config, name)
-        adaptive = getattr(config, f"adaptive_{name}")
-        values += getattr(config, f"{name}_bounds") if adaptive else (fixed, fixed)
-    return tuple(float(value) for value in values)
-
-
-def sigma(energy: Tensor, entropy: Tensor | None, factor: float | Tensor) -> Tensor:
-    """Return ``σ`` ``[G]`` for energies ``[G]``, which are overwritten (SPEC §5)."""
     strength = energy.neg_().expm1_().neg_()
     if entropy is not None:
-        strength = torch.maximum(strength, (entropy.to(strength.dtype) / 3).clamp_(max=1))
+        strength = torch.maximum(strength, (entropy[0].to(strength.dtype) / 3).clamp_(max=1))
+        factor = factor * entropy[1]
     return (strength * factor).clamp_(max=1)
 
 
@@ -303,7 +315,7 @@ def decide(
         policy: what :func:`bounds` returns, ``[9]``; numbers after these are not read.
         energy: ``E`` per group, ``[G]`` in the accumulation dtype, overwritten; ``None`` when
             nothing is adaptive.
-        entropy: ℋ in nats, one element, or ``None``.
+        entropy: what :meth:`PolicyState.signals` returns, ``[2]``, or ``None``.
         groups: G.
         settings: the settings of the layer.
 
@@ -338,7 +350,6 @@ class Settled(NamedTuple):
 def plan_for(
     config: VPSConfig,
     gradient: bool,
-    factor: float,
     d_out: int,
     d_in: int,
     device: torch.device,
@@ -353,7 +364,7 @@ def plan_for(
         features = selection.random_features(config.seed, d_in, d_out, own.r)
         I_in, I_out = (constants.vector(index, torch.int64, device) for index in features)
         drawn = I_in, I_out
-    numbers = constants.vector(bounds(config, factor), torch.float64, device)
+    numbers = constants.vector(bounds(config), torch.float64, device)
     return Settled(own, numbers, drawn)
 
 

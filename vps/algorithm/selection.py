@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vps.algorithm import tracing
-from vps.algorithm.constants import constant, tie_breakers
+from vps.constants import constant, tie_breakers
 
 CACHED_ELEMENTS = 2**17
 

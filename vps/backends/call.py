@@ -17,7 +17,8 @@ from vps.algorithm import gradient
 from vps.algorithm.core import Core
 from vps.algorithm.fixed import FixedUpdate, fix
 from vps.algorithm.flow import Given, Layer
-from vps.algorithm.policy import CLIPS, Settings
+from vps.algorithm.policy import PolicyState
+from vps.algorithm.settings import CLIPS, Settings
 from vps.algorithm.weight import Matrix
 from vps.config import VPSConfig
 
@@ -53,11 +54,12 @@ class Call(NamedTuple):
         x: ``[G, T, d_in]``, G groups of T tokens that share a selection.
         layers: one layer, or query and key.
         mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all count.
-        entropy: ℋ in nats, one element, or ``None``.
+        entropy: ℋ in nats, or −1 where none is set, and the factor of the history, float64
+            ``[2]`` (:meth:`PolicyState.signals`); ``None`` for neither.
         heads: query and key-value heads, with two layers.
         given: what is decided elsewhere.
         traced: whether a graph is made, which may be differentiated later.
-        config, outcomes: config of the layers and history of the policy, for the reference.
+        config, state: config of the layers, and policy state or ``None``, for the reference.
         held: a list that takes what is decided for each layer, ``None`` for a plain one; or
             ``None`` where nobody holds it.
     """
@@ -70,7 +72,7 @@ class Call(NamedTuple):
     given: Given = Given()
     traced: bool = False
     config: VPSConfig = VPSConfig()
-    outcomes: tuple[bool, ...] = ()
+    state: PolicyState | None = None
     held: list[FixedUpdate | None] | None = None
 
     def hold(
@@ -125,7 +127,8 @@ class Inputs(NamedTuple):
         I_out: selected outputs ``[G, r]`` if they are known, or ``None``.
         policy: the numbers of :func:`policy.bounds`, float64 ``[9]``, or ``[9 + r]`` with a factor
             for each column (:class:`policy.LayerGamma`).
-        entropy: ℋ in nats, one element, or ``None``.
+        entropy: ℋ in nats, or −1 where none is set, and the factor of the history, float64
+            ``[2]`` (:meth:`PolicyState.signals`); ``None`` for neither.
         H: base product ``[G, T, d_out]`` if it is known, or ``None``.
         energy: ``[G]`` if it is known, or ``None``.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,14 @@ def why_missing() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"its library does not load: {error}"
+    torch.library.register_fake("vps::cooperative_decode", _fake)
     return None
+
+
+def _fake(x: Tensor, weight: Tensor, *others: Any) -> operator.Results:
+    """Return results as a tracer sees them; ``t`` is that of a clamp, as for ``vps::linear``."""
+    *tensors, policy, entropy, rules, numbers = others
+    return operator.fake_linear(x, weight, *tensors, policy, entropy, None, None, rules, numbers)
 
 
 def why_not(kind: Kind) -> str | None:
@@ -88,7 +96,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         _contiguous(I_in),
         _contiguous(I_out),
         policy,
-        None if entropy is None else entropy.double(),
+        entropy,
         *settings.packed(),
     )
     return Outputs(y, features[:, 0], features[:, 1], core, gamma, t)

@@ -224,7 +224,7 @@ def _fake_joint(
 
 
 @torch.library.register_fake("vps::linear")
-def _fake(
+def fake_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -238,6 +238,7 @@ def _fake(
     rules: list[int],
     numbers: list[float],
 ) -> Results:
+    """Return results of the shapes and dtypes of ``vps::linear``."""
     settings = Settings.unpacked(rules, numbers)
     r, (groups, length) = settings.r, x.shape[:2]
     dtype = accumulation_dtype(x.dtype)
@@ -262,7 +263,7 @@ def _fake_edited(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
 
 @torch.library.register_fake("vps::linear_only")
 def _fake_only(*arguments: Any) -> tuple[Tensor, Tensor]:
-    y, features, *_ = _fake(*arguments)
+    y, features, *_ = fake_linear(*arguments)
     return y, y.new_empty(len(y), features.shape[-1], dtype=torch.int64)
 
 

@@ -35,11 +35,12 @@ def run(call: Call) -> Result:
         )
     if call.given.core is not None:
         return [_held(call)], call.x.new_empty(0)
+    entropy = None if call.entropy is None else float(call.entropy[0])
     options: dict[str, Any] = {
         "config": call.config.replace(scope="sequence"),
         "mask": call.mask,
-        "entropy": None if call.entropy is None else float(call.entropy),
-        "outcomes": call.outcomes,
+        "entropy": None if entropy is None or entropy < 0 else entropy,
+        "outcomes": () if call.state is None else call.state.outcomes,
     }
     layers = [_projection(layer) for layer in call.layers]
     if call.heads is None:

@@ -9,9 +9,11 @@ and key, which each of the two makes, happens once, and so do constants.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode, PythonFunctionalizeAPI
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from vps.algorithm import constants
+from vps import constants
 from vps.algorithm.flow import Layer
 from vps.algorithm.weight import Matrix
 
@@ -76,23 +78,52 @@ def forget() -> None:
 
 
 def _state(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
-    """Return the versions of both and the stream on which a selection is ready.
+    """Return the versions of both, and the stream and the capture in which a selection is ready.
 
     ``None`` where an edit would not show, here or when this call runs again. Inference tensors
-    count no versions. A compiled or captured call is replayed with other values, and the tensors of
-    a functional transform (``vmap``) die with it.
+    count no versions. A compiled call is replayed with other values, and the tensors of a
+    functional transform (``vmap``) die with it.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if transformed or torch.compiler.is_compiling() or x.is_inference():
         return None
-    stream = 0
-    if x.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        stream = torch.cuda.current_stream(x.device).cuda_stream
+    order = _order(x) if x.is_cuda else (0, 0)
+    if order is None:
+        return None
     if mask is None:
-        return x._version, stream
-    return None if mask.is_inference() else (x._version, stream, mask._version)
+        return x._version, *order
+    return None if mask.is_inference() else (x._version, *order, mask._version)
+
+
+def _order(x: Tensor) -> tuple[int, int] | None:
+    """Return the current stream of x's GPU, and the number of the capture there or 0.
+
+    What one capture selects is ready for the rest of its graph, and for nothing else. ``None``
+    where the capture has no number.
+    """
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    if not torch.cuda.is_current_stream_capturing():
+        return stream, 0
+    capture = capture_number(stream)
+    return None if capture is None else (stream, capture)
+
+
+def capture_number(stream: int) -> int | None:
+    """Return the number by which CUDA's driver knows the capture on a stream, or ``None``."""
+    ask = _driver()
+    if ask is None:
+        return None
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    code = ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), *[None] * 3)
+    return number.value if code == 0 and status.value == 1 else None  # 1: it captures
+
+
+@cache
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):  # ROCm
+        return None
 
 
 def _forget(reference: weakref.ref[Tensor]) -> None:
@@ -117,8 +148,9 @@ class Kept:
         self.dtype, self.device, self.width = x.dtype, x.device, x.shape[-1]
         self.kind, self.config, self.tail = type(plan), plan.config, plan[3:]
         self.state = weakref.ref(plan.state)
-        self.outcomes = plan.state.outcomes
         self.facts = plan.kind
+        own_gamma = any(own[-1] is not None for own in plan.layers)
+        self.stream = constants.stream_of(x) if own_gamma else None  # its numbers are ready there
         self.parts = [
             (own.weight.W.shape, layer.gradient, own[2:])
             for layer, own in zip(layers, plan.layers, strict=True)
@@ -140,8 +172,9 @@ class Kept:
         ):
             return None
         state, config, found = layers[0].state, self.config, []
-        own_state: Any = self.state()
-        if own_state is not state or own_state.outcomes is not self.outcomes:
+        if self.state() is not state:
+            return None
+        if self.stream is not None and self.stream != constants.stream_of(x):
             return None
         for layer, (shape, gradient, rest) in zip(layers, self.parts, strict=True):
             own = layer.__dict__.get("_parameters")

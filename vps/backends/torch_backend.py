@@ -294,7 +294,8 @@ def _decide(
     factor, g_low, g_high, r_low, r_high, k_low, k_high = policy[:7]
     sigma = -math.expm1(-energy)
     if entropy is not None:
-        sigma = max(sigma, min(1.0, float(entropy) / 3))
+        nats, own = entropy.tolist()
+        sigma, factor = max(sigma, min(1.0, nats / 3)), factor * own
     sigma = min(1.0, factor * sigma)
     rank = int(r_low + (r_high - r_low) * sigma + FLOOR_GUARD)
     topk = int(k_low + (k_high - k_low) * sigma + FLOOR_GUARD)

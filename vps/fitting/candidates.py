@@ -169,8 +169,7 @@ class Sharpening(Candidate):
             return packing.apply(x, part)
         layers, name = layer.deciding(), self.parts[id(layer)][0]
         d_out, d_in = min(one.widths for one in layers)
-        factor = layer.state.factor()
-        plan = plan_for(layer.config, layer.gradient, factor, d_out, d_in, x.device, True)
+        plan = plan_for(layer.config, layer.gradient, d_out, d_in, x.device, True)
         assert plan is not None
         features = plan.drawn if self.features is None else self.features[name]
         drawn = Given()
@@ -194,7 +193,7 @@ class Sharpening(Candidate):
         gamma = (own.new_ones(2), own) if self.by_column else (own.expand(2),)
         numbers = torch.cat([plan.bounds[:1], gamma[0], plan.bounds[3:], *gamma[1:]])
         fitted = Layer(Matrix(matrix_of(name, layer)), layer.bias, plan.settings, numbers)
-        given, entropy = Given(I_in, I_out, found.energy), layer.state.entropy_on(x.device)
+        given, entropy = Given(I_in, I_out, found.energy), layer.state.signals(x.device)
         y = differentiable(grouped, fitted, mask, entropy, given, found.products[at])
         return y.view(*x.shape[:-1], -1)
 

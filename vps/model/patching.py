@@ -148,6 +148,9 @@ def _sharpened(
         raise ValueError(_all_refused(refused))
     for key in broken:
         recognise.plain(unique[key])
+    for device in {parameter.device for parameter in model.parameters()}:
+        if device.type == "cuda":  # before a compiler or a capture looks on
+            state.signals(device)
     attention_mask.attach(model)
     coupled, uncoupled = attention.couple_blocks(model)
     not_patched = _fused_experts(model)

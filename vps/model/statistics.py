@@ -51,12 +51,12 @@ class Observation:
         energy = float(self.energy.mean()) if len(self.energy) else 0.0
         own = self.layer.gamma
         settings = policy.settings(config, self.layer.gradient, d_in, d_out, own is not None)
-        entropy = state.entropy_on(self.energy.device)
-        sigma = policy.sigma(self.energy.clone(), entropy, state.factor())
+        entropy = state.signals(self.energy.device)
+        sigma = policy.sigma(self.energy.clone(), entropy)
         average = float(sigma.mean()) if len(sigma) else 0.0
         if settings is None or not len(sigma) or own is not None and own.is_zero:  # γ is 0
             return LayerStatistics(self.name, average, 0.0, 0, energy, relative)
-        numbers = self.energy.new_tensor(policy.bounds(config, state.factor()))
+        numbers = self.energy.new_tensor(policy.bounds(config))
         settings = settings._replace(adaptive=True)
         decision = policy.decide(numbers, self.energy.clone(), entropy, len(sigma), settings)
         assert decision.inactive is not None

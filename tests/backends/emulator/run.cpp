@@ -6,12 +6,14 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <numeric>
+#include <random>
 #include <thread>
 #include <vector>
 
 struct Header {
   int32_t element_size, bfloat16, blocks, rows_per_block, d_in, d_out, r, adaptive;
-  int32_t bias, I_in, I_out, entropy, columns, counted;
+  int32_t bias, I_in, I_out, entropy, columns, counted, seed;
   float tau, clamp;
 };
 
@@ -62,7 +64,7 @@ int main() {
   p.I_in = read<int64_t>(h.I_in, r);
   p.I_out = read<int64_t>(h.I_out, r);
   p.policy = read<vps::Policy>(true, 1);
-  p.entropy = read<double>(h.entropy, 1);
+  p.entropy = read<double>(h.entropy, 2);
   p.columns = read<double>(h.columns, r);
   p.counted = read<bool>(h.counted, 1);
   p.y = take<std::byte>(h.d_out, size);
@@ -70,11 +72,8 @@ int main() {
   p.core = take<float>(r * r);
   p.gamma = take<float>(1);
   p.t = take<std::byte>(r, size);
-  p.keys = take<uint64_t>(blocks * r);
-  p.outputs = take<float>(blocks * r);
-  p.row_squares = take<float>(blocks * r);
-  p.column_squares = take<float>(blocks * r);
-  p.energy = take<float>(blocks);
+  p.records = take<vps::Record>(blocks * r);
+  p.sums = take<float>(blocks * (1 + r));
   p.row_stride = h.d_in;
   p.d_in = h.d_in;
   p.d_out = h.d_out;
@@ -90,8 +89,12 @@ int main() {
   pthread_barrierattr_init(&shared);
   pthread_barrierattr_setpshared(&shared, PTHREAD_PROCESS_SHARED);
   pthread_barrier_init(grid_barrier, &shared, blocks * kEmulatedThreads);
-  for (int block = 0; block < h.blocks; ++block)
+  std::vector<int> order(h.blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937(h.seed));
+  for (const int block : order)
     if (fork() == 0) {
+      usleep((block * 7919 + h.seed) % 5000);
       if (size == 4)
         run_block<float>(p, block, h.blocks);
       else if (h.bfloat16)

@@ -18,40 +18,58 @@ Value = float | tuple[float, ...] | tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@contextmanager
-def _untraced() -> Iterator[None]:
-    """Keep what is made inside out of the graph of ``torch.jit.trace``.
+_MODES = torch._C._TorchDispatchModeKey
+_TRACERS = _MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL
 
-    A later trace then finds it as a constant.
+
+def is_kept() -> bool:
+    """Return whether a tensor made now may serve later calls.
+
+    Those made under a compiler, or a mode that traces such as FakeTensorMode, belong to it alone.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return True
+    return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACERS)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Make tensors that serve every later call: outside of inference mode, vmap and traces.
+
+    ``torch.jit.trace`` finds them as constants later.
     """
     state = torch._C._get_tracing_state()
-    if state is None:  # no trace runs, and the state may not be set
-        yield
-        return
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        if state is None:  # no trace runs, and the state may not be set
+            yield
+            return
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def stream_of(tensor: Tensor) -> int | None:
+    """Return the current stream of a tensor's GPU, on which what is made of it is ready."""
+    if not tensor.is_cuda:
+        return None
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def kept(function: F) -> F:
-    """Keep the results of ``function`` by arguments, except while a compiler or a mode runs.
-
-    Tensors made under a compiler, or under a mode such as FakeTensorMode, belong to it alone.
-    """
+    """Keep the results of ``function`` by arguments, except where :func:`is_kept` says no."""
 
     @lru_cache(maxsize=4096)
     def keep(*arguments: Any) -> Any:
-        # Outside of inference mode, and of vmap, which refuses to draw from a seed.
-        with torch.inference_mode(False), torch._C._DisableFuncTorch(), _untraced():
+        with apart():
             return function(*arguments)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-            return function(*arguments)
-        return keep(*arguments)
+        return keep(*arguments) if is_kept() else function(*arguments)
 
     return call  # type: ignore[return-value]
 
