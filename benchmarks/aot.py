@@ -95,7 +95,8 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for d_in, d_out, r, tokens in layers:
             W, b = new(d_out, d_in, dtype=dtype), new(d_out, dtype=dtype)
             x, I_in = new(tokens, 1, d_in, dtype=dtype), new(tokens, r, dtype=torch.int64)
-            arguments = (x, W, b, None, I_in, None, policy, None, r, True, 0.8, None)
+            layer = decode.Layer(W, b, policy)
+            arguments = (x, [layer], None, I_in, None, None, r, True, 0.8, None)
             yield f"decode {name}", lambda a=arguments: decode.launch(*a)
         for r in (4, 64):
             I_in = I_out = new(2, r, dtype=torch.int64)

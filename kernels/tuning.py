@@ -30,6 +30,9 @@ STREAM = {
 }
 
 
+LARGEST_TOKEN = 32768  # features of 16 bits that one program of 32 warps selects from
+
+
 def power_of_2(number: int) -> int:
     """Return the least power of 2 not below ``number``."""
     return 1 << max(0, number - 1).bit_length()
@@ -92,10 +95,14 @@ def rank(width: int, splits: int, k: int) -> dict[str, int]:
     }
 
 
-def select(width: int) -> dict[str, int]:
-    """Take up to 4096 scores a program, 32 a thread: beyond that the rounds of max spill."""
-    chunk = max(16, min(4096, power_of_2(width)))
-    return {"CHUNK": chunk, "num_warps": 4 if chunk >= 1024 else 1}
+def select(width: int, architecture: str) -> dict[str, int]:
+    """Take all of one token in one program of up to 32 warps: no second launch merges.
+
+    Scores of 32 and 64 bits come in chunks of 4096, beyond which their rounds of max spill.
+    """
+    chunk = max(16, power_of_2(width))
+    most = 16 if architecture == "gfx942" else 32
+    return {"CHUNK": chunk, "num_warps": max(1, min(most, chunk // 128))}
 
 
 def merge(records: int) -> dict[str, int]:
@@ -147,15 +154,26 @@ def gemv_rows(width: int) -> int:
     return 16 if width <= 8192 else 32 if width <= 32768 else 128
 
 
-def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
-    """Take tiles for any number of tokens: each is one row of the same 16-row product."""
-    stream, rows = STREAM[architecture], gemv_rows(width)
-    large = rows == 128  # twice the bytes in flight from eight times the rows, over more warps
+def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[str, int]:
+    """Take 16 KB of W a step, K split over the warps: each multiplies a slice by itself.
+
+    Tiles of any number of tokens are alike: 8 more change nothing for the others.
+    """
+    blocks = gemv_rows(width) // 16
+    if architecture == "gfx942":
+        step, slices, stages, warps = 8192, max(1, 4 // blocks), 2, 4
+    else:
+        step, stages, warps = 16384, 4, 8
+        slices = 8 if blocks <= 2 else 2
+    along = step // (16 * blocks * slices * element_size)
+    few = groups <= 8 and architecture != "gfx942"  # which has no product with 8 columns
     return {
-        "BLOCK_O": rows,
-        "BLOCK_K": stream.row_bytes // element_size // (4 if large else 1),
-        "STAGES": stream.stages,
-        "num_warps": stream.warps * (2 if large else 1),
+        "BLOCK_N": 8 if few else 16,
+        "BLOCKS_O": blocks,
+        "SLICES": slices,
+        "BLOCK_K": along,
+        "STAGES": stages,
+        "num_warps": warps,
     }
 
 
