@@ -86,6 +86,18 @@ def apply_kernel(
     inside = ranks < R
     column = (program - first) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width = column < width
+    I_in = tl.load(I_in_ptr + group * stride_I_in + ranks, mask=inside, other=0)
+    H_row = H_ptr + before * groups + group * width
+    base = tl.load(H_row + column, mask=in_width, other=0.0).to(tl.float32)
+    rows_B = columns_ptr + before * (groups * R) + group * R * width
+    B_at = rows_B + ranks.to(tl.int64)[:, None] * width + column[None, :]
+    B = tl.load(B_at, mask=inside[:, None] & in_width[None, :], other=0.0)
+    for other in tl.static_range(LAYERS):
+        if bias_ptrs[other] is not None:
+            own = in_width if LAYERS == 1 else column < tl.where(layer == other, width, 0)
+            bias_at = bias_ptrs[other] + column.to(tl.int64) * strides_bias[other]
+            bias = tl.load(bias_at, mask=own, other=0.0).to(tl.float32)
+            base = base + bias if LAYERS == 1 else tl.where(own, base + bias, base)
     tile = tl.arange(0, TILES)
     if I_out_ptr is None:
         entry = tl.arange(0, RECORDS)
@@ -100,18 +112,7 @@ def apply_kernel(
         sums_at = sums[None, :] + (1 + ranks[:, None]) * all_tiles
         wanted = inside[:, None] & (tile < own_tiles)[None, :]
         columns_B = tl.load(sums_at, mask=wanted, other=0.0)
-    I_in = tl.load(I_in_ptr + group * stride_I_in + ranks, mask=inside, other=0)
-    H_row = H_ptr + before * groups + group * width
-    base = tl.load(H_row + column, mask=in_width, other=0.0).to(tl.float32)
-    rows_B = columns_ptr + before * (groups * R) + group * R * width
-    B_at = rows_B + ranks.to(tl.int64)[:, None] * width + column[None, :]
-    B = tl.load(B_at, mask=inside[:, None] & in_width[None, :], other=0.0)
-    for other in tl.static_range(LAYERS):
-        if bias_ptrs[other] is not None:
-            own = in_width & (tl.full([BLOCK_D], other, dtype=tl.int32) == layer)
-            bias_at = bias_ptrs[other] + column.to(tl.int64) * strides_bias[other]
-            bias = tl.load(bias_at, mask=own, other=0.0).to(tl.float32)
-            base = tl.where(own, base + bias, base)
+    tl.debug_barrier()  # or the compiler puts these loads off to where they are used
 
     if ADAPTIVE:
         if energy_ptr is None:

@@ -155,23 +155,21 @@ def gemv_rows(width: int) -> int:
 
 
 def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[str, int]:
-    """Take 16 KB of W a step, K split over the warps: each multiplies a slice by itself.
+    """Split K over the warps: each multiplies a slice of every step by itself, in no chain.
 
-    Tiles of any number of tokens are alike: 8 more change nothing for the others.
+    A step is 16 KB of W, 8 of tiles of 32 rows: their registers are the limit. Tiles of any number
+    of tokens are alike, since 8 more columns change nothing for the others.
     """
     blocks = gemv_rows(width) // 16
-    if architecture == "gfx942":
-        step, slices, stages, warps = 8192, max(1, 4 // blocks), 2, 4
-    else:
-        step, stages, warps = 16384, 4, 8
-        slices = 8 if blocks <= 2 else 2
-    along = step // (16 * blocks * slices * element_size)
     few = groups <= 8 and architecture != "gfx942"  # which has no product with 8 columns
+    step = 8192 if blocks == 2 or architecture in ("sm_80", "gfx942") else 16384
+    stages, warps = (2, 4) if architecture == "gfx942" else (4, 8)
+    slices = max(2, warps // blocks) if blocks > 2 else warps
     return {
         "BLOCK_N": 8 if few else 16,
         "BLOCKS_O": blocks,
         "SLICES": slices,
-        "BLOCK_K": along,
+        "BLOCK_K": max(8, step // (16 * blocks * slices * element_size)),
         "STAGES": stages,
         "num_warps": warps,
     }
@@ -215,10 +213,14 @@ def edit(tokens: int, r: int, element_size: int, architecture: str) -> dict[str,
 
 
 def decode_apply(width: int, records: int) -> dict[str, int]:
-    """Take 256 outputs a program; all records of a group fit in its registers."""
+    """Let one warp of each program bring up to 2048 records together, which needs no barrier.
+
+    So many fit its registers; more take four warps, of fewer programs.
+    """
     block = max(16, power_of_2(records))
+    warps = 1 if block <= 2048 else 4
     return {
         "RECORDS": block,
-        "BLOCK_D": max(16, min(256, power_of_2(width))),
-        "num_warps": 8 if block >= 4096 else 4,
+        "BLOCK_D": max(16, min(128 * warps, power_of_2(width))),
+        "num_warps": warps,
     }
