@@ -3,15 +3,24 @@
 The instructions issue in order, one a cycle, each as soon as its operands are there; a barrier, a
 reduction over a warp and a load that hits L2 take a fixed time. No other warp competes and memory
 is never full, so this is the length of the chain of dependent steps. It was compared with no GPU:
-read a figure as ±40 %, and a change of a figure as a change of the code.
+read a figure as ±40 %, and a change of a figure as a change of the code. ``python -m
+benchmarks.latency`` prints those of decoding.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import aot
+from vps.kernels import couple, decode, select
 
 CLOCK = 1755e6  # cycles a second of an H100 or H200
 CYCLES = {  # from the issue of an instruction to its result, by the start of its opcode
@@ -192,3 +201,59 @@ def _width(opcode: str) -> int:
     if ".128" in opcode:
         return 4
     return 2 if ".64" in opcode or opcode.startswith(_WIDE) else 1
+
+
+class Estimate(NamedTuple):
+    """Hold the cycles of one kernel: of a step of its loop, if it has one, and of the rest."""
+
+    kernel: str
+    step: int  # 0 without a loop
+    tail: int  # behind the loop, or all
+    barriers: int
+
+
+def estimate(kernel: Any, name: str) -> Estimate:
+    """Estimate a kernel compiled for sm_90."""
+    instructions = parse(aot.disassemble(kernel))
+    warps, barriers = kernel.metadata.num_warps, count(instructions, "BAR")
+    span = loop(instructions)
+    if span is None:
+        return Estimate(name, 0, cycles(instructions, warps), barriers)
+    step = cycles(instructions, warps, *span)
+    return Estimate(name, step, cycles(instructions, warps, span[1]), barriers)
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the launches of one token of a 7B model, and of 16, in bfloat16."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    for width in (3584, 18944):
+        yield f"select {width}", lambda w=width: select.launch(new(1, w), 4, True)
+    policy = new(9, dtype=torch.float64)
+    for width in (3584, 18944):
+        layer = decode.Layer(new(width, 3584), None, policy)
+        for tokens in (1, 16):
+            x, I_in = new(tokens, 1, 3584), new(tokens, 4, dtype=torch.int64)
+            arguments = x, [layer], None, I_in, None, None, 4, True, 0.8, None
+            yield f"decode {width} N={tokens}", lambda a=arguments: decode.launch(*a)
+    I_in = new(1, 4, dtype=torch.int64)
+    pair = new(1, 3584), new(1, 512), [], None, I_in, 28, 4
+    yield "couple", lambda: couple.launch(*pair)
+
+
+def main() -> None:
+    """Print the estimates."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit("benchmarks.latency: TRITON_INTERPRET is set, so nothing would be compiled")
+    if (reason := aot.why_missing("sm_90")) is not None:
+        sys.exit(f"benchmarks.latency: {reason}")
+    print(f"{'sm_90':<42}   step    tail  barriers")
+    for name, kernel in aot.compiled("sm_90", lambda _: launches()):
+        row = estimate(kernel, name)
+        print(f"{name:<42} {row.step:6} {row.tail:7} {row.barriers:9}")
+
+
+if __name__ == "__main__":
+    main()

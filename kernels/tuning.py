@@ -112,9 +112,9 @@ def merge(records: int) -> dict[str, int]:
 
 
 def couple(width: int) -> dict[str, int]:
-    """Take all channels of a key projection in one program, 32 a thread at most."""
+    """Take all channels of a key projection in one program, of 8 warps from 512 on."""
     block = max(16, power_of_2(width))
-    return {"WIDTH": block, "num_warps": max(1, min(8, block // 256))}
+    return {"WIDTH": block, "num_warps": max(1, min(8, block // 64))}
 
 
 def squares(entries: int) -> dict[str, int]:
