@@ -223,7 +223,8 @@ def launch(
     if I_out is not None and I_out.stride()[1:] != (r, 1):
         I_out = I_out.contiguous()
     most = max(product.tiles)
-    tile = tuning.decode_apply(max(widths), most * r)
+    key_size = 4 if product.record is None else product.record.element_size()
+    tile = tuning.decode_apply(max(widths), most * r, key_size)
     programs = sum(tuning.steps(width, tile["BLOCK_D"]) for width in widths)
     apply_kernel[programs, groups](
         product.H, tuple(biases), product.columns, mask, I_in, I_out,

@@ -25,21 +25,6 @@ LARGEST_N = 16
 
 
 @triton.jit
-def total(parts, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum [COUNT, ROWS, COLUMNS] over up to 128 parts, in one order for every shape."""
-    parts = tl.permute(parts, (1, 2, 0))
-    for halving in tl.static_range(1, 8):
-        if 2**halving < COUNT:
-            parts = tl.reshape(parts, [ROWS, COLUMNS, COUNT // 2**halving, 2])
-        if 2**halving == COUNT:
-            parts = tl.reshape(parts, [ROWS, COLUMNS, 2])
-        if 2**halving <= COUNT:
-            left, right = tl.split(parts)
-            parts = left + right
-    return parts
-
-
-@triton.jit
 def slots(group, groups, R: tl.constexpr, RANKS: tl.constexpr):
     """Return token and rank of each of r columns of 8 tokens from ``group`` on, and which exist."""
     slot = tl.arange(0, 8 * RANKS)

@@ -157,19 +157,21 @@ def gemv_rows(width: int) -> int:
 def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[str, int]:
     """Split K over the warps: each multiplies a slice of every step by itself, in no chain.
 
-    A step is 16 KB of W, 8 of tiles of 32 rows: their registers are the limit. Tiles of any number
-    of tokens are alike, since 8 more columns change nothing for the others.
+    A step is 16 KB of W, 8 of tiles of 32 rows: their registers are the limit. 8 more columns
+    of a product by tensor cores change nothing for the others, so N takes no part otherwise.
     """
     blocks = gemv_rows(width) // 16
-    few = groups <= 8 and architecture != "gfx942"  # which has no product with 8 columns
+    is_wide = element_size == 4  # which no tensor core takes: the least slice, of few parts
+    few = groups <= 8 and not is_wide and architecture != "gfx942"  # has no product with 8
     step = 8192 if blocks == 2 or architecture in ("sm_80", "gfx942") else 16384
     stages, warps = (2, 4) if architecture == "gfx942" else (4, 8)
-    slices = max(2, warps // blocks) if blocks > 2 else warps
+    slices = max(2, warps // blocks) if blocks > 2 or is_wide else warps
+    along = 16 if is_wide else step // (16 * blocks * slices * element_size)
     return {
         "BLOCK_N": 8 if few else 16,
         "BLOCKS_O": blocks,
         "SLICES": slices,
-        "BLOCK_K": max(8, step // (16 * blocks * slices * element_size)),
+        "BLOCK_K": along,
         "STAGES": stages,
         "num_warps": warps,
     }
@@ -212,13 +214,14 @@ def edit(tokens: int, r: int, element_size: int, architecture: str) -> dict[str,
     }
 
 
-def decode_apply(width: int, records: int) -> dict[str, int]:
-    """Let one warp of each program bring up to 2048 records together, which needs no barrier.
+def decode_apply(width: int, records: int, key_size: int) -> dict[str, int]:
+    """Let one warp of each program bring 8 KB of records together, which needs no barrier.
 
-    So many fit its registers; more take four warps, of fewer programs.
+    So many fit its registers; more take several warps, of fewer programs.
     """
     block = max(16, power_of_2(records))
-    warps = 1 if block <= 2048 else 4
+    size = block * key_size
+    warps = 1 if size <= 8192 else 4 if size <= 32768 else 8
     return {
         "RECORDS": block,
         "BLOCK_D": max(16, min(128 * warps, power_of_2(width))),

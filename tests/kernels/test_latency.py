@@ -91,3 +91,42 @@ print(sorted(name for name, _ in aot.compiled("sm_90", launches)))
     assert run.returncode == 0, run.stderr
     kernels = ["apply_kernel", "gemv_kernel", "gemv_kernel", "token_kernel"]
     assert run.stdout.strip() == str([f": {name}" for name in kernels])
+
+
+def test_one_order_of_sums_for_every_batch():
+    """No sum of a product's kernel is laid out by the number of tokens along what it adds."""
+    code = r"""
+import re
+import torch
+from benchmarks import aot
+from vps.kernels import gemv
+def new(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+def order(layout, axis):
+    bases = re.findall(r"(register|lane|warp) = (\[\[.*?\]\]|\[\])", layout)
+    if not bases:
+        return layout
+    return [[own for basis in eval(found) if (own := basis[axis])] for _, found in bases]
+def sums(kernel):
+    text = kernel.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
+    pattern = r"tt\.reduce\"\(.*?\) <\{axis = (\d) : i32\}> \(\{\n(.*?)\}\) : \((.*?)\) ->"
+    for axis, body, kind in re.findall(pattern, text, re.S):
+        if "arith.addf" in body:
+            name, axis = re.findall(r"#\w+", kind)[-1], int(axis)
+            for dim in re.findall(r"slice<\{dim = (\d)", kind):
+                axis += axis >= int(dim)  # of the parent
+            yield str((axis, order(layouts[name], axis)))
+for dtype in (torch.bfloat16, torch.float32):
+    for width in (3584, 18944):
+        found = []
+        for tokens in (1, 8, 16):
+            x, weights = new(tokens, 1, 3584, dtype=dtype), [new(width, 3584, dtype=dtype)]
+            I_in = new(tokens, 4, dtype=torch.int64)
+            rest = None, I_in, 4, True, True, True
+            launch = lambda architecture: [("", lambda: gemv.launch(x, weights, *rest))]
+            found += [set(sums(kernel)) for _, kernel in aot.compiled("sm_90", launch)]
+        assert found and len(found[0]) == 4 and all(own == found[0] for own in found), found
+"""
+    run = python(code, **os.environ | {"TRITON_INTERPRET": "0"})
+    assert run.returncode == 0, run.stderr
