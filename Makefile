@@ -33,7 +33,7 @@ test: .venv/.ok  ## Run the tests, but for those that compile kernels for GPUs
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not aot"
 
 test-aot: .venv/.ok  ## Compile all kernels for every GPU: no spill, wide loads (minutes)
-	@$(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/backends/test_csrc_cuda.py
+	@$(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/kernels/test_latency.py tests/backends/test_csrc_cuda.py
 
 test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)

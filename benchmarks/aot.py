@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.shapes import MODELS
 from vps.kernels import (
     couple,
     decode,
@@ -67,7 +68,6 @@ class Device:
 
 def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield every launcher with the arguments of common layers, on tensors without memory."""
-    tuning.architecture = lambda device: architecture  # type: ignore[assignment]
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -91,12 +91,34 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
             arguments = (x, W, new(d_out, dtype=dtype), I_in, E)
             yield f"edited {name}", lambda a=arguments: edited.launch(*a)
         yield f"edited {name}", lambda x=x, one=(I_in, E): edited.edit(x, [one] * 3)
-        layers = (3584, 3584, 4, 1), (3584, 18944, 4, 16), (8192, 28672, 8, 1), (3584, 151936, 4, 1)
-        for d_in, d_out, r, tokens in layers:
+        shapes = (3584, 3584, 4, 1), (3584, 18944, 4, 16), (8192, 28672, 8, 1), (3584, 151936, 4, 1)
+        for d_in, d_out, r, tokens in shapes:
             W, b = new(d_out, d_in, dtype=dtype), new(d_out, dtype=dtype)
             x, I_in = new(tokens, 1, d_in, dtype=dtype), new(tokens, r, dtype=torch.int64)
-            arguments = (x, W, b, None, I_in, None, policy, signals, r, True, 0.8, None)
+            layer = decode.Layer(W, b, policy)
+            arguments = (x, [layer], None, I_in, None, signals, r, True, 0.8, None)
             yield f"decode {name}", lambda a=arguments: decode.launch(*a)
+        for model in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3-70B"):
+            sizes = MODELS[model].projections()
+            for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+                for tokens in (1, 16):
+                    x = new(tokens, 1, sizes[names[0]][0], dtype=dtype)
+                    layers = [
+                        decode.Layer(
+                            new(*reversed(sizes[one]), dtype=dtype),
+                            new(sizes[one][1], dtype=dtype),
+                            policy,
+                        )
+                        for one in names
+                    ]
+                    I_in = new(tokens, 4, dtype=torch.int64)
+                    arguments = (x, layers, None, I_in, None, None, 4, True, 0.8, None)
+                    yield f"decode {name}", lambda a=arguments: decode.launch(*a)
+        x, factors_of = new(16, 1, 3584, dtype=dtype), new(17, dtype=torch.float64)
+        layers = [decode.Layer(new(3584, 3584, dtype=dtype), None, factors_of)]
+        counted = new(16, 1, dtype=torch.bool)
+        arguments = (x, layers, counted, None, None, signals, 8, True, 0.8, 0.5)
+        yield f"decode {name}", lambda a=arguments: decode.launch(*a)
         for r in (4, 64):
             I_in = I_out = new(2, r, dtype=torch.int64)
             core, gamma = new(2, r, r), new(2)
@@ -122,7 +144,9 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"scores {name}", lambda v=values: scores.launch(v, None, True)
         yield f"scores {name}", lambda v=values, m=mask: scores.launch(v, m, True)
         yield f"scores {name}", lambda v=values[:, :1]: scores.launch(v, None, True)
-        yield f"select {name}", lambda v=values[:, 0]: select.launch(v, 4, True)
+        for width, k in ((3584, 4), (18944, 4), (28672, 64)):
+            values = new(1, width, dtype=dtype)
+            yield f"select {name}", lambda v=values, k=k: select.launch(v, k, True)
         for heads, kv_heads, size in ((28, 4, 128), (64, 8, 128), (64, 64, 128)):
             given = new(2, heads * size, dtype=dtype), new(2, kv_heads * size, dtype=dtype)
             I_in = new(2, 4, dtype=torch.int64)
@@ -143,8 +167,11 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "entropy float64", lambda: entropy.launch(new(2, 8192, dtype=torch.float64))
 
 
-def compiled(architecture: str) -> Iterator[tuple[str, Any]]:
-    """Yield ``(name, compiled kernel)`` for every kernel that the launches compile."""
+def compiled(
+    architecture: str, of: Callable[[str], Iterator[tuple[str, Callable[[], object]]]] = launches
+) -> Iterator[tuple[str, Any]]:
+    """Yield ``(name, compiled kernel)`` for every kernel that the launches ``of`` compile."""
+    tuning.architecture = lambda device: architecture  # type: ignore[assignment]
     driver.set_active(Device(TARGETS[architecture]))  # type: ignore[arg-type]
     run, kernels = JITFunction.run, []
 
@@ -156,7 +183,7 @@ def compiled(architecture: str) -> Iterator[tuple[str, Any]]:
     JITFunction.run = compile_only
     seen = set()
     try:
-        for name, launch in launches(architecture):
+        for name, launch in of(architecture):
             kernels.clear()
             launch()
             for function, kernel in kernels:
@@ -185,10 +212,14 @@ def wide_loads(kernel: Any) -> int:
 
     W is half of what is streamed or more, so it is when they carry more than half of the bytes.
     """
-    sass = _tool("cuobjdump", "-sass", kernel.asm["cubin"])
-    sizes = [int(bits or 32) // 8 for bits in STREAMED.findall(sass)]
+    sizes = [int(bits or 32) // 8 for bits in STREAMED.findall(disassemble(kernel))]
     wide = sizes.count(16)
     return wide if 2 * 16 * wide > sum(sizes) else 0
+
+
+def disassemble(kernel: Any) -> str:
+    """Return the listing of a kernel for an NVIDIA GPU."""
+    return _tool("cuobjdump", "-sass", kernel.asm["cubin"])
 
 
 def why_missing(architecture: str) -> str | None:

@@ -122,11 +122,11 @@ def gemv(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that the kernel does not take.
     """
-    from vps.kernels import decode
+    from vps.kernels import gemv
 
     if (reason := why_no_gemv(x, weight)) is not None:
         raise ValueError(f"gemv: {reason}")
-    return decode.multiply(x, weight, None, None, False, False, False).H.unsqueeze(1)
+    return gemv.launch(x, [weight], None, None, 1, False, False, False).of(0).unsqueeze(1)
 
 
 def why_no_gemv(x: Tensor, weight: Tensor) -> str | None:

@@ -16,9 +16,23 @@ from torch import Tensor
 from vps.kernels import tuning
 from vps.kernels.device import on_its_device
 from vps.kernels.scores import accumulation, magnitude
-from vps.kernels.select import LARGEST_K, best, with_rows
+from vps.kernels.select import LARGEST_K, with_rows
 
 LARGEST_WIDTH = 8192
+
+
+@triton.jit
+def first_of_largest(bits, places):
+    """Return the lowest place [1] of the largest of some float64 from 0 on, given by their bits.
+
+    Three steps of 32 bits, each an instruction of a warp, cost less than one of 64 and one of 32.
+    """
+    high = (bits >> 32).to(tl.int32)
+    low = bits.to(tl.int32) ^ -0x80000000  # in the order of unsigned integers
+    found = high == tl.max(high, axis=0, keep_dims=True)
+    low = tl.where(found, low, -0x80000000)
+    found = found & (low == tl.max(low, axis=0, keep_dims=True))
+    return tl.min(tl.where(found, places, 0x7FFFFFFF), axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -43,6 +57,7 @@ def couple_kernel(
     ACC: tl.constexpr,
     VALUES: tl.constexpr,
     SHARING: tl.constexpr,  # query heads of one key head
+    UNROLL: tl.constexpr,
     R: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -57,7 +72,7 @@ def couple_kernel(
     squares = key.to(tl.float64) * key.to(tl.float64)
     highest = tl.full([WIDTH], -1.0, dtype=ACC)
     head = tl.zeros([WIDTH], dtype=tl.int32)
-    for number in range(SHARING):
+    for number in tl.range(0, SHARING, loop_unroll_factor=UNROLL):
         of_head = (first + number * size).to(tl.int64) * stride_q_d
         query = tl.load(query_ptr + group * stride_q_g + of_head, mask=inside, other=0.0)
         query = magnitude(query, ACC)
@@ -80,16 +95,18 @@ def couple_kernel(
     features = features_ptr + group * (3 * R)
     I_in = tl.load(I_in_ptr + group * stride_I_in + rank, mask=rank < R, other=0)
     tl.store(features + rank, I_in, mask=rank < R)
-    contribution = tl.where(inside, total * key.to(tl.float64), -1.0)
-    for number in range(R):
-        at = best(contribution, channel, 0)[1]
-        chosen = channel == at
-        contribution = tl.where(chosen, -1.0, contribution)
-        own = tl.sum(tl.where(chosen, head, 0), axis=0, keep_dims=True)
-        of_query = (at // size * SHARING + own) * size + at % size
-        one = tl.arange(0, 1)
-        tl.store(features + R + number + one, of_query.to(tl.int64))
-        tl.store(features + 2 * R + number + one, at.to(tl.int64))
+    contribution = (total * key.to(tl.float64)).to(tl.int64, bitcast=True)
+    contribution = tl.where(inside, contribution, -1)
+    place = channel * SHARING + head
+    chosen = tl.zeros([RANKS], dtype=tl.int32)
+    for number in tl.range(0, R, loop_unroll_factor=RANKS if RANKS <= 8 else 1):
+        at = first_of_largest(contribution, place)
+        contribution = tl.where(place == at, -1, contribution)
+        chosen = tl.where(rank == number, at, chosen)
+    at, own = chosen // SHARING, chosen % SHARING
+    of_query = (at // size * SHARING + own) * size + at % size
+    tl.store(features + R + rank, of_query.to(tl.int64), mask=rank < R)
+    tl.store(features + 2 * R + rank, at.to(tl.int64), mask=rank < R)
 
 
 def refusal(d_k: int, r: int) -> str | None:
@@ -156,7 +173,8 @@ def launch(
     couple_kernel[groups,](
         query, key, energy_q, energy_k, counted, I_in, energy, features, d_q, d_k, d_k // kv_heads,
         *query.stride(), *key.stride(), 0 if counted is None else counted.stride(0),
-        I_in.stride(0), ACC=acc, VALUES=not energies, SHARING=heads // kv_heads, R=r,
+        I_in.stride(0), ACC=acc, VALUES=not energies, SHARING=heads // kv_heads,
+        UNROLL=min(heads // kv_heads, 8), R=r,
         RANKS=tuning.power_of_2(r), **tuning.couple(d_k), enable_fp_fusion=True,
     )  # fmt: skip
     return energy, features

@@ -17,14 +17,57 @@ from vps.kernels.device import on_its_device
 from vps.kernels.scores import accumulation, magnitude
 
 LARGEST_K = 64
+LARGEST_CHUNK = 4096  # scores of more than 16 bits a program
+
+
+def key_dtype(dtype: torch.dtype, width: int) -> torch.dtype:
+    """Return the integer that holds a score of ``dtype`` and a position below ``width``."""
+    return torch.int32 if dtype.itemsize == 2 and width <= 65536 else torch.int64
 
 
 @triton.jit
 def best(scores, positions, AXIS: tl.constexpr):
-    """Return the largest score along AXIS and the lowest position that holds it."""
-    largest = tl.max(scores, axis=AXIS, keep_dims=True)
-    at = tl.where(scores == largest, positions, 0x7FFFFFFF)
-    return largest, tl.min(at, axis=AXIS, keep_dims=True)
+    """Return the largest score along AXIS, of those from 0 and −1, and its lowest position."""
+    order = scores
+    if scores.dtype == tl.float32:  # one instruction finds the largest integer of a warp
+        order = scores.to(tl.int32, bitcast=True)
+    largest = tl.max(order, axis=AXIS, keep_dims=True)
+    at = tl.where(order == largest, positions, 0x7FFFFFFF)
+    return largest.to(scores.dtype, bitcast=True), tl.min(at, axis=AXIS, keep_dims=True)
+
+
+@triton.jit
+def score_key(values, positions, KEY: tl.constexpr):
+    """Return |values|, 0 where not finite, above inverted positions as one integer.
+
+    The largest key is the largest score, and of equal ones that of the lowest position. KEY is the
+    type that :func:`key_dtype` names.
+    """
+    if KEY == tl.int32:
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        infinity: tl.constexpr = 0x7F80 if values.dtype == tl.bfloat16 else 0x7C00
+        key = (tl.where(bits < infinity, bits, 0) << 16) | (0xFFFF - positions)
+    else:
+        bits = magnitude(values, tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
+        key = (bits << 32) | (0x7FFFFFFF - positions)
+    return key
+
+
+@triton.jit
+def next_key(key, AXIS: tl.constexpr):
+    """Return the largest key along AXIS and the keys without it."""
+    largest = tl.max(key, axis=AXIS)
+    return largest, tl.where(key == tl.expand_dims(largest, AXIS), -1, key)
+
+
+@triton.jit
+def position(key):
+    """Return the position that a key holds, int64."""
+    if key.dtype == tl.int32:
+        at = (0xFFFF - (key & 0xFFFF)).to(tl.int64)
+    else:
+        at = 0x7FFFFFFF - (key & 0x7FFFFFFF)
+    return at
 
 
 @triton.jit
@@ -47,6 +90,27 @@ def store_best(
         if record_ptr is not None:
             tl.store(record_ptr + slot + rank + one, largest)
         tl.store(index_ptr + slot + rank + one, at)
+
+
+@triton.jit
+def token_kernel(
+    values_ptr,  # [G, D] of 16 bits
+    out_ptr,  # int64 [G, K]
+    width,
+    stride_g,
+    stride_d,
+    K: tl.constexpr,
+    UNROLL: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, CHUNK)
+    address = values_ptr + group * stride_g + columns.to(tl.int64) * stride_d
+    values = tl.load(address, mask=columns < width, other=0.0)
+    key = tl.where(columns < width, score_key(values, columns, tl.int32), -1)
+    for rank in tl.range(0, K, loop_unroll_factor=UNROLL):
+        largest, key = next_key(key, 0)
+        tl.store(out_ptr + group * K + rank, position(largest))
 
 
 @triton.jit
@@ -153,7 +217,14 @@ def launch(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
     selected = torch.empty(groups, k, dtype=torch.int64, device=scores.device)
     if groups == 0:
         return selected
-    tile = tuning.select(width)
+    architecture = tuning.architecture(scores.device)
+    if absolute and scores.element_size() == 2 and width <= tuning.LARGEST_TOKEN:
+        token_kernel[groups,](
+            scores, selected, width, *scores.stride(), K=k, UNROLL=k if k <= 8 else 1,
+            **tuning.select(width, architecture), enable_fp_fusion=True,
+        )  # fmt: skip
+        return selected
+    tile = tuning.select(min(width, LARGEST_CHUNK), architecture)
     chunks = tuning.steps(width, tile["CHUNK"])
     record, index = new_records(selected, chunks, accumulation(scores.dtype)[0])
     chunk_kernel[groups, chunks](

@@ -30,6 +30,9 @@ STREAM = {
 }
 
 
+LARGEST_TOKEN = 32768  # features of 16 bits that one program of 32 warps selects from
+
+
 def power_of_2(number: int) -> int:
     """Return the least power of 2 not below ``number``."""
     return 1 << max(0, number - 1).bit_length()
@@ -92,10 +95,14 @@ def rank(width: int, splits: int, k: int) -> dict[str, int]:
     }
 
 
-def select(width: int) -> dict[str, int]:
-    """Take up to 4096 scores a program, 32 a thread: beyond that the rounds of max spill."""
-    chunk = max(16, min(4096, power_of_2(width)))
-    return {"CHUNK": chunk, "num_warps": 4 if chunk >= 1024 else 1}
+def select(width: int, architecture: str) -> dict[str, int]:
+    """Take all of one token in one program of up to 32 warps: no second launch merges.
+
+    Scores of 32 and 64 bits come in chunks of 4096, beyond which their rounds of max spill.
+    """
+    chunk = max(16, power_of_2(width))
+    most = 16 if architecture == "gfx942" else 32
+    return {"CHUNK": chunk, "num_warps": max(1, min(most, chunk // 128))}
 
 
 def merge(records: int) -> dict[str, int]:
@@ -105,9 +112,9 @@ def merge(records: int) -> dict[str, int]:
 
 
 def couple(width: int) -> dict[str, int]:
-    """Take all channels of a key projection in one program, 32 a thread at most."""
+    """Take all channels of a key projection in one program, of 8 warps from 512 on."""
     block = max(16, power_of_2(width))
-    return {"WIDTH": block, "num_warps": max(1, min(8, block // 256))}
+    return {"WIDTH": block, "num_warps": max(1, min(8, block // 64))}
 
 
 def squares(entries: int) -> dict[str, int]:
@@ -147,15 +154,26 @@ def gemv_rows(width: int) -> int:
     return 16 if width <= 8192 else 32 if width <= 32768 else 128
 
 
-def gemv(width: int, element_size: int, architecture: str) -> dict[str, int]:
-    """Take tiles for any number of tokens: each is one row of the same 16-row product."""
-    stream, rows = STREAM[architecture], gemv_rows(width)
-    large = rows == 128  # twice the bytes in flight from eight times the rows, over more warps
+def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[str, int]:
+    """Split K over the warps: each multiplies a slice of every step by itself, in no chain.
+
+    A step is 16 KB of W, 8 of tiles of 32 rows: their registers are the limit. 8 more columns
+    of a product by tensor cores change nothing for the others, so N takes no part otherwise.
+    """
+    blocks = gemv_rows(width) // 16
+    is_wide = element_size == 4  # which no tensor core takes: the least slice, of few parts
+    few = groups <= 8 and not is_wide and architecture != "gfx942"  # has no product with 8
+    step = 8192 if blocks == 2 or architecture in ("sm_80", "gfx942") else 16384
+    stages, warps = (2, 4) if architecture == "gfx942" else (4, 8)
+    slices = max(2, warps // blocks) if blocks > 2 or is_wide else warps
+    along = 16 if is_wide else step // (16 * blocks * slices * element_size)
     return {
-        "BLOCK_O": rows,
-        "BLOCK_K": stream.row_bytes // element_size // (4 if large else 1),
-        "STAGES": stream.stages,
-        "num_warps": stream.warps * (2 if large else 1),
+        "BLOCK_N": 8 if few else 16,
+        "BLOCKS_O": blocks,
+        "SLICES": slices,
+        "BLOCK_K": along,
+        "STAGES": stages,
+        "num_warps": warps,
     }
 
 
@@ -196,11 +214,16 @@ def edit(tokens: int, r: int, element_size: int, architecture: str) -> dict[str,
     }
 
 
-def decode_apply(width: int, records: int) -> dict[str, int]:
-    """Take 256 outputs a program; all records of a group fit in its registers."""
+def decode_apply(width: int, records: int, key_size: int) -> dict[str, int]:
+    """Let one warp of each program bring 8 KB of records together, which needs no barrier.
+
+    So many fit its registers; more take several warps, of fewer programs.
+    """
     block = max(16, power_of_2(records))
+    size = block * key_size
+    warps = 1 if size <= 8192 else 4 if size <= 32768 else 8
     return {
         "RECORDS": block,
-        "BLOCK_D": max(16, min(256, power_of_2(width))),
-        "num_warps": 8 if block >= 4096 else 4,
+        "BLOCK_D": max(16, min(128 * warps, power_of_2(width))),
+        "num_warps": warps,
     }

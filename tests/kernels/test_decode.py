@@ -29,12 +29,17 @@ def numbers(device, values=POLICY):
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
+def decoded(x, W, b, mask, I_in, I_out, policy, entropy, r, adaptive, tau, clamp):
+    I_out = None if I_out is None else I_out[:, None]
+    layers = [decode.Layer(W, b, policy)]
+    return decode.launch(x, layers, mask, I_in, I_out, entropy, r, adaptive, tau, clamp)[0]
+
+
 def check(x, W, b, mask, I_in, I_out, policy, entropy, r, adaptive, tau, clamp):
     y, features, core, gamma, t = (
-        out.cpu() for out in decode.launch(
-            x, W, b, mask, I_in, I_out, policy, entropy, r, adaptive, tau, clamp
-        )
-    )  # fmt: skip
+        out.cpu()
+        for out in decoded(x, W, b, mask, I_in, I_out, policy, entropy, r, adaptive, tau, clamp)
+    )
     factor, *bounds = policy.tolist()
     X, wide = x[:, 0].double().cpu(), W.double().cpu()
     H = (X @ wide.T).to(x.dtype).double()
@@ -100,7 +105,7 @@ def test_accuracy_of_the_product(device, dtype):
     """On values whose sums are not exact, given the selection."""
     x = torch.randn(5, 1, 700, device=device).to(dtype)
     W = (torch.randn(300, 700, device=device) / 26).to(dtype)
-    y, features, core, gamma, _ = decode.launch(
+    y, features, core, gamma, _ = decoded(
         x, W, None, None, None, None, numbers(device), None, 4, True, 0.8, None
     )
     wide = W.double()
@@ -119,14 +124,14 @@ def test_accuracy_of_the_product(device, dtype):
 def test_a_broken_token_stays_alone(device, dtype):
     x, W, b = layer(4, 40, 50, dtype, device)
     x[1, 0, 3], x[2, 0, 7] = float("nan"), float("inf")
-    y, features, core, gamma, _ = decode.launch(
+    y, features, core, gamma, _ = decoded(
         x, W, b, None, None, None, numbers(device), None, 4, True, 0.8, None
     )
     assert y[[0, 3]].isfinite().all() and y[1].isnan().all() and not y[2].isfinite().any()
     assert core.isfinite().all() and gamma.isfinite().all()
     assert features[1, 1].tolist() == [0, 1, 2, 3] and 3 not in features[1, 0]
     for n in (0, 3):
-        alone = decode.launch(x[n : n + 1], W, b, None, None, None, numbers(device), None, 4, True,
+        alone = decoded(x[n : n + 1], W, b, None, None, None, numbers(device), None, 4, True,
                               0.8, None)[0]  # fmt: skip
         assert torch.equal(y[n : n + 1], alone)
 
@@ -137,12 +142,12 @@ def test_a_token_does_not_depend_on_the_others(device, dtype):
     W = torch.randn(40, 530, device=device).to(dtype) / 23
     mask = torch.arange(16, device=device)[:, None] != 4
     rest = None, None, numbers(device), None, 2, True, 0.8, 0.5
-    together = decode.launch(x, W, None, mask, *rest)
-    again = decode.launch(x, W, None, mask, *rest)
+    together = decoded(x, W, None, mask, *rest)
+    again = decoded(x, W, None, mask, *rest)
     for whole, repeated in zip(together, again, strict=True):
         assert torch.equal(whole, repeated)
     for start, stop in itertools.pairwise([0, 1, 5, 16]):
-        part = decode.launch(x[start:stop], W, None, mask[start:stop], *rest)
+        part = decoded(x[start:stop], W, None, mask[start:stop], *rest)
         for whole, single in zip(together, part, strict=True):
             assert torch.equal(whole[start:stop], single)
 
@@ -194,4 +199,4 @@ def test_errors():
         ((x, torch.ones(1, 6).expand(300_000, 6)), 4, "too many tiles"),
     ]:
         with pytest.raises(ValueError, match=message):
-            decode.launch(*arguments, b, *rest, r, True, 0.8, None)
+            decoded(*arguments, b, *rest, r, True, 0.8, None)

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from vps.kernels import (
+    apply,
     couple,
     decode,
     delta,
@@ -14,6 +15,7 @@ from vps.kernels import (
     entropy,
     factors,
     features,
+    gemv,
     scores,
     select,
     tuning,
@@ -43,7 +45,9 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for module in (couple, decode, delta, edited, entropy, factors, features, scores, select):
+    for module in (
+        apply, couple, delta, edited, entropy, factors, features, gemv, scores, select,
+    ):  # fmt: skip
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(current, seen))
     yield seen
@@ -63,9 +67,8 @@ def policy():
 
 
 def token():
-    return (
-        new(2, 1, 64), new(96, 64), None, None, index(), None, policy(), None, 4, True, 0.8, None,
-    )  # fmt: skip
+    layer = decode.Layer(new(96, 64), None, policy())
+    return new(2, 1, 64), [layer], None, index(), None, None, 4, True, 0.8, None
 
 
 def update():
@@ -93,6 +96,7 @@ def prompted(tokens):
         (features.launch, lambda: (new(2, 1000, 5000), None, 4, True), 3),
         (scores.launch, lambda: (new(2, 100, 64), None, True), 2),
         (select.launch, lambda: (new(2, 9000), 4), 2),
+        (select.launch, lambda: (new(2, 18944, dtype=torch.bfloat16), 4, True), 1),
     ],
 )
 def test_kernels_run_on_the_device_of_their_tensors(seen, launch, arguments, kernels):

@@ -25,8 +25,10 @@ def linear(inputs: Inputs, settings: Settings) -> Result:
     """Compute what ``vps::linear`` returns; no result is a view of an argument (SPEC §3–§5)."""
     if _decodes(inputs, settings):
         return decode.launch(
-            *inputs[:8], settings.r, settings.adaptive, settings.tau, settings.clamp
-        )
+            inputs.x, [_layer(inputs)], inputs.mask, inputs.I_in,
+            None if inputs.I_out is None else inputs.I_out.unsqueeze(1), inputs.entropy,
+            settings.r, settings.adaptive, settings.tau, settings.clamp,
+        )[0]  # fmt: skip
     x, W, bias, mask, I_in, I_out, numbers, entropy, H, energy = inputs
     H = F.linear(x, W) if H is None else H
     I_in = _top_k(x, mask, settings.r) if I_in is None else I_in
@@ -59,6 +61,10 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
     y, selected, core, gamma, t = linear(inputs, settings)
     I_in, I_out = selected.unbind(1)
     return Outputs(y, I_in, I_out, core, gamma, None if settings.clamp is None else t)
+
+
+def _layer(inputs: Inputs) -> decode.Layer:
+    return decode.Layer(inputs.weight, inputs.bias, inputs.policy)
 
 
 def _decodes(inputs: Inputs, settings: Settings) -> bool:
@@ -100,6 +106,7 @@ def pair(
     """Compute what :func:`operator.sharpen_pair` returns."""
     x, W_q, _, mask, I_in = query[:5]
     W_k, r, both = key.weight, of_query.r, ((query, of_query), (key, of_key))
+    layers = [_layer(inputs) for inputs, _ in both]
     few = couple_kernels.refusal(len(W_k), r) is None and all(
         settings.is_plain and decode.refusal(x, own.weight, r) is None for own, settings in both
     )
@@ -113,21 +120,11 @@ def pair(
             for i, H, (inputs, settings) in zip((1, 2), (H_q, H_k), both, strict=True)
         )
         return y_q, y_k, I_in
-    I_in = _top_k(x, mask, r) if I_in is None else I_in
-    clips = of_query.tau is not None
-    products = [decode.multiply(x, W, mask, I_in, False, False, clips) for W in (W_q, W_k)]
-    counted = None if mask is None else mask[:, 0]
-    H_q, H_k = (product.H for product in products)
-    pooled, selected = couple_kernels.launch(H_q, H_k, [], counted, I_in, heads, kv_heads)
-    energy = pooled if of_query.adaptive else None
-    y_q, y_k = (
-        decode.update(
-            inputs.weight, product, inputs.bias, mask, I_in, selected[:, i], energy,
-            inputs.policy, query.entropy, settings.tau, settings.clamp,
-        )[0]
-        for i, product, (inputs, settings) in zip((1, 2), products, both, strict=True)
+    y_q, y_k, I_in = decode.launch_pair(
+        x, layers[0], layers[1], mask, I_in, query.entropy, r, of_query.adaptive, of_query.tau,
+        of_query.clamp, heads, kv_heads,
     )  # fmt: skip
-    return y_q, y_k, selected[:, 0]
+    return y_q, y_k, I_in
 
 
 def _top_k(values: Tensor, mask: Tensor | None, r: int) -> Tensor:
