@@ -7,18 +7,21 @@ sums of a tile together ranks them at once. The energy of the values comes with 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import on_its_device
-from vps.kernels.scores import accumulation, add_splits, mask_strides, store_energy, sum_up
+from vps.kernels.columns import Columns
+from vps.kernels.device import accumulation, on_its_device
+from vps.kernels.scores import add_splits, mask_strides, store_energy, sum_up
 from vps.kernels.select import check_k, merge, new_records, store_best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "entries", "tokens", "stride_mask_g"])
 def rank_kernel(
     partial_ptr,  # [G, splits, D]
     squares_ptr,  # [G, entries] or None
@@ -43,14 +46,57 @@ def rank_kernel(
 ):
     group = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = partial_ptr + group * splits * width
-    scores = add_splits(first, columns, splits, width, ACC, SPLITS, BLOCK_S, BLOCK_D)
-    slot = (group * tl.num_programs(1) + tile) * K
-    store_best(scores, columns, width, record_ptr, index_ptr, slot, K)
-    if squares_ptr is not None and tile == 0:
-        store_energy(squares_ptr, mask_ptr, energy_ptr, group, entries, tokens, width,
-                     stride_mask_g, stride_mask_t, ACC, ENTRIES, TOKENS, BLOCK)  # fmt: skip
+    tiles = tl.cdiv(width, BLOCK_D)
+    if tile < tiles:
+        columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+        first = partial_ptr + group * splits * width
+        scores = add_splits(first, columns, splits, width, ACC, SPLITS, BLOCK_S, BLOCK_D)
+        slot = (group * tiles + tile) * K
+        store_best(scores, columns, width, record_ptr, index_ptr, slot, K)
+    if squares_ptr is not None:
+        if tile == tiles:
+            store_energy(squares_ptr, mask_ptr, energy_ptr, group, entries, tokens, width,
+                         stride_mask_g, stride_mask_t, ACC, ENTRIES, TOKENS, BLOCK)  # fmt: skip
+
+
+class Ranked(NamedTuple):
+    """Hold the best features of each group, or several parts of which the best are the best."""
+
+    index: Tensor  # int64 [G, k], or int32 [G, parts, k] with the scores
+    scores: Tensor | None  # [G, parts, k], -1 where a part has fewer
+    energy: Tensor  # [G], or [0] if not asked for
+
+
+@on_its_device
+def rank(
+    values: Tensor, mask: Tensor | None, k: int, energy: bool, columns: Columns | None = None
+) -> Ranked:
+    """Return what :func:`launch` does, before the parts of a group are brought together.
+
+    ``columns``, of the weight that made the values, are filled in the same launches; not every
+    column.
+    """
+    partial, tile = sum_up("features", values, mask, energy, columns)
+    sums, squares = partial
+    groups, tokens, width = values.shape
+    check_k("features", k, width)
+    selected = torch.empty(groups, k, dtype=torch.int64, device=values.device)
+    mean = torch.empty(groups if energy else 0, dtype=sums.dtype, device=values.device)
+    if groups == 0:
+        return Ranked(selected, None, mean)
+    if tokens == 0:
+        return Ranked(selected.copy_(torch.arange(k, device=values.device)), None, mean.zero_())
+    splits = sums.shape[1]
+    constants = partial.constants(tile, mask is not None)
+    tile = tuning.rank(width, k)
+    tiles = tuning.steps(width, tile["BLOCK_D"])
+    scores, index = new_records(selected, tiles, sums.dtype)
+    rank_kernel[groups, tiles + energy](
+        sums, squares, mask, scores, index, mean, splits,
+        0 if squares is None else squares.shape[1], tokens, width, *mask_strides(mask),
+        ACC=accumulation(values.dtype)[1], K=k, **constants, **tile, enable_fp_fusion=True,
+    )  # fmt: skip
+    return Ranked(index, scores, mean)
 
 
 @on_its_device
@@ -71,25 +117,14 @@ def launch(values: Tensor, mask: Tensor | None, k: int, energy: bool) -> tuple[T
         TypeError: a dtype that is no float of 16 to 64 bits.
         ValueError: shapes that do not fit, or a k out of range.
     """
-    partial = sum_up("features", values, mask, energy)
-    sums, squares = partial
-    groups, tokens, width = values.shape
-    check_k("features", k, width)
-    selected = torch.empty(groups, k, dtype=torch.int64, device=values.device)
-    mean = torch.empty(groups if energy else 0, dtype=sums.dtype, device=values.device)
-    if groups == 0:
-        return selected, mean
-    if tokens == 0:
-        return selected.copy_(torch.arange(k, device=values.device)), mean.zero_()
-    splits = sums.shape[1]
-    tile = tuning.rank(width, splits, k)
-    tiles = tuning.steps(width, tile["BLOCK_D"])
-    record, index = new_records(selected, tiles, sums.dtype)
-    rank_kernel[groups, tiles](
-        sums, squares, mask, record, index, mean, splits,
-        0 if squares is None else squares.shape[1], tokens, width, *mask_strides(mask),
-        ACC=accumulation(values.dtype)[1], K=k, **partial.constants(tokens), **tile,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    index, record, mean = rank(values, mask, k, energy)
+    return index if record is None else merged(index, record), mean
+
+
+@on_its_device
+def merged(index: Tensor, record: Tensor) -> Tensor:
+    """Return the best of several parts, int64 ``[G, k]``, from what :func:`rank` returns."""
+    groups, _, k = index.shape
+    selected = torch.empty(groups, k, dtype=torch.int64, device=index.device)
     merge(record, index, selected)
-    return selected, mean
+    return selected

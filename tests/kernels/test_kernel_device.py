@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from vps.kernels import (
+    columns,
     couple,
     decode,
     delta,
@@ -43,7 +44,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for module in (couple, decode, delta, edited, entropy, factors, features, scores, select):
+    for module in (columns, couple, decode, delta, edited, entropy, factors, features, scores, select):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(current, seen))
     yield seen
@@ -70,7 +71,7 @@ def token():
 
 def update():
     core, gamma = new(2, 4, 4), new(2)
-    return new(2, 5, 96), None, new(96, 64), index(), index(), core, gamma, None, None
+    return new(2, 5, 96), None, columns.new(new(96, 64), index()), index(), core, gamma, None, None
 
 
 def prompted(tokens):
@@ -80,6 +81,8 @@ def prompted(tokens):
 @pytest.mark.parametrize(
     ("launch", "arguments", "kernels"),
     [
+        (columns.launch, lambda: (new(96, 64), index()), 1),
+        (columns.launch, lambda: (new(96, 6), index()), 1),  # all of W, transposed
         (decode.launch, token, 2),
         (delta.launch, update, 1),
         (edited.launch, lambda: prompted(1), 1),
@@ -87,8 +90,11 @@ def prompted(tokens):
         (entropy.launch, lambda: (new(2, 1000),), 2),
         (
             factors.launch,
-            lambda: (new(96, 64), index(), index(), policy(), new(2), None, 0.8, None),
-            2,
+            lambda: (
+                new(96, 64), columns.new(new(96, 64), index()), index(), None, policy(), new(2),
+                None, 0.8, None,
+            ),
+            1,
         ),
         (features.launch, lambda: (new(2, 1000, 5000), None, 4, True), 3),
         (scores.launch, lambda: (new(2, 100, 64), None, True), 2),
