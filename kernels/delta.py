@@ -31,9 +31,30 @@ def finish(base, delta, gamma, CLAMP: tl.constexpr):
 
 
 @triton.jit
+def load_selected(
+    H_rows,  # [BLOCK_T], pointers
+    t_rows,  # [BLOCK_T], pointers, or None
+    k,
+    offset,
+    rows,  # [BLOCK_T]
+    active,
+    tokens,
+    kept_tokens,
+    ACC: tl.constexpr,
+):
+    """Load one selected output of each row, 0 where inactive, and keep it for the first rows."""
+    wanted = rows < tl.where(k < active, tokens, 0)
+    selected = tl.load(H_rows + offset, mask=wanted, other=0.0)
+    if t_rows is not None:
+        tl.store(t_rows + k, selected, mask=rows < kept_tokens)
+    return selected.to(ACC)
+
+
+@triton.jit
 def add_rolled(
     delta,  # [BLOCK_T, BLOCK_D]
     H_rows,  # [BLOCK_T], pointers
+    t_rows,  # [BLOCK_T], pointers, or None
     columns_ptr,  # [slots, d_out]
     I_in_ptr,  # int64 [R] of the group, or None to take slots in order
     I_out_ptr,  # int64 [R] of the group
@@ -43,6 +64,7 @@ def add_rolled(
     first,
     active,
     tokens,
+    kept_tokens,
     width,
     stride_H_d,
     ACC: tl.constexpr,
@@ -54,17 +76,16 @@ def add_rolled(
     rank = tl.arange(0, RANKS)
     mixed = tl.zeros([BLOCK_T, RANKS], dtype=ACC)
     for k in range(R):
-        feature = tl.load(I_out_ptr + k)
-        wanted = rows < tl.where(k < active, tokens, 0)
-        selected = tl.load(H_rows + feature * stride_H_d, mask=wanted, other=0.0)
+        offset = tl.load(I_out_ptr + k) * stride_H_d
+        selected = load_selected(H_rows, t_rows, k, offset, rows, active, tokens, kept_tokens, ACC)
         core = tl.load(core_ptr + k * R + rank, mask=rank < R, other=0.0)
-        mixed += selected.to(ACC)[:, None] * core.to(ACC)[None, :]
+        mixed += selected[:, None] * core.to(ACC)[None, :]
     for c in range(R):
         slot = first + c
         if I_in_ptr is not None:
             slot = tl.load(I_in_ptr + c)
-        wanted = columns < tl.where(c < active, width, 0)
-        column = tl.load(columns_ptr + slot * width + columns, mask=wanted, other=0.0)
+        taking_part = columns < tl.where(c < active, width, 0)
+        column = tl.load(columns_ptr + slot * width + columns, mask=taking_part, other=0.0)
         factor = tl.sum(tl.where(rank[None, :] == c, mixed, 0.0), axis=1)
         delta += factor[:, None] * column.to(ACC)[None, :]
     return delta
@@ -125,8 +146,8 @@ def delta_kernel(
             slot = group * R + c
             if I_in_ptr is not None:
                 slot = tl.load(I_in_group + c)
-            wanted = columns < tl.where(c < active, width, 0)
-            column = tl.load(columns_ptr + slot * width + columns, mask=wanted, other=0.0)
+            taking_part = columns < tl.where(c < active, width, 0)
+            column = tl.load(columns_ptr + slot * width + columns, mask=taking_part, other=0.0)
             held = held + (column.to(ACC),)
         for k in tl.static_range(R):
             total = tl.zeros([BLOCK_D], dtype=ACC)
@@ -139,10 +160,14 @@ def delta_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns * stride_bias, mask=in_width, other=0.0).to(ACC)
 
+    kept_tokens = tl.where(program % tiles == 0, tokens, 0)
     for start in tl.range(0, ROWS, BLOCK_T):
         rows = (first_row + start + tl.arange(0, BLOCK_T)).to(tl.int64)
         inside = (rows < tokens)[:, None] & in_width[None, :]
         H_rows = H_ptr + group * stride_H_g + rows * stride_H_t
+        t_rows = None
+        if t_ptr is not None:
+            t_rows = t_ptr + (group * tokens + rows) * R
         base = tl.load(H_rows[:, None] + columns[None, :] * stride_H_d, mask=inside, other=0.0)
         base = base.to(ACC)
         if bias_ptr is not None:
@@ -150,23 +175,16 @@ def delta_kernel(
         delta = tl.zeros([BLOCK_T, BLOCK_D], dtype=ACC)
         if HELD:
             for k in tl.static_range(R):
-                wanted = rows < tl.where(k < active, tokens, 0)
-                selected = tl.load(H_rows + offsets[k], mask=wanted, other=0.0).to(ACC)
+                selected = load_selected(H_rows, t_rows, k, offsets[k], rows, active, tokens,
+                                         kept_tokens, ACC)  # fmt: skip
                 delta += selected[:, None] * mixed[k][None, :]
         else:
-            delta = add_rolled(delta, H_rows, columns_ptr, I_in_group, I_out_group, core_group,
-                               rows, columns, group * R, active, tokens, width, stride_H_d, ACC,
-                               R, RANKS, BLOCK_T)  # fmt: skip
+            delta = add_rolled(delta, H_rows, t_rows, columns_ptr, I_in_group, I_out_group,
+                               core_group, rows, columns, group * R, active, tokens, kept_tokens,
+                               width, stride_H_d, ACC, R, RANKS, BLOCK_T)  # fmt: skip
         y = finish(base, delta, gamma, CLAMP)
         y_rows = y_ptr + (group * tokens + rows)[:, None] * width
         tl.store(y_rows + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
-        if t_ptr is not None:
-            if program % tiles == 0:
-                for k in range(R):
-                    at = tl.load(I_out_group + k) * stride_H_d
-                    wanted = rows < tl.where(k < active, tokens, 0)
-                    selected = tl.load(H_rows + at, mask=wanted, other=0.0)
-                    tl.store(t_ptr + (group * tokens + rows) * R + k, selected, mask=rows < tokens)
 
 
 @on_its_device

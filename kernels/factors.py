@@ -58,10 +58,11 @@ def square_rows(
     RANKS: tl.constexpr,
     D_IN: tl.constexpr,
     ALONG: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Return the squared norms of the listed rows of W, [RANKS]."""
     total = tl.zeros([RANKS, ALONG], dtype=ACC)
-    for start in tl.range(0, D_IN, ALONG, loop_unroll_factor=4):
+    for start in tl.range(0, D_IN, ALONG, loop_unroll_factor=UNROLL):
         at = start + tl.arange(0, ALONG)
         offsets = rows[:, None] * stride_out + at.to(tl.int64)[None, :] * stride_in
         part = inside[:, None] & (at < D_IN)[None, :]
@@ -119,6 +120,7 @@ def factors_kernel(
     RANKS: tl.constexpr,
     D_IN: tl.constexpr,
     ALONG: tl.constexpr,
+    UNROLL: tl.constexpr,
     RECORDS: tl.constexpr,
     TILES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -147,10 +149,11 @@ def factors_kernel(
     if TAU is not None:
         slot = I_in if EVERY else group * R + ranks
         inverse = inverse_scale(
-            square_rows(weight_ptr, I_out, inside, stride_out, stride_in, ACC, RANKS, D_IN, ALONG),
+            square_rows(weight_ptr, I_out, inside, stride_out, stride_in, ACC, RANKS, D_IN, ALONG,
+                        UNROLL),
             square_columns(squares_ptr, slot, inside, tiles, slots, TILES),
             TAU,
-        )
+        )  # fmt: skip
     if BY_COLUMN:
         inverse = inverse * column_factors(policy_ptr, ranks, inside, ACC)
     inverse = tl.where(ranks < active, inverse, 0.0)

@@ -120,13 +120,11 @@ def columns(width: int, every: bool) -> dict[str, int]:
 
 
 def factors(r: int, records: int, d_in: int) -> dict[str, int]:
-    """Take one program a group, with many loads of the r rows of W in flight: 32 KB of bfloat16.
-
-    Half of that is in the registers of a thread at once, 16 elements.
-    """
+    """Take one program a group, with 16 KB of its r rows of W in flight, 32 KB of many rows."""
     ranks, warps = power_of_2(r), 8 if r <= 8 else 16
     return {
-        "ALONG": max(16, min(4096 * warps // 8 // ranks, power_of_2(d_in))),
+        "ALONG": max(16, min(512 * warps // ranks, power_of_2(d_in))),
+        "UNROLL": 2,
         "RECORDS": max(16, power_of_2(records)),
         "BLOCK_T": 1024,
         "num_warps": warps,
