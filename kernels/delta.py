@@ -235,7 +235,7 @@ def launch(
     if y.numel() == 0:
         return y, t
     I_out = with_rows(I_out)
-    tile = tuning.delta(tokens, width)
+    tile = tuning.delta(tokens, width, r, H.element_size())
     programs = tuning.steps(tokens, tile["ROWS"]) * tuning.steps(width, tile["BLOCK_D"])
     delta_kernel[groups * programs,](
         H, bias, columns.values, columns.I_in if columns.every else None, I_out,

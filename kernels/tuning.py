@@ -131,17 +131,17 @@ def factors(r: int, records: int, d_in: int) -> dict[str, int]:
     }
 
 
-def delta(tokens: int, width: int) -> dict[str, int]:
+def delta(tokens: int, width: int, r: int, element_size: int) -> dict[str, int]:
     """Take 8 × 512 outputs a step and up to 64 rows a program, which share the columns of W.
 
     The r gathered elements of a row cost 6 % of its bytes, the columns 3 % of those of 64 rows.
-    Fewer rows where programs would be few.
+    Fewer rows where programs would be few, smaller steps where columns fill the registers.
     """
     block = min(512, power_of_2(width))
     programs = steps(width, block) * steps(tokens, 64)
     return {
         "ROWS": 64 if programs >= 192 else 32 if programs >= 96 else 8,
-        "BLOCK_T": 8,
+        "BLOCK_T": 64 // (max(4, min(8, power_of_2(r))) * element_size),
         "BLOCK_D": block,
         "num_warps": 4,
     }
