@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks import shapes
 from vps.kernels import (
     columns,
+    core,
     couple,
     decode,
     delta,
@@ -73,6 +74,37 @@ class Device:
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a tensor without memory."""
     return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+class Core(NamedTuple):
+    """Describe the core of SC, order 2 or a spectral clip."""
+
+    coupled: bool
+    second_order: bool
+    spectral: bool
+    tokens: int = 2048
+    r: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    masked: bool = False
+
+    def launch(self) -> None:
+        """Launch as the backend does."""
+        coupled, second_order, spectral, tokens, r, dtype, masked = self
+        x, H = new(2, tokens, 3584, dtype=dtype), new(2, tokens, 18944, dtype=dtype)
+        W, I_out = new(18944, 3584, dtype=dtype), new(2, r, dtype=torch.int64)
+        energy = new(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        policy = new(9 + r if masked else 9, dtype=torch.float64)
+        mask = new(2, tokens, dtype=torch.bool) if masked else None
+        core.launch(x, H, W, columns.new(W, I_out), I_out, policy, energy, None, mask,
+                    1e-3 if coupled else None, second_order, 0.8, spectral)  # fmt: skip
+
+
+CORES = (
+    *(Core(*kind) for kind in itertools.product((False, True), repeat=3) if any(kind)),
+    *(Core(True, True, True, tokens, 8, masked=True) for tokens in (1, 7, 8192)),
+    *(Core(True, True, spectral, 512, 8, torch.float64) for spectral in (False, True)),
+    Core(True, True, True, 2048, 8, torch.float32),
+)
 
 
 class Prefill(NamedTuple):
@@ -141,6 +173,8 @@ def launches(architecture: str, full: bool) -> Iterator[tuple[str, Callable[[], 
     for prefill in prefills(full):
         name = str(prefill.dtype).removeprefix("torch.")
         yield f"prefill {name}", prefill.launch
+    for one in CORES:
+        yield f"core {str(one.dtype).removeprefix('torch.')}", one.launch
     policy = new(9, dtype=torch.float64)
     for dtype in (torch.bfloat16, torch.float32):  # float16 differs from bfloat16 in opcodes only
         name = str(dtype).removeprefix("torch.")

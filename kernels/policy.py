@@ -16,6 +16,28 @@ def interpolate_integer(policy_ptr, at: tl.constexpr, sigma):
 
 
 @triton.jit
+def strength(
+    policy_ptr,  # float64 [9 ...]: factor, bounds of γ, rank, topk, order
+    energy,  # of this group, or None when nothing is adaptive
+    entropy_ptr,  # scalar, or None
+):
+    """Return σ of one group in float64, 0 when nothing is adaptive."""
+    sigma = tl.load(policy_ptr) * 0.0
+    if energy is not None:
+        sigma = 1.0 - tl.exp(-energy.to(tl.float64))
+        if entropy_ptr is not None:
+            sigma = tl.maximum(sigma, tl.minimum(tl.load(entropy_ptr).to(tl.float64) / 3.0, 1.0))
+        sigma = tl.minimum(tl.load(policy_ptr) * sigma, 1.0)
+    return sigma
+
+
+@triton.jit
+def is_second_order(policy_ptr, energy, entropy_ptr):
+    """Return whether one group takes the second-order term; arguments as of :func:`decide`."""
+    return interpolate_integer(policy_ptr, 7, strength(policy_ptr, energy, entropy_ptr)) >= 2
+
+
+@triton.jit
 def decide(
     policy_ptr,  # float64 [9 ...]: factor, bounds of γ, rank, topk, order
     energy,  # of this group, or None when nothing is adaptive
@@ -23,12 +45,7 @@ def decide(
     R: tl.constexpr,
 ):
     """Return γ in float64 and the number of active columns of one group."""
-    sigma = tl.load(policy_ptr) * 0.0
-    if energy is not None:
-        sigma = 1.0 - tl.exp(-energy.to(tl.float64))
-        if entropy_ptr is not None:
-            sigma = tl.maximum(sigma, tl.minimum(tl.load(entropy_ptr).to(tl.float64) / 3.0, 1.0))
-        sigma = tl.minimum(tl.load(policy_ptr) * sigma, 1.0)
+    sigma = strength(policy_ptr, energy, entropy_ptr)
     low = tl.load(policy_ptr + 1)
     gamma = low + (tl.load(policy_ptr + 2) - low) * sigma
     rank = interpolate_integer(policy_ptr, 3, sigma)

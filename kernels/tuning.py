@@ -131,6 +131,16 @@ def factors(r: int, records: int, d_in: int) -> dict[str, int]:
     }
 
 
+def gram(r: int) -> dict[str, int]:
+    """Take 512 elements of r vectors a program, in steps whose products fit the registers."""
+    return {"BLOCK": 64 if r <= 4 else 32, "STEPS": 8 if r <= 4 else 16, "num_warps": 4}
+
+
+def core_warps(r: int, element_size: int) -> int:
+    """Take one warp, which needs no barrier; four for what would spill, 8 × 8 in float64."""
+    return 4 if r > 4 and element_size == 8 else 1
+
+
 def delta(tokens: int, width: int, r: int, element_size: int) -> dict[str, int]:
     """Take 8 × 512 outputs a step and up to 64 rows a program, which share the columns of W.
 

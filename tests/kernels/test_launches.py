@@ -132,6 +132,34 @@ def test_wide_layers_take_five_too(monkeypatch, tokens):
     assert launches.found == {"proj": wanted}
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        vps.VPSConfig(builder="sc"),
+        vps.VPSConfig(builder="sk", order=2),
+        vps.VPSConfig(builder="sk", clip="spectral"),
+        vps.VPSConfig(builder="sc", order=2, clip="spectral", clamp=0.1, gamma=0.3, rank=2),
+    ],
+    ids=["sc", "second order", "spectral", "all"],
+)
+@pytest.mark.parametrize("tokens", [1, 40])
+@torch.no_grad()
+def test_a_core_takes_two(monkeypatch, config, tokens):
+    """Nothing of torch but the product: no solver, which a capture may refuse."""
+    layer = vps.VPSLinear.from_linear(torch.nn.Linear(60, 70), config)
+    model = torch.nn.ModuleDict({"proj": layer})
+    x = torch.randn(1, tokens, 60)
+    with vps.backend("triton"), Launches(model, monkeypatch) as launches:
+        layer(x)
+    (found,) = launches.found.values()
+    update = Counter(core_kernel=1, delta_kernel=1)
+    grams = Counter(gram_kernel=found["gram_kernel"])
+    ranked = Counter(partial_kernel=1, rank_kernel=1)
+    select = ranked if tokens > 1 else Counter(chunk_kernel=1)
+    assert found == select + Counter(mm=1) + ranked + grams + update
+    assert grams["gram_kernel"] <= 1
+
+
 @pytest.mark.parametrize("model", ["prompt"], indirect=True)
 @pytest.mark.parametrize(
     "sequences, tokens, launches",

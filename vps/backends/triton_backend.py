@@ -1,7 +1,7 @@
 """Compute by Triton: by a GEMV for a few tokens, else by cuBLAS and fused kernels (SPEC §2–§5).
 
-The default (plain selection, component clip, first order) runs in kernels alone. The r × r cores of
-coupling, spectral clip and second order are built in torch.
+Kernels do all but the base product, up to r = 8. Beyond, the r × r cores of coupling, spectral clip
+and second order are built in torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vps.algorithm.policy import Settings
 from vps.algorithm.weight import matrix_products
 from vps.backends.call import Inputs, Outputs
 from vps.kernels import columns as gathered
+from vps.kernels import core as core_kernels
 from vps.kernels import couple as couple_kernels
 from vps.kernels import decode, delta, factors, features, scores, select
 from vps.kernels.columns import Columns
@@ -58,6 +59,14 @@ def linear(inputs: Inputs, settings: Settings, columns: Columns | None = None) -
         return y, selected, core, gamma, t
     if record is not None:
         I_out = features.merged(I_out, record)
+    if settings.r <= core_kernels.LARGEST_R:
+        selected, core, gamma, active = core_kernels.launch(
+            x, H, W, columns, I_out, numbers, energy, entropy, mask,
+            settings.alpha if settings.coupled else None, settings.second_order, settings.tau,
+            settings.clip == "spectral",
+        )  # fmt: skip
+        y, t = delta.launch(H, bias, columns, I_out, core, gamma, active, settings.clamp)
+        return y, selected, core, gamma, t
     B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
     products = matrix_products(x, W, H, I_in, I_out, B, settings)
     core, gamma, inactive = cores.build(products, numbers, energy, entropy, mask, settings)
