@@ -150,7 +150,7 @@ def delta(tokens: int, width: int, r: int, element_size: int) -> dict[str, int]:
     block = min(512, power_of_2(width))
     programs = steps(width, block) * steps(tokens, 64)
     return {
-        "ROWS": 64 if programs >= 192 else 32 if programs >= 96 else 8,
+        "ROWS": next((64 // n for n in (1, 2, 4) if n * programs >= 192), 8),
         "BLOCK_T": 64 // (max(4, min(8, power_of_2(r))) * element_size),
         "BLOCK_D": block,
         "num_warps": 4,
