@@ -4,7 +4,7 @@ B = W[:, I_in] was gathered before (``columns``), and a program folds C into it 
 rows: ``H[:, I_out] (C Bᵀ)``. Out of place, since every program of a row reads the r selected
 elements of H (SPEC §4).
 """
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment,index"
 
 from __future__ import annotations
 

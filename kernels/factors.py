@@ -220,7 +220,8 @@ def launch(
         features, core, gamma, active, records, tiles, slots, tokens, *weight.stride(),
         columns.I_in.stride(0), I_out.stride(0), *mask_strides(mask), ACC=acc, TAU=tau,
         EVERY=columns.every, BY_COLUMN=policy.numel() > 9, R=r, RANKS=power(r), D_IN=d_in,
-        TILES=power(tiles), TOKENS=max(512, tuning.bucket(tokens)) if tokens else 1, **tile, enable_fp_fusion=True,
+        TILES=power(tiles), TOKENS=max(512, tuning.bucket(tokens)) if tokens else 1, **tile,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return features, core, gamma, active
 

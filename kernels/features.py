@@ -62,7 +62,7 @@ def rank_kernel(
 class Ranked(NamedTuple):
     """Hold the best features of each group, or several parts of which the best are the best."""
 
-    index: Tensor  # int64 [G, k], or int32 [G, parts, k] with the scores
+    best: Tensor  # int64 [G, k], or int32 [G, parts, k] with the scores
     scores: Tensor | None  # [G, parts, k], -1 where a part has fewer
     energy: Tensor  # [G], or [0] if not asked for
 

@@ -263,10 +263,10 @@ def sum_up(
     if energy:
         squares = torch.empty(groups, splits * tiles, dtype=dtype, device=values.device)
     weight = I_in = copy = column_squares = None
-    slots, r, strides = 0, 1, (0, 0, 0)
+    slots, r, strides = 0, 1, [0, 0, 0]
     if columns is not None:
         weight, I_in, copy, column_squares, _ = columns
-        slots, r, strides = len(copy), I_in.shape[1], (*weight.stride(), I_in.stride(0))
+        slots, r, strides = len(copy), I_in.shape[1], [*weight.stride(), I_in.stride(0)]
     if sums.numel() > 0:
         partial_kernel[groups, splits + (columns is not None), tiles](
             values, mask, sums, squares, weight, I_in, copy, column_squares, slots, splits, tokens,

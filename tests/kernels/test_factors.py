@@ -49,9 +49,7 @@ def test_factors(device, dtype, d_in, d_out, groups, r):
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     energy = torch.rand(groups, device=device, dtype=accumulate)
     policy, scale = numbers(device), float(W.double().norm()) / 5
-    selected, core, gamma, active = run(
-        W, I_in, I_out, policy, energy, None, scale, None
-    )
+    selected, core, gamma, active = run(W, I_in, I_out, policy, energy, None, scale, None)
     assert torch.equal(selected, torch.stack([I_in, I_out], 1))
     decisions = [reference.decide(VPSConfig(), float(E), None, ()) for E in energy]
     accuracy = 1e-12 if dtype == torch.float64 else 1e-6
@@ -109,9 +107,7 @@ def test_strides(device):
         (W, shared, I_out),
         (W, *both.unbind(1)),
     ):
-        selected, core, _, active = run(
-            weight, left, right, policy, energy, None, 0.8, None
-        )
+        selected, core, _, active = run(weight, left, right, policy, energy, None, 0.8, None)
         assert torch.equal(selected, torch.stack([left, I_out], 1))
         expected = expected_core(weight, left, I_out, active, 0.8)
         torch.testing.assert_close(core.double().cpu(), expected, rtol=1e-6, atol=0)

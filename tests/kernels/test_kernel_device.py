@@ -44,7 +44,18 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for module in (columns, couple, decode, delta, edited, entropy, factors, features, scores, select):
+    for module in (
+        columns,
+        couple,
+        decode,
+        delta,
+        edited,
+        entropy,
+        factors,
+        features,
+        scores,
+        select,
+    ):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(current, seen))
     yield seen
@@ -91,9 +102,16 @@ def prompted(tokens):
         (
             factors.launch,
             lambda: (
-                new(96, 64), columns.new(new(96, 64), index()), index(), None, policy(), new(2),
-                None, 0.8, None,
-            ),
+                new(96, 64),
+                columns.new(new(96, 64), index()),
+                index(),
+                None,
+                policy(),
+                new(2),
+                None,
+                0.8,
+                None,
+            ),  # fmt: skip
             1,
         ),
         (features.launch, lambda: (new(2, 1000, 5000), None, 4, True), 3),

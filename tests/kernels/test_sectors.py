@@ -55,7 +55,9 @@ def traffic(monkeypatch):
 
 def layer(groups, tokens, d_in, d_out):
     H, W = torch.randn(groups, tokens, d_out).to(BF16), torch.randn(d_out, d_in).to(BF16)
-    I_in, I_out = (torch.stack([torch.randperm(d)[:4] for _ in range(groups)]) for d in (d_in, d_out))
+    I_in, I_out = (
+        torch.stack([torch.randperm(d)[:4] for _ in range(groups)]) for d in (d_in, d_out)
+    )
     return H, W, I_in, I_out
 
 
@@ -146,4 +148,6 @@ def test_warps_read_and_write_whole_sectors(tmp_path):
                 assert moved <= 1.2 * useful, (name, shape, encodings[encoding])
                 assert size[order[0]] * width == 16, (name, shape, encodings[encoding])
                 checked[kernel] += 1
-    assert checked["delta_kernel"] >= 4 and checked["partial_kernel"] and checked["transpose_kernel"]
+    assert (
+        checked["delta_kernel"] >= 4 and checked["partial_kernel"] and checked["transpose_kernel"]
+    )

@@ -1,4 +1,4 @@
-"""How many kernels a layer compiles, whatever the lengths of its prompts; counted as Triton does."""
+"""How many kernels a layer compiles for prompts of all lengths, counted as Triton does."""
 
 import inspect
 from collections import Counter

@@ -53,9 +53,7 @@ def linear(inputs: Inputs, settings: Settings, columns: Columns | None = None) -
         selected, core, gamma, active = factors.launch(
             W, columns, I_out, record, numbers, energy, entropy, settings.tau, mask
         )
-        y, t = delta.launch(
-            H, bias, columns, selected[:, 1], core, gamma, active, settings.clamp
-        )
+        y, t = delta.launch(H, bias, columns, selected[:, 1], core, gamma, active, settings.clamp)
         return y, selected, core, gamma, t
     if record is not None:
         I_out = features.merged(I_out, record)
@@ -129,8 +127,7 @@ def _couple(
         found = couple_kernels.launch(H_q[:, 0], H_k[:, 0], [], counted, I_in, heads, kv_heads)
     else:
         (s_q, energy_q), (s_k, energy_k) = (
-            scores.launch(H, mask, True, own)
-            for H, own in zip((H_q, H_k), columns, strict=True)
+            scores.launch(H, mask, True, own) for H, own in zip((H_q, H_k), columns, strict=True)
         )
         energies = [energy_q, energy_k]
         found = couple_kernels.launch(s_q, s_k, energies, None, I_in, heads, kv_heads)
@@ -161,9 +158,7 @@ def pair(
             linear(
                 inputs._replace(I_in=I_in, I_out=selected[:, i], H=H, energy=energy), settings, own
             )[0]
-            for i, H, own, (inputs, settings) in zip(
-                (1, 2), (H_q, H_k), columns, both, strict=True
-            )
+            for i, H, own, (inputs, settings) in zip((1, 2), (H_q, H_k), columns, both, strict=True)
         )
         return y_q, y_k, I_in
     I_in = _top_k(x, mask, r) if I_in is None else I_in
