@@ -246,14 +246,8 @@ def sum_up(
     Raises:
         TypeError, ValueError: as of :func:`launch`.
     """
+    check(op, values, mask)
     dtype, acc = accumulation(values.dtype)
-    if values.dim() != 3:
-        raise ValueError(f"{op}: values must be [G, T, d], got {tuple(values.shape)}")
-    if mask is not None and (mask.shape != values.shape[:2] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"{op}: mask must be bool {tuple(values.shape[:2])}, "
-            f"got {mask.dtype} {tuple(mask.shape)}"
-        )
     groups, tokens, width = values.shape
     tile = tuning.scores(tokens, width)
     splits = max(1, tuning.steps(tokens, tile["TOKENS"]))
@@ -274,6 +268,18 @@ def sum_up(
             enable_fp_fusion=True,
         )  # fmt: skip
     return Partial(sums, squares), tile
+
+
+def check(op: str, values: Tensor, mask: Tensor | None) -> None:
+    """Raise unless values are ``[G, T, d]`` of floats and the mask is bool ``[G, T]``."""
+    accumulation(values.dtype)
+    if values.dim() != 3:
+        raise ValueError(f"{op}: values must be [G, T, d], got {tuple(values.shape)}")
+    if mask is not None and (mask.shape != values.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"{op}: mask must be bool {tuple(values.shape[:2])}, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int]:

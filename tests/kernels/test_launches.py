@@ -155,7 +155,9 @@ def test_a_core_takes_two(monkeypatch, config, tokens):
     update = Counter(core_kernel=1, delta_kernel=1)
     grams = Counter(gram_kernel=found["gram_kernel"])
     ranked = Counter(partial_kernel=1, rank_kernel=1)
-    select = ranked if tokens > 1 else Counter(chunk_kernel=1)
+    select = ranked
+    if tokens == 1:
+        select, ranked = Counter(chunk_kernel=1), Counter(rank_kernel=1, gather_kernel=1)
     assert found == select + Counter(mm=1) + ranked + grams + update
     assert grams["gram_kernel"] <= 1
 
