@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 from vps.kernels import (
     columns,
+    core,
     couple,
     decode,
     delta,
@@ -15,6 +16,7 @@ from vps.kernels import (
     entropy,
     factors,
     features,
+    gram,
     scores,
     select,
     tuning,
@@ -44,18 +46,8 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for module in (
-        columns,
-        couple,
-        decode,
-        delta,
-        edited,
-        entropy,
-        factors,
-        features,
-        scores,
-        select,
-    ):
+    modules = columns, core, couple, decode, delta, edited, entropy, factors, features, gram
+    for module in (*modules, scores, select):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(current, seen))
     yield seen
@@ -85,6 +77,14 @@ def update():
     return new(2, 5, 96), None, columns.new(new(96, 64), index()), index(), core, gamma, None, None
 
 
+def decided():
+    found = columns.new(new(96, 64), index())
+    return (
+        new(2, 5, 64), new(2, 5, 96), new(96, 64), found, index(), policy(), new(2), None, None, 1e-3,
+        True, 0.8, True,
+    )  # fmt: skip
+
+
 def prompted(tokens):
     return new(2, tokens, 64), new(96, 64), None, index(), new(2, 4, 64)
 
@@ -94,6 +94,7 @@ def prompted(tokens):
     [
         (columns.launch, lambda: (new(96, 64), index()), 1),
         (columns.launch, lambda: (new(96, 6), index()), 1),  # all of W, transposed
+        (core.launch, decided, 2),
         (decode.launch, token, 2),
         (delta.launch, update, 1),
         (edited.launch, lambda: prompted(1), 1),
