@@ -80,8 +80,8 @@ def update():
 def decided():
     found = columns.new(new(96, 64), index())
     return (
-        new(2, 5, 64), new(2, 5, 96), new(96, 64), found, index(), policy(), new(2), None, None, 1e-3,
-        True, 0.8, True,
+        new(2, 5, 64), new(2, 5, 96), new(96, 64), found, index(), policy(), new(2), None, None,
+        1e-3, True, 0.8, True,
     )  # fmt: skip
 
 
