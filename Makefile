@@ -17,7 +17,7 @@ VLLM := .cache/vllm
 OLDEST := .cache/oldest
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
 UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
-KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features couple factors delta decode edited entropy)
+KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features columns couple factors core delta decode edited entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
 .PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu gpu-smoke clean help

@@ -1,20 +1,24 @@
 """Compile every Triton kernel ahead of time, as its launcher would, without a GPU.
 
 ``python -m benchmarks.aot`` prints registers, shared memory and spills per architecture and fails
-on any spill; on sm_90 also unless the decode GEMV moves W in loads of 16 bytes.
+on any spill; on sm_90 also unless the decode GEMV moves W in loads of 16 bytes. With ``--full`` it
+adds the prefill of every layer of ``benchmarks.shapes`` with every choice of mask, entropy, clamp
+and γ by column.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.shapes import MODELS
+from benchmarks import shapes
 from vps.kernels import (
+    columns,
+    core,
     couple,
     decode,
     delta,
@@ -66,12 +72,109 @@ class Device:
         return 0
 
 
-def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor without memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+class Core(NamedTuple):
+    """Describe the core of SC, order 2 or a spectral clip."""
+
+    coupled: bool
+    second_order: bool
+    spectral: bool
+    tokens: int = 2048
+    r: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    masked: bool = False
+
+    def launch(self) -> None:
+        """Launch as the backend does."""
+        coupled, second_order, spectral, tokens, r, dtype, masked = self
+        x, H = new(2, tokens, 3584, dtype=dtype), new(2, tokens, 18944, dtype=dtype)
+        W, I_out = new(18944, 3584, dtype=dtype), new(2, r, dtype=torch.int64)
+        energy = new(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        policy = new(9 + r if masked else 9, dtype=torch.float64)
+        mask = new(2, tokens, dtype=torch.bool) if masked else None
+        core.launch(x, H, W, columns.new(W, I_out), I_out, policy, energy, None, mask,
+                    1e-3 if coupled else None, second_order, 0.8, spectral)  # fmt: skip
+
+
+CORES = (
+    *(Core(*kind) for kind in itertools.product((False, True), repeat=3) if any(kind)),
+    *(Core(True, True, True, tokens, 8, masked=True) for tokens in (1, 7, 8192)),
+    *(Core(True, True, spectral, 512, 8, torch.float64) for spectral in (False, True)),
+    Core(True, True, True, 2048, 8, torch.float32),
+)
+
+
+class Prefill(NamedTuple):
+    """Describe the launches of one layer for a prompt, all but the products."""
+
+    d_in: int
+    d_out: int
+    tokens: int
+    r: int = 4
+    groups: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    masked: bool = False
+    has_entropy: bool = False
+    clamp: float | None = None
+    by_column: bool = False
+
+    def launch(self) -> None:
+        """Launch as the backend does, with a bias where there is a mask."""
+        d_in, d_out, tokens, r, groups, dtype, masked, has_entropy, clamp, by_column = self
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x, H = new(groups, tokens, d_in, dtype=dtype), new(groups, tokens, d_out, dtype=dtype)
+        W, bias = new(d_out, d_in, dtype=dtype), new(d_out, dtype=dtype) if masked else None
+        mask = new(groups, tokens, dtype=torch.bool) if masked else None
+        entropy = new(2, dtype=torch.float64) if has_entropy else None
+        policy = new(9 + r if by_column else 9, dtype=torch.float64)
+        found = columns.new(W, features.launch(x, mask, r, False)[0])
+        if found.every:
+            columns.fill(W, found)
+        ranked = features.rank(H, mask, r, True, None if found.every else found)
+        decided = factors.launch(W, found, *ranked[:2], policy, new(groups, dtype=wide), entropy,
+                                 0.8, mask)  # fmt: skip
+        selected, core, gamma, active = decided
+        delta.launch(H, bias, found, selected[:, 1], core, gamma, active, clamp)
+
+
+LENGTHS = 512, 2048, 8192
+EVERYTHING: dict[str, Any] = {
+    "masked": True, "has_entropy": True, "clamp": 0.5, "by_column": True,
+}  # fmt: skip
+
+
+def prefills(full: bool) -> Iterator[Prefill]:
+    """Yield the prompts of two models and of corners, or of every layer with every choice."""
+    models = shapes.MODELS if full else ("Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3-70B")
+    layers = {shape for name in models for shape in shapes.MODELS[name].projections().values()}
+    choices: Any = [{}, EVERYTHING]
+    if full:
+        layers |= set(shapes.SINGLE["cuda"])
+        choices = itertools.product((False, True), (False, True), (None, 0.5), (False, True))
+        choices = [dict(zip(EVERYTHING, choice, strict=True)) for choice in choices]
+    for (d_in, d_out), tokens in itertools.product(sorted(layers), LENGTHS):
+        for choice in choices if full else choices[tokens != 2048 :][:1]:
+            yield Prefill(d_in, d_out, tokens, **choice)
+    for choice in ({}, EVERYTHING):
+        yield Prefill(3584, 18944, 2048, 8, **choice)
+        yield Prefill(18944, 3584, 8192, 8, dtype=torch.float32, **choice)
+        yield Prefill(3584, 18944, 512, 64, **choice)
+    yield Prefill(3584, 3584, 2048, dtype=torch.float32)
+    yield Prefill(3584, 512, 20, 8, groups=600)  # more columns than W has
+    yield Prefill(512, 8192, 512, 8, 2, torch.float64)
+
+
+def launches(architecture: str, full: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield every launcher with the arguments of common layers, on tensors without memory."""
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
+    for prefill in prefills(full):
+        name = str(prefill.dtype).removeprefix("torch.")
+        yield f"prefill {name}", prefill.launch
+    for one in CORES:
+        yield f"core {str(one.dtype).removeprefix('torch.')}", one.launch
     policy, signals = new(9, dtype=torch.float64), new(2, dtype=torch.float64)
     for dtype in (torch.bfloat16, torch.float32):  # float16 differs from bfloat16 in opcodes only
         name = str(dtype).removeprefix("torch.")
@@ -91,15 +194,15 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
             arguments = (x, W, new(d_out, dtype=dtype), I_in, E)
             yield f"edited {name}", lambda a=arguments: edited.launch(*a)
         yield f"edited {name}", lambda x=x, one=(I_in, E): edited.edit(x, [one] * 3)
-        shapes = (3584, 3584, 4, 1), (3584, 18944, 4, 16), (8192, 28672, 8, 1), (3584, 151936, 4, 1)
-        for d_in, d_out, r, tokens in shapes:
+        alone = (3584, 3584, 4, 1), (3584, 18944, 4, 16), (8192, 28672, 8, 1), (3584, 151936, 4, 1)
+        for d_in, d_out, r, tokens in alone:
             W, b = new(d_out, d_in, dtype=dtype), new(d_out, dtype=dtype)
             x, I_in = new(tokens, 1, d_in, dtype=dtype), new(tokens, r, dtype=torch.int64)
             layer = decode.Layer(W, b, policy)
             arguments = (x, [layer], None, I_in, None, signals, r, True, 0.8, None)
             yield f"decode {name}", lambda a=arguments: decode.launch(*a)
         for model in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3-70B"):
-            sizes = MODELS[model].projections()
+            sizes = shapes.MODELS[model].projections()
             for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
                 for tokens in (1, 16):
                     x = new(tokens, 1, sizes[names[0]][0], dtype=dtype)
@@ -119,26 +222,6 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
         counted = new(16, 1, dtype=torch.bool)
         arguments = (x, layers, counted, None, None, signals, 8, True, 0.8, 0.5)
         yield f"decode {name}", lambda a=arguments: decode.launch(*a)
-        for r in (4, 64):
-            I_in = I_out = new(2, r, dtype=torch.int64)
-            core, gamma = new(2, r, r), new(2)
-            H, active = new(2, 512, d_out, dtype=dtype), new(2, dtype=torch.int32)
-            for clamp in (None, 0.5):
-                arguments = (H, b, W, I_in, I_out, core, gamma, active, clamp)
-                yield f"delta {name}", lambda a=arguments: delta.launch(*a)
-            for mask in (None, new(2, 512, dtype=torch.bool), new(2, 8192, dtype=torch.bool)):
-                arguments = (W, I_in, I_out, policy, gamma, signals, 0.8, mask)
-                yield f"factors {name}", lambda a=arguments: factors.launch(*a)
-        for tokens, width, r in (
-            (64, 3584, 4),
-            (2048, 3584, 4),
-            (512, 28672, 8),
-            (8192, 28672, 64),
-        ):
-            H = new(2, tokens, width, dtype=dtype)
-            for mask in (None, new(2, tokens, dtype=torch.bool)):
-                arguments = (H, mask, r, True)
-                yield f"features {name}", lambda a=arguments: features.launch(*a)
         values = new(2, 512, 3584, dtype=dtype)
         mask = new(2, 512, dtype=torch.bool)
         yield f"scores {name}", lambda v=values: scores.launch(v, None, True)
@@ -161,8 +244,8 @@ def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for width, k in ((3584, 4), (262144, 4), (262144, 64)):
         yield "select float32", lambda w=width, k=k: select.launch(new(2, w), k)
     yield "select float64", lambda: select.launch(new(2, 8192, dtype=torch.float64), 8)
-    values = new(2, 512, 8192, dtype=torch.float64)
-    yield "features float64", lambda v=values: features.launch(v, None, 8, True)
+    for W, I_in in ((new(3584, 512), new(2, 4, dtype=torch.int64)),):
+        yield "columns float32", lambda W=W, I_in=I_in: columns.launch(W, I_in)
     yield "scores float64", lambda: scores.launch(new(2, 512, 512, dtype=torch.float64), None, True)
     yield "entropy float64", lambda: entropy.launch(new(2, 8192, dtype=torch.float64))
 
@@ -241,14 +324,16 @@ def main() -> None:
     """Print the table; exit with 1 on a spill or a narrow load of W."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", nargs="*", default=list(TARGETS))
+    parser.add_argument("--full", action="store_true", help="prefill with every choice (minutes)")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("benchmarks.aot: TRITON_INTERPRET is set, so nothing would be compiled")
     failures = []
-    for architecture in parser.parse_args().architectures:
+    given = parser.parse_args()
+    for architecture in given.architectures:
         if (reason := why_missing(architecture)) is not None:
             print(f"{architecture}: not read, {reason}")
         print(f"{architecture:<42} registers  shared  spills  16-byte loads")
-        for name, kernel in compiled(architecture):
+        for name, kernel in compiled(architecture, partial(launches, full=given.full)):
             if reason is not None:
                 continue
             row = resources(architecture, kernel)

@@ -1,4 +1,7 @@
-"""Launch where the tensors are: Triton takes the current device, whatever its arguments lie on."""
+"""Launch where the tensors are, and sum in a dtype that fits theirs.
+
+Triton takes the current device, whatever its arguments lie on.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -24,3 +28,12 @@ def on_its_device(
             return launch(tensor, *args, **kwargs)
 
     return there
+
+
+def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """Return the dtype of sums of ``dtype``, for torch and for Triton."""
+    if dtype == torch.float64:
+        return torch.float64, tl.float64
+    if dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.float32, tl.float32
+    raise TypeError(f"vps kernels take float16, bfloat16, float32 and float64, got {dtype}")

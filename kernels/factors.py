@@ -1,7 +1,8 @@
 """Fold policy, column norms and clip into the r × r core of SK, order 1 (SPEC §4, §5).
 
 ``C = diag(1/s_c)`` over the active columns, ``s_c = max(1, ‖A_c‖‖B_c‖/τ)``; A_c is row I_out[c] of
-W and B_c column I_in[c], so only r rows and r columns are read.
+W and B_c column I_in[c]. The program of a group also brings together the parts that ``features``
+ranked, reads its r rows of W, and takes the norms of the columns from where they were gathered.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -13,90 +14,86 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import on_its_device
+from vps.kernels.columns import Columns
+from vps.kernels.device import accumulation, on_its_device
 from vps.kernels.policy import column_factors, decide, inverse_scale
-from vps.kernels.scores import accumulation, count_tokens, mask_strides
-from vps.kernels.select import with_rows
+from vps.kernels.scores import count_tokens, mask_strides
+from vps.kernels.select import best, with_rows
+
+LARGEST_RECORDS = 4096
 
 
 @triton.jit
-def sum_squares(
-    weight_ptr,  # [d_out, d_in]
-    index_ptr,  # int64 [entries / per_group, per_group], rows or columns of W
-    partial_ptr,  # [splits, entries]
-    entries,
-    per_group,
-    length,
-    stride_group,
-    stride_index,
-    stride_along,
-    ACC: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    ALONG: tl.constexpr,
-    STEPS: tl.constexpr,
+def best_of_parts(
+    record_ptr,  # [G, records] scores; -1 marks none
+    index_ptr,  # int32 [G, records]
+    group,
+    records,
+    ranks,  # [RANKS]
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    RECORDS: tl.constexpr,
 ):
-    """Sum the squares of the listed rows (or columns) over one stretch of their length."""
-    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    begin = tl.program_id(1) * (ALONG * STEPS)
-    if begin < length:
-        address = index_ptr + entry // per_group * stride_group + entry % per_group
-        index = tl.load(address, mask=entry < entries, other=0)
-        total = tl.zeros([ENTRIES, ALONG], dtype=ACC)
-        for step in range(STEPS):
-            at = begin + step * ALONG + tl.arange(0, ALONG)
-            offsets = index[:, None] * stride_index + at.to(tl.int64)[None, :] * stride_along
-            inside = (entry < entries)[:, None] & (at < length)[None, :]
-            values = tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(ACC)
-            total += values * values
-        address = partial_ptr + tl.program_id(1) * entries + entry
-        tl.store(address, tl.sum(total, axis=1), mask=entry < entries)
+    """Return the best R of all parts of a group, int64 [RANKS]."""
+    entry = tl.arange(0, RECORDS)
+    exists = entry < records
+    scores = tl.load(record_ptr + group * records + entry, mask=exists, other=-1.0)
+    index = tl.load(index_ptr + group * records + entry, mask=exists, other=0x7FFFFFFF)
+    selected = tl.zeros([RANKS], dtype=tl.int64)
+    for rank in range(R):
+        at = best(scores, index, 0)[1]
+        scores = tl.where(index == at, -1.0, scores)
+        selected = tl.where(ranks == rank, at.to(tl.int64), selected)
+    return selected
 
 
 @triton.jit
-def squares_kernel(
+def square_rows(
     weight_ptr,  # [d_out, d_in]
-    rows_ptr,  # int64 [rows / rows_group, rows_group]
-    columns_ptr,  # int64 [columns / columns_group, columns_group]
-    partial_rows_ptr,  # [splits of d_in, rows]
-    partial_columns_ptr,  # [splits of d_out, columns]
-    rows,
-    columns,
-    rows_group,
-    columns_group,
-    d_out,
-    d_in,
-    stride_rows,
-    stride_columns,
+    rows,  # int64 [RANKS]
+    inside,  # [RANKS]
     stride_out,
     stride_in,
     ACC: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    RANKS: tl.constexpr,
+    D_IN: tl.constexpr,
     ALONG: tl.constexpr,
-    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    if tl.program_id(2) == 0:
-        sum_squares(weight_ptr, rows_ptr, partial_rows_ptr, rows, rows_group, d_in, stride_rows,
-                    stride_out, stride_in, ACC, ENTRIES, ALONG, STEPS)  # fmt: skip
-    else:
-        sum_squares(weight_ptr, columns_ptr, partial_columns_ptr, columns, columns_group, d_out,
-                    stride_columns, stride_in, stride_out, ACC, ENTRIES, ALONG, STEPS)  # fmt: skip
+    """Return the squared norms of the listed rows of W, [RANKS]."""
+    total = tl.zeros([RANKS, ALONG], dtype=ACC)
+    for start in tl.range(0, D_IN, ALONG, loop_unroll_factor=UNROLL):
+        at = start + tl.arange(0, ALONG)
+        offsets = rows[:, None] * stride_out + at.to(tl.int64)[None, :] * stride_in
+        part = inside[:, None] & (at < D_IN)[None, :]
+        values = tl.load(weight_ptr + offsets, mask=part, other=0.0).to(ACC)
+        total += values * values
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
-def add_partials(partial_ptr, entry, inside, splits, entries, SPLITS: tl.constexpr):
-    """Add the splits of ``partial`` [splits, entries] at ``entry`` [R]."""
-    split = tl.arange(0, SPLITS)
-    address = partial_ptr + split[:, None] * entries + entry[None, :]
-    partial = tl.load(address, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
+def square_columns(
+    squares_ptr,  # [tiles, slots]
+    slot,  # int64 [RANKS]
+    inside,  # [RANKS]
+    tiles,
+    slots,
+    TILES: tl.constexpr,
+):
+    """Return the squared norms of the columns at these slots, [RANKS]."""
+    tile = tl.arange(0, TILES)
+    address = squares_ptr + tile.to(tl.int64)[:, None] * slots + slot[None, :]
+    partial = tl.load(address, mask=(tile < tiles)[:, None] & inside[None, :], other=0.0)
     return tl.sum(partial, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["records", "slots", "tokens", "stride_mask_g"])
 def factors_kernel(
-    partial_rows_ptr,  # [splits_rows, rows], None without a clip
-    partial_columns_ptr,  # [splits_columns, columns], None without a clip
+    weight_ptr,  # [d_out, d_in]
+    squares_ptr,  # [tiles, slots]
     I_in_ptr,  # int64 [G, R]
-    I_out_ptr,  # int64 [G, R]
+    I_out_ptr,  # int64 [G, R], or int32 [G, records] with the scores
+    record_ptr,  # [G, records] or None
     policy_ptr,  # float64 [9], or [9 + R] with a factor of each column
     energy_ptr,  # [G] or None
     entropy_ptr,  # float64 [2] or None
@@ -105,30 +102,33 @@ def factors_kernel(
     core_ptr,  # [G, R, R]
     gamma_ptr,  # [G]
     active_ptr,  # int32 [G]
-    rows,
-    columns,
-    splits_rows,
-    splits_columns,
+    records,
+    tiles,
+    slots,
     tokens,
+    stride_out,
+    stride_in,
     stride_I_in,
     stride_I_out,
     stride_mask_g,
     stride_mask_t,
     ACC: tl.constexpr,
     TAU: tl.constexpr,
-    EVERY_ROW: tl.constexpr,
-    EVERY_COLUMN: tl.constexpr,
+    EVERY: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     R: tl.constexpr,
     RANKS: tl.constexpr,
-    SPLITS_ROWS: tl.constexpr,
-    SPLITS_COLUMNS: tl.constexpr,
+    D_IN: tl.constexpr,
+    ALONG: tl.constexpr,
+    UNROLL: tl.constexpr,
+    RECORDS: tl.constexpr,
+    TILES: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)
-    rank = tl.arange(0, RANKS)
-    inside = rank < R
+    ranks = tl.arange(0, RANKS)
+    inside = ranks < R
     energy = None
     if energy_ptr is not None:
         energy = tl.load(energy_ptr + group)
@@ -138,62 +138,38 @@ def factors_kernel(
         counted = count_tokens(mask_row, tokens, stride_mask_t, TOKENS, BLOCK_T) > 0
         gamma = tl.where(counted, gamma, 0.0)
         active = tl.where(counted, active, 0)
-    I_in = tl.load(I_in_ptr + group * stride_I_in + rank, mask=inside, other=0)
-    I_out = tl.load(I_out_ptr + group * stride_I_out + rank, mask=inside, other=0)
-    tl.store(features_ptr + group * 2 * R + rank, I_in, mask=inside)
-    tl.store(features_ptr + (group * 2 + 1) * R + rank, I_out, mask=inside)
+    I_in = tl.load(I_in_ptr + group * stride_I_in + ranks, mask=inside, other=0)
+    if record_ptr is not None:
+        I_out = best_of_parts(record_ptr, I_out_ptr, group, records, ranks, R, RANKS, RECORDS)
+    else:
+        I_out = tl.load(I_out_ptr + group * stride_I_out + ranks, mask=inside, other=0)
+    tl.store(features_ptr + group * 2 * R + ranks, I_in, mask=inside)
+    tl.store(features_ptr + (group * 2 + 1) * R + ranks, I_out, mask=inside)
     inverse = tl.full([RANKS], 1.0, dtype=ACC)
     if TAU is not None:
-        row = I_out if EVERY_ROW else group * R + rank
-        column = I_in if EVERY_COLUMN else group * R + rank
+        slot = I_in if EVERY else group * R + ranks
         inverse = inverse_scale(
-            add_partials(partial_rows_ptr, row, inside, splits_rows, rows, SPLITS_ROWS),
-            add_partials(partial_columns_ptr, column, inside, splits_columns, columns,
-                         SPLITS_COLUMNS),
+            square_rows(weight_ptr, I_out, inside, stride_out, stride_in, ACC, RANKS, D_IN, ALONG,
+                        UNROLL),
+            square_columns(squares_ptr, slot, inside, tiles, slots, TILES),
             TAU,
         )  # fmt: skip
     if BY_COLUMN:
-        inverse = inverse * column_factors(policy_ptr, rank, inside, ACC)
-    inverse = tl.where(rank < active, inverse, 0.0)
-    core = tl.where(rank[:, None] == rank[None, :], inverse[:, None], 0.0)
-    address = core_ptr + group * R * R + rank[:, None] * R + rank[None, :]
+        inverse = inverse * column_factors(policy_ptr, ranks, inside, ACC)
+    inverse = tl.where(ranks < active, inverse, 0.0)
+    core = tl.where(ranks[:, None] == ranks[None, :], inverse[:, None], 0.0)
+    address = core_ptr + group * R * R + ranks[:, None] * R + ranks[None, :]
     tl.store(address, core, mask=inside[:, None] & inside[None, :])
     tl.store(gamma_ptr + group, tl.cast(gamma, ACC))
     tl.store(active_ptr + group, active)
 
 
-def squares(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
-    """Sum squares of rows ``[splits, rows]`` and columns ``[splits, columns]`` of W in part.
-
-    Of the selected ones, in the order of I_out and I_in; or of all of them, flagged by the last
-    two results, once more are selected than there are. Either way every sum is the same.
-    """
-    dtype, acc = accumulation(weight.dtype)
-    d_out, d_in = weight.shape
-    every_row, every_column = I_out.numel() > d_out, I_in.numel() > d_in
-    rows = torch.arange(d_out, device=weight.device)[None] if every_row else I_out
-    columns = torch.arange(d_in, device=weight.device)[None] if every_column else I_in
-    tile = tuning.squares(max(rows.numel(), columns.numel()))
-    stretch = tile["ALONG"] * tile["STEPS"]
-    splits_rows, splits_columns = (tuning.steps(length, stretch) for length in (d_in, d_out))
-    partial_rows = torch.empty(splits_rows, rows.numel(), dtype=dtype, device=weight.device)
-    partial_columns = torch.empty(
-        splits_columns, columns.numel(), dtype=dtype, device=weight.device
-    )
-    blocks = tuning.steps(max(rows.numel(), columns.numel()), tile["ENTRIES"])
-    squares_kernel[blocks, max(splits_rows, splits_columns), 2](
-        weight, rows, columns, partial_rows, partial_columns, rows.numel(), columns.numel(),
-        rows.shape[1], columns.shape[1], d_out, d_in, rows.stride(0), columns.stride(0),
-        *weight.stride(), ACC=acc, **tile, enable_fp_fusion=True,
-    )  # fmt: skip
-    return partial_rows, partial_columns, every_row, every_column
-
-
 @on_its_device
 def launch(
     weight: Tensor,
-    I_in: Tensor,
+    columns: Columns,
     I_out: Tensor,
+    record: Tensor | None,
     policy: Tensor,
     energy: Tensor | None,
     entropy: Tensor | None,
@@ -204,8 +180,10 @@ def launch(
 
     Args:
         weight: ``[d_out, d_in]``, any strides.
-        I_in: int64 ``[G, r]``.
-        I_out: int64 ``[G, r]``.
+        columns: its columns I_in ``[G, r]``, filled.
+        I_out: int64 ``[G, r]``; or with ``record``, the best r of each part, int32
+            ``[G, parts, r]``.
+        record: scores of these, -1 where a part has fewer, in the accumulation dtype.
         policy: float64 ``[9]``: factor, then the bounds of γ, rank, topk and order; ``[9 + r]``
             with a factor of each column.
         energy: ``[G]`` in the accumulation dtype; ``None`` when nothing is adaptive.
@@ -219,54 +197,56 @@ def launch(
         ``[G]``. The last three are 0 where no token counts.
 
     Raises:
-        TypeError: a weight that is no float of 16 to 64 bits, or a policy that is not float64.
-        ValueError: a weight that is no matrix, or selections or a mask of another shape or dtype.
+        TypeError: a policy that is not float64.
+        ValueError: selections or a mask of another shape or dtype.
     """
-    I_in, I_out = _checked(weight, I_in, I_out)
-    by_column = policy.numel() == 9 + I_in.shape[1]
-    if policy.dtype != torch.float64 or not (by_column or policy.numel() == 9):
-        raise TypeError(
-            f"factors: policy must be float64 [9], got {policy.dtype} {tuple(policy.shape)}"
-        )
+    groups, r = columns.I_in.shape
+    _check(columns, I_out, record, policy, mask)
     dtype, acc = accumulation(weight.dtype)
-    groups, r = I_in.shape
-    if mask is not None and (mask.shape[:-1] != (groups,) or mask.dtype != torch.bool):
-        raise ValueError(
-            f"factors: mask must be bool [{groups}, T], got {mask.dtype} {tuple(mask.shape)}"
-        )
     features = torch.empty(groups, 2, r, dtype=torch.int64, device=weight.device)
     core = torch.empty(groups, r, r, dtype=dtype, device=weight.device)
     gamma = torch.empty(groups, dtype=dtype, device=weight.device)
     active = torch.empty(groups, dtype=torch.int32, device=weight.device)
-    rows = columns = None
-    every_row = every_column = False
-    sizes = (0, 0, 0, 0)
     if groups == 0:
         return features, core, gamma, active
-    if tau is not None:
-        rows, columns, every_row, every_column = squares(weight, I_in, I_out)
-        sizes = (rows.shape[1], columns.shape[1], rows.shape[0], columns.shape[0])
-    power = tuning.power_of_2
+    power, d_in = tuning.power_of_2, weight.shape[1]
+    records = 0 if record is None else I_out[0].numel()
     tokens = 0 if mask is None else mask.shape[1]
-    tile = tuning.factors(power(r) * power(max(sizes[2:])), tokens)
+    I_out = with_rows(I_out) if record is None else I_out
+    tiles, slots = columns.squares.shape
+    tile = tuning.factors(r, records, d_in)
     factors_kernel[groups,](
-        rows, columns, I_in, I_out, policy, energy, entropy, mask, features, core, gamma, active,
-        *sizes, tokens, I_in.stride(0), I_out.stride(0), *mask_strides(mask), ACC=acc, TAU=tau,
-        EVERY_ROW=every_row, EVERY_COLUMN=every_column, BY_COLUMN=by_column, R=r, RANKS=power(r),
-        SPLITS_ROWS=power(sizes[2]), SPLITS_COLUMNS=power(sizes[3]), TOKENS=power(tokens), **tile,
+        weight, columns.squares, columns.I_in, I_out, record, policy, energy, entropy, mask,
+        features, core, gamma, active, records, tiles, slots, tokens, *weight.stride(),
+        columns.I_in.stride(0), I_out.stride(0), *mask_strides(mask), ACC=acc, TAU=tau,
+        EVERY=columns.every, BY_COLUMN=policy.numel() > 9, R=r, RANKS=power(r), D_IN=d_in,
+        TILES=power(tiles), TOKENS=max(512, tuning.bucket(tokens)) if tokens else 1, **tile,
         enable_fp_fusion=True,
     )  # fmt: skip
     return features, core, gamma, active
 
 
-def _checked(weight: Tensor, I_in: Tensor, I_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Check the arguments and return the selections with contiguous rows."""
-    if weight.dim() != 2:
-        raise ValueError(f"factors: weight must be [d_out, d_in], got {tuple(weight.shape)}")
-    for name, index in (("I_in", I_in), ("I_out", I_out)):
-        if index.dtype != torch.int64 or index.dim() != 2 or index.shape != I_in.shape:
-            raise ValueError(
-                f"factors: {name} must be int64 [G, r] like I_in {tuple(I_in.shape)}, "
-                f"got {index.dtype} {tuple(index.shape)}"
-            )
-    return with_rows(I_in), with_rows(I_out)
+def _check(
+    columns: Columns, I_out: Tensor, record: Tensor | None, policy: Tensor, mask: Tensor | None
+) -> None:
+    groups, r = columns.I_in.shape
+    if policy.dtype != torch.float64 or policy.shape not in ((9,), (9 + r,)):
+        raise TypeError(
+            f"factors: policy must be float64 [9], got {policy.dtype} {tuple(policy.shape)}"
+        )
+    if record is None:
+        fits = I_out.dtype == torch.int64 and I_out.shape == (groups, r)
+    else:
+        fits = I_out.dtype == torch.int32 and I_out.shape == record.shape
+        fits = fits and I_out.is_contiguous() and record.is_contiguous()
+        fits = fits and I_out.dim() == 3 and (I_out.shape[0], I_out.shape[2]) == (groups, r)
+        fits = fits and I_out[0].numel() <= LARGEST_RECORDS
+    if not fits:
+        raise ValueError(
+            f"factors: I_out must be int64 [{groups}, {r}], or int32 [{groups}, parts, {r}] beside "
+            f"a record, got {I_out.dtype} {tuple(I_out.shape)}"
+        )
+    if mask is not None and (mask.shape[:-1] != (groups,) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"factors: mask must be bool [{groups}, T], got {mask.dtype} {tuple(mask.shape)}"
+        )

@@ -16,13 +16,12 @@ def interpolate_integer(policy_ptr, at: tl.constexpr, sigma):
 
 
 @triton.jit
-def decide(
+def strength(
     policy_ptr,  # float64 [9 ...]: a factor, bounds of γ, rank, topk, order
     energy,  # of this group, or None when nothing is adaptive
     entropy_ptr,  # [2] ℋ or −1, and the factor of the history; or None
-    R: tl.constexpr,
 ):
-    """Return γ in float64 and the number of active columns of one group."""
+    """Return σ of one group in float64, 0 when nothing is adaptive."""
     factor = tl.load(policy_ptr)
     sigma = factor * 0.0
     if energy is not None:
@@ -31,6 +30,24 @@ def decide(
             sigma = tl.maximum(sigma, tl.minimum(tl.load(entropy_ptr).to(tl.float64) / 3.0, 1.0))
             factor *= tl.load(entropy_ptr + 1)
         sigma = tl.minimum(factor * sigma, 1.0)
+    return sigma
+
+
+@triton.jit
+def is_second_order(policy_ptr, energy, entropy_ptr):
+    """Return whether one group takes the second-order term; arguments as of :func:`decide`."""
+    return interpolate_integer(policy_ptr, 7, strength(policy_ptr, energy, entropy_ptr)) >= 2
+
+
+@triton.jit
+def decide(
+    policy_ptr,  # float64 [9 ...]: a factor, bounds of γ, rank, topk, order
+    energy,  # of this group, or None when nothing is adaptive
+    entropy_ptr,  # [2] ℋ or −1, and the factor of the history; or None
+    R: tl.constexpr,
+):
+    """Return γ in float64 and the number of active columns of one group."""
+    sigma = strength(policy_ptr, energy, entropy_ptr)
     low = tl.load(policy_ptr + 1)
     gamma = low + (tl.load(policy_ptr + 2) - low) * sigma
     rank = interpolate_integer(policy_ptr, 3, sigma)

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import on_its_device
+from vps.kernels.columns import Columns, gather
+from vps.kernels.device import accumulation, on_its_device
 
 
 @triton.jit
@@ -26,11 +27,15 @@ def magnitude(values, ACC: tl.constexpr):
 
 
 @triton.jit
-def partial_kernel(
+def sum_tokens(
     values_ptr,  # [G, T, D]
     mask_ptr,  # bool [G, T] or None
-    scores_ptr,  # [G, SPLITS, D]
-    squares_ptr,  # [G, SPLITS, tiles of D] or None
+    scores_ptr,  # [G, splits, D]
+    squares_ptr,  # [G, splits, tiles of D] or None
+    group,
+    split,
+    tile,
+    splits,
     tokens,
     width,
     stride_g,
@@ -43,9 +48,7 @@ def partial_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    tile = tl.program_id(2)
+    """Sum |values| and values² of one stretch of tokens and one tile of columns."""
     columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width = columns < width
     base = values_ptr + group * stride_g + columns.to(tl.int64)[None, :] * stride_d
@@ -64,10 +67,52 @@ def partial_kernel(
         total += size
         if squares_ptr is not None:
             squares += size * size
-    slot = group * tl.num_programs(1) + split
+    slot = group * splits + split
     tl.store(scores_ptr + slot * width + columns, tl.sum(total, axis=0), mask=in_width)
     if squares_ptr is not None:
-        tl.store(squares_ptr + slot * tl.num_programs(2) + tile, tl.sum(tl.sum(squares, 1), 0))
+        tiles = tl.cdiv(width, BLOCK_D)
+        tl.store(squares_ptr + slot * tiles + tile, tl.sum(tl.sum(squares, 1), 0))
+
+
+@triton.jit(do_not_specialize=["slots", "splits", "tokens", "stride_mask_g"])
+def partial_kernel(
+    values_ptr,  # [G, T, D]
+    mask_ptr,  # bool [G, T] or None
+    scores_ptr,  # [G, splits, D]
+    squares_ptr,  # [G, splits, tiles of D] or None
+    weight_ptr,  # [D, d_in] or None
+    I_in_ptr,  # int64 [G, R] or None
+    columns_ptr,  # [G·R, D] or None
+    column_squares_ptr,  # [tiles of D, G·R] or None
+    slots,
+    splits,
+    tokens,
+    width,
+    stride_g,
+    stride_t,
+    stride_d,
+    stride_mask_g,
+    stride_mask_t,
+    stride_out,
+    stride_in,
+    stride_I_in,
+    ACC: tl.constexpr,
+    R: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    tile = tl.program_id(2)
+    if split < splits:
+        sum_tokens(values_ptr, mask_ptr, scores_ptr, squares_ptr, group, split, tile, splits,
+                   tokens, width, stride_g, stride_t, stride_d, stride_mask_g, stride_mask_t, ACC,
+                   TOKENS, BLOCK_T, BLOCK_D)  # fmt: skip
+    if columns_ptr is not None:
+        if split == splits:
+            gather(weight_ptr, I_in_ptr, columns_ptr, column_squares_ptr, group, tile, slots,
+                   width, stride_out, stride_in, stride_I_in, ACC, R, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
@@ -137,7 +182,7 @@ def count_tokens(
     return tl.sum(counted, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "entries", "tokens", "stride_mask_g"])
 def combine_kernel(
     partial_ptr,  # [G, splits, D] or None
     squares_ptr,  # [G, entries] or None
@@ -160,23 +205,16 @@ def combine_kernel(
 ):
     group = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
+    columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     if partial_ptr is not None:
-        columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-        first = partial_ptr + group * splits * width
-        scores = add_splits(first, columns, splits, width, ACC, SPLITS, BLOCK_S, BLOCK_D)
-        tl.store(scores_ptr + group * width + columns, scores, mask=columns < width)
-    if squares_ptr is not None and tile == 0:
-        store_energy(squares_ptr, mask_ptr, energy_ptr, group, entries, tokens, width,
-                     stride_mask_g, stride_mask_t, ACC, ENTRIES, TOKENS, BLOCK)  # fmt: skip
-
-
-def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """Return the dtype of sums of ``dtype``, for torch and for Triton."""
-    if dtype == torch.float64:
-        return torch.float64, tl.float64
-    if dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return torch.float32, tl.float32
-    raise TypeError(f"vps kernels take float16, bfloat16, float32 and float64, got {dtype}")
+        if tile * BLOCK_D < width:
+            first = partial_ptr + group * splits * width
+            scores = add_splits(first, columns, splits, width, ACC, SPLITS, BLOCK_S, BLOCK_D)
+            tl.store(scores_ptr + group * width + columns, scores, mask=columns < width)
+    if squares_ptr is not None:
+        if tile == tl.num_programs(1) - 1:
+            store_energy(squares_ptr, mask_ptr, energy_ptr, group, entries, tokens, width,
+                         stride_mask_g, stride_mask_t, ACC, ENTRIES, TOKENS, BLOCK)  # fmt: skip
 
 
 class Partial(NamedTuple):
@@ -185,27 +223,31 @@ class Partial(NamedTuple):
     sums: Tensor  # [G, splits, d]
     squares: Tensor | None  # [G, entries], where the energy was asked for
 
-    def constants(self, tokens: int) -> dict[str, int]:
-        """Return the lengths of the loops that read it."""
-        entries = 0 if self.squares is None else self.squares.shape[1]
-        lengths = {"SPLITS": self.sums.shape[1], "ENTRIES": entries, "TOKENS": tokens}
-        return {name: tuning.power_of_2(length) for name, length in lengths.items()}
+    def constants(self, tile: dict[str, int], masked: bool) -> dict[str, int]:
+        """Return the lengths of the loops that read it, of which there are few.
+
+        ``tile`` is that of the first phase.
+        """
+        splits = tuning.bucket(self.sums.shape[1])
+        entries = 0
+        if self.squares is not None:
+            entries = splits * (self.squares.shape[1] // self.sums.shape[1])
+        tokens = splits * max(64, tile["TOKENS"]) if masked and entries else 1
+        return {"SPLITS": splits, "ENTRIES": entries, "TOKENS": tokens}
 
 
-def sum_up(op: str, values: Tensor, mask: Tensor | None, energy: bool) -> Partial:
-    """Run the first phase of ``op``, which is named in errors.
+def sum_up(
+    op: str, values: Tensor, mask: Tensor | None, energy: bool, columns: Columns | None = None
+) -> tuple[Partial, dict[str, int]]:
+    """Run the first phase of ``op``, which is named in errors, and return its tile too.
+
+    ``columns``, of the weight that made the values, are filled in the same launch.
 
     Raises:
         TypeError, ValueError: as of :func:`launch`.
     """
+    check(op, values, mask)
     dtype, acc = accumulation(values.dtype)
-    if values.dim() != 3:
-        raise ValueError(f"{op}: values must be [G, T, d], got {tuple(values.shape)}")
-    if mask is not None and (mask.shape != values.shape[:2] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"{op}: mask must be bool {tuple(values.shape[:2])}, "
-            f"got {mask.dtype} {tuple(mask.shape)}"
-        )
     groups, tokens, width = values.shape
     tile = tuning.scores(tokens, width)
     splits = max(1, tuning.steps(tokens, tile["TOKENS"]))
@@ -214,12 +256,30 @@ def sum_up(op: str, values: Tensor, mask: Tensor | None, energy: bool) -> Partia
     squares = None
     if energy:
         squares = torch.empty(groups, splits * tiles, dtype=dtype, device=values.device)
+    weight = I_in = copy = column_squares = None
+    slots, r, strides = 0, 1, [0, 0, 0]
+    if columns is not None:
+        weight, I_in, copy, column_squares, _ = columns
+        slots, r, strides = len(copy), I_in.shape[1], [*weight.stride(), I_in.stride(0)]
     if sums.numel() > 0:
-        partial_kernel[groups, splits, tiles](
-            values, mask, sums, squares, tokens, width, *values.stride(), *mask_strides(mask),
-            ACC=acc, **tile, enable_fp_fusion=True,
+        partial_kernel[groups, splits + (columns is not None), tiles](
+            values, mask, sums, squares, weight, I_in, copy, column_squares, slots, splits, tokens,
+            width, *values.stride(), *mask_strides(mask), *strides, ACC=acc, R=r, **tile,
+            enable_fp_fusion=True,
         )  # fmt: skip
-    return Partial(sums, squares)
+    return Partial(sums, squares), tile
+
+
+def check(op: str, values: Tensor, mask: Tensor | None) -> None:
+    """Raise unless values are ``[G, T, d]`` of floats and the mask is bool ``[G, T]``."""
+    accumulation(values.dtype)
+    if values.dim() != 3:
+        raise ValueError(f"{op}: values must be [G, T, d], got {tuple(values.shape)}")
+    if mask is not None and (mask.shape != values.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"{op}: mask must be bool {tuple(values.shape[:2])}, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int]:
@@ -228,13 +288,16 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
 
 
 @on_its_device
-def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, Tensor]:
+def launch(
+    values: Tensor, mask: Tensor | None, energy: bool, columns: Columns | None = None
+) -> tuple[Tensor, Tensor]:
     """Return Σ|values| of each column, which orders features as the mean does, and the energy.
 
     Args:
         values: x or H, ``[G, T, d]``, any strides.
         mask: bool ``[G, T]``, True counts; ``None`` when all do.
         energy: whether to take the mean of values² too.
+        columns: those of the weight that made H, to be filled besides; not every column.
 
     Returns:
         Scores ``[G, d]`` and energy ``[G]``, or ``[0]`` if not asked for, in the accumulation
@@ -244,7 +307,7 @@ def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, T
         TypeError: a dtype that is no float of 16 to 64 bits.
         ValueError: values that are not ``[G, T, d]`` or a mask that is not bool ``[G, T]``.
     """
-    partial = sum_up("column_scores", values, mask, energy)
+    partial, tile = sum_up("column_scores", values, mask, energy, columns)
     sums, squares = partial
     groups, tokens, width = values.shape
     mean = torch.empty(groups if energy else 0, dtype=sums.dtype, device=values.device)
@@ -257,11 +320,12 @@ def launch(values: Tensor, mask: Tensor | None, energy: bool) -> tuple[Tensor, T
         scores = sums.view(groups, width)
         if squares is None:
             return scores, mean
-    tile = tuning.combine(width, splits)
-    combine_kernel[groups, tuning.steps(width, tile["BLOCK_D"]) if splits > 1 else 1](
+    constants = partial.constants(tile, mask is not None)
+    tile = tuning.combine(width)
+    tiles = tuning.steps(width, tile["BLOCK_D"]) if splits > 1 else 0
+    combine_kernel[groups, tiles + energy](
         sums if splits > 1 else None, squares, mask, scores, mean, splits,
         0 if squares is None else squares.shape[1], tokens, width, *mask_strides(mask),
-        ACC=accumulation(values.dtype)[1], **partial.constants(tokens), **tile,
-        enable_fp_fusion=True,
+        ACC=accumulation(values.dtype)[1], **constants, **tile, enable_fp_fusion=True,
     )  # fmt: skip
     return scores, mean

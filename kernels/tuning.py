@@ -54,45 +54,46 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
 
 
+def bucket(number: int) -> int:
+    """Return the least of 8, 64, 512 … not below ``number``: few lengths, so few kernels."""
+    size = 8
+    while size < number:
+        size *= 8
+    return size
+
+
 def scores(tokens: int, width: int) -> dict[str, int]:
     """Take 16 × 512 elements a step: 16 KB of bfloat16 in flight a program, two sums in registers.
 
-    64 tokens a program: partial sums add 6 % to the bytes read, and 2048 tokens of 3584 features
-    still make 224 programs.
+    Up to 1024 tokens a single step, so that a short prompt makes enough programs. Partial sums add
+    12 % to the bytes read of a short prompt, 3 % and less to those of a long one.
     """
+    stretch = 1 if tokens == 1 else 16 if tokens <= 1024 else 64 if tokens <= 4096 else 256
+    block = min(16, stretch), min(512, power_of_2(width))
     return {
-        "TOKENS": min(64, power_of_2(tokens)),
-        "BLOCK_T": min(16, power_of_2(tokens)),
-        "BLOCK_D": min(512, power_of_2(width)),
-        "num_warps": 8 if width * tokens >= 4096 else 4,
+        "TOKENS": stretch,
+        "BLOCK_T": block[0],
+        "BLOCK_D": block[1],
+        "num_warps": 8 if block[0] * block[1] >= 4096 else 4,
     }
 
 
-def combine(width: int, splits: int) -> dict[str, int]:
+def combine(width: int) -> dict[str, int]:
     """Take small tiles and many programs: partial sums lie in L2."""
-    return {
-        "BLOCK_S": min(16, power_of_2(splits)),
-        "BLOCK": 256,
-        "BLOCK_D": min(256, power_of_2(width)),
-        "num_warps": 4,
-    }
+    return {"BLOCK_S": 8, "BLOCK": 1024, "BLOCK_D": min(256, power_of_2(width)), "num_warps": 4}
 
 
-def rank(width: int, splits: int, k: int) -> dict[str, int]:
-    """Take up to 32 KB of partial sums a program, in tiles whose best k all fit one program.
+def rank(width: int, k: int) -> dict[str, int]:
+    """Take 8 KB of partial sums a step, in tiles whose best k all fit one program.
 
-    A narrow layer or a short prompt is a single tile.
+    Tiles are the same for every number of tokens, and so is what brings them together.
     """
-    block = min(4096, max(256, power_of_2(8192 // splits)))
+    block = 256
     while steps(width, block) * k > 4096:
         block *= 2
     block = max(16, min(block, power_of_2(width)))
-    return {
-        "BLOCK_S": max(1, min(4096 // block, power_of_2(splits))),
-        "BLOCK": 256,
-        "BLOCK_D": block,
-        "num_warps": 4,
-    }
+    return {"BLOCK_S": max(1, 2048 // max(256, block)), "BLOCK": 1024, "BLOCK_D": block,
+            "num_warps": 4}  # fmt: skip
 
 
 def select(width: int, architecture: str) -> dict[str, int]:
@@ -117,26 +118,50 @@ def couple(width: int) -> dict[str, int]:
     return {"WIDTH": block, "num_warps": max(1, min(8, block // 64))}
 
 
-def squares(entries: int) -> dict[str, int]:
-    """Take four rows or columns of W a program, the usual rank; 512 elements of each a step."""
-    return {"ENTRIES": 4, "ALONG": 512, "STEPS": 4, "num_warps": 4}
+def columns(width: int, every: bool) -> dict[str, int]:
+    """Take the tiles of ``scores``, whose launch fills them; a square to transpose W."""
+    if every:
+        return {"BLOCK_I": 64, "BLOCK_D": 64, "num_warps": 4}
+    block = min(512, power_of_2(width))
+    return {"BLOCK_D": block, "num_warps": 8 if block == 512 else 4}
 
 
-def factors(elements: int, tokens: int) -> dict[str, int]:
-    """Take one program a group, with ``elements`` partial sums of a factor in its registers.
-
-    A step of the mask is all of it up to 4096 tokens.
-    """
-    step = min(4096, power_of_2(tokens))
-    most = max(elements, step)
-    return {"BLOCK_T": step, "num_warps": 1 if most <= 1024 else 4 if most <= 4096 else 8}
-
-
-def delta(tokens: int, width: int) -> dict[str, int]:
-    """Take 8 × 512 outputs a program: the r gathered elements of a row cost 6 % of its bytes."""
+def factors(r: int, records: int, d_in: int) -> dict[str, int]:
+    """Take one program a group, with 16 KB of its r rows of W in flight, 32 KB of many rows."""
+    ranks, warps = power_of_2(r), 8 if r <= 8 else 16
     return {
-        "BLOCK_T": min(8, power_of_2(tokens)),
-        "BLOCK_D": min(512, power_of_2(width)),
+        "ALONG": max(16, min(512 * warps // ranks, power_of_2(d_in))),
+        "UNROLL": 2,
+        "RECORDS": max(16, power_of_2(records)),
+        "BLOCK_T": 1024,
+        "num_warps": warps,
+    }
+
+
+def gram(r: int) -> dict[str, int]:
+    """Take 512 elements of r vectors a program, in steps whose products fit the registers."""
+    return {"BLOCK": 64 if r <= 4 else 32, "STEPS": 8 if r <= 4 else 16, "num_warps": 4}
+
+
+def core_warps(r: int, element_size: int) -> int:
+    """Take one warp, which needs no barrier; four for what would spill, 8 × 8 in float64."""
+    return 4 if r > 4 and element_size == 8 else 1
+
+
+def delta(tokens: int, width: int, r: int, element_size: int) -> dict[str, int]:
+    """Take 8 × 512 outputs a step and up to 64 rows a program, which share the columns of W.
+
+    The r gathered elements of a row cost 6 % of its bytes, the columns 3 % of those of 64 rows.
+    Fewer rows where programs would be few, smaller steps where columns fill the registers.
+    """
+    block = min(512, power_of_2(width))
+    programs = steps(width, block) * steps(tokens, 64)
+    if tokens == 1:  # of many groups
+        return {"ROWS": 1, "BLOCK_T": 1, "BLOCK_D": block, "num_warps": 4 if block >= 512 else 1}
+    return {
+        "ROWS": next((64 // n for n in (1, 2, 4) if n * programs >= 192), 8),
+        "BLOCK_T": 64 // (max(4, min(8, power_of_2(r))) * element_size),
+        "BLOCK_D": block,
         "num_warps": 4,
     }
 

@@ -119,9 +119,10 @@ def factors(problem: Problem) -> OpCase:
         return torch.diag((A * B / TAU).clamp_min(1).reciprocal())[None]
 
     def triton(W: Tensor, I_in: Tensor, I_out: Tensor) -> Tensor:
-        from vps.kernels import factors
+        from vps.kernels import columns, factors
 
-        return factors.launch(W, I_in, I_out, policy, None, None, TAU, None)[1]
+        found = columns.launch(W, I_in)
+        return factors.launch(W, found, I_out, None, policy, None, None, TAU, None)[1]
 
     return of_kernel(
         f"factors, {problem.title(problem.tokens)}",
@@ -147,9 +148,9 @@ def delta(problem: Problem) -> OpCase:
         return torch.baddbmm(H, u, gradient.columns(W, I_in).permute(1, 2, 0))
 
     def triton(H: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor) -> Tensor:
-        from vps.kernels import delta
+        from vps.kernels import columns, delta
 
-        return delta.launch(H, None, W, I_in, I_out, core, gamma, None, None)[0]
+        return delta.launch(H, None, columns.launch(W, I_in), I_out, core, gamma, None, None)[0]
 
     elements = tokens * d_out
     bytes_moved = 2 * elements * problem.dtype.itemsize + r * d_out * SECTOR[problem.device]

@@ -34,7 +34,7 @@ def test_query_key_and_value(device, dtype, tokens):
         weight=layers[2].weight.T.contiguous().T, bias=layers[2].bias.repeat_interleave(2)[::2]
     )
     mask = torch.arange(tokens, device=device)[:, None] != 3
-    nats = torch.tensor(1.2, dtype=torch.float64, device=device)
+    nats = torch.tensor([1.2, 1.3], dtype=torch.float64, device=device)
     I_out = (torch.arange(3 * 4, device=device).view(3, 4) % 16).expand(tokens, 3, 4)
     for rest in (
         (None, None, None, None, 4, True, 0.8, None),

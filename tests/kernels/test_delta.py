@@ -5,7 +5,7 @@ import torch
 from cases import FAR
 
 pytest.importorskip("triton")
-from vps.kernels import delta
+from vps.kernels import columns, delta
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -53,8 +53,12 @@ def check_selected(t, H, I_out, active, clamp):
     torch.testing.assert_close(t, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+def run(H, bias, W, I_in, *others):
+    return delta.launch(H, bias, columns.launch(W, I_in), *others)
+
+
 def check(*arguments):
-    (y, t), wide = delta.launch(*arguments), expected(*arguments)
+    (y, t), wide = run(*arguments), expected(*arguments)
     H = arguments[0]
     check_selected(t, H, arguments[4], *arguments[7:])
     assert y.dtype == H.dtype and y.is_contiguous()
@@ -98,7 +102,7 @@ def test_what_takes_no_part_never_leaks(device, dtype):
     check(H, b, W, I_in, I_out, core, gamma, active, 0.1)
     gamma[:], W[:, 8] = 0, float("nan")
     for bias in (None, b):
-        y, _ = delta.launch(H, bias, W, I_in, I_out, core, gamma, active, None)
+        y, _ = run(H, bias, W, I_in, I_out, core, gamma, active, None)
         assert torch.equal(y.nan_to_num(), (H if bias is None else H + bias).nan_to_num())
 
 
@@ -127,25 +131,31 @@ def test_beyond_2_31_elements(device, sparse):
 @pytest.mark.parametrize("tokens", [1, 11])
 def test_a_group_does_not_depend_on_the_others(device, tokens):
     H, b, W, *rest = layer(4, tokens, 12, 40, 3, torch.bfloat16, device)
-    together, t = delta.launch(H, b, W, *rest, None, 0.1)
-    assert torch.equal(together, delta.launch(H, b, W, *rest, None, 0.1)[0])
+    together, t = run(H, b, W, *rest, None, 0.1)
+    assert torch.equal(together, run(H, b, W, *rest, None, 0.1)[0])
     for g in range(4):
         one = slice(g, g + 1)
-        alone, t_alone = delta.launch(H[one], b, W, *(tensor[one] for tensor in rest), None, 0.1)
+        alone, t_alone = run(H[one], b, W, *(tensor[one] for tensor in rest), None, 0.1)
         assert torch.equal(together[one], alone) and torch.equal(t[one], t_alone)
 
 
 def test_no_token(device):
     H, *rest = layer(2, 0, 3, 4, 2, torch.float32, device)
-    y, t = delta.launch(H, *rest, None, 0.1)
+    y, t = run(H, *rest, None, 0.1)
     assert y.shape == (2, 0, 4) and t.shape == (2, 0, 2)
 
 
 def test_errors():
     H, b, W, I_in, I_out, core, gamma = layer(2, 3, 4, 5, 2, torch.float32, "cpu")
     with pytest.raises(TypeError, match="int64"):
-        delta.launch(H.long(), b, W, I_in, I_out, core, gamma, None, None)
+        run(H.long(), b, W, I_in, I_out, core, gamma, None, None)
+    with pytest.raises(TypeError, match="int64"):
+        run(H, b, W.long(), I_in, I_out, core, gamma, None, None)
+    with pytest.raises(ValueError, match=r"weight must be \[d_out, d_in\]"):
+        run(H, b, W[0], I_in, I_out, core, gamma, None, None)
+    with pytest.raises(ValueError, match="I_in must be int64"):
+        run(H, b, W, I_in.int(), I_out, core, gamma, None, None)
     with pytest.raises(ValueError, match=r"H must be \[2, T, 5\]"):
-        delta.launch(H[:1], b, W, I_in, I_out, core, gamma, None, None)
+        run(H[:1], b, W, I_in, I_out, core, gamma, None, None)
     with pytest.raises(ValueError, match=r"core must be \[G, r, r\]"):
-        delta.launch(H, b, W, I_in, I_out, core[:, :1], gamma, None, None)
+        run(H, b, W, I_in, I_out, core[:, :1], gamma, None, None)

@@ -6,7 +6,7 @@ from cases import FAR
 
 pytest.importorskip("triton")
 from vps import PolicyState, VPSConfig, reference
-from vps.kernels import factors
+from vps.kernels import columns, factors
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -34,12 +34,8 @@ def expected_core(W, I_in, I_out, active, tau):
     return core
 
 
-def norms(W, I_in, I_out):
-    """Norms of the selected rows and columns of W, from the partial sums of their squares."""
-    rows, columns, every_row, every_column = factors.squares(W, I_in, I_out)
-    norm_A, norm_B = rows.sum(0).sqrt(), columns.sum(0).sqrt()
-    norm_A = norm_A[I_out] if every_row else norm_A.view(I_out.shape)
-    return norm_A, norm_B[I_in] if every_column else norm_B.view(I_in.shape)
+def run(W, I_in, I_out, *others):
+    return factors.launch(W, columns.launch(W, I_in), I_out, None, *others)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,15 +43,13 @@ def norms(W, I_in, I_out):
     "d_in, d_out, groups, r", [(1, 1, 1, 1), (9, 2100, 2, 8), (2100, 33, 1, 3), (20, 5, 6, 4)]
 )
 def test_factors(device, dtype, d_in, d_out, groups, r):
-    """The last shape selects more than there is of W, which then is read whole."""
+    """The last shape asks for more columns than W has, which then is transposed."""
     W = torch.randn(d_out, d_in, device=device).to(dtype)
     I_in, I_out = selections(groups, r, d_in, d_out, device)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     energy = torch.rand(groups, device=device, dtype=accumulate)
     policy, scale = numbers(device), float(W.double().norm()) / 5
-    selected, core, gamma, active = factors.launch(
-        W, I_in, I_out, policy, energy, None, scale, None
-    )
+    selected, core, gamma, active = run(W, I_in, I_out, policy, energy, None, scale, None)
     assert torch.equal(selected, torch.stack([I_in, I_out], 1))
     decisions = [reference.decide(VPSConfig(), float(E), None, ()) for E in energy]
     accuracy = 1e-12 if dtype == torch.float64 else 3e-6
@@ -65,11 +59,6 @@ def test_factors(device, dtype, d_in, d_out, groups, r):
     torch.testing.assert_close(gamma.double().cpu(), strength, rtol=accuracy / 10, atol=0)
     expected = expected_core(W, I_in, I_out, active, scale)
     torch.testing.assert_close(core.double().cpu(), expected, rtol=accuracy, atol=0)
-
-    norm_A, norm_B = norms(W, I_in, I_out)
-    wide = W.double()
-    torch.testing.assert_close(norm_A.double(), wide[I_out].norm(dim=2), rtol=accuracy, atol=0)
-    torch.testing.assert_close(norm_B.double(), wide.T[I_in].norm(dim=2), rtol=accuracy, atol=0)
 
 
 @pytest.mark.parametrize("entropy", [None, 0.0, 0.9, 7.0])
@@ -84,7 +73,7 @@ def test_policy(device, entropy, outcomes):
     state.set_entropy(entropy)
     state.outcomes = outcomes
     signals = state.signals(W.device)
-    _, core, gamma, active = factors.launch(W, I_in, I_out, policy, energy, signals, None, None)
+    _, core, gamma, active = run(W, I_in, I_out, policy, energy, signals, None, None)
     for g in range(7):
         _, rank, strength, topk, _ = reference.decide(config, float(energy[g]), entropy, outcomes)
         assert active[g] == min(rank, topk)
@@ -100,7 +89,7 @@ def test_fixed_settings_and_uncounted_groups(device, tokens):
     W = torch.randn(12, 10, device=device)
     I_in, I_out = selections(3, 4, 10, 12, device)
     policy = numbers(device, [1.3, 0.65, 0.65, 2, 2, 32, 32, 1, 1])
-    _, core, gamma, active = factors.launch(W, I_in, I_out, policy, None, None, 0.8, mask)
+    _, core, gamma, active = run(W, I_in, I_out, policy, None, None, 0.8, mask)
     assert active.tolist() == [2, 0, 2]
     torch.testing.assert_close(gamma.cpu(), torch.tensor([0.65, 0.0, 0.65]))
     assert not core[1].any()
@@ -111,7 +100,7 @@ def test_strides(device):
     W = torch.randn(30, 24, device=device)
     I_in, I_out = selections(2, 5, 24, 30, device)
     policy, energy = numbers(device), torch.ones(2, device=device)
-    plain = factors.launch(W, I_in, I_out, policy, energy, None, 0.8, None)
+    plain = run(W, I_in, I_out, policy, energy, None, 0.8, None)
     shared = I_in[:1].expand(2, 5)
     both = torch.stack([I_in, I_out], 1)
     for weight, left, right in (
@@ -120,9 +109,7 @@ def test_strides(device):
         (W, shared, I_out),
         (W, *both.unbind(1)),
     ):
-        selected, core, _, active = factors.launch(
-            weight, left, right, policy, energy, None, 0.8, None
-        )
+        selected, core, _, active = run(weight, left, right, policy, energy, None, 0.8, None)
         assert torch.equal(selected, torch.stack([left, I_out], 1))
         expected = expected_core(weight, left, I_out, active, 0.8)
         torch.testing.assert_close(core.double().cpu(), expected, rtol=3e-6, atol=0)
@@ -133,11 +120,11 @@ def test_a_group_does_not_depend_on_the_others(device):
     W = torch.randn(9, 1100, device=device)
     I_in, I_out = selections(5, 4, 1100, 9, device)
     policy, energy = numbers(device), torch.rand(5, device=device)
-    together = factors.launch(W, I_in, I_out, policy, energy, None, 0.8, None)
-    again = factors.launch(W, I_in, I_out, policy, energy, None, 0.8, None)
+    together = run(W, I_in, I_out, policy, energy, None, 0.8, None)
+    again = run(W, I_in, I_out, policy, energy, None, 0.8, None)
     for g in range(5):
         one = slice(g, g + 1)
-        alone = factors.launch(W, I_in[one], I_out[one], policy, energy[one], None, 0.8, None)
+        alone = run(W, I_in[one], I_out[one], policy, energy[one], None, 0.8, None)
         for whole, repeated, single in zip(together, again, alone, strict=True):
             assert torch.equal(whole, repeated) and torch.equal(whole[one], single)
 
@@ -145,23 +132,43 @@ def test_a_group_does_not_depend_on_the_others(device):
 def test_beyond_2_31_elements(device, sparse):
     weight = sparse.as_strided((4, 6), (FAR, 1))
     weight.copy_(torch.randn(4, 6))
+    policy = numbers(device, [1.0, 0.5, 0.5, 2, 2, 32, 32, 1, 1])
     I_in, I_out = torch.tensor([[5, 0]]), torch.tensor([[3, 2]])
     for W in (weight, weight.T):
         left, right = (I_in, I_out) if W is weight else (I_out, I_in)
-        norm_A, norm_B = norms(W, left, right)
-        wide = W.double()
-        torch.testing.assert_close(norm_A[0].double(), wide[right[0]].norm(dim=1))
-        torch.testing.assert_close(norm_B[0].double(), wide[:, left[0]].norm(dim=0))
+        for repeat in (1, 4):  # more columns than W has, in the end
+            index = left.expand(repeat, 2), right.expand(repeat, 2)
+            _, core, _, active = run(W, *index, policy, None, None, 0.1, None)
+            expected = expected_core(W, *index, active, 0.1)
+            torch.testing.assert_close(core.double(), expected, rtol=2e-6, atol=0)
+
+
+def test_parts_of_a_ranking(device):
+    """The best of several parts, of which some hold fewer than r; ties go to the lower index."""
+    W = torch.randn(40, 12, device=device)
+    index = torch.tensor([[[3, 9, 1], [17, 12, 2**31 - 1]], [[0, 4, 2], [11, 10, 13]]])
+    record = torch.tensor([[[5.0, 4, 4], [5, 0, -1]], [[0, 0, 0], [7, 1, 0]]], device=device)
+    I_in = torch.stack([torch.randperm(12, device=device)[:3] for _ in range(2)])
+    policy = numbers(device, [1.0, 0.5, 0.5, 3, 3, 32, 32, 1, 1])
+    best = torch.tensor([[3, 17, 1], [11, 10, 0]], device=device)
+    found = factors.launch(
+        W, columns.launch(W, I_in), index.int().to(device), record, policy, None, None, 0.8, None
+    )
+    for one, wanted in zip(found, run(W, I_in, best, policy, None, None, 0.8, None), strict=True):
+        assert torch.equal(one, wanted)
+    assert torch.equal(found[0][:, 1], best)
 
 
 def test_errors():
     W, index = torch.ones(3, 4), torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"weight must be \[d_out, d_in\]"):
-        factors.launch(W[0], index, index, numbers("cpu"), None, None, None, None)
     with pytest.raises(ValueError, match="I_out must be int64"):
-        factors.launch(W, index, index.int(), numbers("cpu"), None, None, None, None)
+        run(W, index, index.int(), numbers("cpu"), None, None, None, None)
+    filled, parts = columns.launch(W, index), torch.zeros(1, 5, 2)
+    for wrong in (index, parts.long(), parts[:, :4].int(), torch.zeros(1, 5, 3).int()):
+        with pytest.raises(ValueError, match="beside a record"):
+            factors.launch(W, filled, wrong, parts, numbers("cpu"), None, None, None, None)
     with pytest.raises(TypeError, match="policy must be float64"):
-        factors.launch(W, index, index, torch.ones(9), None, None, None, None)
+        run(W, index, index, torch.ones(9), None, None, None, None)
     for mask in (torch.ones(2, 3, dtype=torch.bool), torch.ones(1, 3)):
         with pytest.raises(ValueError, match=r"mask must be bool \[1, T\]"):
-            factors.launch(W, index, index, numbers("cpu"), None, None, None, mask)
+            run(W, index, index, numbers("cpu"), None, None, None, mask)

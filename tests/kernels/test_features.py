@@ -6,7 +6,7 @@ from cases import FAR
 
 pytest.importorskip("triton")
 from vps import reference
-from vps.kernels import features, scores, tuning
+from vps.kernels import factors, features, scores, tuning
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -55,7 +55,7 @@ def test_features(device, dtype, shape, k):
 @pytest.mark.parametrize("tokens, width, k", [(64, 5000, 3), (640, 520, 8), (1100, 300, 2)])
 def test_one_tile_and_many(device, tokens, width, k):
     """Many splits of few columns, few of many: what a program holds is the same."""
-    tile = tuning.rank(width, tuning.steps(tokens, 64), k)
+    tile = tuning.rank(width, k)
     assert tile["BLOCK_S"] * tile["BLOCK_D"] <= 4096
     values = integers(2, tokens, width, dtype=torch.float32, device=device)
     values[0, :, -1] = 9  # the best comes last
@@ -63,12 +63,11 @@ def test_one_tile_and_many(device, tokens, width, k):
 
 
 def test_records_of_all_tiles_fit_one_program():
-    for splits in (1, 32, 2048):
-        for width in (1, 3584, 28_672, 262_144):
-            for k in (1, 4, 64):
-                tile = tuning.rank(width, splits, k)
-                assert tuning.steps(width, tile["BLOCK_D"]) * k <= 4096
-                assert tile["BLOCK_D"] >= min(k, width)
+    for width in (1, 3584, 28_672, 262_144):
+        for k in (1, 4, 64):
+            tile = tuning.rank(width, k)
+            assert tuning.steps(width, tile["BLOCK_D"]) * k <= factors.LARGEST_RECORDS
+            assert tile["BLOCK_D"] >= min(k, width)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

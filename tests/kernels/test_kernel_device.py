@@ -8,6 +8,8 @@ pytest.importorskip("triton")
 
 from vps.kernels import (
     apply,
+    columns,
+    core,
     couple,
     decode,
     delta,
@@ -16,6 +18,7 @@ from vps.kernels import (
     factors,
     features,
     gemv,
+    gram,
     scores,
     select,
     tuning,
@@ -45,9 +48,8 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for module in (
-        apply, couple, delta, edited, entropy, factors, features, gemv, scores, select,
-    ):  # fmt: skip
+    modules = apply, columns, core, couple, delta, edited, entropy, factors, features, gemv, gram
+    for module in (*modules, scores, select):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(current, seen))
     yield seen
@@ -73,7 +75,15 @@ def token():
 
 def update():
     core, gamma = new(2, 4, 4), new(2)
-    return new(2, 5, 96), None, new(96, 64), index(), index(), core, gamma, None, None
+    return new(2, 5, 96), None, columns.new(new(96, 64), index()), index(), core, gamma, None, None
+
+
+def decided():
+    found = columns.new(new(96, 64), index())
+    return (
+        new(2, 5, 64), new(2, 5, 96), new(96, 64), found, index(), policy(), new(2), None, None,
+        1e-3, True, 0.8, True,
+    )  # fmt: skip
 
 
 def prompted(tokens):
@@ -83,6 +93,9 @@ def prompted(tokens):
 @pytest.mark.parametrize(
     ("launch", "arguments", "kernels"),
     [
+        (columns.launch, lambda: (new(96, 64), index()), 1),
+        (columns.launch, lambda: (new(96, 6), index()), 1),  # all of W, transposed
+        (core.launch, decided, 2),
         (decode.launch, token, 2),
         (delta.launch, update, 1),
         (edited.launch, lambda: prompted(1), 1),
@@ -90,8 +103,18 @@ def prompted(tokens):
         (entropy.launch, lambda: (new(2, 1000),), 2),
         (
             factors.launch,
-            lambda: (new(96, 64), index(), index(), policy(), new(2), None, 0.8, None),
-            2,
+            lambda: (
+                new(96, 64),
+                columns.new(new(96, 64), index()),
+                index(),
+                None,
+                policy(),
+                new(2),
+                None,
+                0.8,
+                None,
+            ),  # fmt: skip
+            1,
         ),
         (features.launch, lambda: (new(2, 1000, 5000), None, 4, True), 3),
         (scores.launch, lambda: (new(2, 100, 64), None, True), 2),

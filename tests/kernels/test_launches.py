@@ -104,13 +104,13 @@ def test_decoding_takes_seventeen(model, monkeypatch, sequences, capture):
 
 @pytest.mark.parametrize("sequences", [1, 3])
 @torch.no_grad()
-def test_a_prefill_takes_six_a_layer(model, monkeypatch, sequences):
+def test_a_prefill_takes_five_a_layer(model, monkeypatch, sequences):
     """One product a layer, no copy of a selection, and nothing of torch for a mask."""
     ids = torch.arange(24).view(1, 24).repeat(sequences, 1)
     with vps.backend("triton"), Launches(model, monkeypatch) as launches:
         model(ids, attention_mask=torch.ones_like(ids))
     ranked = Counter(partial_kernel=1, rank_kernel=1)
-    update = Counter(squares_kernel=1, factors_kernel=1, delta_kernel=1)
+    update = Counter(factors_kernel=1, delta_kernel=1)
     layer = Counter(mm=1) + ranked + update
     scored = Counter(linear=1, partial_kernel=1, combine_kernel=1) + update  # query, or key
     assert launches.found == {
@@ -121,6 +121,51 @@ def test_a_prefill_takes_six_a_layer(model, monkeypatch, sequences):
         "up_proj": layer,
         "down_proj": ranked + layer,
     }
+
+
+@pytest.mark.parametrize("tokens", [20, 200])
+@torch.no_grad()
+def test_wide_layers_take_five_too(monkeypatch, tokens):
+    """Several tiles of H, and more of x, whose parts are merged by a launch of their own."""
+    layer = vps.VPSLinear.from_linear(torch.nn.Linear(600, 700), vps.VPSConfig())
+    model = torch.nn.ModuleDict({"proj": layer})
+    x = torch.randn(1, tokens, 600)
+    with vps.backend("triton"), Launches(model, monkeypatch) as launches:
+        layer(x)
+    ranked = Counter(partial_kernel=1, rank_kernel=1)
+    update = Counter(factors_kernel=1, delta_kernel=1)
+    wanted = ranked + Counter(merge_kernel=1) + Counter(mm=1) + ranked + update
+    assert launches.found == {"proj": wanted}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        vps.VPSConfig(builder="sc"),
+        vps.VPSConfig(builder="sk", order=2),
+        vps.VPSConfig(builder="sk", clip="spectral"),
+        vps.VPSConfig(builder="sc", order=2, clip="spectral", clamp=0.1, gamma=0.3, rank=2),
+    ],
+    ids=["sc", "second order", "spectral", "all"],
+)
+@pytest.mark.parametrize("tokens", [1, 40])
+@torch.no_grad()
+def test_a_core_takes_two(monkeypatch, config, tokens):
+    """Nothing of torch but the product: no solver, which a capture may refuse."""
+    layer = vps.VPSLinear.from_linear(torch.nn.Linear(60, 70), config)
+    model = torch.nn.ModuleDict({"proj": layer})
+    x = torch.randn(1, tokens, 60)
+    with vps.backend("triton"), Launches(model, monkeypatch) as launches:
+        layer(x)
+    (found,) = launches.found.values()
+    update = Counter(core_kernel=1, delta_kernel=1)
+    grams = Counter(gram_kernel=found["gram_kernel"])
+    ranked = Counter(partial_kernel=1, rank_kernel=1)
+    select = ranked
+    if tokens == 1:
+        select, ranked = Counter(chunk_kernel=1), Counter(rank_kernel=1, gather_kernel=1)
+    assert found == select + Counter(mm=1) + ranked + grams + update
+    assert grams["gram_kernel"] <= 1
 
 
 @pytest.mark.parametrize("model", ["prompt"], indirect=True)

@@ -1,7 +1,7 @@
 """Compute by Triton: by a GEMV for a few tokens, else by cuBLAS and fused kernels (SPEC §2–§5).
 
-The default (plain selection, component clip, first order) runs in kernels alone. The r × r cores of
-coupling, spectral clip and second order are built in torch.
+Kernels do all but the base product, up to r = 8. Beyond, the r × r cores of coupling, spectral clip
+and second order are built in torch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from vps.algorithm import coupling, gradient
 from vps.algorithm.policy import Settings
 from vps.algorithm.weight import matrix_products
 from vps.backends.call import Inputs, Outputs
+from vps.kernels import columns as gathered
+from vps.kernels import core as core_kernels
 from vps.kernels import couple as couple_kernels
 from vps.kernels import decode, delta, factors, features, scores, select
+from vps.kernels.columns import Columns
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def linear(inputs: Inputs, settings: Settings) -> Result:
-    """Compute what ``vps::linear`` returns; no result is a view of an argument (SPEC §3–§5)."""
+def linear(inputs: Inputs, settings: Settings, columns: Columns | None = None) -> Result:
+    """Compute what ``vps::linear`` returns; no result is a view of an argument (SPEC §3–§5).
+
+    ``columns`` are those of the weight at I_in, where they were gathered with H.
+    """
     if _decodes(inputs, settings):
         return decode.launch(
             inputs.x, [_layer(inputs)], inputs.mask, inputs.I_in,
@@ -32,25 +38,41 @@ def linear(inputs: Inputs, settings: Settings) -> Result:
     x, W, bias, mask, I_in, I_out, numbers, entropy, H, energy = inputs
     H = F.linear(x, W) if H is None else H
     I_in = _top_k(x, mask, settings.r) if I_in is None else I_in
-    measuring = settings.adaptive and energy is None
-    if I_out is not None:
-        energy = scores.launch(H, mask, True)[1] if measuring else energy
+    measuring, record = settings.adaptive and energy is None, None
+    missing = columns is None
+    columns = gathered.new(W, I_in) if columns is None else columns
+    riding = columns if missing and not columns.every else None  # along with a pass over H
+    if I_out is None:
+        I_out, record, mean = features.rank(H, mask, settings.r, measuring, riding)
+        energy = mean if measuring else energy
     elif measuring:
-        I_out, energy = features.launch(H, mask, settings.r, energy=True)
+        energy = scores.launch(H, mask, True, riding)[1]
     else:
-        I_out = _top_k(H, mask, settings.r)
+        riding = None
+    if missing and riding is None:
+        gathered.fill(W, columns)
     if settings.is_plain:
         selected, core, gamma, active = factors.launch(
-            W, I_in, I_out, numbers, energy, entropy, settings.tau, mask
+            W, columns, I_out, record, numbers, energy, entropy, settings.tau, mask
         )
-        y, t = delta.launch(H, bias, W, I_in, I_out, core, gamma, active, settings.clamp)
+        y, t = delta.launch(H, bias, columns, selected[:, 1], core, gamma, active, settings.clamp)
+        return y, selected, core, gamma, t
+    if record is not None:
+        I_out = features.merged(I_out, record)
+    if settings.r <= core_kernels.LARGEST_R:
+        selected, core, gamma, active = core_kernels.launch(
+            x, H, W, columns, I_out, numbers, energy, entropy, mask,
+            settings.alpha if settings.coupled else None, settings.second_order, settings.tau,
+            settings.clip == "spectral",
+        )  # fmt: skip
+        y, t = delta.launch(H, bias, columns, I_out, core, gamma, active, settings.clamp)
         return y, selected, core, gamma, t
     B = gradient.columns(W, I_in) if gradient.reads_columns(W, I_in) else None
     products = matrix_products(x, W, H, I_in, I_out, B, settings)
     core, gamma, inactive = cores.build(products, numbers, energy, entropy, mask, settings)
     core, gamma = cores.square(core), gamma.clone()
     taking_part = None if inactive is None else (~inactive).sum(1, dtype=torch.int32)
-    y, t = delta.launch(H, bias, W, I_in, I_out, core, gamma, taking_part, settings.clamp)
+    y, t = delta.launch(H, bias, columns, I_out, core, gamma, taking_part, settings.clamp)
     if mask is not None:  # where a core may hold NaN
         y = torch.where(mask.any(1)[:, None, None], y, H if bias is None else H + bias)
     return y, torch.stack([I_in, I_out], 1), core, gamma, t
@@ -88,13 +110,31 @@ def couple(
     I_in = _top_k(x, mask, r) if I_in is None else I_in
     if couple_kernels.refusal(len(W_k), r) is not None:
         return coupling.couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads, scores.launch)
+    return _couple(x, W_q, W_k, mask, I_in, (None, None), heads, kv_heads)
+
+
+def _couple(
+    x: Tensor,
+    W_q: Tensor,
+    W_k: Tensor,
+    mask: Tensor | None,
+    I_in: Tensor,
+    columns: tuple[Columns | None, Columns | None],
+    heads: int,
+    kv_heads: int,
+) -> coupling.Joint:
+    """Compute what :func:`couple` does by its kernels, which fill the columns of a prefill."""
     H_q, H_k = F.linear(x, W_q), F.linear(x, W_k)
     if x.shape[1] == 1:
+        for W, own in zip((W_q, W_k), columns, strict=True):
+            if own is not None:
+                gathered.fill(W, own)
         counted = None if mask is None else mask[:, 0]
         found = couple_kernels.launch(H_q[:, 0], H_k[:, 0], [], counted, I_in, heads, kv_heads)
     else:
-        s_q, energy_q = scores.launch(H_q, mask, True)
-        s_k, energy_k = scores.launch(H_k, mask, True)
+        (s_q, energy_q), (s_k, energy_k) = (
+            scores.launch(H, mask, True, own) for H, own in zip((H_q, H_k), columns, strict=True)
+        )
         energies = [energy_q, energy_k]
         found = couple_kernels.launch(s_q, s_k, energies, None, I_in, heads, kv_heads)
     return coupling.Joint(H_q, H_k, *found)
@@ -107,17 +147,25 @@ def pair(
     x, W_q, _, mask, I_in = query[:5]
     W_k, r, both = key.weight, of_query.r, ((query, of_query), (key, of_key))
     layers = [_layer(inputs) for inputs, _ in both]
-    few = couple_kernels.refusal(len(W_k), r) is None and all(
+    coupling_runs = couple_kernels.refusal(len(W_k), r) is None
+    few = coupling_runs and all(
         settings.is_plain and decode.refusal(x, own.weight, r) is None for own, settings in both
     )
     if not few:
-        H_q, H_k, pooled, selected = couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
+        columns: tuple[Columns | None, Columns | None] = None, None
+        I_in = _top_k(x, mask, r) if I_in is None else I_in
+        if coupling_runs and I_in.numel() <= x.shape[2]:
+            columns = gathered.new(W_q, I_in), gathered.new(W_k, I_in)
+            joint = _couple(x, W_q, W_k, mask, I_in, columns, heads, kv_heads)
+        else:
+            joint = couple(x, W_q, W_k, mask, I_in, r, heads, kv_heads)
+        H_q, H_k, pooled, selected = joint
         I_in, energy = selected[:, 0], pooled if of_query.adaptive else None
         y_q, y_k = (
-            linear(inputs._replace(I_in=I_in, I_out=selected[:, i], H=H, energy=energy), settings)[
-                0
-            ]
-            for i, H, (inputs, settings) in zip((1, 2), (H_q, H_k), both, strict=True)
+            linear(
+                inputs._replace(I_in=I_in, I_out=selected[:, i], H=H, energy=energy), settings, own
+            )[0]
+            for i, H, own, (inputs, settings) in zip((1, 2), (H_q, H_k), columns, both, strict=True)
         )
         return y_q, y_k, I_in
     y_q, y_k, I_in = decode.launch_pair(
