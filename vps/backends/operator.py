@@ -240,8 +240,7 @@ def fake_linear(
 ) -> Results:
     """Return results of the shapes and dtypes of ``vps::linear``."""
     settings = Settings.unpacked(rules, numbers)
-    r, (groups, length) = settings.r, x.shape[:2]
-    dtype = accumulation_dtype(x.dtype)
+    r, (groups, length), dtype = settings.r, x.shape[:2], accumulation_dtype(x.dtype)
     return (
         x.new_empty(groups, length, weight.shape[0]),
         x.new_empty(groups, 2, r, dtype=torch.int64),
