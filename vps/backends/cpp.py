@@ -7,8 +7,9 @@ sanitizers.
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +47,11 @@ operator.LIBRARY.define(
 )
 
 
-def run(call: Call) -> Result:
-    """Run a call; what a prompt decides comes from the same operator as the output."""
+def hold(call: Call) -> Result | None:
+    """Run a call whose decisions are held; ``None`` for one that needs more than the output."""
     first = call.layers[0].settings
-    if call.held is None or call.traced or first.clamp is not None or call.needs_gradient():
-        return operator.run(call)
-    if call.given.core is not None:
-        return operator.run(call)
+    if call.traced or first.clamp is not None or call.needs_gradient():
+        return None
     with torch._C._AutoDispatchBelowAutograd():
         if call.heads is None:
             packed = operator.packed_settings(first)
@@ -62,15 +61,17 @@ def run(call: Call) -> Result:
             arguments = operator.of_pair(call.inputs(0), call.inputs(1), first, second, *call.heads)
             both = torch.ops.vps.linear_pair_held.default(*arguments)
             found = [both[:5], both[5:]]
+    held: Any = call.held
     ys: list[Tensor | None] = []
     for layer, (y, features, core, gamma, through) in zip(call.layers, found, strict=True):
         I_in, I_out = features.unbind(1)
         ys.append(None if layer.is_plain else y)
         update = FixedUpdate(I_in.contiguous(), I_out, Core(core, gamma, None), through)
-        call.held.append(None if layer.is_plain else update)
+        held.append(None if layer.is_plain else update)
     return ys, found[0][1][:, 0]
 
 
+run = partial(operator.run, hold=hold)
 later = operator.later
 
 
