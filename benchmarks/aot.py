@@ -217,10 +217,11 @@ def launches(architecture: str, full: bool = False) -> Iterator[tuple[str, Calla
                     I_in = new(tokens, 4, dtype=torch.int64)
                     arguments = (x, layers, None, I_in, None, None, 4, True, 0.8, None)
                     yield f"decode {name}", lambda a=arguments: decode.launch(*a)
-        x, factors_of = new(16, 1, 3584, dtype=dtype), new(17, dtype=torch.float64)
+        r = 8 if dtype == torch.bfloat16 else 4  # of 16 tokens, 8 of float32 spill 8 bytes
+        x, factors_of = new(16, 1, 3584, dtype=dtype), new(9 + r, dtype=torch.float64)
         layers = [decode.Layer(new(3584, 3584, dtype=dtype), None, factors_of)]
         counted = new(16, 1, dtype=torch.bool)
-        arguments = (x, layers, counted, None, None, signals, 8, True, 0.8, 0.5)
+        arguments = (x, layers, counted, None, None, signals, r, True, 0.8, 0.5)
         yield f"decode {name}", lambda a=arguments: decode.launch(*a)
         values = new(2, 512, 3584, dtype=dtype)
         mask = new(2, 512, dtype=torch.bool)

@@ -186,10 +186,10 @@ def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[
     of a product by tensor cores change nothing for the others, so N takes no part otherwise.
     """
     blocks = gemv_rows(width) // 16
-    is_wide = element_size == 4  # which no tensor core takes: the least slice, of few parts
+    is_wide = element_size == 4  # which no tensor core takes: the least slice, or it spills
     few = groups <= 8 and not is_wide and architecture != "gfx942"  # has no product with 8
     step = 8192 if blocks == 2 or architecture in ("sm_80", "gfx942") else 16384
-    stages, warps = (2, 4) if architecture == "gfx942" else (4, 8)
+    stages, warps = (2, 4) if architecture == "gfx942" else (2 if is_wide else 4, 8)
     slices = max(2, warps // blocks) if blocks > 2 or is_wide else warps
     along = 16 if is_wide else step // (16 * blocks * slices * element_size)
     return {

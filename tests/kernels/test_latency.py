@@ -126,7 +126,7 @@ for dtype in (torch.bfloat16, torch.float32):
             rest = None, I_in, 4, True, True, True
             launch = lambda architecture: [("", lambda: gemv.launch(x, weights, *rest))]
             found += [set(sums(kernel)) for _, kernel in aot.compiled("sm_90", launch)]
-        assert found and len(found[0]) == 4 and all(own == found[0] for own in found), found
+        assert found and len(found[0]) >= 4 and all(own == found[0] for own in found), found
 """
     run = python(code, **os.environ | {"TRITON_INTERPRET": "0"})
     assert run.returncode == 0, run.stderr
