@@ -127,11 +127,14 @@ def columns(width: int, every: bool) -> dict[str, int]:
 
 
 def factors(r: int, records: int, d_in: int) -> dict[str, int]:
-    """Take one program a group, with 16 KB of its r rows of W in flight, 32 KB of many rows."""
+    """Take one program a group, with 16 KB of its r rows of W in flight, 32 KB of many rows.
+
+    Of rows beyond 28,672 features half as much, or the ptxas of Triton 3.9 spills.
+    """
     ranks, warps = power_of_2(r), 8 if r <= 8 else 16
     return {
         "ALONG": max(16, min(512 * warps // ranks, power_of_2(d_in))),
-        "UNROLL": 2,
+        "UNROLL": 2 if d_in <= 28672 else 1,
         "RECORDS": max(16, power_of_2(records)),
         "BLOCK_T": 1024,
         "num_warps": warps,
@@ -144,8 +147,8 @@ def gram(r: int) -> dict[str, int]:
 
 
 def core_warps(r: int, element_size: int) -> int:
-    """Take one warp, which needs no barrier; four for what would spill, 8 × 8 in float64."""
-    return 4 if r > 4 and element_size == 8 else 1
+    """Take one warp, which needs no barrier; more for what would spill, 8 × 8."""
+    return 1 if r <= 4 else 4 if element_size == 8 else 2
 
 
 def delta(tokens: int, width: int, r: int, element_size: int) -> dict[str, int]:
