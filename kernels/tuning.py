@@ -74,7 +74,7 @@ def scores(tokens: int, width: int) -> dict[str, int]:
         "TOKENS": stretch,
         "BLOCK_T": block[0],
         "BLOCK_D": block[1],
-        "num_warps": 8 if block[0] * block[1] >= 4096 else 4,
+        "num_warps": 8 if block[0] * block[1] >= 2048 else 4,
     }
 
 
