@@ -23,7 +23,10 @@ from benchmarks import results
 COMPILERS = 14  # processes that compile kernels, on 16 cores
 OPTIONAL = ("build", "harness")  # which need nvcc
 TABLE = 11_000  # characters of the table
-KERNELS = ("couple", "delta", "edited", "entropy", "factors", "features", "scores", "select")
+KERNELS = (
+    *("columns", "core", "couple", "decode_together", "delta", "edited", "entropy", "factors"),
+    *("features", "scores", "select"),
+)
 TESTS = (
     *("tests/kernels/test_decode.py", "tests/backends/test_csrc_cuda.py"),
     *("tests/backends/test_cuda.py", *(f"tests/kernels/test_{name}.py" for name in KERNELS)),

@@ -1,9 +1,12 @@
 // Rows and columns of W with unit step, and the features that several groups share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "../simd/element.h"
+#include "../simd/kernels.h"
 #include "../tensors.h"
 #include "workspace.h"
 
@@ -17,6 +20,16 @@ struct Matrix {  // of elements of one dtype, any strides
 
 inline Matrix matrix(const Tensor& W) {
   return {W.data_ptr(), W.size(0), W.size(1), W.stride(0), W.stride(1)};
+}
+
+/// out[i] = values[i] in `dtype`, i < count.
+inline void narrow(const float* values, int64_t count, Dtype dtype, void* out) {
+  if (dtype == Dtype::float32)
+    std::copy_n(values, count, static_cast<float*>(out));
+  else if (dtype == Dtype::bfloat16)
+    std::copy_n(values, count, static_cast<BFloat16*>(out));
+  else
+    std::copy_n(values, count, static_cast<Half*>(out));
 }
 
 /// Row k of W with unit step.

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <tuple>
 
 #include "../simd/element.h"
 #include "core.h"
@@ -109,18 +108,10 @@ class Call {
             kernels_.widen(row(W_, features(g, 1)[j], s_.element_size, scratch), d, wide);
             for (int64_t i = 0; i < d; ++i) sum[i] += factor * wide[i];
           }
-          write(sum, d, at(out.data_ptr(), (g * r + c) * d));
+          narrow(sum, d, s_.dtype, at(out.data_ptr(), (g * r + c) * d));
         }
     });
     return out;
-  }
-  void write(const float* values, int64_t count, void* out) const {
-    if (s_.dtype == Dtype::float32)
-      std::copy_n(values, count, static_cast<float*>(out));
-    else if (s_.dtype == Dtype::bfloat16)
-      std::copy_n(values, count, static_cast<BFloat16*>(out));
-    else
-      std::copy_n(values, count, static_cast<Half*>(out));
   }
 
   static Optional kept(bool keep, std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -349,13 +340,22 @@ class Call {
     }
   }
 
-  /// Groups without a counted token get the very bits of the base layer.
+  /// Whether group g has no counted token, or γ is 0.
+  bool is_base(int64_t g) const {
+    if (counts_[g] == 0 || gamma_data_[g] == 0) return true;
+    return !s_.columns.empty() && std::count(s_.columns.begin(), s_.columns.end(), 0.0) ==
+                                      static_cast<int64_t>(s_.columns.size());
+  }
+
+  /// Such groups get the very bits of the base layer.
   void restore(void* y) const {
-    if (std::find(counts_, counts_ + s_.groups, 0) == counts_ + s_.groups) return;
+    int64_t first = 0;
+    while (first < s_.groups && !is_base(first)) ++first;
+    if (first == s_.groups) return;
     const Tensor base = base_linear(a_.x, a_.weight, a_.bias);
     const int64_t size = s_.tokens * s_.d_out;
-    for (int64_t g = 0; g < s_.groups; ++g)
-      if (counts_[g] == 0)
+    for (int64_t g = first; g < s_.groups; ++g)
+      if (is_base(g))
         std::memcpy(at(y, g * size), at(base.data_ptr(), g * size), size * s_.element_size);
   }
 

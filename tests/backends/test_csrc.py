@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from csrc_cases import DTYPES, NAMES, call, make
 from processes import python
 
+import vps
 from vps import VPSConfig, reference
+from vps.algorithm.policy import LayerGamma
 from vps.backends import cpp
+from vps.functional import Projection, sharpen
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -312,3 +315,15 @@ def test_instruction_sets_agree(tmp_path):
 def test_unknown_instruction_set():
     run = python(CHILD, os.devnull, "1", VPS_CPP_ISA="neon")
     assert "VPS_CPP_ISA must be avx512, avx2 or generic, got 'neon'" in run.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 3), (1, 20)], ids=str)
+@pytest.mark.parametrize("gamma", [torch.tensor(0.0), torch.zeros(4)], ids=["one", "columns"])
+@torch.no_grad()
+def test_gamma_0_in_a_tensor_keeps_the_bits_of_the_base(gamma, tokens, dtype):
+    data = make(*tokens, dtype=dtype)
+    layer = Projection(data.W, data.b, False, None, LayerGamma(gamma))
+    with vps.backend("cpp"):
+        (y,) = sharpen(data.x, (layer,), VPSConfig())
+    assert torch.equal(y, F.linear(data.x, data.W, data.b))

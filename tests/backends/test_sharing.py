@@ -164,8 +164,8 @@ def test_a_capture_shares_with_itself_alone(counted_calls, monkeypatch):
     """What a graph selects is made anew at each replay, so no other graph and no call reads it."""
     first, second = layers(2)
     x, order = torch.randn(2, 5, 9), [(7, 0)]
-    state = sharing._state
-    monkeypatch.setattr(sharing, "_state", lambda *tensors: (*state(*tensors), *order[0]))
+    state = sharing.state_of
+    monkeypatch.setattr(sharing, "state_of", lambda *tensors: (*state(*tensors), *order[0]))
 
     def selections(*new):
         order[0] = new

@@ -81,9 +81,9 @@ def model(monkeypatch, request):
 def test_decoding_takes_seventeen(model, monkeypatch, sequences, capture):
     """Eager, and in a captured graph, where layers of one x share a selection as well."""
     if capture is not None:
-        state = sharing._state
+        state = sharing.state_of
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        monkeypatch.setattr(sharing, "_state", lambda *tensors: (*state(*tensors), 7, capture))
+        monkeypatch.setattr(sharing, "state_of", lambda *tensors: (*state(*tensors), 7, capture))
     ids = torch.arange(5 * sequences).view(sequences, 5)
     with vps.backend("triton"):
         past = model(ids, attention_mask=torch.ones_like(ids)).past_key_values

@@ -252,7 +252,8 @@ def test_mixtures_of_transformers(family):
         model(input_ids=i[None], decoder_input_ids=a[None], use_cache=False).logits
         for i, a in zip(ids, answer, strict=True)
     ]
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-8, atol=1e-8)
+    # Routers compute in float32, in which a product of few tokens is summed in another order.
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from vps.masking import STATE
 
 
 class FixedUpdate(NamedTuple):
-    """What a prompt decided for one layer and G sequences.
+    """What a prompt decided for one layer and G sequences, in memory of its own.
 
     Args:
         I_in: ``[G, r]``.
@@ -62,7 +62,8 @@ def fix(I_in: Tensor, I_out: Tensor, core: Core, rows: Tensor | None, like: Tens
         rows: ``R = W[I_out]`` ``[G, r, d_in]``, or ``None``.
         like: a tensor of the dtype of x.
     """
-    I_in = I_in.contiguous()  # once, not for every token
+    I_in, I_out = own_memory(I_in), own_memory(I_out)
+    core = Core(*(None if one is None else own_memory(one) for one in core))  # type: ignore[arg-type]
     if rows is None:
         return FixedUpdate(I_in, I_out, core, None)
     matrix, gamma, inactive = core
@@ -71,6 +72,11 @@ def fix(I_in: Tensor, I_out: Tensor, core: Core, rows: Tensor | None, like: Tens
         matrix = matrix.masked_fill(inactive.unsqueeze(2), 0.0)
     through = (matrix.mT @ rows.to(matrix.dtype)).to(like.dtype)
     return FixedUpdate(I_in, I_out, core, through)
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy: a cache writes into what it holds, and nobody else may."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def edited(x: Tensor, index: Tensor, across: Tensor) -> Tensor:
@@ -97,21 +103,35 @@ class Readers:
     def __init__(self, updates: list[FixedUpdate]) -> None:
         self.layers = [(own.I_in, own.through) for own in updates]
         self._changed: dict[int, Tensor] = {}
-        self._x: tuple[Tensor, int] | None = None
+        self._x: tuple[Tensor, tuple[Any, ...]] | None = None
 
-    def changed(self, x: Tensor, at: int, edit: Callable[..., Iterable[Tensor]]) -> Tensor:
-        """Return ``x + e`` ``[G, T, d_in]`` for the layer of place ``at``.
+    def changed(
+        self,
+        x: Tensor,
+        at: int,
+        edit: Callable[..., Iterable[Tensor]],
+        state: tuple[int, ...],
+    ) -> Tensor:
+        """Return ``x + e`` for the layer of place ``at``.
 
-        ``edit(x, layers)`` computes it for all layers ``(I_in, E)``.
+        Args:
+            x: ``[G, T, d_in]``, perhaps a new view of what the layers read.
+            at: the place of the layer.
+            edit: ``edit(x, layers)`` computes it for all layers ``(I_in, E)``.
+            state: what must be the same for another layer: x's version, the stream.
         """
-        waiting = self._x is not None and self._x[0] is x and self._x[1] == x._version
-        if not waiting or at not in self._changed:
+        key = x.data_ptr(), x.shape, x.stride(), state
+        if self._x is None or self._x[1] != key or at not in self._changed:
             self._changed = dict(enumerate(edit(x, self.layers)))
-            self._x = x, x._version
+            self._x = x, key  # x itself, so that no other takes its address
         found = self._changed.pop(at)
         if not self._changed:
             self._x = None
         return found
+
+    def clear(self) -> None:
+        """Drop what no layer has asked for."""
+        self._changed, self._x = {}, None
 
 
 class Held:
@@ -138,6 +158,7 @@ class Held:
         self.ready: dict[int, tuple[Any, ...]] = {}
         self.backends: list[str] = []
         self.readers: list[list[int]] = []
+        self._shared: list[Readers] = []
         self._x: Tensor | None = None
         self._called: set[int] = set()
 
@@ -252,9 +273,14 @@ class Held:
         self.is_made = True
         self._prepare()
 
+    def leave(self) -> None:
+        """Drop what belonged to one call of the model."""
+        for readers in self._shared:
+            readers.clear()
+
     def _prepare(self) -> None:
         self.given = {n: None if own is None else own.given() for n, own in self.updates.items()}
-        self.ready, self._x = {}, None
+        self.ready, self._x, self._shared = {}, None, []
         for numbers in self.readers:
             found = {n: own for n in numbers if (own := self.updates.get(n)) is not None}
             like = next(iter(found.values()), None)
@@ -262,11 +288,18 @@ class Held:
                 continue
             if all(_fits_beside(like.through, own.through) for own in found.values()):
                 readers = Readers(list(found.values()))
+                self._shared.append(readers)
                 for at, number in enumerate(found):
                     self.given[number] = self.given[number]._replace(readers=(readers, at))  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"given": {}, "ready": {}, "_x": None}  # a pickle would copy views
+        views: dict[str, Any] = {
+            "given": {},
+            "ready": {},
+            "_shared": [],
+            "_x": None,
+        }  # which a pickle would copy
+        return self.__dict__ | views
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -126,9 +126,10 @@ def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
         if given.readers is not None and (x.is_cuda or edited is triton_edited):
             from vps.kernels import edited as kernels
 
-            if not x.is_inference() and not kernels.is_one_launch(x, through):
+            state = sharing.state_of(x, None)
+            if state is not None and not kernels.is_one_launch(x, through):
                 readers, at = given.readers
-                return [F.linear(readers.changed(x, at, kernels.edit), W, bias)], I_in
+                return [F.linear(readers.changed(x, at, kernels.edit, state), W, bias)], I_in
         return [edited(x, W, bias, I_in, through)], I_in
 
 

@@ -58,7 +58,7 @@ def find(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], r: int) -> Tens
     of_x, of_mask, state, of_shape, I_in = last
     if of_x() is not x or of_shape != shape:
         return None
-    if (None if of_mask is None else of_mask()) is not mask or _state(x, mask) != state:
+    if (None if of_mask is None else of_mask()) is not mask or state_of(x, mask) != state:
         return None
     width = I_in.shape[1]
     return None if width < r else I_in if width == r else I_in[:, :r]
@@ -66,7 +66,7 @@ def find(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], r: int) -> Tens
 
 def remember(x: Tensor, mask: Tensor | None, shape: tuple[int, ...], I_in: Tensor) -> None:
     """Keep the indices ``[G, r]`` selected for x and mask until another x comes or x is freed."""
-    state = _state(x, mask)
+    state = state_of(x, mask)
     if state is not None:
         of_mask = None if mask is None else weakref.ref(mask, _forget)
         _LAST.selection = weakref.ref(x, _forget), of_mask, state, shape, I_in
@@ -77,7 +77,7 @@ def forget() -> None:
     _LAST.selection = None
 
 
-def _state(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
+def state_of(x: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
     """Return the versions of both, and the stream and the capture in which a selection is ready.
 
     ``None`` where an edit would not show, here or when this call runs again. Inference tensors

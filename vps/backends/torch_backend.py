@@ -204,7 +204,8 @@ def _hold(
     through = (W.index_select(0, I_out) * factors.unsqueeze(1)).to(W.dtype).unsqueeze(0)
     matrix = factors.div(gamma) if gamma else factors
     core = Core(matrix.view(1, 1, r), torch.tensor([gamma], dtype=dtype), None)
-    call.held.append(fixed.FixedUpdate(I_in.contiguous(), I_out.unsqueeze(0), core, through))
+    chosen = fixed.own_memory(I_in), fixed.own_memory(I_out.unsqueeze(0))
+    call.held.append(fixed.FixedUpdate(*chosen, core, through))
 
 
 def _product(x: Tensor, W: Tensor) -> Tensor:

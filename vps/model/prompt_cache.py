@@ -64,6 +64,8 @@ def settle(held: Held | None, given: Any, output: Any) -> None:
     """
     if getattr(given, "vps_prompt_length", None) is not None:
         del given.vps_prompt_length  # it was for this call
+    if held is not None:
+        held.leave()
     if held is None or held.is_made or held.refusal is not None or not held.updates:
         return
     cache = given
