@@ -74,7 +74,7 @@ def scores(tokens: int, width: int) -> dict[str, int]:
         "TOKENS": stretch,
         "BLOCK_T": block[0],
         "BLOCK_D": block[1],
-        "num_warps": 8 if block[0] * block[1] >= 2048 else 4,
+        "num_warps": 4 if block[0] * block[1] < 2048 else 16 if stretch == 256 else 8,
     }
 
 
@@ -129,12 +129,15 @@ def columns(width: int, every: bool) -> dict[str, int]:
 def factors(r: int, records: int, d_in: int) -> dict[str, int]:
     """Take one program a group, with 16 KB of its r rows of W in flight, 32 KB of many rows.
 
-    Of rows beyond 28,672 features half as much, or the ptxas of Triton 3.9 spills.
+    Of rows beyond 28,672 features half as much, or the ptxas of Triton 3.9 spills; of few rows in
+    one step instead of two, or it does for sm_100.
     """
     ranks, warps = power_of_2(r), 8 if r <= 8 else 16
+    is_long, is_one_step = d_in > 28672, r <= 8
+    along = 1024 if is_one_step and not is_long else 512
     return {
-        "ALONG": max(16, min(512 * warps // ranks, power_of_2(d_in))),
-        "UNROLL": 2 if d_in <= 28672 else 1,
+        "ALONG": max(16, min(along * warps // ranks, power_of_2(d_in))),
+        "UNROLL": 1 if is_one_step or is_long else 2,
         "RECORDS": max(16, power_of_2(records)),
         "BLOCK_T": 1024,
         "num_warps": warps,
