@@ -10,11 +10,12 @@ from torch import Tensor
 import vps
 from vps import VPSConfig, reference
 from vps.algorithm.core import square
-from vps.algorithm.fixed import FixedUpdate, Readers, edited
+from vps.algorithm.fixed import FixedUpdate, Held, Readers, edited
 from vps.algorithm.flow import Given
 from vps.algorithm.policy import LayerGamma
 from vps.backends import torch_backend
 from vps.functional import Projection, sharpen
+from vps.model.prompt_cache import settle
 
 
 def prompted(seed):
@@ -263,5 +264,7 @@ def test_the_first_of_the_layers_of_one_x_changes_it_for_all():
     changed(x, 0)
     changed(x, 0)  # the same layer again
     assert calls == [3] * 6
-    readers.clear()
+    held = Held()
+    held._shared = [readers]
+    settle(held, None, None)  # the end of a call of the model
     assert readers._x is None and not readers._changed

@@ -118,8 +118,7 @@ def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
         and needs_gradient(call.inputs())
     ):
         return torch_backend.run(call)
-    weight: Any = layer.weight
-    x, W, bias = call.x, weight.W, layer.bias
+    x, W, bias = call.x, layer.weight.W, layer.bias  # type: ignore[attr-defined]
     if call.traced:
         return [edited(x, W, bias, I_in, through)], I_in
     with torch._C._AutoDispatchBelowAutograd():
