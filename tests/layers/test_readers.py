@@ -195,7 +195,7 @@ def test_a_layer_that_does_not_come(launches):
     """It is computed ahead once more, then never."""
     model = learned()
     model.calls_up = False
-    for turn in range(3):
+    for _ in range(3):
         launches.clear()
         model(torch.randn(1, 1, 16))
         assert launches["gemv_kernel"] == 1
