@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vps.kernels import apply, couple, gemv, tuning
 from vps.kernels import select as selection
+from vps.kernels import tuning
+from vps.kernels.decode import apply, couple, gemv
 
 LARGEST_R = 8
 LARGEST_RECORDS = 8192
