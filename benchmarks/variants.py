@@ -152,8 +152,8 @@ def as_a_model(x: Tensor) -> Iterator[None]:
         yield
     finally:
         STATE.layouts.pop()
-        if STATE.reading is not None:
-            STATE.reading.end()
+        if STATE.readings:
+            STATE.readings[-1].end()
 
 
 def why_not(name: str, x: Tensor) -> str | None:

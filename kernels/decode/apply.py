@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vps.kernels import tuning
 from vps.kernels.decode.gemv import Product
-from vps.kernels.device import launch_kernel, on_its_device
+from vps.kernels.device import begin, on_its_device
 from vps.kernels.policy import column_factors, decide, inverse_scale
 from vps.kernels.prefill.delta import finish
 from vps.kernels.select import next_key, position
@@ -249,5 +249,5 @@ def launch(
         layers, adaptive, tau, clamp, policies[0].numel() == 9 + r, r, tuning.power_of_2(r),
         tuning.power_of_2(most), tile["RECORDS"], tile["BLOCK_D"],
     )  # fmt: skip
-    launch_kernel(apply_kernel, (programs, groups), pointers, rest, tile["num_warps"])
+    begin(apply_kernel, (programs, groups), pointers, rest, tile["num_warps"])
     return [Applied(*own) for own in zip(ys, features, core, gamma, t, strict=True)]
