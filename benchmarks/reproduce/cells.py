@@ -227,7 +227,7 @@ def chosen(task: str, number: int, scores: Sequence[float], gold: int) -> Outcom
 def _measured(
     work: dict[str, tuple[list[Any], Measure]], model: Any, path: Path
 ) -> Iterator[Outcome]:
-    """Yield all outcomes of a cell, of the blocks in ``path`` first, and append the others to it."""
+    """Yield all outcomes of a cell: of the blocks in ``path``, then new ones, which are added."""
     done: list[dict[str, Any]] = []
     if path.exists():
         done, end = files.read_objects(path, BEGINNING)
