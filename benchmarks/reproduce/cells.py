@@ -30,13 +30,14 @@ from vps.verify.composite import check
 SCOPES = ("token", "prompt")
 ACCURACY, LOSS, EXACT = "acc", "nll", "exact_match"
 BLOCK = 100  # questions
+PILOT_QUESTIONS = 100  # of each kind
 BEGINNING = '{"block": 0, "outcomes": '
 DIGITS = 3  # of margins and losses in results
 PROMPT_TOKENS, TEXT_TOKENS = 32, 96
-SHOTS, NEW_TOKENS = 4, 6
-GENERATED_KIND = "arithmetic"
+NEW_TOKENS = 6
 
-PAPER = "paper"
+PAPER = COUPLED = "paper"
+UNCOUPLED = "no coupling"
 SETTINGS: dict[str, dict[str, Any]] = {
     "γ = 0.1": {"gamma": 0.1},
     "γ = 0.3": {"gamma": 0.3},
@@ -94,7 +95,7 @@ def parts(quick: bool = False) -> dict[str, Part]:
     paper = {PAPER: {}}
     main = joined(
         grid("The paper's configuration", paper, SCOPES),
-        grid("without coupling", {"no coupling": {"qk_coupling": False}}, SCOPES, controls=False),
+        grid("without coupling", {UNCOUPLED: {"qk_coupling": False}}, SCOPES, controls=False),
     )
     generated = joined(
         grid("Generated answers", paper, ("token", "sequence")),
@@ -108,8 +109,8 @@ def parts(quick: bool = False) -> dict[str, Part]:
             "generated": Part("generated", generated, problems=24),
         }
     return {
-        "main": Part("main", main, questions=1000, paragraphs=16),
-        "settings": Part("settings", settings, questions=350, paragraphs=16),
+        "main": Part("main", main, questions=900, paragraphs=16),
+        "settings": Part("settings", settings, questions=334, paragraphs=8),
         "generated": Part("generated", generated, problems=200),
     }
 
@@ -117,7 +118,7 @@ def parts(quick: bool = False) -> dict[str, Part]:
 def pilot() -> Part:
     """Return the part that estimates accuracy and discordance, on questions of its own."""
     cells = grid("Pilot", {PAPER: {}, **SETTINGS}, SCOPES, controls=False)
-    return Part("pilot", cells, questions=questions.PILOT, pilot=True)
+    return Part("pilot", cells, questions=PILOT_QUESTIONS, pilot=True)
 
 
 def run(part: Part, model: Any, tokenizer: Any, name: str, folder: Path) -> AblationResult:
@@ -170,7 +171,7 @@ def _work(part: Part, tokenizer: Any) -> dict[str, tuple[list[Any], Measure]]:
     def choices(kind: str) -> Measure:
         def measure(model: Any, asked: Sequence[Any], start: int) -> list[Outcome]:
             rows = [
-                scoring.encoded(tokenizer, questions.context(each), each["choices"])
+                scoring.encoded(tokenizer, questions.context(kind, each), each["choices"])
                 for each in asked
             ]
             found = scoring.log_likelihoods(model, rows)
@@ -192,9 +193,7 @@ def _work(part: Part, tokenizer: Any) -> dict[str, tuple[list[Any], Measure]]:
         return measure
 
     def answers(model: Any, asked: Sequence[Any], start: int) -> list[Outcome]:
-        shown = questions.questions(GENERATED_KIND, questions.PILOT, pilot=True)[-SHOTS:]
-        before = "".join(f"{questions.context(one)} {one['answer']}\n\n" for one in shown)
-        prompts = [before + questions.context(each) for each in asked]
+        prompts = [questions.context("arithmetic", each) for each in asked]
         given = texts.answers(model, tokenizer, prompts, NEW_TOKENS)
         return [
             Outcome(
@@ -213,7 +212,7 @@ def _work(part: Part, tokenizer: Any) -> dict[str, tuple[list[Any], Measure]]:
             drawn = questions.prose(kind, part.paragraphs, tokenizer, TEXT_TOKENS)
             work[kind] = drawn, prose(kind)
     if part.problems:
-        drawn = questions.problems(GENERATED_KIND, part.problems, pilot=part.pilot)
+        drawn = questions.problems(part.problems, pilot=part.pilot)
         work["generated"] = drawn, answers
     return work
 

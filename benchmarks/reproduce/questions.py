@@ -1,7 +1,7 @@
 """Draw what the study asks: choice questions, problems to answer, and prose of other kinds.
 
 Everything has fixed seeds and needs no network. The first ``PILOT`` questions of every kind were
-used to choose the sizes; the study never asks them.
+used to choose kinds and sizes; the study shows one of them as an example and asks none.
 """
 
 from __future__ import annotations
@@ -12,17 +12,27 @@ import importlib.metadata
 import inspect
 import random
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from vps.evaluation.tasks import PROMPT, documents
+from vps.evaluation.tasks import PROMPT, documents, near
 
 KINDS = ("arithmetic", "chains", "units")
+FACTORS = (
+    ("metres", "kilometres", 1000), ("centimetres", "metres", 100), ("millimetres", "metres", 1000),
+    ("millimetres", "centimetres", 10), ("grams", "kilograms", 1000), ("kilograms", "tonnes", 1000),
+    ("milligrams", "grams", 1000), ("millilitres", "litres", 1000), ("seconds", "minutes", 60),
+    ("minutes", "hours", 60), ("hours", "days", 24), ("days", "weeks", 7), ("months", "years", 12),
+    ("years", "decades", 10), ("years", "centuries", 100), ("inches", "feet", 12),
+    ("feet", "yards", 3), ("ounces", "pounds", 16), ("cents", "dollars", 100),
+    ("quarters", "dollars", 4),
+)  # fmt: skip
 SEED = 20261129
 PILOT = 150  # questions of each kind
 CHOICES = 1000  # questions of each kind, the most that a part of the study asks
-GENERATED = 100  # problems of each kind, behind those
+GENERATED = 200  # problems of arithmetic, behind those
 PROSE = ("reference", "docstrings", "abstracts", "licences")
 SHORTEST = 400  # characters of a paragraph
 DOCUMENTED = (
@@ -50,18 +60,23 @@ def questions(kind: str, count: int, *, pilot: bool = False) -> list[Document]:
     return _drawn(kind)[start : start + count]
 
 
-def problems(kind: str, count: int, *, pilot: bool = False) -> list[Document]:
-    """Return the first problems of a kind to be answered in text, which are no choice questions.
+def problems(count: int, *, pilot: bool = False) -> list[Document]:
+    """Return the first problems of arithmetic to be answered as text, no choice questions.
 
     Those of the pilot are its choice questions.
     """
     _check(count, PILOT if pilot else GENERATED, "problems")
     start = 0 if pilot else PILOT + CHOICES
-    return _drawn(kind)[start : start + count]
+    return _drawn("arithmetic")[start : start + count]
 
 
-def context(document: Document) -> str:
-    """Put a question as ``vps eval`` does."""
+def context(kind: str, document: Document) -> str:
+    """Put a question as ``vps eval`` does, after one example of its kind."""
+    example = _drawn(kind)[PILOT - 1]
+    return f"{_put(example)} {example['answer']}\n\n{_put(document)}"
+
+
+def _put(document: Document) -> str:
     return PROMPT.replace("{{question}}", document["question"])
 
 
@@ -94,13 +109,42 @@ def digest(values: Any) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
+@cache
 def _drawn(kind: str) -> list[Document]:
-    if kind not in _DRAWN:
-        _DRAWN[kind] = documents(kind, PILOT + CHOICES + GENERATED, SEED)
-    return _DRAWN[kind]
+    count = PILOT + CHOICES + GENERATED
+    if kind == "arithmetic":
+        return documents(kind, count, SEED)
+    generator = random.Random(f"{SEED}:{kind}")
+    found: dict[str, Document] = {}
+    for question, answer, wrong in _chains() if kind == "chains" else _units(generator):
+        choices = [answer, *(wrong or near(answer, generator))]
+        generator.shuffle(choices)
+        document = {"question": question, "answer": answer, "choices": choices}
+        found.setdefault(question, document | {"gold": choices.index(answer)})
+        if len(found) == count:
+            break
+    return list(found.values())
 
 
-_DRAWN: dict[str, list[Document]] = {}
+def _chains() -> Iterable[tuple[str, str, list[str]]]:
+    """Yield sums of three digits of reasoning-gym, in the words of its basic arithmetic."""
+    import reasoning_gym
+
+    settings = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    for entry in reasoning_gym.create_dataset("chain_sum", size=9000, seed=SEED, **settings):
+        expression = entry["question"].rpartition(":")[2].strip(" =")
+        yield f"Calculate {expression}.", entry["answer"], []
+
+
+def _units(generator: random.Random) -> Iterable[tuple[str, str, list[str]]]:
+    """Yield conversions, with what other factors would give."""
+    factors = sorted({factor for _, _, factor in FACTORS})
+    asked = [(unit, count) for unit in FACTORS for count in range(2, 100)]
+    generator.shuffle(asked)
+    for (small, large, factor), count in asked:
+        others = generator.sample([each for each in factors if each != factor], 3)
+        wrong = [str(count * other) for other in others]
+        yield f"How many {small} are {count} {large}?", str(count * factor), wrong
 
 
 def _check(count: int, most: int, name: str) -> None:
