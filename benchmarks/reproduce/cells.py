@@ -8,16 +8,18 @@ killed loses one block at most; a finished cell is a file of its own and needs i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import machine
-from benchmarks.reproduce import questions, scoring, texts
+from benchmarks.reproduce import measures, questions
+from benchmarks.reproduce.measures import Asked
 from vps import files
 from vps.evaluation.controls import SHARPENED, configured, control
 from vps.evaluation.grid import BASELINE, Cell, Grid, make_grid
@@ -25,16 +27,11 @@ from vps.evaluation.paired import Outcome
 from vps.evaluation.runs import AblationResult, Evaluation, ablate, fingerprint
 from vps.model.capture import restored
 from vps.model.patching import policy_state
-from vps.verify.composite import check
 
 SCOPES = ("token", "prompt")
-ACCURACY, LOSS, EXACT = "acc", "nll", "exact_match"
 BLOCK = 100  # questions
 PILOT_QUESTIONS = 100  # of each kind
 BEGINNING = '{"block": 0, "outcomes": '
-DIGITS = 3  # of margins and losses in results
-PROMPT_TOKENS, TEXT_TOKENS = 32, 96
-NEW_TOKENS = 6
 
 PAPER = COUPLED = "paper"
 UNCOUPLED = "no coupling"
@@ -56,6 +53,7 @@ class Part:
         questions: choice questions of each kind.
         paragraphs: of prose of each kind.
         problems: to be answered in text.
+        pool: questions of each kind to be answered in the paper's loop, with their gold.
         pilot: ask the questions of the pilot.
     """
 
@@ -64,6 +62,7 @@ class Part:
     questions: int = 0
     paragraphs: int = 0
     problems: int = 0
+    pool: int = 0
     pilot: bool = False
 
 
@@ -102,16 +101,22 @@ def parts(quick: bool = False) -> dict[str, Part]:
         grid("of the prompt", paper, ("prompt",), controls=["random_indices"]),
     )
     settings = grid("Other settings", SETTINGS, SCOPES)
+    loop = joined(
+        grid("The paper's loop, with the gold in it", paper, ("prompt",)),
+        grid("without L-BFGS", {"no L-BFGS": {"lbfgs": False}}, ("prompt",), controls=False),
+    )
     if quick:
         chosen = grid("The paper's configuration", paper, ("prompt",))
         return {
             "main": Part("main", chosen, questions=60, paragraphs=4),
             "generated": Part("generated", generated, problems=24),
+            "loop": Part("loop", loop, pool=4),
         }
     return {
         "main": Part("main", main, questions=900, paragraphs=16),
         "settings": Part("settings", settings, questions=334, paragraphs=8),
         "generated": Part("generated", generated, problems=200),
+        "loop": Part("loop", loop, pool=40),
     }
 
 
@@ -119,6 +124,27 @@ def pilot() -> Part:
     """Return the part that estimates accuracy and discordance, on questions of its own."""
     cells = grid("Pilot", {PAPER: {}, **SETTINGS}, SCOPES, controls=False)
     return Part("pilot", cells, questions=PILOT_QUESTIONS, pilot=True)
+
+
+def asked(part: Part, tokenizer: Any) -> dict[str, Asked]:
+    """Return what a part asks by task, and how it is measured."""
+    found: dict[str, Asked] = {}
+    if part.questions:
+        for kind in questions.KINDS:
+            drawn = questions.questions(kind, part.questions, pilot=part.pilot)
+            found[kind] = drawn, partial(measures.choices, kind, tokenizer)
+    if part.paragraphs:
+        for kind in questions.PROSE:
+            texts = questions.prose(kind, part.paragraphs, tokenizer, measures.TEXT_TOKENS)
+            found[kind] = texts, partial(measures.prose, kind)
+    if part.problems:
+        drawn = questions.problems(part.problems, pilot=part.pilot)
+        found["generated"] = drawn, partial(measures.answers, tokenizer)
+    if part.pool:
+        for kind in questions.KINDS:
+            drawn = questions.questions(kind, part.pool, pilot=part.pilot)
+            found[kind] = drawn, partial(measures.loop, kind, tokenizer)
+    return found
 
 
 def run(part: Part, model: Any, tokenizer: Any, name: str, folder: Path) -> AblationResult:
@@ -130,7 +156,7 @@ def run(part: Part, model: Any, tokenizer: Any, name: str, folder: Path) -> Abla
         tokenizer: its tokenizer.
         folder: of this part; one that holds another run is refused.
     """
-    work = _work(part, tokenizer)
+    work = asked(part, tokenizer)
     settings = {
         "model": fingerprint(name) or name,
         "seed": questions.SEED,
@@ -161,71 +187,7 @@ def run(part: Part, model: Any, tokenizer: Any, name: str, folder: Path) -> Abla
     return result
 
 
-Measure = Callable[[Any, Sequence[Any], int], list[Outcome]]  # model, documents, the first's number
-
-
-def _work(part: Part, tokenizer: Any) -> dict[str, tuple[list[Any], Measure]]:
-    """Return by task what is asked, and how it is measured."""
-    work: dict[str, tuple[list[Any], Measure]] = {}
-
-    def choices(kind: str) -> Measure:
-        def measure(model: Any, asked: Sequence[Any], start: int) -> list[Outcome]:
-            rows = [
-                scoring.encoded(tokenizer, questions.context(kind, each), each["choices"])
-                for each in asked
-            ]
-            found = scoring.log_likelihoods(model, rows)
-            return [
-                chosen(kind, start + number, scores, each["gold"])
-                for number, (scores, each) in enumerate(zip(found, asked, strict=True))
-            ]
-
-        return measure
-
-    def prose(kind: str) -> Measure:
-        def measure(model: Any, asked: Sequence[Any], start: int) -> list[Outcome]:
-            found = texts.losses(model, asked, PROMPT_TOKENS)
-            return [
-                Outcome(kind, str(start + number), LOSS, round(loss, DIGITS + 2))
-                for number, loss in enumerate(found)
-            ]
-
-        return measure
-
-    def answers(model: Any, asked: Sequence[Any], start: int) -> list[Outcome]:
-        prompts = [questions.context("arithmetic", each) for each in asked]
-        given = texts.answers(model, tokenizer, prompts, NEW_TOKENS)
-        return [
-            Outcome(
-                "generated", str(start + number), EXACT,
-                float(check(text, each["answer"]).name == "CORRECT"),
-            )
-            for number, (text, each) in enumerate(zip(given, asked, strict=True))
-        ]  # fmt: skip
-
-    if part.questions:
-        for kind in questions.KINDS:
-            drawn = questions.questions(kind, part.questions, pilot=part.pilot)
-            work[kind] = drawn, choices(kind)
-    if part.paragraphs:
-        for kind in questions.PROSE:
-            drawn = questions.prose(kind, part.paragraphs, tokenizer, TEXT_TOKENS)
-            work[kind] = drawn, prose(kind)
-    if part.problems:
-        drawn = questions.problems(part.problems, pilot=part.pilot)
-        work["generated"] = drawn, answers
-    return work
-
-
-def chosen(task: str, number: int, scores: Sequence[float], gold: int) -> Outcome:
-    """Say whether the option of highest log-likelihood is the gold one, and by what margin."""
-    margin = scores[gold] - max(score for i, score in enumerate(scores) if i != gold)
-    return Outcome(task, str(number), ACCURACY, float(margin > 0), round(margin, DIGITS))
-
-
-def _measured(
-    work: dict[str, tuple[list[Any], Measure]], model: Any, path: Path
-) -> Iterator[Outcome]:
+def _measured(work: dict[str, Asked], model: Any, path: Path) -> Iterator[Outcome]:
     """Yield all outcomes of a cell: of the blocks in ``path``, then new ones, which are added."""
     done: list[dict[str, Any]] = []
     if path.exists():

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.reproduce import equivalence
-from benchmarks.reproduce.cells import ACCURACY, COUPLED, EXACT, LOSS, UNCOUPLED
+from benchmarks.reproduce.cells import COUPLED, UNCOUPLED
+from benchmarks.reproduce.measures import ACCURACY, EXACT, LOSS
 from vps.evaluation import paired
 from vps.evaluation.comparison import Comparison, compare
 from vps.evaluation.grid import BASELINE

@@ -22,7 +22,6 @@ from vps.model.capture import forget_gradients, start_over, take_gradient
 from vps.model.generation import token_entropy
 from vps.model.patching import disabled, policy_state
 from vps.refine import GOLD_TOKENS
-from vps.verify import CompositeVerifier
 
 ITERATIONS = 3  # with the plain answer
 RESAMPLES = 50
@@ -57,7 +56,7 @@ def refined(
 
     def answer() -> Answer:
         (scores,) = scoring.log_likelihoods(model, [row])
-        margin = scores[gold] - max(score for i, score in enumerate(scores) if i != gold)
+        margin = scoring.margin(scores, gold)
         given = choices[max(range(len(scores)), key=scores.__getitem__)]
         return Answer(margin > 0, margin, verifier(given, choices[gold]).total)
 
@@ -154,8 +153,3 @@ def _gains(
         name: Gain(float(np.mean(each)), *map(float, np.quantile(each, (0.025, 0.975))))
         for name, each in found.items()
     }
-
-
-def verifier() -> CompositeVerifier:
-    """Return the paper's verifier, with its weights."""
-    return CompositeVerifier()

@@ -68,6 +68,11 @@ def encoded(tokenizer: Any, context: str, options: Sequence[str]) -> Row:
     return row(first, [each[len(first) :] for each in whole])
 
 
+def margin(scores: Sequence[float], gold: int) -> float:
+    """Return the log-likelihood of the right option less that of the best wrong one, in nats."""
+    return scores[gold] - max(score for index, score in enumerate(scores) if index != gold)
+
+
 @torch.no_grad()
 def log_likelihoods(model: Any, rows: Sequence[Row]) -> list[list[float]]:
     """Return the log-likelihood of every option of every row, in nats.
