@@ -9,5 +9,5 @@ reading order:
 - ``measures``: outcomes of all three
 - ``cells``: what runs on what, and how a killed run goes on; ``python -m benchmarks.reproduce``
 - ``equivalence``: two one-sided tests
-- ``findings``: the tests of every comparison
+- ``findings``: the tests of every comparison; ``report``: tables and a picture
 """

@@ -1,7 +1,8 @@
-"""Run the study of docs/reproduction.md: ``python -m benchmarks.reproduce``, again after a kill.
+"""Run the study of docs/reproduction.md and report: ``python -m benchmarks.reproduce``.
 
-Parts that are finished are not run again. ``--quick`` runs a subset of ten minutes, ``--pilot`` the
-questions on which sizes were chosen, which the study leaves out.
+Killed and started again, it goes on where it was; what is finished is not run again. ``--quick``
+runs a subset of ten minutes, ``--pilot`` the questions on which sizes were chosen, which the study
+leaves out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import vps
 from benchmarks.reproduce import cells
+from benchmarks.reproduce.report import write_report
 from vps import VPSConfig
 from vps.model.loading import load_model
 
@@ -19,7 +21,7 @@ QUICK = Path(".cache/reproduction")
 
 
 def main() -> None:
-    """Run what is not finished."""
+    """Run what is not finished, then report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=".cache/smollm2")
     parser.add_argument("--out", type=Path, help=f"{OUT}, or {QUICK} of the subset")
@@ -38,6 +40,8 @@ def main() -> None:
         if given.only is None or name in given.only:
             done = cells.run(part, model, tokenizer, given.model, out / name)
             print(f"{name}: {done.evaluated} cells, {done.skipped} before, {done.failed} failed")
+    if not given.pilot:
+        print(write_report(out))
 
 
 if __name__ == "__main__":

@@ -108,15 +108,15 @@ def parts(quick: bool = False) -> dict[str, Part]:
     if quick:
         chosen = grid("The paper's configuration", paper, ("prompt",))
         return {
-            "main": Part("main", chosen, questions=60, paragraphs=4),
+            "main": Part("main", chosen, questions=100, paragraphs=4),
             "generated": Part("generated", generated, problems=24),
-            "loop": Part("loop", loop, pool=4),
+            "loop": Part("loop", loop, pool=5),
         }
     return {
         "main": Part("main", main, questions=900, paragraphs=16),
         "settings": Part("settings", settings, questions=334, paragraphs=8),
         "generated": Part("generated", generated, problems=200),
-        "loop": Part("loop", loop, pool=40),
+        "loop": Part("loop", loop, pool=50),
     }
 
 

@@ -1,6 +1,7 @@
 """The study of reproduction: its scoring, its resumption, and what its statistics find in
 planted data."""
 
+import dataclasses
 import json
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from benchmarks.reproduce import cells, equivalence, protocol, questions, scorin
 from benchmarks.reproduce.cells import Part
 from benchmarks.reproduce.findings import CONTROLS, NULLS, PLAIN, findings
 from benchmarks.reproduce.measures import ACCURACY, chosen
+from benchmarks.reproduce.report import NOISE, write_report
 from vps import VPSConfig
 from vps.evaluation.controls import control
 from vps.evaluation.grid import BASELINE
@@ -269,3 +271,20 @@ def test_labels_in_the_loop_gain_without_meaning():
     assert arms["plain"].mean == 0 and arms["all"].low > 0.9
     assert arms == protocol.resampled(margins, {"plain": margins > 0, "all": np.ones(300)})
     json.dumps(vars(arms["all"]))
+
+
+def test_report_of_a_small_study(small, tmp_path):
+    made, read = model(), tokenizer()
+    loop = dataclasses.replace(small, questions=0, pool=3)
+    for part, name in ((small, "main"), (loop, "loop")):
+        cells.run(part, made, read, "m", tmp_path / name)
+    text = write_report(tmp_path)
+    assert "| paper, token · random_noise | baseline | 18 |" in text
+    assert "| paper, token, best | +" in text and NOISE in text
+    assert (tmp_path / "forest.png").read_bytes().startswith(b"\x89PNG")
+    parts = json.loads((tmp_path / "findings.json").read_text())["parts"]
+    for values in parts.values():
+        assert {"cpu", "instructions", "commit"} <= values["facts"].keys()
+        assert values["settings"]["seed"] == questions.SEED
+    assert len(parts["main"]["findings"]) == 7  # one cell, against three controls, and they
+    assert all("detectable" in each for each in parts["main"]["findings"])
