@@ -3,7 +3,9 @@
 Algorithm 3 with an answer by likelihood: the plain model answers, then each iteration sets the
 entropy of the next token, takes the gradient of the gold option (SC, L-BFGS), answers sharpened,
 and tells the policy whether the verification loss fell (SPEC §10). The paper compares on the
-questions of smallest confidence margin. What a change without meaning gains there is resampled.
+questions of smallest confidence margin of the plain model: ``"uncertain"``, by its distance from 0,
+or ``"hardest"``, by the margin of the right option, which knows the labels. What a change without
+meaning gains there is resampled.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.reproduce import scoring
 from vps import masking
+from vps.evaluation.confidence import ORDERS
 from vps.model.capture import forget_gradients, start_over, take_gradient
 from vps.model.generation import token_entropy
 from vps.model.patching import disabled, policy_state
@@ -25,7 +28,7 @@ from vps.refine import GOLD_TOKENS
 
 ITERATIONS = 3  # with the plain answer
 RESAMPLES = 50
-KEPT = 3  # one of so many questions is kept, the hardest
+KEPT = 3  # one of so many questions is kept
 
 
 @dataclass(frozen=True)
@@ -102,28 +105,37 @@ class Gain:
 
 
 def resampled(
-    margins: Sequence[float], arms: Mapping[str, Sequence[float]], *, seed: int = 0
+    margins: Sequence[float], arms: Mapping[str, Sequence[float]], order: str, *, seed: int = 0
 ) -> dict[str, Gain]:
-    """Draw the pool anew, keep its hardest questions, and compare there, ``RESAMPLES`` times.
+    """Draw the pool anew, keep a third of it, and compare there, ``RESAMPLES`` times.
 
     Args:
         margins: of the plain model, of every question of the pool.
         arms: of each arm 1 where it answers a question right, else 0.
+        order: ``"uncertain"`` or ``"hardest"``, which questions are kept.
         seed: of the resamples, which all arms share.
     """
     plain = np.asarray(margins, dtype=float)
     values = {name: np.asarray(each, dtype=float) for name, each in arms.items()}
-    return _gains(plain, lambda name, kept, generator: values[name][kept], list(values), seed)
+    return _gains(
+        plain, lambda name, kept, generator: values[name][kept], list(values), order, seed
+    )
 
 
 def without_meaning(
-    margins: Sequence[float], spread: float, *, iterations: int = ITERATIONS, seed: int = 0
+    margins: Sequence[float],
+    spread: float,
+    order: str,
+    *,
+    iterations: int = ITERATIONS,
+    seed: int = 0,
 ) -> dict[str, Gain]:
     """Return what Gaussian noise on the margins gains: in the last look, and in the best of all.
 
     Args:
         margins: of the plain model, of every question of the pool.
         spread: standard deviation of the noise, in nats.
+        order: as for :func:`resampled`.
         iterations: looks, the plain answer among them.
         seed: of resamples and noise.
     """
@@ -135,17 +147,20 @@ def without_meaning(
             return looks[-1] > 0
         return (looks > 0).any(0) | (plain[kept] > 0)
 
-    return _gains(plain, drawn, ["last", "best"], seed)
+    return _gains(plain, drawn, ["last", "best"], order, seed)
 
 
 def _gains(
-    plain: Any, right: Callable[[str, Any, Any], Any], names: Sequence[str], seed: int
+    plain: Any, right: Callable[[str, Any, Any], Any], names: Sequence[str], order: str, seed: int
 ) -> dict[str, Gain]:
+    if order not in ORDERS:
+        raise ValueError(f"resampled: order must be one of {', '.join(ORDERS)}, got {order!r}")
     generator = np.random.default_rng(seed)
+    keys = np.abs(plain) if order == "uncertain" else plain
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(RESAMPLES):
         pool = generator.integers(0, len(plain), len(plain))
-        kept = pool[np.argsort(plain[pool], kind="stable")[: max(1, len(pool) // KEPT)]]
+        kept = pool[np.argsort(keys[pool], kind="stable")[: max(1, len(pool) // KEPT)]]
         for name in names:
             gain = right(name, kept, generator).mean() - (plain[kept] > 0).mean()
             found[name].append(float(gain))

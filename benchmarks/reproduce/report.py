@@ -23,6 +23,7 @@ from benchmarks.reproduce.findings import (
 from benchmarks.reproduce.measures import ACCURACY, BEST, EXACT, LOSS
 from benchmarks.reproduce.protocol import Gain
 from vps import files
+from vps.evaluation.confidence import ORDERS
 from vps.evaluation.grid import BASELINE
 from vps.evaluation.runs import Run, read_run
 
@@ -45,7 +46,11 @@ def write_report(folder: Path) -> str:
     runs = {name: read_run(folder / name) for name in PARTS if (folder / name).is_dir()}
     runs = {name: run for name, run in runs.items() if len(run.finished) == len(run.cells)}
     found = {name: findings(run) for name, run in runs.items()}
-    selection = {name: selected(run) for name, run in runs.items() if name in ("main", "loop")}
+    selection = {
+        name: {order: selected(run, order) for order in ORDERS}
+        for name, run in runs.items()
+        if name in ("main", "loop")
+    }
     values = {
         "format": FORMAT,
         "parts": {
@@ -55,8 +60,9 @@ def write_report(folder: Path) -> str:
                 "seconds": sum(record.seconds for record in run.finished.values()),
                 "kinds": kinds(run),
                 "findings": [as_dict(each) for own in found[name].values() for each in own],
-                "hardest": {
-                    arm: dataclasses.asdict(gain) for arm, gain in selection.get(name, {}).items()
+                "selected": {
+                    order: {arm: dataclasses.asdict(gain) for arm, gain in gains.items()}
+                    for order, gains in selection.get(name, {}).items()
                 },
             }
             for name, run in runs.items()
@@ -89,8 +95,8 @@ def kinds(run: Run) -> dict[str, dict[str, float]]:
     }
 
 
-def selected(run: Run) -> dict[str, Gain]:
-    """Return what every cell gains on the hardest third of resampled pools, by arm.
+def selected(run: Run, order: str) -> dict[str, Gain]:
+    """Return what every cell gains on the third of resampled pools that ``order`` keeps, by arm.
 
     An arm is a cell, with ``", best"`` where the labels choose among iterations; the last arms add
     noise of the spread by which the first cell moves margins.
@@ -113,9 +119,9 @@ def selected(run: Run) -> dict[str, Gain]:
                 ]
     looped = any(name.endswith(", best") for name in arms)
     noise = protocol.without_meaning(
-        margins, float(np.std(moved)), iterations=protocol.ITERATIONS if looped else 2
+        margins, float(np.std(moved)), order, iterations=protocol.ITERATIONS if looped else 2
     )
-    found = protocol.resampled(margins, arms)
+    found = protocol.resampled(margins, arms, order)
     found[NOISE] = noise["last"]
     if looped:
         found[f"{NOISE}, best"] = noise["best"]
@@ -123,7 +129,7 @@ def selected(run: Run) -> dict[str, Gain]:
 
 
 def section(
-    run: Run, found: Mapping[str, Sequence[Finding]], hardest: Mapping[str, Gain]
+    run: Run, found: Mapping[str, Sequence[Finding]], kept: Mapping[str, Mapping[str, Gain]]
 ) -> Iterable[str]:
     """Yield the lines of one part, in Markdown."""
     facts = run.finished[0].facts
@@ -151,12 +157,12 @@ def section(
                 f"{each.equivalent:.3g} | {each.verdict} | {factor * each.detectable:.2g} |"
             )
         yield ""
-    if hardest:
+    for order, gains in kept.items():
         yield (
-            f"### the hardest third, in {protocol.RESAMPLES} resamples of the pool\n\n"
+            f"### the {order} third, in {protocol.RESAMPLES} resamples of the pool\n\n"
             "| | gain in points, mean [95 %] |\n|---|---|"
         )
-        for arm, gain in hardest.items():
+        for arm, gain in gains.items():
             mean, low, high = (100 * each for each in (gain.mean, gain.low, gain.high))
             yield f"| {arm} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] |"
         yield ""

@@ -19,6 +19,7 @@ from benchmarks.reproduce.findings import CONTROLS, NULLS, PLAIN, findings
 from benchmarks.reproduce.measures import ACCURACY, chosen
 from benchmarks.reproduce.report import NOISE, write_report
 from vps import VPSConfig
+from vps.evaluation.confidence import ORDERS
 from vps.evaluation.controls import control
 from vps.evaluation.grid import BASELINE
 from vps.evaluation.paired import Outcome
@@ -260,17 +261,20 @@ def test_loop_with_gold_starts_with_the_plain_answer_and_leaves_the_model(varian
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
 
 
-def test_labels_in_the_loop_gain_without_meaning():
+def test_selection_and_labels_gain_without_meaning():
     margins = np.random.default_rng(0).normal(0, 1, 300)
-    found = protocol.without_meaning(margins, 0.5)
-    assert found["best"].low > 0  # labels choose
-    assert found["last"].low > 0  # the hardest are wrong: they can only gain
-    none = protocol.without_meaning(margins, 0.0)
+    found = {each: protocol.without_meaning(margins, 0.5, each) for each in ORDERS}
+    assert all(each["best"].low > 0 for each in found.values())  # labels choose
+    assert found["hardest"]["last"].low > 0  # the hardest are wrong: they can only gain
+    assert found["uncertain"]["last"].low < 0 < found["uncertain"]["last"].high
+    none = protocol.without_meaning(margins, 0.0, "hardest")
     assert none["best"].mean == none["last"].mean == 0
-    arms = protocol.resampled(margins, {"plain": margins > 0, "all": np.ones(300)})
-    assert arms["plain"].mean == 0 and arms["all"].low > 0.9
-    assert arms == protocol.resampled(margins, {"plain": margins > 0, "all": np.ones(300)})
-    json.dumps(vars(arms["all"]))
+    arms = {"plain": margins > 0, "all": np.ones(300)}
+    gains = protocol.resampled(margins, arms, "hardest")
+    assert gains["plain"].mean == 0 and gains["all"].low > 0.9
+    assert gains == protocol.resampled(margins, arms, "hardest")
+    with pytest.raises(ValueError, match="uncertain, hardest, got 'easy'"):
+        protocol.resampled(margins, arms, "easy")
 
 
 def test_report_of_a_small_study(small, tmp_path):
