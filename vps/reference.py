@@ -158,7 +158,8 @@ def coupled_vps_linear(
     """Sharpen the query and the key projection of one attention block together, literally.
 
     They share ``I_in`` and one policy decision, from their pooled energy; ``I_out`` ranks channels
-    by what they add to the attention logits.
+    by what they add to the attention logits. Arguments that are not listed are as for
+    :func:`vps_linear`.
 
     Args:
         x: input of both, ``[..., d_in]``.
@@ -166,7 +167,6 @@ def coupled_vps_linear(
         key: the key projection, with weight ``[kv_heads * d, d_in]``.
         heads: query heads, of d channels each.
         kv_heads: key-value heads; a divisor of ``heads``.
-        config, mask, prompt, entropy, outcomes: as for :func:`vps_linear`.
 
     Source: SPEC §7; the paper, section 7.
     """

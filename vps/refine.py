@@ -61,8 +61,10 @@ class Iteration:
         improved: whether the loss fell below the loss before; ``None`` for iteration 0.
         samples: the answers drawn for self-consistency.
         entropy: ℋ of the first new token, in nats.
-        sigma, gamma, rank: the policy's decision for the prompt with that ℋ, averaged over layers;
-            0 in iteration 0.
+        sigma: σ that the policy found for the prompt with that ℋ, averaged over layers; 0 in
+            iteration 0.
+        gamma: γ that it decided, likewise.
+        rank: the rank that it decided, likewise.
         builder: ``"base"`` in iteration 0, else ``"sk"``, ``"sc"``, ``"random"``, or ``"mixed"`` if
             some layers had no gradient.
         surrogate_loss: cross-entropy of the gold tokens in nats a token, or ``None``.

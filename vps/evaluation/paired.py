@@ -264,14 +264,16 @@ def minimum_detectable_effect(
 def minimum_detectable_mean(
     n: int, deviation: float, alpha: float = LEVEL, power: float = POWER
 ) -> float:
-    """Return the same for the mean of n paired differences: ``(z_{1−α/2} + z_power) · σ/√n``.
+    """Return the smallest mean of n paired differences that a test would probably show.
 
-    It assumes a mean that is normally distributed about the true difference.
+    This is ``(z_{1−α/2} + z_power) · σ/√n``. It assumes a mean that is normally distributed about
+    the true difference.
 
     Args:
         n: paired documents.
         deviation: σ, standard deviation of the differences.
-        alpha, power: as in :func:`minimum_detectable_effect`.
+        alpha: as for :func:`minimum_detectable_effect`.
+        power: as for :func:`minimum_detectable_effect`.
     """
     normal = _stats().norm
     return float((normal.ppf(1 - alpha / 2) + normal.ppf(power)) * deviation / math.sqrt(n))

@@ -28,7 +28,7 @@ LENT = ("config", "gradient", "memory", "gamma")
 class LayerCapture:
     """The record of one layer.
 
-    Args:
+    Attributes:
         outputs: outputs ``[..., d_out]``, one a call; empty unless ``tensors`` was asked for.
         gradients: ``∂L/∂output`` likewise, in the order of the backward pass.
     """

@@ -149,7 +149,8 @@ def check(
     """Judge whether a prediction gives the gold's answer: number, unit, expression or words.
 
     Args:
-        prediction, gold: texts, both untrusted.
+        prediction: what the model wrote; untrusted.
+        gold: the reference; untrusted, too.
         timeout: seconds after which the verdict is undecided.
         pool: as for :class:`CompositeVerifier`.
 

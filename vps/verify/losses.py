@@ -199,10 +199,16 @@ def units_loss(prediction: Answer | None, gold: Answer | None) -> float:
 def algebraic_loss(
     prediction: Answer | None, gold: Answer | None, deadline: float, pool: Pool | None = None
 ) -> tuple[float, bool]:
-    """Return 0 if the answers are equal or the gold has words only, else 1; and if it was decided.
+    """Return 0 if the answers are equal or the gold has words only, else 1.
 
     Args:
-        prediction, gold, deadline, pool: as for :func:`compare`.
+        prediction: from :func:`vps.verify.extract_answer`.
+        gold: likewise.
+        deadline: in ``time.monotonic()``; without a verdict by then the loss is 1.
+        pool: the workers to ask; the default pool if ``None``.
+
+    Returns:
+        The loss, and whether it was decided in time.
     """
     return of_verdict(compare(prediction, gold, deadline, pool), prediction, gold)
 
