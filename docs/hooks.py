@@ -1,4 +1,4 @@
-"""Turn "SPEC §4" into a link to the specification, and the notebook into a page."""
+"""What mkdocs is asked to do besides: a page made of the notebook, and links in docstrings."""
 
 import json
 import posixpath
@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from markdown.extensions.toc import slugify
 from mkdocs.structure.files import File
 
+NOTEBOOK, SPECIFICATION = "tour.ipynb", "specification.md"
 SECTION = re.compile(r"SPEC §(\d+)")
-ONE_OF_SEVERAL = re.compile(r"(SPEC §\d+(?:(?:, | and |–|–§)§?\d+)*)")
-NOTEBOOK = "tour.ipynb"
+ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?([\w.]+)</code>")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -21,23 +22,30 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def markdown(notebook: dict[str, Any]) -> str:
-    """Return cells and their text outputs as Markdown."""
+    """Return the cells and their text outputs as Markdown."""
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         for output in cell.get("outputs", []):
-            text = output.get("text") or output.get("data", {}).get("text/plain", [])
+            text = output.get("text") or output["data"]["text/plain"]
             parts.append(f"```text\n{''.join(text).rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Link each section of the specification that a page names."""
-    target = files.get_file_from_path("specification.md")
-    if page.file is target:
+    """Link sections of the specification ("SPEC §4") and the roles of docstrings (``:func:``)."""
+    html = ROLE.sub(_reference, html)
+    specification = files.get_file_from_path(SPECIFICATION)
+    if page.file is specification:
         return html
-    anchors = dict(re.findall(r'id="((\d+)-[^"]+)"', target.page.content or ""))
-    here = posixpath.relpath(target.url, posixpath.dirname(page.url) or ".")
-    numbers = {number: anchor for anchor, number in anchors.items()}
-    return SECTION.sub(lambda m: f'<a href="{here}#{numbers.get(m[1], "")}">{m[0]}</a>', html)
+    headings = re.findall(r"^## ((\d+)\..*)$", specification.content_string, re.M)
+    anchors = {number: slugify(heading, "-") for heading, number in headings}
+    there = posixpath.relpath(specification.url, posixpath.dirname(page.url) or ".")
+    return SECTION.sub(lambda m: f'<a href="{there}#{anchors[m[1]]}">{m[0]}</a>', html)
+
+
+def _reference(match: re.Match[str]) -> str:
+    """Return a link to a name of vps where the reference has it, else the name."""
+    name = match[1] if match[1].startswith("vps.") else f"vps.{match[1]}"
+    return f'<autoref optional identifier="{name}"><code>{match[1]}</code></autoref>'
