@@ -11,6 +11,7 @@ from mkdocs.structure.files import File
 
 NOTEBOOK, SPECIFICATION = "tour.ipynb", "specification.md"
 SECTION = re.compile(r"SPEC §(\d+)")
+INTERVAL = re.compile(r"\d \[\d+\.\d+, \d+\.\d+\]|\d\.\d+ to \d+\.\d+")
 ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?([\w.]+)</code>")
 
 
@@ -30,12 +31,16 @@ def markdown(notebook: dict[str, Any]) -> str:
         for output in cell.get("outputs", []):
             text = output.get("text") or output["data"]["text/plain"]
             parts.append(f"```text\n{''.join(text).rstrip()}\n```")
+    parts.append(f"This page is the notebook [{NOTEBOOK}]({NOTEBOOK}) with its outputs.")
     return "\n\n".join(parts) + "\n"
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Link sections of the specification ("SPEC §4") and the roles of docstrings (``:func:``)."""
-    html = ROLE.sub(_reference, html)
+    """Link sections of the specification ("SPEC §4") and the roles of docstrings (``:func:``).
+
+    An interval, ``1.10 [1.08, 1.11]``, is kept in one line.
+    """
+    html = re.sub(r"<td[^>]*>.*?</td>", _unbroken, ROLE.sub(_reference, html))
     specification = files.get_file_from_path(SPECIFICATION)
     if page.file is specification:
         return html
@@ -43,6 +48,11 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     anchors = {number: slugify(heading, "-") for heading, number in headings}
     there = posixpath.relpath(specification.url, posixpath.dirname(page.url) or ".")
     return SECTION.sub(lambda m: f'<a href="{there}#{anchors[m[1]]}">{m[0]}</a>', html)
+
+
+def _unbroken(cell: re.Match[str]) -> str:
+    """Return a cell of a table with its intervals in one line."""
+    return INTERVAL.sub(lambda m: m[0].replace(" ", "&nbsp;"), cell[0])
 
 
 def _reference(match: re.Match[str]) -> str:

@@ -100,12 +100,12 @@ def vps_linear(
         entropy: ℋ of the next token in nats, or ``None``.
         outcomes: improvement history, oldest first; the last five are used.
         gradient: whether the layer holds a gradient, which turns ``"hybrid"`` into SC.
-        memory: L-BFGS pairs ``(s, y)``, each ``[d_out]``, oldest first; unused where the config
-            says ``lbfgs=False``.
+        memory: L-BFGS pairs ``(s, y)``, each ``[d_out]``, oldest first; unused if ``lbfgs=False``.
         gamma: γ in place of the config's, of either sign: a number, or one for each column that
             there can be. Numbers for columns scale the columns of ``Ũ`` while γ itself is 1.
 
-    Returns: the output and every intermediate.
+    Returns:
+        The output and every intermediate.
 
     Source: SPEC §1–§5 and §8; the paper, algorithms 1, 2, 4 and 5.
     """

@@ -150,10 +150,14 @@ def refine(
         weights: weights of the parts of the loss, as for :class:`vps.verify.CompositeVerifier`.
         config: a config to use instead of the layers' own, with the same target modules.
         max_new_tokens: most new tokens of an answer.
+        chat: put the prompt into the tokenizer's chat template, where there is one.
         temperature: temperature of the samples, positive; answers themselves are greedy.
         timeout: seconds for one verification.
         seed: seed of the samples, the same in every iteration.
         progress: a function that is called with the name of each step as it begins.
+
+    Returns:
+        The answer that is kept, and all iterations.
 
     Raises:
         TypeError: prompt or gold is no string.

@@ -141,6 +141,9 @@ class PolicyState:
     def record(self, improved: bool) -> None:
         """Append one outcome; the last five are kept.
 
+        Args:
+            improved: whether the loss fell.
+
         Raises:
             TypeError: ``improved`` is no bool.
         """

@@ -151,6 +151,9 @@ class Harness:
             variant: ``"sharpened"``, or one of :data:`vps.evaluation.controls.CONTROLS`.
             seed: of the control.
 
+        Returns:
+            The outcomes of every document, and the figures of lm-eval.
+
         Raises:
             ValueError: an unknown variant, target modules that match nothing, or a task without a
                 metric that is a number per document.

@@ -106,7 +106,10 @@ def unrelated_texts() -> list[str]:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Read the examples of a JSONL file; empty lines are none.
+    """Return the examples of a JSONL file, one a line; empty lines are skipped.
+
+    Args:
+        path: the file; rows are ``{"prompt", "answer"}`` or ``{"text"}``.
 
     Raises:
         OSError: the file cannot be read.

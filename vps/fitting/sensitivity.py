@@ -62,9 +62,12 @@ def sensitivity(
     progress: Callable[[str, int], None] | None = None,
     advance: Callable[[], None] | None = None,
 ) -> list[Sensitivity]:
-    """Measure ``∂L/∂γ`` of every layer at γ = 0 with its noise, the largest first.
+    """Measure ``∂L/∂γ`` of every layer at γ = 0, with its noise.
 
-    Args: as for :func:`calibrate`.
+    Arguments are as for :func:`vps.calibrate`; the model comes back as it was.
+
+    Returns:
+        One :class:`Sensitivity` for each layer, the largest gradient first.
 
     Raises:
         TypeError, ValueError: as for :func:`calibrate`.

@@ -71,6 +71,12 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
 
     It costs each layer a second base product.
 
+    Args:
+        model: a sharpened model.
+
+    Yields:
+        The list, which is filled as layers run.
+
     Raises:
         ValueError: no sharpened layer in the model.
         RuntimeError: at the end of a block in which no sharpened layer ran.
@@ -96,7 +102,16 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
 
 
 def measure(model: nn.Module, inputs: dict[str, Tensor]) -> list[LayerStatistics]:
-    """Run one forward pass over ``inputs``, which are moved to the model's device."""
+    """Run one forward pass and return what the policy decides in every layer.
+
+    Args:
+        model: a sharpened model.
+        inputs: arguments of the forward, such as ``input_ids`` ``[B, T]``; they are moved to the
+            model's device.
+
+    Returns:
+        One :class:`LayerStatistics` for each layer, in the order in which layers run.
+    """
     with observe(model) as seen, torch.inference_mode():
         device = input_device(model)
         model(**{name: tensor.to(device) for name, tensor in inputs.items()})
