@@ -159,7 +159,7 @@ def coupled_vps_linear(
 
     They share ``I_in`` and one policy decision, from their pooled energy; ``I_out`` ranks channels
     by what they add to the attention logits. Arguments that are not listed are as for
-    :func:`vps_linear`.
+    :func:`vps_linear`, and so are both results.
 
     Args:
         x: input of both, ``[..., d_in]``.

@@ -64,6 +64,11 @@ class Generation:
 def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
     """Return token ids and mask ``[1, T]`` of a prompt, in the chat template if there is one.
 
+    Args:
+        tokenizer: a tokenizer of transformers.
+        prompt: the text.
+        chat: whether to use the chat template.
+
     Raises:
         ValueError: the prompt has no token.
     """
@@ -105,11 +110,18 @@ def generate(
     advance: Callable[[], None] | None = None,
     processors: Sequence[Any] = (),
 ) -> Generation:
-    """Return the greedy continuation of at most ``new_tokens`` tokens.
+    """Return the greedy continuation of a prompt.
 
-    ``advance`` is called after each token. ``processors`` are logits processors, such as
-    :class:`vps.EntropyProcessor`. If the model's own ``generation_config`` asks for beams or
-    another way to decode, this part of it is ignored; its stop strings, penalties and tokens hold.
+    If the model's own ``generation_config`` asks for beams or another way to decode, this part of
+    it is ignored; its stop strings, penalties and tokens hold.
+
+    Args:
+        model: a causal language model of transformers, sharpened or not.
+        tokenizer: its tokenizer.
+        inputs: what :func:`encode` returns.
+        new_tokens: most new tokens.
+        advance: called after each token.
+        processors: logits processors, such as :class:`vps.EntropyProcessor`.
     """
     options = _settings(model, tokenizer, _ONE_SEQUENCE)
     options |= {"do_sample": False, "num_return_sequences": 1}
@@ -194,6 +206,11 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
     The plain and the sharpened model see the same tokens, so every position is judged by itself.
     Under the sequence scope late tokens shape the selection for early ones; ``scope="token"`` and
     ``scope="prompt"`` give a causal figure.
+
+    Args:
+        model: a sharpened causal language model.
+        inputs: the prompt, as :func:`encode` returns it.
+        continuation: token ids that follow the prompt.
     """
     prompt = inputs["input_ids"].to(input_device(model))
     tail = torch.tensor([continuation], dtype=prompt.dtype, device=prompt.device)
