@@ -15,13 +15,12 @@ SOURCES := $(wildcard csrc/*.[chi]* csrc/*/*.[chi]*)
 MODEL := .cache/smollm2
 VLLM := .cache/vllm
 OLDEST := .cache/oldest
-DOCS := .cache/docs
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
 UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
 KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features columns couple factors core delta decode edited entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu gpu-smoke docs clean help
+.PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots gpu gpu-smoke clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -68,6 +67,8 @@ gpu-smoke:  ## A first visit to a GPU, under 4 minutes: is it right, where does 
 gpu:  ## A second visit, under 9 minutes: tests marked cuda, then benchmarks, to $(OUT)
 	@$(PYTHON) -m benchmarks.gpu full --minutes $(GPU_MINUTES) --out $(OUT)
 
+DOCS := .cache/docs
+.PHONY: docs
 docs: $(DOCS)/.ok  ## Build the documentation into site/index.html, without a network
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
 	@echo "site/index.html"

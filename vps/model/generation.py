@@ -110,18 +110,11 @@ def generate(
     advance: Callable[[], None] | None = None,
     processors: Sequence[Any] = (),
 ) -> Generation:
-    """Return the greedy continuation of a prompt.
+    """Return the greedy continuation of at most ``new_tokens`` tokens.
 
-    If the model's own ``generation_config`` asks for beams or another way to decode, this part of
-    it is ignored; its stop strings, penalties and tokens hold.
-
-    Args:
-        model: a causal language model of transformers, sharpened or not.
-        tokenizer: its tokenizer.
-        inputs: what :func:`encode` returns.
-        new_tokens: most new tokens.
-        advance: called after each token.
-        processors: logits processors, such as :class:`vps.EntropyProcessor`.
+    ``advance`` is called after each token. ``processors`` are logits processors, such as
+    :class:`vps.EntropyProcessor`. If the model's own ``generation_config`` asks for beams or
+    another way to decode, this part of it is ignored; its stop strings, penalties and tokens hold.
     """
     options = _settings(model, tokenizer, _ONE_SEQUENCE)
     options |= {"do_sample": False, "num_return_sequences": 1}
