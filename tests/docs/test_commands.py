@@ -1,20 +1,17 @@
-"""Commands, options, extras, links and figures that README and documentation name are there."""
+"""Commands, options, extras, links and names in README and documentation are there."""
 
 import io
-import json
 import re
 import shlex
 from contextlib import redirect_stdout
 from functools import cache
 from importlib.util import find_spec
-from itertools import zip_longest
 
 import pytest
 from docs_cases import FENCE, INLINE, PAGES, blocks, commands, named
 from processes import ROOT
 
 import vps
-from benchmarks.results import _cell, noise
 from vps import verify
 from vps.cli import main
 
@@ -30,18 +27,6 @@ WITH_OPTIONS = [path for path in PAGES if path.parent.name in ("docs", "guides",
 WITH_OPTIONS = [path for path in WITH_OPTIONS if path.name != "vllm.md"] + [ROOT / "README.md"]
 
 COMMENT = re.compile(r"<!--.*?-->", re.S)
-RESULTS = ROOT / "benchmarks/results"
-AMD, INTEL = "amd-epyc-avx512-2-threads", "prompt/intel-r-xeon-r-processor-{}-2-threads"
-VARIANTS = {
-    "VPS, `cpp`": "vps cpp",
-    "VPS, `torch`": "vps torch",
-    "`cpp`": "vps cpp",
-    "`torch`": "vps torch",
-    '`cpp`, `"prompt"`': "vps cpp, scope prompt",
-    '`torch`, `"prompt"`': "vps torch, scope prompt",
-    "PEFT LoRA r = 4": "peft lora r=4",
-    "as published": "published form, eager",
-}
 
 
 @cache
@@ -143,57 +128,6 @@ def test_every_public_name_is_in_the_reference():
     last = {name.rpartition(".")[2] for name in listed}
     public = {*vps.__all__, *verify.__all__} - {"__version__", "reference", "DEFAULT_WEIGHTS"}
     assert public <= last, public - last
-
-
-def tables(path):
-    """Tables of figures: header cells, and the rows below."""
-    lines = [re.split(r" \| ", line.strip("| ")) for line in path.read_text().splitlines()]
-    header = None
-    for cells, line in zip_longest(lines, path.read_text().splitlines()):
-        if line.startswith("|") and "PEFT LoRA" in line:
-            header = cells if not line.startswith("| |") else ["", *cells]
-        elif header and line.startswith("|") and "---" not in line:
-            yield header, cells
-        elif not line.startswith("|"):
-            header = None
-
-
-def measured(header, label):
-    """The section and the case of a row."""
-    if "prompt" in " ".join(header):
-        isa, _, title = label.partition(", ")
-        return (
-            INTEL.format(isa.lower().replace("-", "")),
-            "model",
-            f"SmolLM2-135M, {title}, float32",
-        )
-    folder = AMD if "sleep" in header[0] else f"spinning/{AMD}-spinning"
-    if label.startswith("layers"):
-        count = re.search(r"\d+", label)[0]
-        return folder, "layer", f"geometric mean, N = {count}, float32"
-    section = "backward" if "backward" in label else "model"
-    title = label.replace("SmolLM2", "SmolLM2-135M").replace(
-        "greedy tokens", "greedy tokens after 32"
-    )
-    title = title.replace("prefill of 512", "prefill of 512 tokens")
-    return folder, section, f"{title}, float32"
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
-def test_figures_are_those_of_the_results(name):
-    """Ratios, quartiles and noise, cell by cell; a cell without a result says "not measured"."""
-    rows = 0
-    for header, cells in tables(ROOT / name):
-        folder, section, title = measured(header, cells[0])
-        sections = json.loads((RESULTS / f"{folder}.json").read_text())["sections"]
-        case = sections[section]["cases"][title]
-        low, high = noise(case)
-        assert cells[1] == f"{low:.2f} to {high:.2f}", title
-        for column, cell in zip(header[2:], cells[2:], strict=True):
-            row = case["rows"].get(VARIANTS[column], {})
-            assert cell == (_cell(row) if "ratio" in row else "not measured"), (title, column)
-        rows += 1
-    assert rows == {"README.md": 5, "docs/benchmarks.md": 16}[name]
 
 
 def test_the_install_lines_are_the_same_everywhere():
