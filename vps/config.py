@@ -188,7 +188,7 @@ class VPSConfig:
 
     @property
     def couples(self) -> bool:
-        """Whether a query and a key select together: not where features are drawn."""
+        """Return whether a query and a key select together; with drawn features they do not."""
         return self.qk_coupling and self.builder != "random"
 
     def replace(self, **changes: Any) -> Self:

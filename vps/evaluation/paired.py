@@ -1,6 +1,6 @@
 """Pair the outcomes of two variants by document, and compute their statistics.
 
-All by scipy but Holm's correction, which it lacks.
+Scipy computes them, except for Holm's correction, which it lacks.
 """
 
 from __future__ import annotations

@@ -25,7 +25,12 @@ KEYS = ("prompt", "answer", "gold", "text", "id")
 
 @dataclass(frozen=True)
 class Example:
-    """Hold a prompt and the answer that is scored, or with ``prompt=None`` a text."""
+    """Hold a prompt and the answer that is scored, or a text.
+
+    Args:
+        prompt: the prompt; ``None`` for a text.
+        answer: the answer, or the text.
+    """
 
     prompt: str | None
     answer: str

@@ -23,7 +23,16 @@ from vps.model.patching import sharpened_layers
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The decision and its effect in one layer, averaged over its groups of tokens."""
+    """The decision and its effect in one layer, averaged over its groups of tokens.
+
+    Args:
+        name: name of the layer.
+        sigma: σ, from 0 to 1 (SPEC §5).
+        gamma: γ.
+        rank: rank of the update.
+        energy: mean of the squares of H.
+        relative_size: norm of the update over the norm of H.
+    """
 
     name: str
     sigma: float
@@ -35,7 +44,15 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Observation:
-    """The energies ``[G]`` of a layer's groups with a counted token, and sizes of H and update."""
+    """What one call of a layer showed.
+
+    Args:
+        name: name of the layer.
+        layer: the layer.
+        energy: energies ``[G]`` of the groups with a counted token.
+        size_H: norm of H over all tokens.
+        size_update: norm of the update over all tokens.
+    """
 
     name: str
     layer: Any
@@ -110,7 +127,7 @@ def measure(model: nn.Module, inputs: dict[str, Tensor]) -> list[LayerStatistics
             model's device.
 
     Returns:
-        One :class:`LayerStatistics` for each layer, in the order in which layers run.
+        The decision and its effect in each layer, in the order in which layers run.
     """
     with observe(model) as seen, torch.inference_mode():
         device = input_device(model)
