@@ -111,7 +111,7 @@ def test_what_the_calibration_shows():
         f"{sum(losses[name]) / 3:.2f}" for name in ("before sharpening", "sharpening", "static")
     )
     assert f"from {before} to {after} nats per token" in text("README.md")
-    assert f"on fixed features reach {static}," in text("README.md")
+    assert f"on fixed features reach {static}:" in text("README.md")
     guide = (ROOT / "docs/guides/calibration.md").read_text()
     for folder in ("calibration", "calibration/longer"):
         table = (RESULTS / folder / "report.md").read_text().partition("\n\n")[0]
