@@ -122,6 +122,16 @@ def test_links_lead_to_files_and_headings(path):
             assert anchor in {slug(heading) for heading in headings}, target
 
 
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_paths_exist(path):
+    """Files and folders of the repository that inline code names by their path."""
+    folders = ("vps", "tests", "benchmarks", "kernels", "csrc", "docs", ".ci")
+    for code in INLINE.findall(FENCE.sub("", path.read_text())):
+        if code.startswith(tuple(f"{folder}/" for folder in folders)) and " " not in code:
+            built = re.search(r"[<*]|_cpp\.abi3\.so|_cuda\.so", code)
+            assert built or (ROOT / code).exists(), code
+
+
 def test_every_public_name_is_in_the_reference():
     pages = "\n".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
     listed = set(re.findall(r"^::: ([\w.]+)$", pages, re.M))
