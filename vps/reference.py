@@ -1,4 +1,4 @@
-"""Run the algorithm literally as SPEC writes it, with dense ``U, V, A = WᵀV, B = WU``.
+"""Run the algorithm as SPEC (docs/specification.md) writes it: dense ``U, V, A = WᵀV, B = WU``.
 
 ``y = H + b + γ · clamp((xÃ) B̃ᵀ)`` for every group of tokens (SPEC §1–§5). It is slow on purpose:
 the oracle of every other backend and the baseline of the benchmarks.
