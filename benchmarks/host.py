@@ -119,7 +119,7 @@ def rows() -> list[Row]:
             found.append(counts.measure("gate and up, in a model", both))
         finally:
             STATE.layouts.pop()
-            STATE.reading = None
+            STATE.readings.clear()
     return found
 
 

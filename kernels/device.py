@@ -68,7 +68,7 @@ class _Noted(threading.local):
 _NOTED = _Noted()
 
 
-def launch_kernel(
+def begin(
     kernel: Any, grid: tuple[int, ...], pointers: tuple[Any, ...], rest: tuple[Any, ...], warps: int
 ) -> None:
     """Launch a kernel with its pointers and what its signature has behind them."""
@@ -89,7 +89,7 @@ def is_watched() -> bool:
 
 @contextmanager
 def noted() -> Iterator[list[Launched]]:
-    """Note what :func:`launch_kernel` launches on this thread."""
+    """Note what :func:`begin` launches on this thread."""
     launches: list[Launched] = []
     _NOTED.launches = launches
     try:

@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor
 
-from vps.algorithm.settings import Settings
-from vps.kernels import again, decode, device
+from vps.kernels import device
+from vps.kernels.decode import again, decode
 
 pytestmark = pytest.mark.usefixtures("poison")
-PLAIN = Settings(4, True, False, False, 1e-3, 0.8, "component", None)
+PLAIN = 4, True, 0.8, None
 NUMBERS = [1.0, 0.3, 0.8, 1, 4, 32, 32, 1, 1]
 
 
@@ -102,13 +102,12 @@ def layer(d_out, d_in, dtype, bias=True, factors=()):
     return decode.Layer(W, torch.randn(d_out).to(dtype) if bias else None, numbers)
 
 
-def check(make, settings=PLAIN, heads=None):
+def check(make, rules=PLAIN, heads=None):
     """Compare three steps of one kind; the second and the third are launched again."""
-    rules = settings.r, settings.adaptive, settings.tau, settings.clamp
     for turn in range(3):
         x, layers, mask, I_in, entropy = make()
         STARTED.clear()
-        ys, chosen = again.launch(x, layers, mask, I_in, entropy, settings, heads)
+        ys, chosen = again.launch(x, layers, mask, I_in, entropy, rules, heads)
         assert bool(STARTED) == (turn > 0)
         wanted = decode.launch(x, layers, mask, I_in, None, entropy, *rules, heads)
         for y, one in zip(ys, wanted, strict=True):
@@ -130,7 +129,7 @@ def test_a_layer(dtype, tokens, given):
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_all_that_a_layer_may_have(fixed):
-    settings = PLAIN._replace(r=3, clamp=0.05, tau=0.1, adaptive=not fixed)
+    rules = 3, not fixed, 0.1, 0.05
 
     def make():
         mask = torch.rand(5, 1) < 0.7
@@ -139,7 +138,7 @@ def test_all_that_a_layer_may_have(fixed):
         layers = [layer(40, 64, torch.float16, factors=[0.5, 1.0, 2.0])]
         return x, layers, mask, None, entropy
 
-    check(make, settings)
+    check(make, rules)
 
 
 def test_layers_of_one_x():
@@ -202,8 +201,7 @@ def test_what_is_not_taken():
     x, wide = torch.randn(1, 1, 64), torch.randn(17, 1, 64)
     one = layer(32, 64, torch.float32)
     assert again.launch(wide, [one], None, None, None, PLAIN) is None
-    assert again.launch(x, [one], None, None, None, PLAIN._replace(coupled=True)) is None
-    assert again.launch(x, [one], None, None, None, PLAIN._replace(r=9)) is None
+    assert again.launch(x, [one], None, None, None, (9, *PLAIN[1:])) is None
 
 
 def test_few_kinds_are_remembered(monkeypatch):

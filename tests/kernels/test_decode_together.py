@@ -4,7 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from vps.kernels import decode, gemv, tuning
+from vps.kernels import tuning
+from vps.kernels.decode import decode, gemv
 
 pytestmark = pytest.mark.usefixtures("poison")
 BOUNDS = [0.3, 0.8, 1, 4, 32, 32, 1, 1]

@@ -19,7 +19,7 @@ for row in host.rows():
 
 
 def test_a_step_of_a_layer():
-    for attempt in range(3):  # another process may have slowed one
+    for _ in range(3):  # another process may have slowed one
         run = python(CODE, **{n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"})
         assert run.returncode == 0, run.stderr
         rows = [[float(part) for part in line.split()] for line in run.stdout.splitlines()]

@@ -25,7 +25,7 @@ CONFIG = vps.VPSConfig(gamma=0.5, builder="sk", target_modules="all-linear")
 def by_triton():
     with vps.backend("triton"), torch.no_grad():
         yield
-    assert STATE.reading is None
+    assert not STATE.readings
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ and second order are built in torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from vps.algorithm import coupling, gradient
 from vps.algorithm.policy import Settings
 from vps.algorithm.weight import matrix_products
 from vps.backends.call import Call, Inputs, Outputs, Result
-from vps.kernels import again, decode, delta, factors, features, scores, select
 from vps.kernels import columns as gathered
-from vps.kernels import core as core_kernels
-from vps.kernels import couple as couple_kernels
+from vps.kernels import scores, select
 from vps.kernels.columns import Columns
+from vps.kernels.decode import again, decode
+from vps.kernels.decode import couple as couple_kernels
+from vps.kernels.prefill import core as core_kernels
+from vps.kernels.prefill import delta, factors, features
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _tuple: Any = tuple.__new__  # of a NamedTuple, without a call of its own
@@ -81,9 +84,19 @@ def linear(inputs: Inputs, settings: Settings, columns: Columns | None = None) -
     return y, torch.stack([I_in, I_out], 1), core, gamma, t
 
 
+@lru_cache
+def _rules(settings: Settings) -> again.Rules | None:
+    """Return the rules of the kernels of a few tokens, which know no others."""
+    rules = settings.r, settings.adaptive, settings.tau, settings.clamp
+    return rules if settings.is_plain else None
+
+
 def step(call: Call) -> Result | None:
     """Compute all layers of a call with one token a group, or ``None`` where no kernel does."""
     settings, layers = call.layers[0].settings, []
+    rules = _rules(settings)
+    if rules is None:
+        return None
     for layer in call.layers:
         if layer.settings is not settings and layer.settings != settings:
             return None
@@ -92,7 +105,7 @@ def step(call: Call) -> Result | None:
             return None
         layers.append(_tuple(decode.Layer, (W, layer.bias, layer.numbers)))
     found = again.launch(
-        call.x, layers, call.mask, call.given.I_in, call.entropy, settings, call.heads
+        call.x, layers, call.mask, call.given.I_in, call.entropy, rules, call.heads
     )
     if found is None:
         return None

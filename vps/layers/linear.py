@@ -266,8 +266,8 @@ class SharpenedLayer:
             x: ``[..., d_in]``.
             given, held: as for :func:`vps.functional.sharpen`.
         """
-        compiling, kept = torch.compiler.is_compiling(), self.kept
-        if kept and not compiling and (plan := kept.find((self,), x)) is not None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.kept and (plan := self.kept.find((self,), x)) is not None:
             return compute(x, plan, None, given, held)[0]
         layers = (self.projection(x, inside=True),)
         (y,) = sharpen(x, layers, self.config, state=self.state, given=given, held=held)

@@ -78,13 +78,13 @@ class Reading:
         """Drop the outputs that nobody took, and compute none ahead again."""
         if self.outputs:
             self.kept.readers = None
-        STATE.reading = None
+        STATE.readings.clear()
 
 
 def read(x: Tensor, layers: tuple[Any, ...], kept: Kept, plan: Plan) -> list[Tensor | None]:
     """Return what :func:`compute` does, by kernels that take other layers of the same x as well.
 
-    Their outputs wait in ``STATE.reading`` until they are called in the same forward of a model,
+    Their outputs wait in ``STATE.readings`` until they are called in the same forward of a model,
     where nothing else runs between. A layer with a hook before it is left alone.
     """
     layouts = STATE.layouts
@@ -92,15 +92,16 @@ def read(x: Tensor, layers: tuple[Any, ...], kept: Kept, plan: Plan) -> list[Ten
         return compute(x, plan)
     if x.dim() != 3 or not dispatch.takes_several(plan, x):
         return compute(x, plan)
-    state, last = sharing.state_of(x, None), STATE.reading
+    state = sharing.state_of(x, None)
     if state is None:
         return compute(x, plan)
-    if last is not None:
+    for last in STATE.readings:
         if last.x is x and last.state == state and last.forward is layouts[-1]:
             y = last.take(layers[0]) if len(layers) == 1 else None
             return compute(x, plan) if y is None else [y]
         last.end()
-    STATE.reading = reading = Reading(x, state, kept, layers)
+    reading = Reading(x, state, kept, layers)
+    STATE.readings.append(reading)
     others = []
     for reference in kept.readers or ():
         other = reference()

@@ -1,7 +1,8 @@
 """Choose the outputs of a token from the records of all tiles, and add the update (SPEC §4, §5).
 
 ``y = H + b + γ·clamp(H[:, I_out] C Bᵀ)``. The second of the two kernels that decode: every program
-brings the tiles of :mod:`vps.kernels.gemv` together by itself, while what it adds to is on its way.
+brings the tiles of :mod:`vps.kernels.decode.gemv` together by itself, while what it adds to is on
+its way.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -16,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.delta import finish
-from vps.kernels.device import launch_kernel, on_its_device
-from vps.kernels.gemv import Product
+from vps.kernels.decode.gemv import Product
+from vps.kernels.device import begin, on_its_device
 from vps.kernels.policy import column_factors, decide, inverse_scale
+from vps.kernels.prefill.delta import finish
 from vps.kernels.select import next_key, position
 
 
@@ -208,13 +209,13 @@ def launch(
 
     Args:
         I_in: int64 ``[N, r]`` with contiguous rows, as the product took it.
-        product: of :func:`vps.kernels.gemv.launch`.
+        product: of :func:`vps.kernels.decode.gemv.launch`.
         biases: ``[d_out]`` or ``None`` of each layer.
         mask: bool ``[N, 1]``, whether a token counts, or ``None``.
         I_out: int64 ``[N, r]`` of each layer, all of the same strides, rows contiguous; or ``None``
             to take what the product found.
         energy: float32 ``[N]``, pooled over the layers with I_out, or ``None`` for that of each.
-        policies: of each layer, as :func:`vps.kernels.decode.launch` takes it; of one length.
+        policies: of each layer, as :class:`vps.kernels.decode.decode.Layer` has it; of one length.
         entropy: float64 ``[2]``, ℋ in nats or −1, and the factor of the history; or ``None``.
         adaptive: whether the policies need an energy.
         tau: bound of the component clip, a constant of the kernel, or ``None``.
@@ -248,5 +249,5 @@ def launch(
         layers, adaptive, tau, clamp, policies[0].numel() == 9 + r, r, tuning.power_of_2(r),
         tuning.power_of_2(most), tile["RECORDS"], tile["BLOCK_D"],
     )  # fmt: skip
-    launch_kernel(apply_kernel, (programs, groups), pointers, rest, tile["num_warps"])
+    begin(apply_kernel, (programs, groups), pointers, rest, tile["num_warps"])
     return [Applied(*own) for own in zip(ys, features, core, gamma, t, strict=True)]

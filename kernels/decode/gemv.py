@@ -1,8 +1,8 @@
 """Multiply up to 16 tokens by W of one or several layers, and find the best outputs of each tile.
 
 ``H = x Wᵀ``. The first of the two kernels that decode (README.md, "Decoding"): it streams each W
-once and leaves for :mod:`vps.kernels.apply` what that needs of a tile: r keys of the largest |H|,
-the sum of H², squared norms of rows of W, and the columns ``W[:, I_in]`` side by side.
+once and leaves for :mod:`vps.kernels.decode.apply` what that needs of a tile: r keys of the largest
+|H|, the sum of H², squared norms of rows of W, and the columns ``W[:, I_in]`` side by side.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import launch_kernel, on_its_device
+from vps.kernels.device import begin, on_its_device
 from vps.kernels.scores import magnitude
 from vps.kernels.select import key_dtype, next_key, score_key
 
@@ -270,5 +270,5 @@ def launch(
         0 if I_in is None else I_in.stride(0), len(weights), d_in, r, tuning.power_of_2(r),
         *(tile[name] for name in ("BLOCK_N", "BLOCKS_O", "SLICES", "BLOCK_K", "STAGES")),
     )  # fmt: skip
-    launch_kernel(gemv_kernel, (count,), pointers, rest, tile["num_warps"])
+    begin(gemv_kernel, (count,), pointers, rest, tile["num_warps"])
     return Product(H, columns, record, sums, row_squares, widths, tiles)

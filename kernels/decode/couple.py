@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import launch_kernel, on_its_device
+from vps.kernels.device import begin, on_its_device
 from vps.kernels.scores import accumulation, magnitude
 from vps.kernels.select import LARGEST_K, with_rows
 
@@ -177,5 +177,5 @@ def launch(
         0 if counted is None else counted.stride(0), I_in.stride(0), acc, not energies,
         heads // kv_heads, min(heads // kv_heads, 8), r, tuning.power_of_2(r), tile["WIDTH"],
     )  # fmt: skip
-    launch_kernel(couple_kernel, (groups,), pointers, rest, tile["num_warps"])
+    begin(couple_kernel, (groups,), pointers, rest, tile["num_warps"])
     return energy, features

@@ -1,4 +1,4 @@
-"""Decode with little work on the host: what :mod:`vps.kernels.decode` launched is launched again.
+"""Launch again what :mod:`vps.kernels.decode.decode` launched, with little work on the host.
 
 The first step of layers of some shapes goes through Triton, which finds or compiles a kernel by
 its arguments. Later ones hand pointers to the same kernels, in one piece of memory. That holds as
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from vps.algorithm.settings import Settings
-from vps.kernels import couple, decode
 from vps.kernels import select as selection
+from vps.kernels.decode import couple, decode
 from vps.kernels.device import Launched, is_watched, noted
 
 MOST_KINDS = 1024  # of steps that are remembered; a model has some dozens
 _KNOWN: dict[tuple[Any, ...], _Again] = {}
+Rules = tuple[int, bool, float | None, float | None]  # r, adaptive, tau and clamp
 
 
 def launch(
@@ -29,20 +29,20 @@ def launch(
     mask: Tensor | None,
     I_in: Tensor | None,
     entropy: Tensor | None,
-    settings: Settings,
+    rules: Rules,
     heads: tuple[int, int] | None = None,
 ) -> tuple[list[Tensor], Tensor] | None:
-    """Compute what :func:`vps.kernels.decode.launch` does; return y of each layer, and I_in.
+    """Compute what :func:`vps.kernels.decode.decode.launch` does; return all y, and I_in.
 
     ``None`` says that it does not take these layers. One layer costs two allocations: y, and one of
     all that lies between the kernels.
     """
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(x):
-            return launch(x, layers, mask, I_in, entropy, settings, heads)
+            return launch(x, layers, mask, I_in, entropy, rules, heads)
     key = (
         x.dtype, x.shape, x.stride(), x.get_device(), None if mask is None else mask.stride(),
-        None if I_in is None else I_in.stride(), entropy is None, settings, heads,
+        None if I_in is None else I_in.stride(), entropy is None, rules, heads,
         *[
             (W.dtype, W.shape, W.stride(), b is None or (b.dtype, b.stride()), policy.shape)
             for W, b, policy in layers
@@ -53,9 +53,8 @@ def launch(
         found = known.launch(x, layers, mask, I_in, entropy)
         if found is not None:
             return found
-    elif not _takes(x, layers, settings, heads):
+    elif not _takes(x, layers, rules[0], heads):
         return None
-    rules = (settings.r, settings.adaptive, settings.tau, settings.clamp)
     with noted() as launches:
         step = decode.step(x, layers, mask, I_in, None, entropy, *rules, heads)
     by_rows = I_in is None or I_in.stride(1) == 1
@@ -67,13 +66,11 @@ def launch(
 
 
 def _takes(
-    x: Tensor, layers: Sequence[decode.Layer], settings: Settings, heads: tuple[int, int] | None
+    x: Tensor, layers: Sequence[decode.Layer], r: int, heads: tuple[int, int] | None
 ) -> bool:
-    if not settings.is_plain:
+    if heads is not None and couple.refusal(len(layers[1].weight), r) is not None:
         return False
-    if heads is not None and couple.refusal(len(layers[1].weight), settings.r) is not None:
-        return False
-    return all(decode.refusal(x, layer.weight, settings.r) is None for layer in layers)
+    return all(decode.refusal(x, layer.weight, r) is None for layer in layers)
 
 
 class _Again:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vps.kernels import apply, couple, gemv, tuning
 from vps.kernels import select as selection
+from vps.kernels import tuning
+from vps.kernels.decode import apply, couple, gemv
 
 LARGEST_R = 8
 LARGEST_RECORDS = 8192
@@ -140,18 +141,20 @@ def step(
     parts: dict[tuple[int, int], list[int]] = {}
     for at, layer in enumerate(layers):
         parts.setdefault(kind(layer), []).append(at)
-    products, of_layer = [], dict[int, Tensor]()
+    products: list[gemv.Product] = []
+    place: dict[int, tuple[int, int]] = {}  # by layer, its product and its number in that
     for part in parts.values():
         selects = I_out is None and any(at not in coupled for at in part)
         measures = adaptive and any(at not in coupled for at in part)
         weights = [layers[at].weight for at in part]
         product = gemv.launch(x, weights, mask, I_in, r, selects, measures, tau is not None)
+        place |= {at: (len(products), number) for number, at in enumerate(part)}
         products.append(product)
-        of_layer |= {at: product.of(place) for place, at in enumerate(part)}
     joint = None
     if heads is not None:
         counted = None if mask is None else mask[:, 0]
-        joint = couple.launch(of_layer[0], of_layer[1], [], counted, I_in, *heads)
+        H_q, H_k = (products[of].of(number) for of, number in (place[0], place[1]))
+        joint = couple.launch(H_q, H_k, [], counted, I_in, *heads)
         chosen[:2] = joint[1][:, 1], joint[1][:, 2]
     outputs: dict[int, apply.Applied] = {}
     for part, product in zip(parts.values(), products, strict=True):
