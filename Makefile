@@ -63,8 +63,8 @@ bench: .venv/.ok $(MODEL)/.ok  ## Time everything that this machine can, in abou
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks --minutes $(MINUTES) --model-dir $(MODEL) --out $(OUT)
 	@$(BIN)/python -m benchmarks --minutes $(SPIN_MINUTES) --only layer model --model-dir $(MODEL) --out $(OUT)/spinning
 
-plots: .venv/.ok  ## Draw the results in $(OUT) into docs/
-	@$(BIN)/python -m benchmarks.plot $(OUT) --out docs
+plots: .venv/.ok  ## Draw the results in $(OUT) into docs/images
+	@$(BIN)/python -m benchmarks.plot $(OUT) --out docs/images
 
 # On a GPU machine, without a virtual environment. Each step has a deadline; a table comes last.
 gpu-smoke:  ## A first visit to a GPU, under 4 minutes: is it right, where does the time go; to $(OUT)
@@ -73,8 +73,14 @@ gpu-smoke:  ## A first visit to a GPU, under 4 minutes: is it right, where does 
 gpu:  ## A second visit, under 9 minutes: tests marked cuda, then benchmarks, to $(OUT)
 	@$(PYTHON) -m benchmarks.gpu full --minutes $(GPU_MINUTES) --out $(OUT)
 
+DOCS := .cache/docs
+.PHONY: docs
+docs: $(DOCS)/.ok  ## Build the documentation into site/index.html, without a network
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean:  ## Remove what the other targets made
-	rm -rf .venv .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .cache demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/triton-3.6/.ok: | .venv/.ok
@@ -95,6 +101,13 @@ $(OLDEST)/.ok: setup.py constraints-oldest.txt $(SOURCES)
 	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt torch "setuptools>=77"
 	@VPS_BUILD_CPP=1 $(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt \
 		--no-build-isolation -e '.[test]'
+	@touch $@
+
+# An environment of its own, in seconds: the reference is read from the sources, without torch.
+$(DOCS)/.ok: setup.py
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@echo "installing mkdocs into $(DOCS) (once, some seconds)"
+	@$(DOCS)/bin/python -m pip install -q $$(sed -n 's/^ *"docs": \[\(.*\)\],.*/\1/p' setup.py | tr -d ',"')
 	@touch $@
 
 # An environment of its own: vLLM pins torch, to a CPU build that PyPI lacks. What it brings for

@@ -48,6 +48,7 @@ EXTRAS = {
     "plots": ["matplotlib"],
     "engines": ["bitsandbytes>=0.48", "torchao>=0.14", "peft", "accelerate"],
     "vllm": ["vllm>=0.32"],
+    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],  # one line, read by Makefile
     "dev": ["ruff", "mypy", "pre-commit"],
 }
 EXTRAS["test"] = [

@@ -2,7 +2,7 @@
 
 Every round runs each variant once, in an order drawn anew, since rotating would let each one find
 the cache as the same other left it. The base runs twice; what its second run differs by is noise.
-The order of things is: check, then warm up, then time (PERFORMANCE §5).
+The order of things is: check, then warm up, then time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draw bars and curves of measured results: ``python -m benchmarks.plot RESULTS_DIR --out docs/``.
+"""Draw bars and curves of results: ``python -m benchmarks.plot RESULTS_DIR --out docs/images``.
 
 Writes a PNG for each figure that the results allow. Colours are those of Okabe and Ito, told apart
 by the colour-blind; curves differ in their markers too.
@@ -285,7 +285,7 @@ def main() -> None:
     """Draw what the results hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", default=Path("benchmarks/results"))
-    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     made = [
         path

@@ -188,7 +188,7 @@ class VPSConfig:
 
     @property
     def couples(self) -> bool:
-        """Whether a query and a key select together: not where features are drawn."""
+        """Return whether a query and a key select together; with drawn features they do not."""
         return self.qk_coupling and self.builder != "random"
 
     def replace(self, **changes: Any) -> Self:
@@ -197,6 +197,9 @@ class VPSConfig:
         Unlike ``dataclasses.replace`` it can tell a value that is given from the same value left
         out. A changed value holds unless the original was told to adapt it. A switch that is turned
         on drops the original's value.
+
+        Args:
+            changes: new values by name of a field.
 
         Raises:
             TypeError: a name is no field; the message suggests the nearest field.
@@ -222,7 +225,10 @@ class VPSConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote; missing keys take their defaults.
+        """Return the settings that :meth:`to_json` wrote; missing keys take their defaults.
+
+        Args:
+            text: a JSON object.
 
         Raises:
             ValueError: the text is no JSON object, or has a key that is unknown or comes twice; the

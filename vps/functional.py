@@ -38,7 +38,7 @@ _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 class Projection(NamedTuple):
     """A layer to sharpen.
 
-    Args:
+    Attributes:
         weight: ``[d_out, d_in]``, or another kind of :class:`~vps.algorithm.weight.Weight`.
         bias: ``[d_out]`` or ``None``.
         gradient: as for :func:`vps_linear`.

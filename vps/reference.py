@@ -1,4 +1,4 @@
-"""Run the algorithm literally as SPEC writes it, with dense ``U, V, A = WᵀV, B = WU``.
+"""Run the algorithm as SPEC (docs/specification.md) writes it: dense ``U, V, A = WᵀV, B = WU``.
 
 ``y = H + b + γ · clamp((xÃ) B̃ᵀ)`` for every group of tokens (SPEC §1–§5). It is slow on purpose:
 the oracle of every other backend and the baseline of the benchmarks.
@@ -100,12 +100,12 @@ def vps_linear(
         entropy: ℋ of the next token in nats, or ``None``.
         outcomes: improvement history, oldest first; the last five are used.
         gradient: whether the layer holds a gradient, which turns ``"hybrid"`` into SC.
-        memory: L-BFGS pairs ``(s, y)``, each ``[d_out]``, oldest first; unused where the config
-            says ``lbfgs=False``.
+        memory: L-BFGS pairs ``(s, y)``, each ``[d_out]``, oldest first; unused if ``lbfgs=False``.
         gamma: γ in place of the config's, of either sign: a number, or one for each column that
             there can be. Numbers for columns scale the columns of ``Ũ`` while γ itself is 1.
 
-    Returns: the output and every intermediate.
+    Returns:
+        The output and every intermediate.
 
     Source: SPEC §1–§5 and §8; the paper, algorithms 1, 2, 4 and 5.
     """
@@ -158,7 +158,8 @@ def coupled_vps_linear(
     """Sharpen the query and the key projection of one attention block together, literally.
 
     They share ``I_in`` and one policy decision, from their pooled energy; ``I_out`` ranks channels
-    by what they add to the attention logits.
+    by what they add to the attention logits. Arguments that are not listed are as for
+    :func:`vps_linear`, and so are both results.
 
     Args:
         x: input of both, ``[..., d_in]``.
@@ -166,7 +167,6 @@ def coupled_vps_linear(
         key: the key projection, with weight ``[kv_heads * d, d_in]``.
         heads: query heads, of d channels each.
         kv_heads: key-value heads; a divisor of ``heads``.
-        config, mask, prompt, entropy, outcomes: as for :func:`vps_linear`.
 
     Source: SPEC §7; the paper, section 7.
     """

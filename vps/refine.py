@@ -61,8 +61,10 @@ class Iteration:
         improved: whether the loss fell below the loss before; ``None`` for iteration 0.
         samples: the answers drawn for self-consistency.
         entropy: ℋ of the first new token, in nats.
-        sigma, gamma, rank: the policy's decision for the prompt with that ℋ, averaged over layers;
-            0 in iteration 0.
+        sigma: σ that the policy found for the prompt with that ℋ, averaged over layers; 0 in
+            iteration 0.
+        gamma: γ that it decided, likewise.
+        rank: the rank that it decided, likewise.
         builder: ``"base"`` in iteration 0, else ``"sk"``, ``"sc"``, ``"random"``, or ``"mixed"`` if
             some layers had no gradient.
         surrogate_loss: cross-entropy of the gold tokens in nats a token, or ``None``.
@@ -148,10 +150,14 @@ def refine(
         weights: weights of the parts of the loss, as for :class:`vps.verify.CompositeVerifier`.
         config: a config to use instead of the layers' own, with the same target modules.
         max_new_tokens: most new tokens of an answer.
+        chat: put the prompt into the tokenizer's chat template, where there is one.
         temperature: temperature of the samples, positive; answers themselves are greedy.
         timeout: seconds for one verification.
         seed: seed of the samples, the same in every iteration.
         progress: a function that is called with the name of each step as it begins.
+
+    Returns:
+        The answer that is kept, and all iterations.
 
     Raises:
         TypeError: prompt or gold is no string.

@@ -1,7 +1,7 @@
 """Measure overhead over tokens, width, rank and sequences, beside a modelled limit.
 
 The limit is that of separate passes, ``1 + N·size·(d_in + 3·d_out) / bandwidth / t(base)``: x is
-read for its scores, H for its own, and H and y pass once more for the update (PERFORMANCE §1);
+read for its scores, H for its own, and H and y pass once more for the update;
 ``t(base)`` is the longer of moving W, x and H and of multiplying them, at peaks measured here.
 """
 

@@ -1,4 +1,4 @@
-"""The study of docs/calibration.md: does fitted sharpening beat its controls?
+"""The study of docs/guides/calibration.md: does fitted sharpening beat its controls?
 
 In reading order:
 

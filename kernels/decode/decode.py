@@ -1,4 +1,4 @@
-"""Decode one step in two kernels: up to 16 tokens, each its own group (PERFORMANCE §2).
+"""Decode one step in two kernels: up to 16 tokens, each its own group (README.md, Decoding).
 
 ``y = H + b + γ·clamp(H[:, I_out] C W[:, I_in]ᵀ)``, ``H = x Wᵀ``, SK of order 1. ``gemv`` streams W
 once and ``apply`` adds the update; layers that read one x share both launches.

@@ -1,8 +1,8 @@
 """Multiply up to 16 tokens by W of one or several layers, and find the best outputs of each tile.
 
-``H = x Wᵀ``. The first of the two kernels that decode (PERFORMANCE §2): it streams each W once and
-leaves for :mod:`vps.kernels.decode.apply` what that needs of a tile: r keys of the largest |H|, the
-sum of H², squared norms of rows of W, and the columns ``W[:, I_in]`` side by side.
+``H = x Wᵀ``. The first of the two kernels that decode (README.md, "Decoding"): it streams each W
+once and leaves for :mod:`vps.kernels.decode.apply` what that needs of a tile: r keys of the largest
+|H|, the sum of H², squared norms of rows of W, and the columns ``W[:, I_in]`` side by side.
 """
 # mypy: disallow-untyped-defs=False
 

@@ -32,7 +32,7 @@ class PolicyState:
 
     On each device the layers read both in one small tensor (:meth:`signals`). It is written in
     place, in the order of the current stream, and never replaced: setting either waits for nothing,
-    and a captured CUDA graph replays with the values of the day.
+    and a captured CUDA graph replays with the present values.
     """
 
     def __init__(self) -> None:
@@ -140,6 +140,9 @@ class PolicyState:
 
     def record(self, improved: bool) -> None:
         """Append one outcome; the last five are kept.
+
+        Args:
+            improved: whether the loss fell.
 
         Raises:
             TypeError: ``improved`` is no bool.

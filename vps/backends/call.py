@@ -31,12 +31,13 @@ NOT_A_MATRIX = (
 class Kind(NamedTuple):
     """The facts by which a backend is chosen; they hold as long as a layer and its config stay.
 
-    Args:
+    Attributes:
         device: type of the device of x, as in ``torch.device.type``.
         dtype: dtype of x.
         is_matrix: whether W is a plain matrix in memory.
         has_pairs: whether the layer holds L-BFGS pairs.
-        builder, clip: the config's rules.
+        builder: the config's ``builder``.
+        clip: the config's ``clip``.
     """
 
     device: str
@@ -50,7 +51,7 @@ class Kind(NamedTuple):
 class Call(NamedTuple):
     """One layer, or a query and a key that select together, with their input.
 
-    Args:
+    Attributes:
         x: ``[G, T, d_in]``, G groups of T tokens that share a selection.
         layers: one layer, or query and key.
         mask: bool ``[G, T]``, True counts in the statistics; ``None`` when all count.
@@ -59,7 +60,8 @@ class Call(NamedTuple):
         heads: query and key-value heads, with two layers.
         given: what is decided elsewhere.
         traced: whether a graph is made, which may be differentiated later.
-        config, state: config of the layers, and policy state or ``None``, for the reference.
+        config: config of the layers, for the reference.
+        state: policy state or ``None``, for the reference.
         held: a list that takes what is decided for each layer, ``None`` for a plain one; or
             ``None`` where nobody holds it.
     """
@@ -118,7 +120,7 @@ Result = tuple[list[Tensor | None], Tensor]  # y [G, T, d_out] of each layer, an
 class Inputs(NamedTuple):
     """The tensors that the operator takes, in its order.
 
-    Args:
+    Attributes:
         x: ``[G, T, d_in]``.
         weight: ``[d_out, d_in]``.
         bias: ``[d_out]`` or ``None``.

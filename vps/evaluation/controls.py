@@ -38,7 +38,7 @@ def control(model: nn.Module, name: str, seed: int = 0) -> AbstractContextManage
     Args:
         model: a patched model.
         name: one of :data:`CONTROLS` or ``"sharpened"``.
-        seed: of what the control draws.
+        seed: seed of what the control draws.
 
     Raises:
         ValueError: an unknown name, or no sharpened layer in the model.

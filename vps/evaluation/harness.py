@@ -72,7 +72,7 @@ class Harness:
         chat: put the prompts into the tokenizer's chat template.
         scoring_scope: scope for given continuations; ``"config"`` for the config's, which leaks
             from late tokens to early ones unless it is ``"token"``.
-        seed: of few-shot examples and sampled generation.
+        seed: seed of few-shot examples and sampled generation.
         group: a process group of torch whose ranks each have the whole model and run the same
             tasks: they share the requests, and all get every answer. Sampled generation then
             draws other numbers than one process.
@@ -149,7 +149,10 @@ class Harness:
             config: the settings; ``None`` for those of the layers. Other target modules than the
                 model's are patched for the time.
             variant: ``"sharpened"``, or one of :data:`vps.evaluation.controls.CONTROLS`.
-            seed: of the control.
+            seed: seed of the control.
+
+        Returns:
+            The outcomes of every document, and the figures of lm-eval.
 
         Raises:
             ValueError: an unknown variant, target modules that match nothing, or a task without a

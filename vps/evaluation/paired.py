@@ -1,6 +1,6 @@
 """Pair the outcomes of two variants by document, and compute their statistics.
 
-All by scipy but Holm's correction, which it lacks.
+Scipy computes them, except for Holm's correction, which it lacks.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ def check_outcomes(outcomes: Sequence[Outcome]) -> None:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the exact two-sided McNemar p of right answers gained and lost: binomial with ½.
+    """Return the exact two-sided p of McNemar's test, binomial with ½; 1 without a change.
+
+    Args:
+        gained: documents wrong before and right now.
+        lost: documents right before and wrong now.
 
     Raises:
         ValueError: a negative count.
@@ -178,7 +182,12 @@ def difference_interval(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values by Holm's step-down method: ``max over p_j ≤ p_i of (m − rank_j)·p_j``.
+    """Return p values corrected by Holm's step-down method.
+
+    The corrected value is ``max over p_j ≤ p_i of (m − rank_j)·p_j``, at most 1.
+
+    Args:
+        p_values: m p values of one family.
 
     Raises:
         ValueError: a p that is no probability.
@@ -264,14 +273,16 @@ def minimum_detectable_effect(
 def minimum_detectable_mean(
     n: int, deviation: float, alpha: float = LEVEL, power: float = POWER
 ) -> float:
-    """Return the same for the mean of n paired differences: ``(z_{1−α/2} + z_power) · σ/√n``.
+    """Return the smallest mean of n paired differences that a test would probably show.
 
-    It assumes a mean that is normally distributed about the true difference.
+    This is ``(z_{1−α/2} + z_power) · σ/√n``. It assumes a mean that is normally distributed about
+    the true difference.
 
     Args:
         n: paired documents.
         deviation: σ, standard deviation of the differences.
-        alpha, power: as in :func:`minimum_detectable_effect`.
+        alpha: as for :func:`minimum_detectable_effect`.
+        power: as for :func:`minimum_detectable_effect`.
     """
     normal = _stats().norm
     return float((normal.ppf(1 - alpha / 2) + normal.ppf(power)) * deviation / math.sqrt(n))
@@ -281,6 +292,10 @@ def weighted_mean(values: Any, weights: Any = None) -> tuple[float, float]:
     """Return ``Σwv/Σw`` and its standard error by the delta method, NaN for a single document.
 
     The error is ``√(n/(n−1) · Σ w²(v − mean)²) / Σw``: that of the mean where all w are equal.
+
+    Args:
+        values: ``[n]``.
+        weights: ``[n]``, positive; all 1 when ``None``.
     """
     v, w = _checked("weighted_mean", values, weights)
     mean = float((v * w).sum() / w.sum())
@@ -291,7 +306,12 @@ def weighted_mean(values: Any, weights: Any = None) -> tuple[float, float]:
 
 
 def perplexity(nll: float, error: float) -> tuple[float, float]:
-    """Return ``exp(nll)`` of a mean nll per token in nats, with its error by the delta method."""
+    """Return the perplexity ``exp(nll)``, with its error by the delta method.
+
+    Args:
+        nll: mean negative log-likelihood, in nats per token.
+        error: its standard error.
+    """
     value = math.exp(nll) if nll < 700 else math.inf
     return value, value * error
 

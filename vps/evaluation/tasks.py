@@ -61,7 +61,7 @@ def documents(kind: str, size: int = SIZE, seed: int = SEED) -> list[dict[str, A
     Args:
         kind: a key of :data:`KINDS`.
         size: how many, at least 1.
-        seed: of questions, wrong answers and their order.
+        seed: seed of questions, wrong answers and their order.
 
     Returns:
         Dicts of ``question``, ``answer``, ``choices`` (four, one of them the answer) and ``gold``,

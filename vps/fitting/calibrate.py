@@ -78,22 +78,22 @@ def calibrate(
         tokenizer: its tokenizer.
         examples: texts, pairs ``(prompt, answer)``, or mappings with ``"prompt"`` and ``"answer"``
             (or ``"gold"``) or ``"text"``. Of a pair the answer is scored.
-        held_out: others, to report on; an empty list for no report.
+        held_out: other examples, to report on; an empty list for no report.
         other_texts: texts that the examples do not cover, for side effects; twelve short ones
             when ``None``.
         config: settings for a model that is not sharpened; its γ means nothing here.
         per: ``"layer"`` or ``"column"``, as many numbers a layer as its update can have columns.
         layers: names or their ends, or how many of those with the largest ``∂L/∂γ``; the others
             stay plain. ``None`` for all.
-        controls: names of :data:`CONTROLS`; all, or none.
-        options: of the descent, the same for all.
-        scope: under which examples are scored; under ``"token"``, and under ``"prompt"``, where the
-            prompt of an example decides, late tokens leak into no early one.
+        controls: names of controls; ``True`` for all, ``False`` for none.
+        options: how to fit, the same for all forms.
+        scope: the scope under which examples are scored. Under ``"token"``, and under ``"prompt"``,
+            where the prompt of an example decides, late tokens leak into no early one.
         chat: put prompts into the chat template, where there is one.
-        longest: tokens of an example.
-        seed: of the split, the order of the examples and the controls.
+        longest: most tokens of an example.
+        seed: seed of the split, the order of the examples and the controls.
         resume: a file from which an interrupted call goes on, removed at the end.
-        progress: called with every step and the parts it has.
+        progress: called with the name of every step and the number of its parts.
         advance: called after every part.
 
     Returns:

@@ -27,15 +27,15 @@ KEPT_TOKENS = 160  # of a pass that keeps what its backward pass needs: faster, 
 
 @dataclass(frozen=True)
 class Options:
-    """Say how to fit, the same for every candidate.
+    """How to fit, the same for every candidate.
 
     Args:
-        steps: at most.
+        steps: most steps of Adam.
         batch_size: examples a step.
-        learning_rates: of Adam; each is tried, and the one that stops lowest is kept.
+        learning_rates: rates of Adam; each is tried, and the one that stops lowest is kept.
         every: steps from one look at the stopping examples to the next.
         patience: looks without a new lowest loss after which to stop.
-        seed: of the order of the examples.
+        seed: seed of the order of the examples.
     """
 
     steps: int = 16

@@ -25,7 +25,12 @@ KEYS = ("prompt", "answer", "gold", "text", "id")
 
 @dataclass(frozen=True)
 class Example:
-    """Hold a prompt and the answer that is scored, or with ``prompt=None`` a text."""
+    """Hold a prompt and the answer that is scored, or a text.
+
+    Args:
+        prompt: the prompt; ``None`` for a text.
+        answer: the answer, or the text.
+    """
 
     prompt: str | None
     answer: str
@@ -106,7 +111,10 @@ def unrelated_texts() -> list[str]:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Read the examples of a JSONL file; empty lines are none.
+    """Return the examples of a JSONL file, one a line; empty lines are skipped.
+
+    Args:
+        path: the file; rows are ``{"prompt", "answer"}`` or ``{"text"}``.
 
     Raises:
         OSError: the file cannot be read.

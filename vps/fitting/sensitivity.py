@@ -25,11 +25,11 @@ class Sensitivity:
     """Hold ∂L/∂γ of one layer.
 
     Args:
-        name: of the layer.
+        name: name of the layer.
         gradient: ``∂L/∂γ`` at γ = 0, in nats per scored token: the loss falls where γ goes the
             other way.
         error: its standard error over the examples.
-        halves: the same of either half of the examples.
+        halves: the gradient over each half of the examples.
     """
 
     name: str
@@ -62,9 +62,12 @@ def sensitivity(
     progress: Callable[[str, int], None] | None = None,
     advance: Callable[[], None] | None = None,
 ) -> list[Sensitivity]:
-    """Measure ``∂L/∂γ`` of every layer at γ = 0 with its noise, the largest first.
+    """Measure ``∂L/∂γ`` of every layer at γ = 0, with its noise.
 
-    Args: as for :func:`calibrate`.
+    Arguments are as for :func:`vps.calibrate`; the model comes back as it was.
+
+    Returns:
+        The gradient and its noise for each layer, the largest gradient first.
 
     Raises:
         TypeError, ValueError: as for :func:`calibrate`.

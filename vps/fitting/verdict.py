@@ -98,8 +98,14 @@ def as_dict(families: dict[str, list[Comparison]]) -> dict[str, list[dict[str, A
 
 
 def text(calibration: Calibration) -> str:
-    """Say in a few lines what was fitted, its held-out loss against plain model and controls, side
-    effects, and what follows."""
+    """Return a report in a few lines.
+
+    It says what was fitted, its held-out loss against the plain model and the controls, its side
+    effects, and what follows.
+
+    Args:
+        calibration: with the report that :func:`vps.calibrate` made.
+    """
     gammas = calibration.gamma.values()
     return render(
         TEMPLATE,

@@ -330,11 +330,11 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
     ) -> Self:
         """Return a sharpened layer that shares the parameters of ``linear``, which stays as it is.
 
-        A layer on the meta device waits for its values as an ``nn.Linear`` does.
+        A layer on the meta device waits for its values as an ``nn.Linear`` does. ``config`` and
+        ``state`` are as for :func:`vps.vps_linear`.
 
         Raises:
-            TypeError: ``linear`` is no plain ``nn.Linear`` with a floating-point weight; the
-                message says what it is.
+            TypeError: ``linear`` is no plain ``nn.Linear`` with a floating-point weight.
         """
         reason = why_not_sharpenable(linear, nn.Linear)
         if reason is not None:

@@ -102,7 +102,10 @@ class Calibration:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote.
+        """Return the calibration that :meth:`to_json` wrote.
+
+        Args:
+            text: a JSON object.
 
         Raises:
             ValueError: the text is no JSON object of this format, or a key is missing or unknown.
@@ -129,6 +132,9 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write the file as a whole or not at all.
 
+        Args:
+            path: the file.
+
         Raises:
             OSError: the file cannot be written.
         """
@@ -136,7 +142,10 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file that :meth:`save` wrote.
+        """Return the calibration in a file that :meth:`save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             OSError: the file cannot be read.
@@ -180,6 +189,9 @@ class Calibration:
     def apply(self, model: nn.Module) -> None:
         """Give every layer its γ, after sharpening a plain model with the config.
 
+        Args:
+            model: the calibrated model, plain or sharpened with the same config.
+
         Raises:
             ValueError: it belongs to another model, config or version of the weights; the message
                 says what differs, and the model stays as it was.
@@ -218,7 +230,11 @@ class Calibration:
 
 
 def clear_calibration(model: nn.Module) -> None:
-    """Take the γ of a calibration from every layer, so that the config's γ counts again."""
+    """Take the γ of a calibration from every layer, so that the config's γ counts again.
+
+    Args:
+        model: a sharpened model.
+    """
     layers: dict[str, Any] = sharpened_layers(model)
     for layer in layers.values():
         layer.gamma = None

@@ -28,7 +28,7 @@ LENT = ("config", "gradient", "memory", "gamma")
 class LayerCapture:
     """The record of one layer.
 
-    Args:
+    Attributes:
         outputs: outputs ``[..., d_out]``, one a call; empty unless ``tensors`` was asked for.
         gradients: ``∂L/∂output`` likewise, in the order of the backward pass.
     """
@@ -87,8 +87,8 @@ def capture(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, La
             ends, as views where that is possible.
 
     Yields:
-        :class:`LayerCapture` by name of the layer. The records are emptied when the block ends, so
-        read or copy them inside.
+        A ``LayerCapture`` for each layer, by its name. The records are emptied when the block ends,
+        so read or copy them inside.
 
     A model that ``torch.compile`` compiles inside is recorded between its graphs. A model compiled
     before may leave out hooks, and then the block ends with an error.

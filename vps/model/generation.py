@@ -64,6 +64,11 @@ class Generation:
 def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
     """Return token ids and mask ``[1, T]`` of a prompt, in the chat template if there is one.
 
+    Args:
+        tokenizer: a tokenizer of transformers.
+        prompt: the text.
+        chat: whether to use the chat template.
+
     Raises:
         ValueError: the prompt has no token.
     """
@@ -194,6 +199,11 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
     The plain and the sharpened model see the same tokens, so every position is judged by itself.
     Under the sequence scope late tokens shape the selection for early ones; ``scope="token"`` and
     ``scope="prompt"`` give a causal figure.
+
+    Args:
+        model: a sharpened causal language model.
+        inputs: the prompt, as :func:`encode` returns it.
+        continuation: token ids that follow the prompt.
     """
     prompt = inputs["input_ids"].to(input_device(model))
     tail = torch.tensor([continuation], dtype=prompt.dtype, device=prompt.device)

@@ -163,6 +163,9 @@ def _sharpened(
 def unpatch(model: nn.Module) -> None:
     """Make every sharpened layer plain again; each stays the same object.
 
+    Args:
+        model: a sharpened model.
+
     Raises:
         TypeError: ``model`` is no module.
         ValueError: no sharpened layer in the model.
@@ -178,6 +181,9 @@ def unpatch(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Run ``model`` with the bits of the unpatched model, on this thread, inside the block.
 
+    Args:
+        model: a sharpened model.
+
     Raises:
         ValueError: no sharpened layer in the model.
     """
@@ -192,6 +198,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def set_config(model: nn.Module, config: VPSConfig) -> None:
     """Change the settings of all sharpened layers; the choice of layers stays as patched.
+
+    Args:
+        model: a sharpened model.
+        config: the new settings, with the target modules of the old ones.
 
     Raises:
         TypeError: ``config`` is no :class:`VPSConfig`.
@@ -239,6 +249,9 @@ def check_scope(model: nn.Module, scope: str, function: str) -> None:
 
 def policy_state(model: nn.Module) -> PolicyState:
     """Return the entropy and history that all sharpened layers of ``model`` share.
+
+    Args:
+        model: a sharpened model.
 
     Raises:
         ValueError: no sharpened layer in the model, or layers of differently patched models.

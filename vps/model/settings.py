@@ -60,6 +60,9 @@ def load(model: nn.Module, path: str | Path) -> PatchReport:
         model: a model with the layers that the config names; it keeps its weights.
         path: the file.
 
+    Returns:
+        What was sharpened, as :func:`vps.patch` returns it.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not one of :func:`save`, its γ belong to other weights, or

@@ -23,7 +23,16 @@ from vps.model.patching import sharpened_layers
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The decision and its effect in one layer, averaged over its groups of tokens."""
+    """The decision and its effect in one layer, averaged over its groups of tokens.
+
+    Args:
+        name: name of the layer.
+        sigma: σ, from 0 to 1 (SPEC §5).
+        gamma: γ.
+        rank: rank of the update.
+        energy: mean of the squares of H.
+        relative_size: norm of the update over the norm of H.
+    """
 
     name: str
     sigma: float
@@ -35,7 +44,15 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Observation:
-    """The energies ``[G]`` of a layer's groups with a counted token, and sizes of H and update."""
+    """What one call of a layer showed.
+
+    Args:
+        name: name of the layer.
+        layer: the layer.
+        energy: energies ``[G]`` of the groups with a counted token.
+        size_H: norm of H over all tokens.
+        size_update: norm of the update over all tokens.
+    """
 
     name: str
     layer: Any
@@ -71,6 +88,12 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
 
     It costs each layer a second base product.
 
+    Args:
+        model: a sharpened model.
+
+    Yields:
+        The list, which is filled as layers run.
+
     Raises:
         ValueError: no sharpened layer in the model.
         RuntimeError: at the end of a block in which no sharpened layer ran.
@@ -96,7 +119,16 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
 
 
 def measure(model: nn.Module, inputs: dict[str, Tensor]) -> list[LayerStatistics]:
-    """Run one forward pass over ``inputs``, which are moved to the model's device."""
+    """Run one forward pass and return what the policy decides in every layer.
+
+    Args:
+        model: a sharpened model.
+        inputs: arguments of the forward, such as ``input_ids`` ``[B, T]``; they are moved to the
+            model's device.
+
+    Returns:
+        The decision and its effect in each layer, in the order in which layers run.
+    """
     with observe(model) as seen, torch.inference_mode():
         device = input_device(model)
         model(**{name: tensor.to(device) for name, tensor in inputs.items()})

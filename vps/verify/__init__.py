@@ -1,7 +1,7 @@
 """Text in, losses out: verification of what a language model wrote, without evaluating it.
 
 ``L = Σ w_i ℓ_i`` with parts *numeric*, *units*, *self_consistency* and *algebraic* (SPEC §9,
-docs/verifier.md). Imports neither torch nor any other part of vps. In reading order:
+docs/guides/verifier.md). Imports neither torch nor any other part of vps. In reading order:
 
 - ``composite``: ``CompositeVerifier`` and ``check``, what most callers need
 - ``losses``: whether two answers are equal, and the four parts of the loss

@@ -116,7 +116,7 @@ class Answer:
 
 
 def extract_answer(text: str) -> Answer | None:
-    """Find the answer that ``text`` gives; ``None`` for a text without any word or number.
+    """Return the answer that ``text`` gives; ``None`` for a text without any word or number.
 
     Args:
         text: any text; only its last 4096 characters are read, and nothing is evaluated but

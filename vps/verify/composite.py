@@ -149,13 +149,14 @@ def check(
     """Judge whether a prediction gives the gold's answer: number, unit, expression or words.
 
     Args:
-        prediction, gold: texts, both untrusted.
+        prediction: what the model wrote; untrusted.
+        gold: the reference; untrusted, too.
         timeout: seconds after which the verdict is undecided.
         pool: as for :class:`CompositeVerifier`.
 
     Returns:
-        ``CORRECT`` only where equality is shown; ``UNDECIDED`` where neither it nor a difference
-        is: too large to work out, too late, no answer in the gold.
+        ``CORRECT`` only where equality is shown, and ``WRONG`` only where a difference is;
+        ``UNDECIDED`` for what is too large to work out, too late, or without an answer in the gold.
 
     Raises:
         TypeError, ValueError, ImportError: as for :class:`CompositeVerifier`.

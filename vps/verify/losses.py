@@ -169,7 +169,11 @@ def to_float(loss: Fraction) -> float:
 def numeric_loss(prediction: Answer | None, gold: Answer | None) -> float:
     """Return ``(ŷ − y*)²`` in the gold's unit; ``max(1, y*²)`` without a number in the prediction.
 
-    0 where the gold has no number. Of two readings (12 % is 12 and 0.12) the nearer counts.
+    It is 0 where the gold has no number. Of two readings (12 % is 12 and 0.12) the nearer counts.
+
+    Args:
+        prediction: from :func:`vps.verify.extract_answer`.
+        gold: likewise.
     """
     if gold is None or gold.value is None:
         return 0.0
@@ -182,6 +186,10 @@ def units_loss(prediction: Answer | None, gold: Answer | None) -> float:
     """Return 1 if the dimension differs from the gold's, 0 if equal or the gold has no unit.
 
     Money may be left out: ``18`` answers ``$18``.
+
+    Args:
+        prediction: from :func:`vps.verify.extract_answer`.
+        gold: likewise.
     """
     if gold is None or gold.unit is None:
         return 0.0
@@ -199,10 +207,16 @@ def units_loss(prediction: Answer | None, gold: Answer | None) -> float:
 def algebraic_loss(
     prediction: Answer | None, gold: Answer | None, deadline: float, pool: Pool | None = None
 ) -> tuple[float, bool]:
-    """Return 0 if the answers are equal or the gold has words only, else 1; and if it was decided.
+    """Return 0 if the answers are equal or the gold has words only, else 1.
 
     Args:
-        prediction, gold, deadline, pool: as for :func:`compare`.
+        prediction: from :func:`vps.verify.extract_answer`.
+        gold: likewise.
+        deadline: in ``time.monotonic()``; without a verdict by then the loss is 1.
+        pool: the workers to ask; the default pool if ``None``.
+
+    Returns:
+        The loss, and whether it was decided in time.
     """
     return of_verdict(compare(prediction, gold, deadline, pool), prediction, gold)
 
