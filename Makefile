@@ -17,7 +17,7 @@ VLLM := .cache/vllm
 OLDEST := .cache/oldest
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
 UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
-KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features columns couple factors core delta decode edited entropy)
+KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features columns couple factors core delta decode decode_together again edited entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
 .PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots reproduce reproduce-quick gpu gpu-smoke clean help
@@ -33,10 +33,11 @@ test: .venv/.ok  ## Run the tests, but for those that compile kernels for GPUs
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not aot"
 
 test-aot: .venv/.ok  ## Compile all kernels for every GPU: no spill, wide loads (minutes)
-	@$(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/kernels/test_latency.py tests/backends/test_csrc_cuda.py
+	@$(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/kernels/test_latency.py tests/kernels/test_host.py tests/backends/test_csrc_cuda.py
 
-test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
+test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton, and compile them by it
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)
+	@PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/kernels/test_latency.py
 
 test-oldest: $(OLDEST)/.ok  ## Run the tests on the oldest supported torch, triton and transformers (first installs 6 GB)
 	@OMP_WAIT_POLICY=PASSIVE $(OLDEST)/bin/python -m pytest -q

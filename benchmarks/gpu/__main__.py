@@ -24,7 +24,7 @@ COMPILERS = 14  # processes that compile kernels, on 16 cores
 OPTIONAL = ("build", "harness")  # which need nvcc
 TABLE = 11_000  # characters of the table
 KERNELS = (
-    *("columns", "core", "couple", "decode_together", "delta", "edited", "entropy", "factors"),
+    *("again", "columns", "core", "couple", "decode_together", "delta", "edited", "entropy", "factors"),
     *("features", "scores", "select"),
 )
 TESTS = (
