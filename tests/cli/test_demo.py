@@ -162,7 +162,7 @@ def test_text_of_the_model_is_escaped_and_its_difference_marked(tmp_path, monkey
 
 
 def test_demo_without_a_model_or_matplotlib(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="make demo"):
+    with pytest.raises(FileNotFoundError, match="expected config.json or one .gguf file"):
         run_demo(tmp_path, tmp_path / "out", 4, lambda message: None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"vps-kernels\[plots\]"):

@@ -79,6 +79,16 @@ class Calibrate(ConfigOptions, ModelOptions):
     def run(self) -> None:
         """Fit or take gradients, write, print."""
         self.exclude("layers", "top_layers")
+        for option, path in (
+            ("--data", self.data),
+            ("--held-out", self.held_out),
+            ("--other-text", self.other_text),
+        ):
+            if path is not None:
+                with blaming(option, path):
+                    for _ in files.objects(path):  # before torch is loaded
+                        pass
+        self.check_model()
         config = read_config(self.config, self.settings)
         examples = _read("--data", self.data)
         held_out = None if self.held_out is None else _read("--held-out", self.held_out)

@@ -76,6 +76,7 @@ class Eval(CalibrationOptions, TaskOptions):
         """Evaluate, print and write."""
         sharpening = self.sharpening()
         tasks = self.task_names()
+        self.check_model()
         self._claim()
         process = take_process(os.environ)
         with joined(process) as group:

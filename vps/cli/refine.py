@@ -100,6 +100,7 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         prompt = self.read_prompt()
         if self.gold is not None and not self.gold.strip():
             raise UsageError("--gold: expected an answer, got nothing")
+        self.check_model()
         from vps.refine import refine
 
         with Progress() as progress:

@@ -91,6 +91,19 @@ def names_of(option: str, text: str) -> list[str]:
     return names
 
 
+def complete_field(incomplete: str) -> list[str]:
+    """Return the settings that begin so, for a shell to complete."""
+    return [f"{name}=" for name in VPSConfig.field_names() if name.startswith(incomplete)]
+
+
+def complete_tasks(incomplete: str) -> list[str]:
+    """Complete the last of several tasks by names of those that need no download."""
+    from vps.evaluation.tasks import names
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in names() if name.startswith(last)]
+
+
 def read_config(
     path: Path | None, settings: list[str], default: VPSConfig | None = None
 ) -> VPSConfig:

@@ -81,11 +81,8 @@ def run_demo(
         FileNotFoundError: no model there.
         ModuleNotFoundError: transformers, gguf or matplotlib is missing.
     """
-    files = sorted(model_dir.glob("*.gguf"))
-    if not files and not (model_dir / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {model_dir}; `make demo` downloads it")
     progress("loading the model")
-    model, tokenizer = load_model(str(files[0] if files else model_dir))
+    model, tokenizer = load_model(str(model_dir.absolute()))
     patch(model, CONFIG)
     calibration = Calibration.load(CALIBRATION)
     return compare(model, tokenizer, out, new_tokens, progress, calibration)
