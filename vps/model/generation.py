@@ -252,6 +252,15 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
     Under the sequence scope late tokens shape the selection for early ones; ``scope="token"`` and
     ``scope="prompt"`` give a causal figure.
     """
+    plain, sharpened = next_choices(model, inputs, continuation)
+    return sum(a != b for a, b in zip(plain, sharpened, strict=True)) / len(plain)
+
+
+def next_choices(
+    model: Any, inputs: dict[str, Tensor], continuation: list[int]
+) -> tuple[list[int], list[int]]:
+    """Return the likeliest token at each place of a continuation, by the plain and the sharpened
+    model, which both read the tokens before it."""
     prompt = inputs["input_ids"].to(input_device(model))
     tail = torch.tensor([continuation], dtype=prompt.dtype, device=prompt.device)
     ids = torch.cat([prompt, tail], dim=1)
@@ -260,7 +269,7 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
         sharpened = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
         with disabled(model):
             plain = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
-    return float((sharpened != plain).double().mean())
+    return plain.tolist(), sharpened.tolist()
 
 
 def input_device(model: Any) -> torch.device:
