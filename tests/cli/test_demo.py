@@ -363,9 +363,9 @@ def test_problems_are_answered_by_the_calibrated_model(model, tokenizer, tmp_pat
     first = problems[0]
     inputs = encode(tokenizer, first.question)
     Calibration(**made).apply(model)
-    assert first.calibrated == calibrated.generate(model, tokenizer, inputs, 20).text
+    assert first.calibrated == generate(model, tokenizer, inputs, 20).text
     with disabled(model):
-        assert first.plain == calibrated.generate(model, tokenizer, inputs, 20).text
+        assert first.plain == generate(model, tokenizer, inputs, 20).text
     page = run.report.read_text()
     assert str(run.calibrated) in page and "Calibrated" in page
     clear_calibration(model)

@@ -177,6 +177,28 @@ def generate(
     return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tokens, seconds)
 
 
+def generate_together(
+    model: Any, tokenizer: Any, inputs: Sequence[dict[str, Tensor]], new_tokens: int
+) -> list[str]:
+    """Return the greedy continuations of several prompts, padded on the left to one batch."""
+    width = max(each["input_ids"].shape[1] for each in inputs)
+    pad = tokenizer.pad_token_id
+    fill = {"input_ids": tokenizer.eos_token_id if pad is None else pad, "attention_mask": 0}
+    batch = {
+        name: torch.cat(
+            [
+                nn.functional.pad(each[name], (width - each[name].shape[1], 0), value=value)
+                for each in inputs
+            ]
+        )
+        for name, value in fill.items()
+    }
+    options = _settings(model, tokenizer, _ONE_SEQUENCE)
+    options |= {"do_sample": False, "num_return_sequences": 1}
+    tails = _continue(model, tokenizer, batch, new_tokens, (), options)
+    return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+
+
 def sample(
     model: Any,
     tokenizer: Any,

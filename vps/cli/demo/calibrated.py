@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vps.model.calibration import Calibration, clear_calibration
-from vps.model.generation import encode, generate
+from vps.model.generation import encode, generate_together
 from vps.model.patching import disabled
 
 FOLDER = Path(__file__).parent
@@ -76,13 +76,15 @@ def solve(model: Any, tokenizer: Any, calibration: Calibration) -> Calibrated:
     except ValueError as error:
         return Calibrated(refused=str(error))
     try:
-        problems = []
-        for problem in given:
-            inputs = encode(tokenizer, problem["prompt"])
-            with disabled(model):
-                plain = generate(model, tokenizer, inputs, NEW_TOKENS).text
-            own = generate(model, tokenizer, inputs, NEW_TOKENS).text
-            problems.append(Problem(problem["prompt"], problem["answer"], plain, own))
-        return Calibrated(problems)
+        inputs = [encode(tokenizer, problem["prompt"]) for problem in given]
+        with disabled(model):
+            plain = generate_together(model, tokenizer, inputs, NEW_TOKENS)
+        own = generate_together(model, tokenizer, inputs, NEW_TOKENS)
+        return Calibrated(
+            [
+                Problem(problem["prompt"], problem["answer"], *texts)
+                for problem, *texts in zip(given, plain, own, strict=True)
+            ]
+        )
     finally:
         clear_calibration(model)
