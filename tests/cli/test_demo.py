@@ -117,7 +117,7 @@ def test_pieces_show_what_has_no_letters(tokenizer):
     )  # fmt: skip
     for text, parts in (
         (" so", (" ", "so", "")), ("\n\n", ("", "↵", "\n\n")), ("", ("", "end", "")),
-        (" ", ("", "␣", " ")), ("a ", ("", "a", " ")),
+        (" ", ("", "space", " ")), ("a ", ("", "a", " ")),
     ):  # fmt: skip
         piece = Piece(text, "x")
         assert (piece.before, piece.core, piece.after) == parts
@@ -168,6 +168,20 @@ def test_without_peft_the_page_says_why_lora_is_missing(model, tokenizer, monkey
     )
     assert [each.name for each in found.models] == ["plain", "a"]
     assert "pip install 'vps-kernels[engines]'" in found.missing
+
+
+def test_the_demo_needs_no_extra_but_hf(model, tokenizer, tmp_path, monkeypatch):
+    find = speed.util.find_spec
+    missing = ("peft", "matplotlib")
+    monkeypatch.setattr(
+        speed.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest)
+    )
+    for name in (*missing, "pint", "math_verify", "lm_eval", "reasoning_gym"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    run = compare(model, tokenizer, tmp_path / "out", 4, lambda message: None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert "LoRA was not timed" in run.report.read_text()
 
 
 def refined(texts, chosen, gold="7"):

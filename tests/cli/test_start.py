@@ -256,7 +256,7 @@ def test_a_missing_package_names_the_extra_that_brings_it(run, monkeypatch):
 
 
 FACTS = {
-    "packages": {"transformers": "5", "matplotlib": "3", "lm_eval": "1", "scipy": "1"},
+    "packages": {"transformers": "5", "lm_eval": "1", "scipy": "1"},
     "devices": {"cpu": "x"},
     "backends": {"cpp": "available", "triton": "none"},
     "tools": {"c++": "/usr/bin/c++"},
@@ -275,7 +275,6 @@ def changed(**sections):
             changed(packages={"transformers": "missing: x"}),
             ["pip install 'vps-kernels[hf]'"],
         ),
-        (changed(packages={"matplotlib": "missing: x"}), ["'vps-kernels[plots]', then vps demo"]),
         (changed(packages={"lm_eval": "missing: x"}), ["'vps-kernels[eval]'"]),
         (changed(backends={"cpp": "not built"}), ["VPS_BUILD_CPP=1 pip install"]),
         (

@@ -64,7 +64,7 @@ def advice(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
         if facts["tools"]["c++"] == "not found":
             how = "a wheel brings it; to build it here, install a C++ compiler first (g++)"
-        steps.append(f"a CPU runs 1.3 times as long without the backend cpp: {how}")
+        steps.append(f"the backend cpp, the fastest on a CPU, is missing: {how}")
     if not loads:
         return steps
     model = demo_model()
@@ -75,10 +75,7 @@ def advice(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
     else:
         steps.append(f"see it work: vps generate --model {model} {PROMPT} --compare")
-        if missing("matplotlib"):
-            steps.append("for the demo's page: pip install 'vps-kernels[plots]', then vps demo")
-        else:
-            steps.append("all of it on one page, in two minutes: vps demo")
+        steps.append("all of it on one page, in two minutes: vps demo")
     if missing("lm_eval", "scipy"):
         steps.append("to find out whether it helps: pip install 'vps-kernels[eval]'")
     elif model is not None:

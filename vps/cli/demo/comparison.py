@@ -236,7 +236,7 @@ def shown(tokenizer: Any, token: int) -> str:
 
 def visible(text: str) -> str:
     """Return a sign for text that shows nothing; an empty text is that of the end."""
-    return "↵" if "\n" in text else "␣" if text else "end"
+    return "↵" if "\n" in text else "space" if text else "end"
 
 
 def facts(model: Any) -> dict[str, str]:
