@@ -150,6 +150,7 @@ def test_plain_install(tmp_path, source):
         assert (target / "vps/cli/demo" / name).is_file()
     assert (target / "vps/kernels/probe.py").is_file()
     assert (target / "vps/verify/units.txt").is_file()
+    assert (target / "vps/py.typed").is_file()
     assert not (target / "kernels").exists()
     run = python(
         "import vps, vps.kernels.probe; print(vps.__file__)", cwd=tmp_path, PYTHONPATH=str(target)

@@ -105,6 +105,7 @@ def test_one_wheel_for_every_python_and_torch(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         library = archive.read("vps/_cpp.abi3.so")
+    assert "vps/py.typed" in names
     assert not any(re.search(r"\.libs/|csrc|\.cpp$|tests|benchmarks", name) for name in names)
     assert max(int(version) for version in re.findall(rb"GLIBC_2\.(\d+)", library)) <= TORCH_GLIBC
     libraries = {each for each in re.findall(rb"lib[\w+-]+\.so[\d.]*", library)}

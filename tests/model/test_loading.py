@@ -207,6 +207,32 @@ def test_another_process_may_be_first(file, cache, made, monkeypatch):
     assert equal(weights(file), first) and [*cache.iterdir()] == [entry]
 
 
+@pytest.mark.parametrize(
+    ("answer", "local"),
+    [(None, False), (ConnectionError("no route"), True), (ValueError("no name"), False)],
+)
+def test_the_hub_is_asked_once_and_what_is_cached_does_not_wait(monkeypatch, answer, local):
+    import huggingface_hub
+    from transformers import AutoTokenizer
+
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append(name)
+        if answer is not None:
+            raise answer
+
+    def from_pretrained(name, local_files_only):
+        assert name == "nobody/none" and local_files_only is local
+        raise OSError("not there.")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match="Hugging Face has no such model or cannot be reached: not"):
+        load_model("nobody/none")
+    assert asked == ["nobody/none"]
+
+
 def test_where_the_cache_is(monkeypatch, tmp_path):
     for name in ("VPS_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

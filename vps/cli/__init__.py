@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-EXAMPLES = """\b
+EPILOG = """\b
 Examples:
   vps generate --model HuggingFaceTB/SmolLM2-135M-Instruct \\
     --prompt "What is 17 + 25?" --compare
@@ -46,6 +46,12 @@ Examples:
   vps ablate grid.yaml --model model.gguf --tasks arc_easy --out runs/x
   vps report runs/x
   vps doctor
+
+\b
+Environment:
+  VPS_BACKEND  who computes a layer: torch, cpp, triton, cuda or reference
+  VPS_CACHE    folder of dequantized .gguf weights, 4 bytes a parameter
+               (default: ~/.cache/vps), or off to keep none
 """
 
 
@@ -125,7 +131,7 @@ def _parse(argv: list[str] | None) -> "Command | None":
         """Sharpen the linear layers of a language model on the fly."""
 
     settings = {"help_option_names": ["-h", "--help"]}
-    app = typer.Typer(rich_markup_mode=None, epilog=EXAMPLES, context_settings=settings)
+    app = typer.Typer(rich_markup_mode=None, epilog=EPILOG, context_settings=settings)
     app.callback()(about)
     for command in (Generate, Refine, Calibrate, Eval, Ablate, Report, Demo, Doctor):
         app.command(command.__name__.lower(), context_settings=settings)(command)

@@ -146,7 +146,10 @@ class Calibrate(ConfigOptions, ModelOptions):
                 given[name] = getattr(self, name)
         with blaming("--learning-rate", self.learning_rate):
             if self.learning_rate is not None:
-                rates = tuple(float(rate) for rate in self.learning_rate.split(","))
+                try:
+                    rates = tuple(float(rate) for rate in self.learning_rate.split(","))
+                except ValueError:
+                    raise ValueError("expected numbers, separated by commas") from None
                 given["learning_rates"] = rates
             return Options(**given)
 

@@ -116,7 +116,7 @@ def read_config(
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
-            raise UsageError(f"--set {setting}: expected FIELD=VALUE")
+            raise UsageError(f"--set {setting}: expected FIELD=VALUE, such as gamma=0.1")
         if name not in VPSConfig.field_names():
             raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
         changes[name] = _value(name, text)

@@ -137,18 +137,32 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: str = "cpu")
             tokenizer, model = _read_gguf(path, dtype)
             return model.to(device).eval(), tokenizer
         source = str(kept)
-    local = path is not None
+    local = path is not None or not _hub_answers(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
     except OSError as error:
-        if local:
+        if path is not None:
             raise
         raise OSError(
             f"{name!r} is no local folder or file, and Hugging Face has no such model or cannot "
             f"be reached: {str(error).splitlines()[0].rstrip('.')}; {where_to_get_one()}"
         ) from error
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def _hub_answers(name: str) -> bool:
+    """Ask the hub once, without the retries of its library: what is cached need not wait 47 s."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=5)
+    except (HfHubHTTPError, ValueError):  # an answer, or no name to ask for
+        return True
+    except Exception:  # of whichever library it speaks HTTP by
+        return False
+    return True
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
