@@ -1,5 +1,6 @@
 """How fast the command answers: what needs no model loads no torch, text comes as it is made."""
 
+import gc
 import json
 import os
 import subprocess
@@ -224,6 +225,19 @@ def test_decoding_takes_a_tenth_of_the_time_at_most(monkeypatch):
         clock[0] += 1.0
         growing.add([token])
     assert 5 <= len(decoded) <= 12
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_garbage_is_collected_once_a_model_is_there(folder, run, monkeypatch, before):
+    (gc.enable if before else gc.disable)()
+    seen = []
+    monkeypatch.setattr("vps.model.generation.encode", lambda *_, **__: seen.append(gc.isenabled()))
+    try:
+        run("generate", "--model", folder, "--prompt", "1")
+        run("--version")
+        assert seen == [True] and gc.isenabled() is before
+    finally:
+        gc.enable()
 
 
 def test_streaming_changes_no_token(folder, tokenizer):

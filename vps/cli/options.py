@@ -122,7 +122,7 @@ class ModelOptions(Command):
         device = usable_device(device or self.device)
         with muted(self.debug), blaming("--model", kinds=(FileNotFoundError,)):
             loaded = load_model(self.model, getattr(torch, self.dtype), device)
-        gc.enable()
+        gc.enable()  # which the start of a command turns off
         return loaded
 
 

@@ -10,6 +10,7 @@
 ================  ===========================================================
 """
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,7 @@ class Demo(Command):
         quiet_transformers(self.debug)
         from vps.cli.demo.comparison import run_demo
 
+        gc.enable()  # which the start of a command turns off
         with Progress() as progress, muted(self.debug):
             run = run_demo(model_dir, self.out, self.max_new_tokens, progress.step)
         for answer in run.answers:
