@@ -21,7 +21,7 @@ UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %
 KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features columns couple factors core delta decode edited entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm wheel test-wheel sanitize lint eval bench plots gpu gpu-smoke clean help
+.PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm wheel test-wheel sanitize lint eval bench plots reproduce reproduce-quick gpu gpu-smoke clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -65,6 +65,12 @@ lint: .venv/.ok  ## Check style and types
 
 eval: .venv/.ok $(MODEL)/.ok  ## Does it help? SmolLM2-135M on offline tasks: plain, sharpened, three controls
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps eval --model $(MODEL) --tasks $(TASKS) --limit $(LIMIT) --keep $(KEEP)
+
+reproduce: .venv/.ok $(MODEL)/.ok  ## The paper's experiment done again, with power: under 3 hours on 2 cores; goes on after a kill
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.reproduce --model $(MODEL)
+
+reproduce-quick: .venv/.ok $(MODEL)/.ok  ## A subset of it in 10 minutes, too few questions to conclude from; to .cache/reproduction
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.reproduce --model $(MODEL) --quick
 
 bench: .venv/.ok $(MODEL)/.ok  ## Time everything that this machine can, in about MINUTES, then layers and models as torch runs by default
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks --minutes $(MINUTES) --model-dir $(MODEL) --out $(OUT)

@@ -22,6 +22,8 @@ PACKAGES = [
     "vps.evaluation.templates",
     "vps.fitting",
     "vps.kernels",
+    "vps.kernels.decode",
+    "vps.kernels.prefill",
     "vps.layers",
     "vps.layers.shards",
     "vps.model",

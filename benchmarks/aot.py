@@ -28,20 +28,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks import shapes
-from vps.kernels import (
-    columns,
-    core,
-    couple,
-    decode,
-    delta,
-    edited,
-    entropy,
-    factors,
-    features,
-    scores,
-    select,
-    tuning,
-)
+from vps.kernels import columns, entropy, scores, select, tuning
+from vps.kernels.decode import couple, decode, edited
+from vps.kernels.prefill import core, delta, factors, features
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -122,7 +122,7 @@ def gemv(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that the kernel does not take.
     """
-    from vps.kernels import gemv
+    from vps.kernels.decode import gemv
 
     if (reason := why_no_gemv(x, weight)) is not None:
         raise ValueError(f"gemv: {reason}")
@@ -131,6 +131,6 @@ def gemv(x: Tensor, weight: Tensor) -> Tensor:
 
 def why_no_gemv(x: Tensor, weight: Tensor) -> str | None:
     """Say why the kernel does not take this product, or ``None``."""
-    from vps.kernels import decode
+    from vps.kernels.decode import decode
 
     return decode.refusal(x, weight, 1)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import aot
-from vps.kernels import couple, decode, select
+from vps.kernels import select
+from vps.kernels.decode import couple, decode
 
 CLOCK = 1755e6  # cycles a second of an H100 or H200
 CYCLES = {  # from the issue of an instruction to its result, by the start of its opcode

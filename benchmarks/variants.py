@@ -6,6 +6,7 @@ Each is checked against the float64 oracle on a fresh input of every shape befor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +20,7 @@ from benchmarks.common import Budget, Variant
 from benchmarks.results import Case
 from vps import VPSConfig, VPSLinear, reference
 from vps.backends import sharing
+from vps.masking import STATE, TokenLayout
 
 BASE = "nn.Linear"
 CONFIG = VPSConfig()
@@ -122,8 +124,10 @@ def of_backend(name: str, work: Workload, config: VPSConfig) -> Variant | str:
     if reason is not None:
         return reason
 
+    state = vps.PolicyState()
+
     def layer(linear: nn.Linear) -> Layer:
-        return VPSLinear.from_linear(linear, config)
+        return VPSLinear.from_linear(linear, config, state)
 
     with vps.backend(name):
         made = _made(work, config, layer)
@@ -131,10 +135,25 @@ def of_backend(name: str, work: Workload, config: VPSConfig) -> Variant | str:
         return made
 
     def call() -> object:
-        with vps.backend(name):
+        with vps.backend(name), as_a_model(work.inputs[0]):
             return made.call()
 
     return Variant(call)
+
+
+@contextmanager
+def as_a_model(x: Tensor) -> Iterator[None]:
+    """Let layers run as in the forward of a model: on a GPU those of one x share launches."""
+    if not x.is_cuda:
+        yield
+        return
+    STATE.layouts.append(TokenLayout(tuple(x.shape[:-1]), None, owner=x, rows=(x.shape[0],)))
+    try:
+        yield
+    finally:
+        STATE.layouts.pop()
+        if STATE.readings:
+            STATE.readings[-1].end()
 
 
 def why_not(name: str, x: Tensor) -> str | None:

@@ -1,17 +1,20 @@
-"""Launch where the tensors are, and sum in a dtype that fits theirs.
+"""Launch where the tensors are, sum in a dtype that fits theirs, and note what was launched.
 
 Triton takes the current device, whatever its arguments lie on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,3 +40,59 @@ def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     if dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.float32, tl.float32
     raise TypeError(f"vps kernels take float16, bfloat16, float32 and float64, got {dtype}")
+
+
+class Launched(NamedTuple):
+    """Hold what launches a compiled kernel again.
+
+    Triton's own launch looks at each argument to find the compiled kernel.
+
+    Args:
+        start: takes a stream, then ``fixed``, then all arguments of the kernel: pointers as
+            integers, then ``rest``.
+        fixed: the kernel's handle and what the launcher wants to know of it.
+        pointers: how many arguments are pointers, which come first.
+        rest: the arguments behind the pointers.
+    """
+
+    start: Callable[..., None]
+    fixed: tuple[Any, ...]
+    pointers: int
+    rest: tuple[Any, ...]
+
+
+class _Noted(threading.local):
+    launches: list[Launched] | None = None
+
+
+_NOTED = _Noted()
+
+
+def begin(
+    kernel: Any, grid: tuple[int, ...], pointers: tuple[Any, ...], rest: tuple[Any, ...], warps: int
+) -> None:
+    """Launch a kernel with its pointers and what its signature has behind them."""
+    compiled = kernel[grid](*pointers, *rest, num_warps=warps, enable_fp_fusion=True)
+    if _NOTED.launches is not None and compiled is not None:  # the interpreter compiles nothing
+        again = partial(compiled.run, *(*grid, 1, 1)[:3])
+        fixed = compiled.function, compiled.packed_metadata, None, None, None
+        _NOTED.launches.append(Launched(again, fixed, len(pointers), rest))
+
+
+def is_watched() -> bool:
+    """Return whether a profiler hangs on every launch of Triton, and wants to hear of it."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if enter is None and leave is None:
+        return False
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@contextmanager
+def noted() -> Iterator[list[Launched]]:
+    """Note what :func:`begin` launches on this thread."""
+    launches: list[Launched] = []
+    _NOTED.launches = launches
+    try:
+        yield launches
+    finally:
+        _NOTED.launches = None

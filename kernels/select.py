@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import on_its_device
+from vps.kernels.device import begin, on_its_device
 from vps.kernels.scores import accumulation, magnitude
 
 LARGEST_K = 64
@@ -219,10 +219,9 @@ def launch(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
         return selected
     architecture = tuning.architecture(scores.device)
     if absolute and scores.element_size() == 2 and width <= tuning.LARGEST_TOKEN:
-        token_kernel[groups,](
-            scores, selected, width, *scores.stride(), K=k, UNROLL=k if k <= 8 else 1,
-            **tuning.select(width, architecture), enable_fp_fusion=True,
-        )  # fmt: skip
+        tile = tuning.select(width, architecture)
+        rest = width, *scores.stride(), k, k if k <= 8 else 1, tile["CHUNK"]
+        begin(token_kernel, (groups,), (scores, selected), rest, tile["num_warps"])
         return selected
     tile = tuning.select(min(width, LARGEST_CHUNK), architecture)
     chunks = tuning.steps(width, tile["CHUNK"])

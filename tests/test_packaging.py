@@ -134,7 +134,10 @@ def test_the_other_package_named_kernels(tmp_path, installed, way):
 
 def test_every_package_is_listed():
     folders = {path.parent for path in (ROOT / "vps").rglob("*.py")}
-    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"vps.kernels"}
+    folders |= {
+        ROOT / "vps" / path.parent.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")
+    }
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     listed = (ROOT / "setup.py").read_text().partition("PACKAGES = [")[2].partition("]")[0]
     assert {name.strip().strip('"') for name in listed.split(",") if name.strip()} == packages
 

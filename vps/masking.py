@@ -79,6 +79,7 @@ class _ThreadState(threading.local):
         self.backends: list[str] = []
         self.plain: list[Any] = []  # modules whose own forward runs
         self.prompts: list[Marks] = []
+        self.readings: list[Any] = []  # at most one, vps.layers.pairing.Reading
 
 
 # In lists, because torch.compile traces their mutation but no ContextVar.

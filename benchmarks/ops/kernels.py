@@ -63,7 +63,7 @@ def features(problem: Problem) -> OpCase:
         return selection.top_k(selection.statistics(H, None, None, True)[0], problem.r)
 
     def triton(H: Tensor) -> Tensor:
-        from vps.kernels import features
+        from vps.kernels.prefill import features
 
         return features.launch(H, None, problem.r, True)[0]
 
@@ -89,7 +89,7 @@ def couple(problem: Problem) -> OpCase:
         return torch.stack(coupling.select(s_q, s_k, problem.r, heads, KEYS), 1)
 
     def triton(s_q: Tensor, s_k: Tensor, I_in: Tensor) -> Tensor:
-        from vps.kernels import couple
+        from vps.kernels.decode import couple
 
         energies = [s_q[:, 0], s_k[:, 0]]
         return couple.launch(s_q, s_k, energies, None, I_in, heads, KEYS)[1][:, 1:]
@@ -119,7 +119,8 @@ def factors(problem: Problem) -> OpCase:
         return torch.diag((A * B / TAU).clamp_min(1).reciprocal())[None]
 
     def triton(W: Tensor, I_in: Tensor, I_out: Tensor) -> Tensor:
-        from vps.kernels import columns, factors
+        from vps.kernels import columns
+        from vps.kernels.prefill import factors
 
         found = columns.launch(W, I_in)
         return factors.launch(W, found, I_out, None, policy, None, None, TAU, None)[1]
@@ -148,7 +149,8 @@ def delta(problem: Problem) -> OpCase:
         return torch.baddbmm(H, u, gradient.columns(W, I_in).permute(1, 2, 0))
 
     def triton(H: Tensor, W: Tensor, I_in: Tensor, I_out: Tensor) -> Tensor:
-        from vps.kernels import columns, delta
+        from vps.kernels import columns
+        from vps.kernels.prefill import delta
 
         return delta.launch(H, None, columns.launch(W, I_in), I_out, core, gamma, None, None)[0]
 
@@ -177,7 +179,7 @@ def edited(problem: Problem) -> OpCase:
         return F.linear(fixed.edited(x, I_in.unsqueeze(1), through.mT), W)
 
     def triton(x: Tensor, W: Tensor, I_in: Tensor, through: Tensor) -> Tensor:
-        from vps.kernels import edited
+        from vps.kernels.decode import edited
 
         return edited.launch(x, W, None, I_in, through)
 

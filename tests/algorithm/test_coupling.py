@@ -249,7 +249,7 @@ def test_two_threads_keep_their_own(block):
 @pytest.mark.skipif(vps.backends()["triton"] is not None, reason="triton cannot run here")
 @torch.no_grad()
 def test_triton_takes_a_key_wider_than_its_kernel(monkeypatch):
-    from vps.kernels import couple
+    from vps.kernels.decode import couple
 
     torch.manual_seed(0)
     W_q, W_k = torch.randn(16, 12), torch.randn(8, 12)

@@ -5,7 +5,8 @@ import torch
 from cases import FAR
 
 pytest.importorskip("triton")
-from vps.kernels import columns, features, scores
+from vps.kernels import columns, scores
+from vps.kernels.prefill import features
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 from vps.algorithm import core as cores
 from vps.algorithm.policy import Settings
 from vps.algorithm.weight import matrix_products
-from vps.kernels import columns, core
+from vps.kernels import columns
+from vps.kernels.prefill import core
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]

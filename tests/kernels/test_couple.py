@@ -6,7 +6,7 @@ from cases import FAR
 
 pytest.importorskip("triton")
 from vps.algorithm import coupling
-from vps.kernels import couple
+from vps.kernels.decode import couple
 
 pytestmark = pytest.mark.usefixtures("poison")
 SHAPES = [(4, 4, 8), (4, 2, 16), (8, 1, 5), (3, 3, 1), (14, 2, 64), (6, 2, 700)]

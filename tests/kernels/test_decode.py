@@ -8,7 +8,8 @@ from cases import FAR
 
 pytest.importorskip("triton")
 from vps import VPSConfig, reference
-from vps.kernels import decode, tuning
+from vps.kernels import tuning
+from vps.kernels.decode import decode
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from vps.kernels import decode, gemv, tuning
+from vps.kernels import tuning
+from vps.kernels.decode import decode, gemv
 
 pytestmark = pytest.mark.usefixtures("poison")
 BOUNDS = [0.3, 0.8, 1, 4, 32, 32, 1, 1]
@@ -65,7 +66,7 @@ def test_what_one_launch_does_not_take(device):
     factored = layer(30, 20, torch.float32, device, factors=[1.0, 2.0])
     rest = None, None, None, None, 2, True, 0.8, None
     for layers in ([narrow, wide], [narrow, factored]):
-        assert not decode.together(layers)
+        assert len({decode.kind(one) for one in layers}) == 2
         same(decode.launch(x, layers, *rest), [decode.launch(x, [one], *rest)[0] for one in layers])
 
 
@@ -75,8 +76,9 @@ def test_query_and_key_that_select_together(device, heights, monkeypatch):
     x = torch.randn(3, 1, 50, device=device).bfloat16()
     query, key = (layer(width, 50, torch.bfloat16, device) for width in (64, 32))
     monkeypatch.setattr(tuning, "gemv_rows", lambda width: heights[width == 32])
-    arguments = None, None, None, 4, True, 0.8, None
-    y_q, y_k, I_in = decode.launch_pair(x, query, key, *arguments, 4, 2)
+    arguments = None, None, None, None, 4, True, 0.8, None
+    results = decode.launch(x, [query, key], *arguments, (4, 2))
+    y_q, y_k, I_in = results[0].y, results[1].y, results[0].features[:, 0]
     products = [
         gemv.launch(x, [one.weight], None, I_in, 4, False, False, True) for one in (query, key)
     ]
@@ -84,7 +86,7 @@ def test_query_and_key_that_select_together(device, heights, monkeypatch):
         *(product.of(0) for product in products), [], None, I_in, 4, 2
     )
     for at, (y, one, product) in enumerate(zip((y_q, y_k), (query, key), products, strict=True)):
-        chosen = features[:, 1 + at : 2 + at]
+        chosen = [features[:, 1 + at]]
         (own,) = decode.apply.launch(
             I_in, product, [one.bias], None, chosen, energy, [one.policy], None, True, 0.8, None
         )

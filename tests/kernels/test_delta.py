@@ -5,7 +5,8 @@ import torch
 from cases import FAR
 
 pytest.importorskip("triton")
-from vps.kernels import columns, delta
+from vps.kernels import columns
+from vps.kernels.prefill import delta
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -10,7 +10,8 @@ from cases import FAR
 pytest.importorskip("triton")
 import vps
 from vps.algorithm import fixed
-from vps.kernels import edited, tuning
+from vps.kernels import tuning
+from vps.kernels.decode import edited
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

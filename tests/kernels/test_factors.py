@@ -6,7 +6,8 @@ from cases import FAR
 
 pytest.importorskip("triton")
 from vps import PolicyState, VPSConfig, reference
-from vps.kernels import columns, factors
+from vps.kernels import columns
+from vps.kernels.prefill import factors
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -6,7 +6,8 @@ from cases import FAR
 
 pytest.importorskip("triton")
 from vps import reference
-from vps.kernels import factors, features, scores, tuning
+from vps.kernels import scores, tuning
+from vps.kernels.prefill import factors, features
 
 pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

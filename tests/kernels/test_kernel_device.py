@@ -6,23 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from vps.kernels import (
-    apply,
-    columns,
-    core,
-    couple,
-    decode,
-    delta,
-    edited,
-    entropy,
-    factors,
-    features,
-    gemv,
-    gram,
-    scores,
-    select,
-    tuning,
-)
+from vps.kernels import columns, entropy, scores, select, tuning
+from vps.kernels.decode import apply, couple, decode, edited, gemv
+from vps.kernels.prefill import core, delta, factors, features, gram
 
 
 class Kernel:

@@ -77,7 +77,7 @@ def test_few_kernels_for_all_batches():
     code = """
 import torch
 from benchmarks import aot
-from vps.kernels import decode
+from vps.kernels.decode import decode
 def new(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 def launches(architecture):
@@ -99,7 +99,7 @@ def test_one_order_of_sums_for_every_batch():
 import re
 import torch
 from benchmarks import aot
-from vps.kernels import gemv
+from vps.kernels.decode import gemv
 def new(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 def order(layout, axis):

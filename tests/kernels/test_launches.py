@@ -78,8 +78,9 @@ def model(monkeypatch, request):
 @pytest.mark.parametrize("capture", [None, 3])
 @pytest.mark.parametrize("sequences", [1, 3])
 @torch.no_grad()
-def test_decoding_takes_seventeen(model, monkeypatch, sequences, capture):
-    """Eager, and in a captured graph, where layers of one x share a selection as well."""
+def test_decoding_takes_thirteen(model, monkeypatch, sequences, capture):
+    """Eager, and in a captured graph, where layers of one x share launches as well."""
+    monkeypatch.setattr(triton, "_modes", lambda: 0)  # the mode that counts changes no way
     if capture is not None:
         state = sharing.state_of
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -87,9 +88,29 @@ def test_decoding_takes_seventeen(model, monkeypatch, sequences, capture):
     ids = torch.arange(5 * sequences).view(sequences, 5)
     with vps.backend("triton"):
         past = model(ids, attention_mask=torch.ones_like(ids)).past_key_values
-        mask = torch.ones(sequences, 6, dtype=torch.long)
+        for length in (6, 7):  # in which it is learned what reads one x
+            mask = torch.ones(sequences, length, dtype=torch.long)
+            model(ids[:, :1], attention_mask=mask, past_key_values=past)
+        mask = torch.ones(sequences, 8, dtype=torch.long)
         with Launches(model, monkeypatch) as launches:
             model(ids[:, :1], attention_mask=mask, past_key_values=past)
+    layer = Counter(chunk_kernel=1, gemv_kernel=1, apply_kernel=1)
+    assert launches.found == {
+        "q_proj": layer + Counter(couple_kernel=1),  # and k_proj, v_proj
+        "o_proj": layer,
+        "gate_proj": layer,  # and up_proj
+        "down_proj": layer,
+    }
+
+
+@torch.no_grad()
+def test_by_the_operator_decoding_takes_seventeen(model, monkeypatch):
+    """As where a dispatch mode looks on."""
+    ids = torch.arange(5).view(1, 5)
+    with vps.backend("triton"):
+        past = model(ids).past_key_values
+        with Launches(model, monkeypatch) as launches:
+            model(ids[:, :1], past_key_values=past)
     layer = Counter(gemv_kernel=1, apply_kernel=1)
     first = layer + Counter(chunk_kernel=1)  # of those that read the same x
     assert launches.found == {

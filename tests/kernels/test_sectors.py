@@ -11,7 +11,8 @@ import torch
 from processes import python
 
 pytest.importorskip("triton")
-from vps.kernels import columns, core, delta, factors, features, scores, tuning
+from vps.kernels import columns, scores, tuning
+from vps.kernels.prefill import core, delta, factors, features
 
 SECTOR = 32
 BF16 = torch.bfloat16

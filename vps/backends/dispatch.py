@@ -102,6 +102,18 @@ def later(kind: Kind, given: Given, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]
     return found
 
 
+def takes_several(plan: Any, x: Tensor) -> bool:
+    """Return whether the backend computes several layers of x ``[B, T, d_in]`` in one call.
+
+    Triton does so for up to 16 tokens, each its own group.
+    """
+    if x.shape[0] * x.shape[1] > 16 or x.shape[1] > 1 and plan.config.scope != "token":
+        return False
+    if STATE.backends or FROM_ENVIRONMENT is not None:
+        return (asked(plan.kind) or plan.backend) is triton
+    return plan.backend is triton
+
+
 def run_fixed(x: Tensor, plan: Any, given: Given) -> Tensor | None:
     """Return the output ``[..., d_out]`` of a single layer whose update a prompt has fixed."""
     grouped, sequences = x, given.I_in.shape[0]  # type: ignore[union-attr]

@@ -123,7 +123,7 @@ def run_fixed(call: Call, edited: Callable[..., Tensor]) -> Result:
         return [edited(x, W, bias, I_in, through)], I_in
     with torch._C._AutoDispatchBelowAutograd():
         if given.readers is not None and (x.is_cuda or edited is triton_edited):
-            from vps.kernels import edited as kernels
+            from vps.kernels.decode import edited as kernels
 
             state = sharing.state_of(x, None)
             if state is not None and not kernels.is_one_launch(x, through):
@@ -380,7 +380,7 @@ def _torch_edited(x: Tensor, W: Tensor, b: Tensor | None, I_in: Tensor, E: Tenso
 
 def triton_edited(x: Tensor, *arguments: Any) -> Tensor:
     """Compute ``vps::edited`` by the Triton kernels, imported at the first call."""
-    from vps.kernels import edited
+    from vps.kernels.decode import edited
 
     return edited.launch(x, *arguments)
 

@@ -142,7 +142,13 @@ class Kept:
         layers: the layers, whose weights are their parameters.
         plan: the plan of these layers, without L-BFGS pairs.
         x: an input of these layers.
+
+    Attributes:
+        readers: weak references to the layers that read the same x after these; ``None`` where
+            one of them did not once (:func:`vps.layers.pairing.read`).
     """
+
+    readers: tuple[weakref.ref[Any], ...] | None = ()
 
     def __init__(self, layers: tuple[Any, ...], plan: Any, x: Tensor) -> None:
         self.dtype, self.device, self.width = x.dtype, x.device, x.shape[-1]
@@ -165,8 +171,9 @@ class Kept:
             type(x) is not Tensor
             or x.dtype is not self.dtype
             or x.device != self.device
-            or x.shape[-1:] != (self.width,)
             or not x.numel()
+            or not x.dim()
+            or x.size(-1) != self.width
             or x.layout is not _STRIDED
             or _is_any_autocast_enabled()
         ):

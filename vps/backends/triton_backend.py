@@ -6,25 +6,31 @@ and second order are built in torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vps.algorithm import core as cores
 from vps.algorithm import coupling, gradient
 from vps.algorithm.policy import Settings
 from vps.algorithm.weight import matrix_products
-from vps.backends.call import Inputs, Outputs
+from vps.backends.call import Call, Inputs, Outputs, Result
 from vps.kernels import columns as gathered
-from vps.kernels import core as core_kernels
-from vps.kernels import couple as couple_kernels
-from vps.kernels import decode, delta, factors, features, scores, select
+from vps.kernels import scores, select
 from vps.kernels.columns import Columns
+from vps.kernels.decode import again, decode
+from vps.kernels.decode import couple as couple_kernels
+from vps.kernels.prefill import core as core_kernels
+from vps.kernels.prefill import delta, factors, features
 
-Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_tuple: Any = tuple.__new__  # of a NamedTuple, without a call of its own
 
 
-def linear(inputs: Inputs, settings: Settings, columns: Columns | None = None) -> Result:
+def linear(inputs: Inputs, settings: Settings, columns: Columns | None = None) -> Results:
     """Compute what ``vps::linear`` returns; no result is a view of an argument (SPEC §3–§5).
 
     ``columns`` are those of the weight at I_in, where they were gathered with H.
@@ -76,6 +82,36 @@ def linear(inputs: Inputs, settings: Settings, columns: Columns | None = None) -
     if mask is not None:  # where a core may hold NaN
         y = torch.where(mask.any(1)[:, None, None], y, H if bias is None else H + bias)
     return y, torch.stack([I_in, I_out], 1), core, gamma, t
+
+
+@lru_cache
+def _rules(settings: Settings) -> again.Rules | None:
+    """Return the rules of the kernels of a few tokens, which know no others."""
+    rules = settings.r, settings.adaptive, settings.tau, settings.clamp
+    return rules if settings.is_plain else None
+
+
+def step(call: Call) -> Result | None:
+    """Compute all layers of a call with one token a group, or ``None`` where no kernel does."""
+    settings, layers = call.layers[0].settings, []
+    rules = _rules(settings)
+    if rules is None:
+        return None
+    for layer in call.layers:
+        if layer.settings is not settings and layer.settings != settings:
+            return None
+        W: Tensor = layer.weight.W  # type: ignore[attr-defined]
+        if type(W) is not Tensor and type(W) is not nn.Parameter:
+            return None
+        layers.append(_tuple(decode.Layer, (W, layer.bias, layer.numbers)))
+    found = again.launch(
+        call.x, layers, call.mask, call.given.I_in, call.entropy, rules, call.heads
+    )
+    if found is None:
+        return None
+    ys, I_in = found
+    pairs = zip(ys, call.layers, strict=True)
+    return [None if layer.is_plain else y for y, layer in pairs], I_in
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
@@ -168,11 +204,11 @@ def pair(
             for i, H, own, (inputs, settings) in zip((1, 2), (H_q, H_k), columns, both, strict=True)
         )
         return y_q, y_k, I_in
-    y_q, y_k, I_in = decode.launch_pair(
-        x, layers[0], layers[1], mask, I_in, query.entropy, r, of_query.adaptive, of_query.tau,
-        of_query.clamp, heads, kv_heads,
+    outputs = decode.launch(
+        x, layers, mask, I_in, None, query.entropy, r, of_query.adaptive, of_query.tau,
+        of_query.clamp, (heads, kv_heads),
     )  # fmt: skip
-    return y_q, y_k, I_in
+    return outputs[0].y, outputs[1].y, outputs[0].features[:, 0]
 
 
 def _top_k(values: Tensor, mask: Tensor | None, r: int) -> Tensor:

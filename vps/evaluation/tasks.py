@@ -80,7 +80,7 @@ def documents(kind: str, size: int = SIZE, seed: int = SEED) -> list[dict[str, A
         if question in found:
             continue
         generator = random.Random(f"{seed}:{question}")
-        choices = [answer, *_near(answer, generator)]
+        choices = [answer, *near(answer, generator)]
         generator.shuffle(choices)
         found[question] = {
             "question": question,
@@ -221,7 +221,7 @@ def _drawn(kind: _Kind, size: int, seed: int) -> Iterator[tuple[str, str]]:
             yield question, answer
 
 
-def _near(answer: str, generator: random.Random) -> list[str]:
+def near(answer: str, generator: random.Random) -> list[str]:
     """Draw three wrong answers near ``answer``, of its form and sign.
 
     As a rule none to three of them are smaller, equally often: the middle one is no better guess.

@@ -13,7 +13,7 @@ from vps.algorithm.fixed import FixedUpdate
 from vps.algorithm.flow import Given
 from vps.algorithm.lbfgs import CurvatureMemory
 from vps.algorithm.policy import LayerGamma, PolicyState
-from vps.backends import dispatch
+from vps.backends import dispatch, triton
 from vps.config import VPSConfig
 from vps.functional import NOTHING, Kept, Projection, compute, keep, sharpen
 from vps.layers import adapters
@@ -25,7 +25,7 @@ from vps.layers.own_forward import (
     parameter,
     running_plain,
 )
-from vps.layers.pairing import Coupling
+from vps.layers.pairing import Coupling, read
 from vps.layers.riding import ForwardWeight
 from vps.layers.weight_rows import RowNorms
 from vps.masking import STATE, held_for
@@ -158,9 +158,12 @@ class SharpenedLayer:
 
         These are query and key where they are coupled, else this layer alone.
         """
-        if self.coupling is None or not self.coupling.applies():
-            return (self,)
-        return self.coupling.query, self.coupling.key
+        pair: Any = self.coupling
+        return (pair.query, pair.key) if self.is_coupled() else (self,)
+
+    def is_coupled(self) -> bool:
+        """Return whether the layer decides with another."""
+        return self.coupling is not None and self.coupling.applies()
 
     def own_forward(self, x: Tensor, inside: bool = False) -> OwnForward:
         """Return the layer as it is known by its forward, for tokens like x."""
@@ -222,14 +225,14 @@ class SharpenedLayer:
         """Return the sharpened output for x, or ``None`` where the base layer's is right."""
         if self.config.scope == "prompt" and STATE.layouts and not self.is_off():
             return self._sharpen_prompted(x)
-        if not torch.compiler.is_compiling() and not STATE.disabled and self.coupling is None:
-            if self.kept is not None and (plan := self.kept.find((self,), x)) is not None:
-                return compute(x, plan)[0]
+        pair = self.coupling if self.coupling is not None and self.coupling.applies() else None
+        if not torch.compiler.is_compiling() and not STATE.disabled and pair is None:
+            if (kept := self.kept) is not None and (plan := kept.find((self,), x)) is not None:
+                alone = plan.backend is not triton and not STATE.backends
+                return (compute(x, plan) if alone else read(x, (self,), kept, plan))[0]
         if (STATE.disabled or self.gamma is not None or self.config.is_off) and self.is_off():
             return None
-        if self.coupling is not None and self.coupling.applies():
-            return self.coupling.sharpen(self, x)
-        return self.sharpen_alone(x)
+        return self.sharpen_alone(x) if pair is None else pair.sharpen(self, x)
 
     def _sharpen_prompted(self, x: Tensor) -> Tensor | None:
         held = held_for(x, self.number)
@@ -241,8 +244,8 @@ class SharpenedLayer:
             if STATE.layouts[-1].is_ready and plan is not None:
                 held.prepare(self, x, dispatch.later(plan.facts, given, x))
             return y
-        if self.coupling is not None and self.coupling.applies():
-            return self.coupling.sharpen(self, x)
+        if self.is_coupled():
+            return self.coupling.sharpen(self, x)  # type: ignore[union-attr]
         if held is None:
             return self.sharpen_alone(x)
         held.note(self, x)
@@ -264,8 +267,7 @@ class SharpenedLayer:
             given, held: as for :func:`vps.functional.sharpen`.
         """
         compiling = torch.compiler.is_compiling()
-        plan = None if compiling or self.kept is None else self.kept.find((self,), x)
-        if plan is not None:
+        if not compiling and self.kept and (plan := self.kept.find((self,), x)) is not None:
             return compute(x, plan, None, given, held)[0]
         layers = (self.projection(x, inside=True),)
         (y,) = sharpen(x, layers, self.config, state=self.state, given=given, held=held)
@@ -337,12 +339,8 @@ class VPSLinear(SharpenedLayer, nn.Linear):  # type: ignore[misc]  # bias
         reason = why_not_sharpenable(linear, nn.Linear)
         if reason is not None:
             raise TypeError(f"VPSLinear.from_linear: cannot sharpen this layer: {reason}")
-        return as_class(
-            linear,
-            cls,
-            config=VPSConfig() if config is None else config,
-            state=PolicyState() if state is None else state,
-        )
+        own = VPSConfig() if config is None else config, PolicyState() if state is None else state
+        return as_class(linear, cls, config=own[0], state=own[1])
 
     def to_linear(self) -> nn.Linear:
         """Return the plain ``nn.Linear`` of the same parameters and hooks."""

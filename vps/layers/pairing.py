@@ -1,23 +1,30 @@
-"""Couple the query and key layers that an attention block calls one after the other.
+"""Compute layers that a block calls one after the other with the same x in one call.
 
-Whichever is called first computes both; the output of the other waits for the very same x until the
-block is done. Outside the block, and where a tracer runs, each call computes both; a graph keeps
-one of equal calls (:mod:`vps.backends.sharing`).
+The query and the key that select together: whichever is called first computes both; the output of
+the other waits for the very same x until the block is done. Outside the block, and where a tracer
+runs, each call computes both; a graph keeps one of equal calls (:mod:`vps.backends.sharing`).
+
+On a GPU also layers that share no decision, such as gate and up: a step of a few tokens costs two
+launches for all of them. Which layers read one x is learned from the calls (:func:`read`).
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from vps.algorithm import tracing
 from vps.algorithm.fixed import FixedUpdate
-from vps.functional import Kept, compute, keep, sharpen
-from vps.masking import held_for
+from vps.algorithm.flow import Layer
+from vps.backends import dispatch, sharing
+from vps.functional import Kept, Plan, compute, keep, sharpen
+from vps.masking import STATE, held_for
 
 if TYPE_CHECKING:
     from vps.layers.linear import SharpenedLayer
@@ -37,6 +44,94 @@ class _Waiting(threading.local):
 
 
 _WAITING = _Waiting()
+
+
+class Reading:
+    """Layers that read one x, one after the other, while the forward of a model runs.
+
+    Args:
+        x: what they read.
+        state: its version, and where it is ready (:func:`vps.backends.sharing.state_of`).
+        kept: the plan of the first, which remembers the others.
+        layers: those that were called; first the query and the key, if they select together.
+    """
+
+    def __init__(self, x: Tensor, state: Any, kept: Kept, layers: tuple[Any, ...]) -> None:
+        self.x, self.state, self.kept, self.layers = x, state, kept, list(layers)
+        self.forward = STATE.layouts[-1]
+        # By layer: its output, and its weight with the version that was multiplied.
+        self.outputs: dict[Any, tuple[Tensor, Tensor, int]] = {}
+
+    def take(self, layer: Any) -> Tensor | None:
+        """Return the output that waits for a layer, or ``None`` and note that it reads x too."""
+        if (waiting := self.outputs.pop(layer, None)) is not None:
+            y, W, version = waiting
+            if layer.__dict__["_parameters"]["weight"] is W and W._version == version:
+                return y
+        if layer not in self.layers:
+            self.layers.append(layer)
+            if self.kept.readers is not None:
+                self.kept.readers += (weakref.ref(layer),)
+        return None
+
+    def end(self) -> None:
+        """Drop the outputs that nobody took, and compute none ahead again."""
+        if self.outputs:
+            self.kept.readers = None
+        STATE.readings.clear()
+
+
+def read(x: Tensor, layers: tuple[Any, ...], kept: Kept, plan: Plan) -> list[Tensor | None]:
+    """Return what :func:`compute` does, by kernels that take other layers of the same x as well.
+
+    Their outputs wait in ``STATE.readings`` until they are called in the same forward of a model,
+    where nothing else runs between. A layer with a hook before it is left alone.
+    """
+    layouts = STATE.layouts
+    if not layouts or layouts[-1].owner is None or torch.is_grad_enabled():
+        return compute(x, plan)
+    if x.dim() != 3 or not dispatch.takes_several(plan, x):
+        return compute(x, plan)
+    state = sharing.state_of(x, None)
+    if state is None:
+        return compute(x, plan)
+    for last in STATE.readings:
+        if last.x is x and last.state == state and last.forward is layouts[-1]:
+            y = last.take(layers[0]) if len(layers) == 1 else None
+            return compute(x, plan) if y is None else [y]
+        last.end()
+    reading = Reading(x, state, kept, layers)
+    STATE.readings.append(reading)
+    others = []
+    for reference in kept.readers or ():
+        other = reference()
+        if other is not None and (own := _ahead(other, x, plan)) is not None:
+            others.append((other, own))
+    if not others:
+        return compute(x, plan)
+    ys = compute(x, plan._replace(layers=(*plan.layers, *(own for _, own in others))))
+    for (other, own), y in zip(others, ys[len(layers) :], strict=True):
+        W: Tensor = own.weight.W  # type: ignore[attr-defined]
+        if y is not None:
+            reading.outputs[other] = y, W, W._version
+    return ys[: len(layers)]
+
+
+def _ahead(layer: Any, x: Tensor, plan: Plan) -> Layer | None:
+    """Return what is settled for a layer if it may be computed before it is called."""
+    if layer.is_coupled() or "forward" in layer.__dict__:
+        return None
+    if layer._forward_pre_hooks or torch_module._global_forward_pre_hooks:
+        return None
+    own: Plan | None = None if layer.kept is None else layer.kept.find((layer,), x)
+    if own is None or own.drawn is not None or own.state is not plan.state:
+        return None
+    if own.config is not plan.config and own.config != plan.config:
+        return None
+    if own.layers[0].settings != plan.layers[0].settings:
+        return None
+    W: Tensor = own.layers[0].weight.W  # type: ignore[attr-defined]
+    return own.layers[0] if W.device == x.device else None
 
 
 class Coupling:
@@ -102,6 +197,8 @@ class Coupling:
     ) -> list[Tensor | None]:
         layers, kept, compiling = (self.query, self.key), self.kept, torch.compiler.is_compiling()
         plan = None if compiling or kept is None else kept.find(layers, x)
+        if plan is not None and kept is not None and decided is None:
+            return read(x, layers, kept, plan)
         if plan is not None:
             return compute(x, plan, held=decided)
         both = (

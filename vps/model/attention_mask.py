@@ -120,6 +120,8 @@ def _drop(owner: object) -> TokenLayout | None:
         if layouts[depth].owner is owner:
             own = layouts[depth]
             del layouts[depth:]
+            if STATE.readings:
+                STATE.readings[-1].end()
             return own
     return None
 

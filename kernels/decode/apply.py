@@ -1,7 +1,8 @@
 """Choose the outputs of a token from the records of all tiles, and add the update (SPEC §4, §5).
 
 ``y = H + b + γ·clamp(H[:, I_out] C Bᵀ)``. The second of the two kernels that decode: every program
-brings the tiles of :mod:`vps.kernels.gemv` together by itself, while what it adds to is on its way.
+brings the tiles of :mod:`vps.kernels.decode.gemv` together by itself, while what it adds to is on
+its way.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -16,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.delta import finish
-from vps.kernels.device import on_its_device
-from vps.kernels.gemv import Product
+from vps.kernels.decode.gemv import Product
+from vps.kernels.device import begin, on_its_device
 from vps.kernels.policy import column_factors, decide, inverse_scale
+from vps.kernels.prefill.delta import finish
 from vps.kernels.select import next_key, position
 
 
@@ -30,9 +31,9 @@ def apply_kernel(
     columns_ptr,  # of each layer [N, R, d_out]
     counted_ptr,  # bool [N] or None
     I_in_ptr,  # int64 [N, R]
-    I_out_ptr,  # int64 [N, layers, R], or None to take the records
-    record_ptr,  # [N, tiles, R] keys, or None
-    energy_ptr,  # [N], or None to take the sums
+    I_out_ptrs,  # of each layer int64 [N, R], or None to take the records
+    record_ptr,  # [N, tiles, R] keys, or None if no layer takes them
+    energy_ptr,  # [N] of the layers with I_out, or None: all take the sums
     sums_ptr,  # [N, 1 + R, tiles] or None
     row_squares_ptr,  # of each layer [d_out], or None
     policy_ptrs,  # of each layer float64 [9], or [9 + R] with a factor of each column
@@ -99,14 +100,14 @@ def apply_kernel(
             bias = tl.load(bias_at, mask=own, other=0.0).to(tl.float32)
             base = base + bias if LAYERS == 1 else tl.where(own, base + bias, base)
     tile = tl.arange(0, TILES)
-    if I_out_ptr is None:
+    if record_ptr is not None:
         entry = tl.arange(0, RECORDS)
         record = record_ptr + (group * all_tiles + tile_first) * R
         key = tl.load(record + entry, mask=entry < own_tiles * R, other=-1)
     sums = sums_ptr
     if sums_ptr is not None:
         sums = sums_ptr + group * (1 + R) * all_tiles + tile_first + tile
-    if ADAPTIVE and energy_ptr is None:
+    if ADAPTIVE and (energy_ptr is None or record_ptr is not None):
         parts = tl.load(sums, mask=tile < own_tiles, other=0.0)
     if TAU is not None:
         sums_at = sums[None, :] + (1 + ranks[:, None]) * all_tiles
@@ -114,11 +115,18 @@ def apply_kernel(
         columns_B = tl.load(sums_at, mask=wanted, other=0.0)
     tl.debug_barrier()  # or the compiler puts these loads off to where they are used
 
+    is_given = layer < 0
+    for other in tl.static_range(LAYERS):
+        if I_out_ptrs[other] is not None:
+            is_given = is_given | (layer == other)
     if ADAPTIVE:
         if energy_ptr is None:
             energy = tl.sum(parts, axis=0) / tl.cast(width, tl.float32)
-        else:
+        elif record_ptr is None:
             energy = tl.load(energy_ptr + group)
+        else:
+            energy = tl.sum(parts, axis=0) / tl.cast(width, tl.float32)
+            energy = tl.where(is_given, tl.load(energy_ptr + group), energy)
         gamma, active = decide(policy_ptr, energy, entropy_ptr, R)
     else:
         gamma, active = decide(policy_ptr, None, entropy_ptr, R)
@@ -129,14 +137,17 @@ def apply_kernel(
     gamma = tl.cast(gamma, tl.float32)
     wanted = ranks < active
 
-    if I_out_ptr is None:
-        I_out = tl.zeros([RANKS], dtype=tl.int64)
+    I_out = tl.zeros([RANKS], dtype=tl.int64)
+    if record_ptr is not None:
         for rank in tl.static_range(R):
             largest, key = next_key(key, 0)
             I_out = tl.where(ranks == rank, position(largest), I_out)
-    else:
-        I_out_at = I_out_ptr + group * stride_I_out + layer * R + ranks
-        I_out = tl.load(I_out_at, mask=inside, other=0)
+    for other in tl.static_range(LAYERS):
+        if I_out_ptrs[other] is not None:
+            own = inside if LAYERS == 1 else ranks < tl.where(layer == other, R, 0)
+            I_out_at = I_out_ptrs[other] + group * stride_I_out + ranks
+            chosen = tl.load(I_out_at, mask=own, other=0)
+            I_out = chosen if LAYERS == 1 else tl.where(own, chosen, I_out)
     t = tl.load(H_row + I_out, mask=wanted, other=0.0)
     inverse = tl.full([RANKS], 1.0, dtype=tl.float32)
     if TAU is not None:
@@ -186,7 +197,7 @@ def launch(
     product: Product,
     biases: Sequence[Tensor | None],
     mask: Tensor | None,
-    I_out: Tensor | None,
+    I_out: Sequence[Tensor | None],
     energy: Tensor | None,
     policies: Sequence[Tensor],
     entropy: Tensor | None,
@@ -198,12 +209,13 @@ def launch(
 
     Args:
         I_in: int64 ``[N, r]`` with contiguous rows, as the product took it.
-        product: of :func:`vps.kernels.gemv.launch`.
+        product: of :func:`vps.kernels.decode.gemv.launch`.
         biases: ``[d_out]`` or ``None`` of each layer.
         mask: bool ``[N, 1]``, whether a token counts, or ``None``.
-        I_out: int64 ``[N, layers, r]``, or ``None`` to take what the product found.
-        energy: float32 ``[N]``, pooled over the layers, or ``None`` for that of each.
-        policies: of each layer, as :func:`vps.kernels.decode.launch` takes it; of one length.
+        I_out: int64 ``[N, r]`` of each layer, all of the same strides, rows contiguous; or ``None``
+            to take what the product found.
+        energy: float32 ``[N]``, pooled over the layers with I_out, or ``None`` for that of each.
+        policies: of each layer, as :class:`vps.kernels.decode.decode.Layer` has it; of one length.
         entropy: float64 ``[2]``, ℋ in nats or −1, and the factor of the history; or ``None``.
         adaptive: whether the policies need an energy.
         tau: bound of the component clip, a constant of the kernel, or ``None``.
@@ -220,20 +232,22 @@ def launch(
     gamma = torch.empty(layers, groups, dtype=torch.float32, device=device)
     shape = (layers, 0) if clamp is None else (layers, groups, 1, r)
     t = torch.empty(shape, dtype=dtype, device=device)
-    if I_out is not None and I_out.stride()[1:] != (r, 1):
-        I_out = I_out.contiguous()
+    given = [index for index in I_out if index is not None]
     most = max(product.tiles)
     key_size = 4 if product.record is None else product.record.element_size()
     tile = tuning.decode_apply(max(widths), most * r, key_size)
     programs = sum(tuning.steps(width, tile["BLOCK_D"]) for width in widths)
-    apply_kernel[programs, groups](
-        product.H, tuple(biases), product.columns, mask, I_in, I_out,
-        None if I_out is not None else product.record, energy, product.sums, product.row_squares,
-        tuple(policies), entropy, tuple(ys), features, core, gamma, None if clamp is None else t,
-        widths, product.tiles, tuple(0 if b is None else b.stride(0) for b in biases),
-        0 if mask is None else mask.stride(0), I_in.stride(0),
-        0 if I_out is None else I_out.stride(0), LAYERS=layers, ADAPTIVE=adaptive, TAU=tau,
-        CLAMP=clamp, BY_COLUMN=policies[0].numel() == 9 + r, R=r, RANKS=tuning.power_of_2(r),
-        TILES=tuning.power_of_2(most), **tile, enable_fp_fusion=True,
+    pointers = (
+        product.H, tuple(biases), product.columns, mask, I_in, tuple(I_out),
+        None if len(given) == layers else product.record, energy, product.sums,
+        product.row_squares, tuple(policies), entropy, tuple(ys), features, core, gamma,
+        None if clamp is None else t,
     )  # fmt: skip
+    rest = (
+        widths, product.tiles, tuple(0 if b is None else b.stride(0) for b in biases),
+        0 if mask is None else mask.stride(0), I_in.stride(0), given[0].stride(0) if given else 0,
+        layers, adaptive, tau, clamp, policies[0].numel() == 9 + r, r, tuning.power_of_2(r),
+        tuning.power_of_2(most), tile["RECORDS"], tile["BLOCK_D"],
+    )  # fmt: skip
+    begin(apply_kernel, (programs, groups), pointers, rest, tile["num_warps"])
     return [Applied(*own) for own in zip(ys, features, core, gamma, t, strict=True)]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import on_its_device
+from vps.kernels.device import begin, on_its_device
 from vps.kernels.scores import accumulation, magnitude
 from vps.kernels.select import LARGEST_K, with_rows
 
@@ -170,11 +170,12 @@ def launch(
         return energy, features
     energy_q, energy_k = energies or (None, None)
     I_in = with_rows(I_in)
-    couple_kernel[groups,](
-        query, key, energy_q, energy_k, counted, I_in, energy, features, d_q, d_k, d_k // kv_heads,
-        *query.stride(), *key.stride(), 0 if counted is None else counted.stride(0),
-        I_in.stride(0), ACC=acc, VALUES=not energies, SHARING=heads // kv_heads,
-        UNROLL=min(heads // kv_heads, 8), R=r,
-        RANKS=tuning.power_of_2(r), **tuning.couple(d_k), enable_fp_fusion=True,
+    pointers = query, key, energy_q, energy_k, counted, I_in, energy, features
+    tile = tuning.couple(d_k)
+    rest = (
+        d_q, d_k, d_k // kv_heads, *query.stride(), *key.stride(),
+        0 if counted is None else counted.stride(0), I_in.stride(0), acc, not energies,
+        heads // kv_heads, min(heads // kv_heads, 8), r, tuning.power_of_2(r), tile["WIDTH"],
     )  # fmt: skip
+    begin(couple_kernel, (groups,), pointers, rest, tile["num_warps"])
     return energy, features

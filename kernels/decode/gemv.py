@@ -1,8 +1,8 @@
 """Multiply up to 16 tokens by W of one or several layers, and find the best outputs of each tile.
 
 ``H = x Wᵀ``. The first of the two kernels that decode (PERFORMANCE §2): it streams each W once and
-leaves for :mod:`vps.kernels.apply` what that needs of a tile: r keys of the largest |H|, the sum of
-H², squared norms of rows of W, and the columns ``W[:, I_in]`` side by side.
+leaves for :mod:`vps.kernels.decode.apply` what that needs of a tile: r keys of the largest |H|, the
+sum of H², squared norms of rows of W, and the columns ``W[:, I_in]`` side by side.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import on_its_device
+from vps.kernels.device import begin, on_its_device
 from vps.kernels.scores import magnitude
 from vps.kernels.select import key_dtype, next_key, score_key
 
@@ -263,11 +263,12 @@ def launch(
         sums = torch.empty(groups, 1 + r, count, dtype=torch.float32, device=device)
     if clips:
         row_squares = torch.empty(total_width, dtype=torch.float32, device=device)
-    gemv_kernel[count,](
-        x, tuple(weights), mask, I_in, H, columns, record, sums, row_squares, groups, widths,
-        x.stride(0), x.stride(2), tuple(weight.stride(0) for weight in weights),
+    pointers = x, tuple(weights), mask, I_in, H, columns, record, sums, row_squares
+    rest = (
+        groups, widths, x.stride(0), x.stride(2), tuple(weight.stride(0) for weight in weights),
         tuple(weight.stride(1) for weight in weights), 0 if mask is None else mask.stride(0),
-        0 if I_in is None else I_in.stride(0), LAYERS=len(weights), D_IN=d_in, R=r,
-        RANKS=tuning.power_of_2(r), **tile, enable_fp_fusion=True,
+        0 if I_in is None else I_in.stride(0), len(weights), d_in, r, tuning.power_of_2(r),
+        *(tile[name] for name in ("BLOCK_N", "BLOCKS_O", "SLICES", "BLOCK_K", "STAGES")),
     )  # fmt: skip
+    begin(gemv_kernel, (count,), pointers, rest, tile["num_warps"])
     return Product(H, columns, record, sums, row_squares, widths, tiles)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vps.kernels import apply, couple, gemv, tuning
 from vps.kernels import select as selection
+from vps.kernels import tuning
+from vps.kernels.decode import apply, couple, gemv
 
 LARGEST_R = 8
 LARGEST_RECORDS = 8192
@@ -50,13 +51,12 @@ def refusal(x: Tensor, weight: Tensor, r: int) -> str | None:
     return None
 
 
-def together(layers: Sequence[Layer]) -> bool:
-    """Return whether one launch takes these layers, each of which it takes by itself.
+def kind(layer: Layer) -> tuple[int, int]:
+    """Return what layers must have in common to share a launch.
 
-    Their tiles must have one height and their policies one length.
+    This is the height of their tiles and the length of their policies.
     """
-    heights = {tuning.gemv_rows(layer.weight.shape[0]) for layer in layers}
-    return len(heights) == 1 and len({layer.policy.numel() for layer in layers}) == 1
+    return tuning.gemv_rows(layer.weight.shape[0]), layer.policy.numel()
 
 
 def launch(
@@ -70,10 +70,11 @@ def launch(
     adaptive: bool,
     tau: float | None,
     clamp: float | None,
+    heads: tuple[int, int] | None = None,
 ) -> list[apply.Applied]:
     """Compute sharpened layers of one x for a few tokens, each its own group (SK, order 1).
 
-    Two launches for all layers if :func:`together` says so, else two for each; one more selects.
+    Two launches for all layers of one :func:`kind`; one more selects, and one couples.
 
     Args:
         x: ``[N, 1, d_in]``, N from 1 to 16, any strides.
@@ -86,6 +87,8 @@ def launch(
         adaptive: whether the policy needs the energy.
         tau: bound of the component clip, a constant of the kernel, or ``None``.
         clamp: bound of each element of the update, a constant of the kernel, or ``None``.
+        heads: query and key-value heads if the first two layers select together (SPEC §7), of
+            which I_out must then be ``None``; or ``None``.
 
     Returns:
         y, features, core, γ and t of each layer. Every row has the bits it has when its token and
@@ -94,71 +97,73 @@ def launch(
     Raises:
         ValueError: what :func:`refusal` says of a layer.
     """
-    for layer in layers:
-        if (reason := refusal(x, layer.weight, r)) is not None:
-            raise ValueError(f"decode: {reason}")
-    if I_in is None:
-        I_in = selection.launch(x[:, 0], r, True)
-    I_in = selection.with_rows(I_in)
-    if not together(layers):
-        return [
-            launch(
-                x, [layer], mask, I_in, None if I_out is None else I_out[:, at : at + 1], entropy,
-                r, adaptive, tau, clamp,
-            )[0]
-            for at, layer in enumerate(layers)
-        ]  # fmt: skip
-    product = gemv.launch(
-        x, [layer.weight for layer in layers], mask, I_in, r, I_out is None, adaptive,
-        tau is not None,
-    )  # fmt: skip
-    return apply.launch(
-        I_in, product, [layer.bias for layer in layers], mask, I_out, None,
-        [layer.policy for layer in layers], entropy, adaptive, tau, clamp,
-    )  # fmt: skip
+    return step(x, layers, mask, I_in, I_out, entropy, r, adaptive, tau, clamp, heads).outputs
 
 
-def launch_pair(
+class Step(NamedTuple):
+    """Hold what a step computes, and what its kernels leave for each other.
+
+    Args:
+        outputs: as :func:`launch` returns them.
+        I_in: int64 ``[N, r]``.
+        products: of the layers that share a launch.
+        joint: energy ``[N]`` and features ``[N, 3, r]`` of a query and a key, or ``None``.
+    """
+
+    outputs: list[apply.Applied]
+    I_in: Tensor
+    products: list[gemv.Product]
+    joint: tuple[Tensor, Tensor] | None
+
+
+def step(
     x: Tensor,
-    query: Layer,
-    key: Layer,
+    layers: Sequence[Layer],
     mask: Tensor | None,
     I_in: Tensor | None,
+    I_out: Tensor | None,
     entropy: Tensor | None,
     r: int,
     adaptive: bool,
     tau: float | None,
     clamp: float | None,
-    heads: int,
-    kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a query and a key that select together (SPEC §7), as :func:`launch` does.
-
-    In three launches, the second of which couples; each takes both layers if :func:`together` says
-    so. The arguments are those of :func:`launch` and of :func:`vps.kernels.couple.launch`.
-
-    Returns:
-        y of the query and of the key ``[N, 1, d_out]``, and I_in ``[N, r]``.
-    """
+    heads: tuple[int, int] | None = None,
+) -> Step:
+    """Compute what :func:`launch` does, and return it with what the kernels leave between them."""
+    for layer in layers:
+        if (reason := refusal(x, layer.weight, r)) is not None:
+            raise ValueError(f"decode: {reason}")
     I_in = selection.with_rows(selection.launch(x[:, 0], r, True) if I_in is None else I_in)
-    parts = [[query, key]] if together([query, key]) else [[query], [key]]
-    products = [
-        gemv.launch(
-            x, [layer.weight for layer in part], mask, I_in, r, False, False, tau is not None
-        )
-        for part in parts
-    ]
-    counted = None if mask is None else mask[:, 0]
-    H_q, H_k = products[0].of(0), products[-1].of(-1)
-    energy, features = couple.launch(H_q, H_k, [], counted, I_in, heads, kv_heads)
-    chosen = [features[:, 1:]] if len(parts) == 1 else [features[:, 1:2], features[:, 2:]]
-    y_q, y_k = (
-        result.y
-        for part, product, I_out in zip(parts, products, chosen, strict=True)
-        for result in apply.launch(
-            I_in, product, [layer.bias for layer in part], mask, I_out,
-            energy if adaptive else None, [layer.policy for layer in part], entropy, adaptive, tau,
-            clamp,
-        )
-    )  # fmt: skip
-    return y_q, y_k, features[:, 0]
+    if I_out is not None:
+        I_out = selection.with_rows(I_out)
+    chosen = [None if I_out is None else I_out[:, at] for at in range(len(layers))]
+    coupled = range(0 if heads is None else 2)
+    parts: dict[tuple[int, int], list[int]] = {}
+    for at, layer in enumerate(layers):
+        parts.setdefault(kind(layer), []).append(at)
+    products: list[gemv.Product] = []
+    place: dict[int, tuple[int, int]] = {}  # by layer, its product and its number in that
+    for part in parts.values():
+        selects = I_out is None and any(at not in coupled for at in part)
+        measures = adaptive and any(at not in coupled for at in part)
+        weights = [layers[at].weight for at in part]
+        product = gemv.launch(x, weights, mask, I_in, r, selects, measures, tau is not None)
+        place |= {at: (len(products), number) for number, at in enumerate(part)}
+        products.append(product)
+    joint = None
+    if heads is not None:
+        counted = None if mask is None else mask[:, 0]
+        H_q, H_k = (products[of].of(number) for of, number in (place[0], place[1]))
+        joint = couple.launch(H_q, H_k, [], counted, I_in, *heads)
+        chosen[:2] = joint[1][:, 1], joint[1][:, 2]
+    outputs: dict[int, apply.Applied] = {}
+    for part, product in zip(parts.values(), products, strict=True):
+        own = [layers[at] for at in part]
+        pooled = adaptive and joint is not None and any(at in coupled for at in part)
+        found = apply.launch(
+            I_in, product, [layer.bias for layer in own], mask, [chosen[at] for at in part],
+            joint[0] if pooled and joint is not None else None, [layer.policy for layer in own],
+            entropy, adaptive, tau, clamp,
+        )  # fmt: skip
+        outputs |= dict(zip(part, found, strict=True))
+    return Step([outputs[at] for at in range(len(layers))], I_in, products, joint)

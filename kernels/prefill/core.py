@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vps.kernels import gram as grams
 from vps.kernels import tuning
 from vps.kernels.columns import Columns
 from vps.kernels.device import accumulation, on_its_device
-from vps.kernels.factors import square_columns
-from vps.kernels.gram import Grams, cross, load_selected, store_matrix
 from vps.kernels.policy import column_factors, decide, is_second_order
+from vps.kernels.prefill import gram as grams
+from vps.kernels.prefill.factors import square_columns
+from vps.kernels.prefill.gram import Grams, cross, load_selected, store_matrix
 from vps.kernels.scores import count_tokens, mask_strides
 from vps.kernels.select import with_rows
 
