@@ -106,6 +106,17 @@ def test_the_second_start_reads_what_the_first_kept(file, cache, made, monkeypat
     assert tokenizer.decode(tokenizer("12AB")["input_ids"]) == "12AB"
 
 
+def test_the_step_says_that_it_takes_longer_once(file, cache, monkeypatch, tmp_path):
+    assert loading.step_of_loading(str(file)) == "dequantizing the model, once"
+    weights(file)
+    assert loading.step_of_loading(str(file)) == "loading the model"
+    monkeypatch.setenv("VPS_CACHE", "off")
+    assert loading.step_of_loading(str(file)) == "dequantizing the model"
+    (tmp_path / "config.json").write_text("{}")
+    for name in (str(tmp_path), "nobody/none"):
+        assert loading.step_of_loading(name) == "loading the model"
+
+
 def test_another_state_of_the_file_is_read_again_and_replaces_the_first(file, cache, made):
     first = weights(file)
     kept = file.stat()

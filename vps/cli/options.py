@@ -115,9 +115,9 @@ class ModelOptions(Command):
         self.check_model()
         import torch
 
-        from vps.model.loading import load_model
+        from vps.model.loading import load_model, step_of_loading
 
-        progress.step("loading the model")
+        progress.step(step_of_loading(self.model))
         quiet_transformers(self.debug)
         device = usable_device(device or self.device)
         with muted(self.debug), blaming("--model", kinds=(FileNotFoundError,)):

@@ -99,6 +99,21 @@ def located(name: str) -> Path | None:
     return None
 
 
+def step_of_loading(name: str) -> str:
+    """Say what :func:`load_model` will do, where it takes longer than it will the next time.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`located`.
+    """
+    path = located(name)
+    if path is None or path.is_dir():
+        return "loading the model"
+    root = cache_folder()
+    if root is None:
+        return "dequantizing the model"
+    return "loading the model" if _is_whole(*_place(path, root)) else "dequantizing the model, once"
+
+
 def load_model(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
     """Load a model in evaluation mode, and its tokenizer.
 
@@ -202,6 +217,13 @@ def _state(path: Path) -> dict[str, Any]:
     }
 
 
+def _place(path: Path, root: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder that a file's entry has in the cache, and the file's state."""
+    state = _state(path)
+    key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return root / f"{path.stem}-{key[:12]}", state
+
+
 def _is_here(package: str) -> bool:
     try:
         metadata.version(package)
@@ -218,9 +240,7 @@ def _dequantized(path: Path) -> Path | None:
     root = cache_folder()
     if root is None:
         return None
-    state = _state(path)
-    key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    folder = root / f"{path.stem}-{key[:12]}"
+    folder, state = _place(path, root)
     if _is_whole(folder, state):
         return folder
     try:

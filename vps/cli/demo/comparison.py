@@ -27,7 +27,7 @@ from vps.model.generation import (
     generate,
     next_choices,
 )
-from vps.model.loading import load_model
+from vps.model.loading import load_model, step_of_loading
 from vps.model.patching import disabled, patch, set_config
 from vps.model.statistics import LayerStatistics, measure
 
@@ -121,8 +121,9 @@ def run_demo(
         ModuleNotFoundError: transformers, gguf or jinja2 is missing.
     """
     start = time.perf_counter()
-    progress("1 of 9: loading the model")
-    model, tokenizer = load_model(str(model_dir.absolute()))
+    name = str(model_dir.absolute())
+    progress(f"1 of 9: {step_of_loading(name)}")
+    model, tokenizer = load_model(name)
     patch(model, CONFIG)
     calibration = Calibration.load(CALIBRATION)
     return compare(model, tokenizer, out, new_tokens, progress, calibration, start)
