@@ -23,6 +23,8 @@ SEED = 2026
 PROMPT = "Question: {{question}}\nAnswer:"
 NUMBER = re.compile(r"-?\d+")
 CLOCK = re.compile(r"(\d{1,4}):(\d{2})(?!\d)")
+WRITTEN = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+OPERATION = re.compile(r"\d[\s)]*[-+*/^×·÷−]")
 
 
 class _Kind(NamedTuple):
@@ -197,10 +199,18 @@ def load(
 
 
 def right(text: str, answer: str) -> bool:
-    """Tell whether the last time of day in ``text``, or the number it answers, is ``answer``."""
+    """Tell whether the last time of day in ``text``, or the number it answers, is ``answer``.
+
+    A sum that equals the answer is none, or the repeated question would be right; so the number
+    must be written out where anything is left to work out.
+    """
     gold = CLOCK.fullmatch(answer)
     if gold is None:
-        return extract_number(text) == Fraction(answer)
+        number = Fraction(answer)
+        if extract_number(text) != number:
+            return False
+        numbers = (found.rstrip(",").replace(",", "") for found in WRITTEN.findall(text))
+        return number in map(Fraction, numbers) or OPERATION.search(text) is None
     given = CLOCK.findall(text)
     return bool(given) and [int(part) for part in given[-1]] == [int(p) for p in gold.groups()]
 
