@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vps.cli.demo.calibrated import PROBLEMS, states
-from vps.evaluation.tasks import right
 from vps.refine import RefineResult, refine
+from vps.verify import check
 
 CHOSEN = {"comes right": 4, "stays wrong": 0}  # places in the list
 NEW_TOKENS = 32
@@ -44,7 +44,7 @@ class Refinement:
 
 def judged(text: str, gold: str) -> bool | None:
     """Tell whether an answer is right; ``None`` where a reader and the verifier disagree."""
-    by_reader, by_verifier = states(text, gold), right(text, gold)
+    by_reader, by_verifier = states(text, gold), check(text, gold).name == "CORRECT"
     return by_reader if by_reader == by_verifier else None
 
 
