@@ -252,7 +252,7 @@ def check(model: Any, tokenizer: Any, count: int = TEXTS, asked: int = ASKED) ->
         count: questions of each kind, of the pilot of the study, and paragraphs of prose.
         asked: questions of each kind in the loop.
     """
-    read = texts(tokenizer, count)
+    facts, read = machine.facts(), texts(tokenizer, count)
     found = {}
     for name, config in CONFIGS.items():
         every = updates(model, config, read)
@@ -271,7 +271,7 @@ def check(model: Any, tokenizer: Any, count: int = TEXTS, asked: int = ASKED) ->
             "tokens of each under scope token": TOKENS,
             "digest": questions.digest(read),
         },
-        "facts": machine.facts(),
+        "facts": facts,
         "updates": found,
         "L-BFGS": curvature(model, tokenizer, asked),
     }
