@@ -186,8 +186,8 @@ def summary(every: Sequence[Update], tau: float) -> dict[str, Any]:
         "γ": [round(float(q), 4) for q in np.quantile([e.gamma for e in every], (0, 0.5, 1))],
         "range of γ in a layer, median": round(float(np.median(ranges)), 4),
         "ranks": {str(rank): int(count) for rank, count in sorted(Counter(ranks).items())},
-        "inputs always chosen": round(constancy(layers, 0), 4),
-        "outputs always chosen": round(constancy(layers, 1), 4),
+        "choices on the most frequent inputs": round(constancy(layers, 0), 4),
+        "choices on the most frequent outputs": round(constancy(layers, 1), 4),
     }  # fmt: skip
 
 
