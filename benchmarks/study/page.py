@@ -1,7 +1,7 @@
 """Fill the tables of docs/reproduction.md from result files: ``python -m benchmarks.study.page``.
 
 A table stands between ``<!-- results: NAME -->`` and ``<!-- /results -->``. What is not measured
-yet is said in its place. The picture of the study is drawn into docs/images.
+yet is said in its place. The picture of the study is copied into docs/images.
 """
 
 from __future__ import annotations
@@ -9,206 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks import results
-from benchmarks.reproduce import report
 from benchmarks.reproduce.findings import CONTROLS, COUPLING, CURVATURE, NULLS, PLAIN
-from benchmarks.reproduce.measures import ACCURACY, BEST, EXACT, LOSS
+from benchmarks.reproduce.measures import ACCURACY, BEST
+from benchmarks.study import answers
+from benchmarks.study.answers import Study, Table, Values, compared, table, where
 from vps import files
 
 PAGE, RESULTS = Path("docs/reproduction.md"), Path("benchmarks/results")
+PICTURE, STUDY = "images/study.png", "reproduction"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.S)
 TIMES = "spinning/amd-epyc-avx512-2-threads-spinning.json"
 VARIANTS = ("published form, eager", "vps torch", "vps cpp")
-CONTROL = {name: title for name, (title, _) in report.CONTROL_MARKS.items()}
-
-Values = dict[str, Any]
-Table = list[str]
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return the lines of a table of Markdown."""
-    lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
-    return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
-
-
-def where(facts: Values, seed: int) -> str:
-    """Name machine, versions, commit and seed in a line."""
-    return (
-        f"{facts['cpu']}, {facts['instructions']}, {facts['threads']} threads, torch "
-        f"{facts['torch']}, commit {facts['commit']}, seed {seed}."
-    )
-
-
-class Study:
-    """The findings of the study, those of its finished parts.
-
-    Args:
-        values: of ``findings.json``; ``None`` before the first report.
-    """
-
-    def __init__(self, values: Values | None) -> None:
-        self.parts: Values = values["parts"] if values else {}
-        self.unfinished: Values = values["unfinished"] if values else dict.fromkeys(report.PARTS)
-
-    def missing(self, *parts: str) -> Table:
-        """Say which parts are not finished."""
-        return [
-            f"*Not finished: part {name}, {report.state(*(self.unfinished[name] or (0, 0)))}.*"
-            for name in parts
-            if name not in self.parts
-        ]
-
-    def found(self, part: str, metric: str, family: str) -> list[Values]:
-        """Return the findings of a family, by part and metric."""
-        own = self.parts[part]["findings"] if part in self.parts else ()
-        return [e for e in own if (e["family"], e["comparison"]["metric"]) == (family, metric)]
-
-    def places(self, *parts: str) -> Table:
-        """Return where the parts were measured, each place once."""
-        lines = dict.fromkeys(
-            where(self.parts[name]["facts"], self.parts[name]["settings"]["seed"])
-            for name in parts
-            if name in self.parts
-        )
-        return ["", *lines] if lines else []
-
-
-def named(name: str) -> str:
-    """Call a cell or control as the page does."""
-    for control, title in CONTROL.items():
-        name = name.replace(control, title)
-    return {"baseline": "the plain model"}.get(name, name)
-
-
-def compared(rows: Sequence[Values], metric: str, against: bool = False) -> Table:
-    """Return comparisons as a table: difference with its interval, verdict, smallest effect."""
-    _, factor, unit = report.UNITS[metric]
-    heads = ["", *(["against"] if against else []), "n", "there", "here"]
-    heads += [f"difference, {unit} [95 %]", "verdict", f"would have seen, {unit}"]
-
-    def cells(each: Values) -> Iterable[str]:
-        own = each["comparison"]
-        low, at, high = (factor * own[name] for name in ("low", "difference", "high"))
-        yield own["cell"]
-        if against:
-            yield named(own["against"].rpartition(" · ")[2])
-        yield f"{own['n']:,}"
-        yield from (f"{factor * own[name]:.2f}" for name in ("base", "value"))
-        yield f"{at:+.2f} [{low:+.2f}, {high:+.2f}]"
-        yield each.get("verdict", "not tested")
-        yield f"{factor * each['detectable']:.2g}"
-
-    return table(heads, (list(cells(each)) for each in rows)) if rows else []
-
-
-def counted(rows: Sequence[Values], metric: str, what: str) -> Table:
-    """Count verdicts in a sentence."""
-    if not rows:
-        return []
-    _, factor, unit = report.UNITS[metric]
-    verdicts = Counter(each["verdict"] for each in rows)
-    low, high = (factor * pick(each["detectable"] for each in rows) for pick in (min, max))
-    said = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    return [
-        "",
-        f"{what}, {len(rows)} comparisons: {said}. Each would have seen {low:.2g} to {high:.2g} "
-        f"{unit}.",
-    ]
-
-
-def gain(study: Study) -> Table:
-    """Sharpened against plain, choice questions."""
-    rows = [e for part in ("main", "settings") for e in study.found(part, ACCURACY, PLAIN)]
-    parts = ("main", "settings")
-    return compared(rows, ACCURACY) + study.missing(*parts) + study.places(*parts)
-
-
-def guidance(study: Study) -> Table:
-    """Sharpened against controls, choice questions."""
-    others = study.found("settings", ACCURACY, CONTROLS)
-    nulls = [e for part in ("main", "settings") for e in study.found(part, ACCURACY, NULLS)]
-    return [
-        *compared(study.found("main", ACCURACY, CONTROLS), ACCURACY, against=True),
-        *counted(others, ACCURACY, "Other settings against their controls"),
-        *counted(nulls, ACCURACY, "Controls of all settings against the plain model"),
-        *study.missing("main", "settings"),
-    ]
-
-
-def generated(study: Study) -> Table:
-    """Generated answers against the plain model and controls."""
-    rows = [e for f in (PLAIN, CONTROLS) for e in study.found("generated", EXACT, f)]
-    return compared(rows, EXACT, against=True) + study.missing("generated")
-
-
-def prose(study: Study) -> Table:
-    """Bits a token of prose."""
-    parts = ("main", "settings")
-    rows = [e for part in parts for e in study.found(part, LOSS, PLAIN)]
-    controls = [e for part in parts for e in study.found(part, LOSS, CONTROLS)]
-    said = counted(controls, LOSS, "All settings against their controls")
-    return compared(rows, LOSS) + said + study.missing(*parts)
-
-
-def coupling(study: Study) -> Table:
-    """With coupling against without."""
-    rows = study.found("main", ACCURACY, COUPLING)
-    bits = study.found("main", LOSS, COUPLING)
-    return [
-        *compared(rows, ACCURACY, against=True),
-        *(["", "The same on prose:", "", *compared(bits, LOSS, against=True)] if bits else []),
-        *study.missing("main"),
-    ]
-
-
-def loop(study: Study) -> Table:
-    """The last answer of the loop, and the one that the labels choose."""
-    heads = ["", "plain", "last answer", "answer of lowest loss", "would have seen, points"]
-    rows = [e for f in (PLAIN, NULLS) for e in study.found("loop", ACCURACY, f)]
-    best = {
-        e["comparison"]["cell"]: e["comparison"]
-        for f in (PLAIN, NULLS)
-        for e in study.found("loop", BEST, f)
-    }
-
-    def change(own: Values) -> str:
-        low, at, high = (100 * own[name] for name in ("low", "difference", "high"))
-        return f"{at:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-    lines = [
-        [
-            named(each["comparison"]["cell"]), f"{100 * each['comparison']['base']:.1f}",
-            change(each["comparison"]), change(best[each["comparison"]["cell"]]),
-            f"{100 * each['detectable']:.2g}",
-        ]
-        for each in rows
-    ]  # fmt: skip
-    count = f"n = {rows[0]['comparison']['n']}." if rows else ""
-    return (table(heads, lines) + ["", count] if rows else []) + study.missing("loop")
-
-
-def selection(study: Study) -> Table:
-    """What every cell gains on the third that the paper's selection keeps."""
-    lines: Table = []
-    for part in ("main", "loop"):
-        kept = study.parts.get(part, {}).get("selected", {})
-        if not kept:
-            continue
-        rows = []
-        for arm in next(iter(kept.values())):
-            gains = [{k: 100 * v for k, v in own[arm].items()} for own in kept.values()]
-            rows.append(
-                [named(arm), *(f"{g['mean']:+.1f} [{g['low']:+.1f}, {g['high']:+.1f}]"
-                               for g in gains)]
-            )  # fmt: skip
-        heads = [f"{part}: gain in points", *(f"the {order} third" for order in kept)]
-        lines += [*table(heads, rows), ""]
-    return lines + study.missing("main", "loop")
 
 
 def curvature(study: Study, claims: Values) -> Table:
@@ -279,27 +96,114 @@ def overhead(sections: Values) -> Table:
             case = sections["layer"]["cases"][f"geometric mean, N = {tokens}, {dtype}"]
             low, high = results.noise(case) or (1.0, 1.0)
             own = [results._cell(case["rows"][name]) for name in VARIANTS]
-            rows.append([f"{tokens} tokens, {dtype}", f"{low:.2f} to {high:.2f}", *own])
+            rows.append(
+                [f"{tokens} token{'s' * (tokens > 1)}, {dtype}", f"{low:.2f} to {high:.2f}", *own]
+            )
     facts = sections["layer"]["machine"]
     place = f"{facts['cpu']}, {facts['instructions']}, {facts['threads']} threads, torch "
     return [*table(heads, rows), "", f"{place}{facts['torch']}, commit {facts['commit']}."]
 
 
+def as_published(sections: Values) -> str:
+    """Say how much more time a layer takes, as published and here."""
+    cases = [sections["layer"]["cases"][f"geometric mean, N = {n}, float32"] for n in (256, 1)]
+    ends = (
+        " to ".join(f"{case['rows'][name]['ratio']:.2f}" for case in cases)
+        for name in (VARIANTS[0], VARIANTS[-1])
+    )
+    said = "as published {} times `nn.Linear` with 256 to 1 tokens; `cpp` {}"
+    return said.format(*ends)
+
+
+def claims_of(study: Study, claims: Values, times: Values) -> Table:
+    """Say of every claim what holds here, in a line."""
+
+    def verdicts(part: str, metric: str, family: str) -> str:
+        rows = study.found(part, metric, family)
+        return "; ".join(
+            f"scope {e['comparison']['cell'].rpartition(', ')[2]}: {e['verdict']} ("
+            f"{100 * e['comparison']['difference']:+.1f} points)".replace("-", "−")
+            for e in rows
+        ) or pending(part)
+
+    def pending(part: str) -> str:
+        return study.missing(part)[0].strip("*") if study.missing(part) else ""
+
+    def against() -> str:
+        found = Counter(e["verdict"] for e in study.found("main", ACCURACY, CONTROLS))
+        said = ", ".join(f"{count} {verdict}" for verdict, count in found.most_common())
+        return f"against its controls, {found.total()} comparisons: {said}" if found else ""
+
+    def kept() -> str:
+        own = study.parts.get("main", {}).get("selected", {}).get("hardest", {})
+        return "; ".join(
+            f"{name} {100 * own[name]['mean']:+.1f}".replace("-", "−")
+            for name in own if "·" not in name and not name.startswith("no coupling")
+        )  # fmt: skip
+
+    def looped(metric: str) -> str:
+        rows = [e for f in (PLAIN, NULLS) for e in study.found("loop", metric, f)]
+        gains = [100 * e["comparison"]["difference"] for e in rows]
+        nulls = gains[-len(study.found("loop", metric, NULLS)) :]
+        return f"{gains[0]:+.1f}, controls {min(nulls):+.1f} to {max(nulls):+.1f}".replace("-", "−")
+
+    refined = pending("loop") or (
+        f"points over plain: last answer {looped(ACCURACY)}; lowest loss {looped(BEST)}"
+    )
+    own = claims["updates"]["paper, token"]["all"]
+    over, most = own["layers above √r·τ"], own["largest over √r·τ"]
+    curve, policies = claims["L-BFGS"], claims["updates"]["paper, token"]["all"]
+    rows = [
+        ("accuracy rises on reasoning tasks", "abstract, §7.1", "accuracy",
+         verdicts("main", ACCURACY, PLAIN)),
+        ("features chosen by activations matter", "§3.3, §7.1", "guidance",
+         against() or pending("main")),
+        ("the most challenging questions show it", "§6.1", "the-papers-selection",
+         f"mean gain on the hardest third, in points: {kept()}" if kept() else pending("main")),
+        ("answering again improves the answer", "§3.7, §7.1", "refinement", refined),
+        ("coupling keeps queries and keys aligned", "§3.8", "coupling",
+         verdicts("main", ACCURACY, COUPLING)),
+        ("L-BFGS: \"may be minimal\"", "§7.2", "l-bfgs",
+         f"rare, then large: it acts in {curve['with a pair']} of {curve['questions']} questions"),
+        ("the norm of the update is at most `√r·τ`", "§4.1", "the-bound-of-the-norm",
+         f"no: above it in {over} of {own['layers']} layers, up to {most:.2f} times; `r·τ` holds"),
+        ("\"approximately 5-15% overhead\"", "§5.4", "overhead", as_published(times)),
+        ("rank and γ follow the input", "§3.5", "adaptation",
+         f"partly: γ in a layer varies by {policies['range of γ in a layer, median']:.2f} (median "
+         "layer, scope token)"),
+    ]  # fmt: skip
+    return table(
+        ["claim", "where", "what holds here"],
+        ([f"[{claim}](#{anchor})", place, found] for claim, place, anchor, found in rows),
+    )
+
+
+def picture(study: Study) -> Table:
+    """The picture of the study."""
+    if "main" not in study.parts:
+        return study.missing("main")
+    return [
+        "![Differences of all settings and their controls from the plain model, with 95 % "
+        f"intervals]({PICTURE})"
+    ]
+
+
 def blocks(folder: Path) -> dict[str, Callable[[], Table]]:
     """Return what makes each table from the result files of a folder, by its name."""
-    path = folder / "reproduction/findings.json"
+    times = results.read(folder / TIMES)
+    path = folder / STUDY / "findings.json"
     study = Study(json.loads(path.read_text()) if path.exists() else None)
     (own,) = (folder / "claims").glob("*.json")
     claims = json.loads(own.read_text())
     made: dict[str, Callable[[], Table]] = {
-        each.__name__: lambda each=each: each(study)
-        for each in (gain, guidance, generated, prose, coupling, loop, selection)
+        each.__name__: lambda each=each: each(study) for each in (*answers.TABLES, picture)
     }
     return made | {
+        "claims": lambda: claims_of(study, claims, times),
         "curvature": lambda: curvature(study, claims),
         "bound": lambda: bound(claims),
         "policy": lambda: policy(claims),
-        "overhead": lambda: overhead(results.read(folder / TIMES)),
+        "overhead": lambda: overhead(times),
     }
 
 
@@ -325,6 +229,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args()
     files.replace(given.page, filled(given.page.read_text(), given.results))
+    drawn = given.results / STUDY / "answers.png"
+    if drawn.exists():
+        shutil.copy(drawn, given.page.parent / PICTURE)
     print(given.page)
 
 
