@@ -124,5 +124,7 @@ def test_tables_of_the_reproduction_are_those_of_the_results():
     page = (ROOT / "docs/reproduction.md").read_text()
     assert filled(page, RESULTS) == page
     picture = RESULTS / "reproduction/answers.png"
+    shown = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text())
+    assert ("](docs/images/study.png)" in shown) == picture.exists()
     if picture.exists():
         assert picture.read_bytes() == (ROOT / "docs/images/study.png").read_bytes()
