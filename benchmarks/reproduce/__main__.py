@@ -17,8 +17,8 @@ from benchmarks.reproduce.report import write_report
 from vps import VPSConfig
 from vps.model.loading import load_model
 
-OUT = Path(".cache/reproduction")
-QUICK = Path(".cache/reproduction-quick")
+OUT = Path(".cache/reproduce")
+QUICK = Path(".cache/reproduce-quick")
 
 
 def main() -> None:

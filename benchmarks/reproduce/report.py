@@ -103,7 +103,7 @@ def write_report(folder: Path) -> str:
 
 def state(finished: int, count: int) -> str:
     """Say how far a part is that is not finished."""
-    return f"{finished} of {count} cells" if count else "not begun"
+    return f"{finished} of {count} cells" if count else "no results here yet"
 
 
 def as_dict(found: Finding, tested: bool) -> dict[str, Any]:

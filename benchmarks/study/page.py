@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from scipy import stats
+
 from benchmarks import results
 from benchmarks.reproduce.findings import CONTROLS, COUPLING, CURVATURE, NULLS, PLAIN
 from benchmarks.reproduce.measures import ACCURACY, BEST
@@ -32,9 +34,11 @@ def curvature(study: Study, claims: Values) -> Table:
     """L-BFGS in the loop: how often it acts, how large it is, and what it changes."""
     own = claims["L-BFGS"]
     low, middle, high = own["step over factor"]
+    share = stats.binomtest(own["with a pair"], own["questions"]).proportion_ci()
     return [
         f"- On {own['questions']} questions of the pilot, three answers each, a layer held a pair "
-        f"in {own['with a pair']}; in the others L-BFGS changed nothing.",
+        f"in {own['with a pair']} ({100 * share.low:.0f} to {100 * share.high:.0f} %, exact 95 % "
+        "interval); in the others L-BFGS changed nothing.",
         f"- There the step `1e-3 · H B̃` has a norm of {low:.2g} to {high:,.0f} times that of `B̃`, "
         f"{middle:.2g} in the median layer; it is larger than `B̃` in "
         f"{own['steps above the factor']} of {own['layers with a pair, of those']} layers.",
@@ -152,7 +156,11 @@ def claims_of(study: Study, claims: Values, times: Values) -> Table:
     )
     own = claims["updates"]["paper, token"]["all"]
     over, most = own["layers above √r·τ"], own["largest over √r·τ"]
-    curve, policies = claims["L-BFGS"], claims["updates"]["paper, token"]["all"]
+    curve, every = claims["L-BFGS"], claims["updates"]
+    ranges = [
+        f"{every[f'paper, {scope}']['all']['range of γ in a layer, median']:.2f}"
+        for scope in ("token", "prompt")
+    ]
     rows = [
         ("accuracy rises on reasoning tasks", "abstract, §7.1", "accuracy",
          verdicts("main", ACCURACY, PLAIN)),
@@ -169,8 +177,8 @@ def claims_of(study: Study, claims: Values, times: Values) -> Table:
          f"no: above it in {over} of {own['layers']} layers, up to {most:.2f} times; `r·τ` holds"),
         ("\"approximately 5-15% overhead\"", "§5.4", "overhead", as_published(times)),
         ("rank and γ follow the input", "§3.5", "adaptation",
-         f"partly: γ in a layer varies by {policies['range of γ in a layer, median']:.2f} (median "
-         "layer, scope token)"),
+         f"in part: γ of the median layer varies by {ranges[0]} under scope token, by {ranges[1]} "
+         "under prompt"),
     ]  # fmt: skip
     return table(
         ["claim", "where", "what holds here"],

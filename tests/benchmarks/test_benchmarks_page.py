@@ -103,11 +103,11 @@ def test_what_is_not_finished_is_said(folder, tmp_path):
     shutil.rmtree(study / "generated")
     text = write_report(study)
     assert "Not finished: main, 10 of 11 cells." in text
-    assert "Not finished: generated, not begun." in text
+    assert "Not finished: generated, no results here yet." in text
     filled = page.filled((ROOT / "docs/reproduction.md").read_text(), tmp_path)
     tables = dict(re.findall(r"<!-- results: (\w+) -->\n(.*?)<!-- /results -->", filled, re.S))
     assert "part main, 10 of 11 cells" in tables["gain"] and "γ = 0.1, token" in tables["gain"]
-    assert tables["generated"].strip() == "*Not finished: part generated, not begun.*"
+    assert tables["generated"].strip() == "*Not finished: part generated, no results here yet.*"
     assert "study.png" not in tables["picture"]
     shutil.rmtree(study)
     filled = page.filled((ROOT / "docs/reproduction.md").read_text(), tmp_path)
