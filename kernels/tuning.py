@@ -246,13 +246,13 @@ def edit(tokens: int, r: int, element_size: int, architecture: str) -> dict[str,
 
 
 def decode_apply(width: int, records: int, key_size: int) -> dict[str, int]:
-    """Let one warp of each program bring 8 KB of records together, which needs no barrier.
+    """Let one warp of each program bring 4 KB of records together, which needs no barrier.
 
-    So many fit its registers; more take several warps, of fewer programs.
+    More take several warps, of fewer programs: in one warp, 8 KB of several layers spill.
     """
     block = max(16, power_of_2(records))
     size = block * key_size
-    warps = 1 if size <= 8192 else 4 if size <= 32768 else 8
+    warps = 1 if size <= 4096 else 2 if size <= 8192 else 4 if size <= 32768 else 8
     return {
         "RECORDS": block,
         "BLOCK_D": max(16, min(128 * warps, power_of_2(width))),

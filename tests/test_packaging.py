@@ -145,7 +145,7 @@ def test_every_package_is_listed():
 def test_plain_install(tmp_path, source):
     target = tmp_path / "target"
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--target", str(target)]
-    # What the wheel below builds, a minute on a slow machine, is left out here.
+    # What `make wheel` builds, a minute on a slow machine, is left out here.
     command = "-m", "pip", "install", "-q", *options, source
     run = execute(*command, cwd=tmp_path, VPS_BUILD_CPP="0")
     assert run.returncode == 0, run.stderr
@@ -153,6 +153,7 @@ def test_plain_install(tmp_path, source):
         assert (target / "vps/cli/demo" / name).is_file()
     assert (target / "vps/kernels/probe.py").is_file()
     assert (target / "vps/verify/units.txt").is_file()
+    assert (target / "vps/py.typed").is_file()
     assert not (target / "kernels").exists()
     run = python(
         "import vps, vps.kernels.probe; print(vps.__file__)", cwd=tmp_path, PYTHONPATH=str(target)
@@ -161,7 +162,7 @@ def test_plain_install(tmp_path, source):
 
 
 def test_built_archives_hold_the_kernels(tmp_path, source):
-    """An sdist from the tree, and a wheel from that sdist."""
+    """An sdist from the tree, and a wheel from that sdist; C++ is tests/test_wheel.py's."""
     build = "from setuptools import build_meta; print(build_meta.build_{}('..'))"
     run = python(build.format("sdist"), cwd=source)
     assert run.returncode == 0, run.stderr
@@ -171,7 +172,7 @@ def test_built_archives_hold_the_kernels(tmp_path, source):
         assert {"vps/kernels/probe.py", "vps/kernels/README.md", "LICENSE"} <= files
         archive.extractall(tmp_path, filter="data")
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
-    run = python(build.format("wheel"), cwd=unpacked)
+    run = python(build.format("wheel"), cwd=unpacked, VPS_BUILD_CPP="0")
     assert run.returncode == 0, run.stderr
     files = zipfile.ZipFile(tmp_path / run.stdout.splitlines()[-1]).namelist()
     assert {"vps/kernels/probe.py", "vps/kernels/README.md", "vps/cli/demo/report.html"} <= {*files}

@@ -1,4 +1,7 @@
-"""Say what this machine can run: versions, devices, backends, engines and optional packages."""
+"""Say what this machine can run: versions, devices, backends, engines and optional packages.
+
+torch is loaded when it is asked, since commands look up versions and extras here that need none.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,6 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vps.backends.dispatch import backends
-
 OPTIONAL = {
     "transformers": "hf",
     "gguf": "hf",
@@ -21,15 +20,21 @@ OPTIONAL = {
     "rich": "cli",
     "jinja2": "cli",
     "triton": "gpu",
+    "yaml": "eval",
+    "filelock": "eval",
     "sympy": "verify",
     "pint": "verify",
     "math_verify": "verify",
     "lm_eval": "eval",
     "reasoning_gym": "eval",
+    "datasets": "eval",
+    "numpy": "eval",
     "scipy": "eval",
     "matplotlib": "plots",
     "vllm": "vllm",
 }
+
+_DISTRIBUTIONS = {"yaml": "pyyaml"}  # where a package is installed by another name
 
 ENGINES = {  # package, what it is for, and the extra of vps-kernels that brings it
     "bitsandbytes": ("bitsandbytes", "nf4, fp4, int8", "engines"),
@@ -42,6 +47,10 @@ OLDEST_TRANSFORMERS = (5, 17)  # with tensor parallelism by DistributedConfig
 
 def diagnose() -> dict[str, dict[str, Any]]:
     """Collect facts in sections, by name a value or a reason, as plain data fit for JSON."""
+    import torch
+
+    from vps.backends.dispatch import backends
+
     return {
         "versions": {
             "vps": package_version("vps-kernels"),
@@ -49,7 +58,9 @@ def diagnose() -> dict[str, dict[str, Any]]:
             "torch": torch.__version__,
         },
         "packages": {
-            name: _missing(extra) if util.find_spec(name) is None else package_version(name)
+            name: _missing(extra)
+            if util.find_spec(name) is None
+            else package_version(_DISTRIBUTIONS.get(name, name))
             for name, extra in OPTIONAL.items()
         },
         "devices": _devices(),
@@ -59,11 +70,20 @@ def diagnose() -> dict[str, dict[str, Any]]:
     }
 
 
+def how_to_install(module: str | None) -> str:
+    """Return a hint at the extra that brings a module; an empty string for one that none brings."""
+    package = (module or "").partition(".")[0]
+    extra = OPTIONAL.get(package)
+    return f": pip install 'vps-kernels[{extra}]'" if extra else ""
+
+
 def _missing(extra: str) -> str:
     return f"missing: pip install 'vps-kernels[{extra}]'"
 
 
 def _devices() -> dict[str, str]:
+    import torch
+
     processor = platform.processor() or platform.machine()
     devices = {"cpu": f"{processor}, {torch.get_num_threads()} threads"}
     if torch.version.cuda is None and torch.version.hip is None:
@@ -113,14 +133,14 @@ def engines() -> dict[str, str]:
 def _fsdp() -> str:
     transports = _transports()
     if transports is None:
-        return f"none: torch {torch.__version__} is built without torch.distributed"
+        return f"none: torch {package_version('torch')} is built without torch.distributed"
     return f"available: fully_shard before and after vps.patch ({transports})"
 
 
 def _tensor_parallel() -> str:
     transports, version = _transports(), _version("transformers")
     if transports is None:
-        return f"none: torch {torch.__version__} is built without torch.distributed"
+        return f"none: torch {package_version('torch')} is built without torch.distributed"
     if version is None:
         return _missing("hf")
     parts = version.split(".")[:2]
@@ -142,6 +162,8 @@ def _vllm() -> str:
 
 def _transports() -> str | None:
     """Name the ways in which processes can talk; ``None`` if torch has no torch.distributed."""
+    import torch
+
     if not torch.distributed.is_available():
         return None
     ways = {

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,20 @@ def lines(path: Path) -> list[tuple[int, bytes]]:
     """
     every = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [(number, line) for number, line in enumerate(every, 1) if line.strip()]
+
+
+def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the JSON object of every line that is not blank, with its number from 1.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no JSON object; the message names file and line.
+    """
+    for number, line in lines(path):
+        values = parse_object(line)
+        if values is None:
+            raise ValueError(f"{path}, line {number}: {why_none(line)}")
+        yield number, values
 
 
 def why_none(line: bytes) -> str:

@@ -24,8 +24,8 @@ COMPILERS = 14  # processes that compile kernels, on 16 cores
 OPTIONAL = ("build", "harness")  # which need nvcc
 TABLE = 11_000  # characters of the table
 KERNELS = (
-    *("columns", "core", "couple", "decode_together", "delta", "edited", "entropy", "factors"),
-    *("features", "scores", "select"),
+    *("again", "columns", "core", "couple", "decode_together", "delta", "edited", "entropy"),
+    *("factors", "features", "scores", "select"),
 )
 TESTS = (
     *("tests/kernels/test_decode.py", "tests/backends/test_csrc_cuda.py"),

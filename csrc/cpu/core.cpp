@@ -46,8 +46,10 @@ void eigen(double* A, double* Q, int64_t n) {
         if (!(std::fabs(a) > 1e-17 * std::sqrt(std::fabs(A[p * n + p] * A[q * n + q])))) continue;
         rotated = true;
         const double theta = (A[q * n + q] - A[p * n + p]) / (2 * a);
-        const double t = std::copysign(1.0, theta) / (std::fabs(theta) + std::hypot(theta, 1.0));
-        const double c = 1 / std::hypot(t, 1.0), s = t * c;
+        // A θ whose square overflows gives t = 0; std::hypot would ask for glibc 2.35.
+        const double t =
+            std::copysign(1.0, theta) / (std::fabs(theta) + std::sqrt(theta * theta + 1.0));
+        const double c = 1 / std::sqrt(t * t + 1.0), s = t * c;
         const auto rotate = [c, s](double& u, double& v) {
           const double old = u;
           u = c * old - s * v;

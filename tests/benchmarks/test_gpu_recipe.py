@@ -82,7 +82,8 @@ def test_every_file_with_a_test_for_gpus_is_named():
     found = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         text = path.read_text()
-        fixture = re.search(r"def test_.*[( ]device[,)]", text)
+        uses = r"^(?:@pytest\.fixture.*\ndef \w+|def test_\w+)\(.*\bdevice[,)]"
+        fixture = re.search(uses, text, re.M)
         own = path == Path(__file__) or path.name == "test_policy_state.py"  # a device of its own
         if not own and ("mark.cuda" in text or fixture):
             found.add(str(path.relative_to(ROOT)))

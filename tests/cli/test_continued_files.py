@@ -30,7 +30,7 @@ FOREIGN = {
     "blank lines around": b"\n\n  notes\n\n",
     "the names of cells": b'{"cell": 1',
 }
-NO_MODEL = ("--model", "/no/such")  # for what is refused before any model is looked for
+NO_MODEL = ("--model", "nobody/none")  # for what is refused before any model is looked for
 
 
 @pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)

@@ -275,3 +275,12 @@ def test_many_tokens_are_left_alone(launches):
     same(model(x), plain(model, x))
     assert not launches["gemv_kernel"]
     assert sharpened_layers(model)
+
+
+def test_a_prefill_teaches(launches):
+    """So the first step after it is computed as all that follow, and again in another run."""
+    model = patched()
+    model(torch.randn(1, 6, 16))
+    launches.clear()
+    model(torch.randn(1, 1, 16))
+    assert launches["gemv_kernel"] == launches["apply_kernel"] == 1

@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 from fitting_cases import learner
-from tiny import number_tokenizer
+from tiny import number_llama, number_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 import vps
-from vps.model.generation import encode, generate, sample
+from vps.model.generation import encode, generate, generate_together, sample
 from vps.model.loading import load_model
 
 OTHER_MODES = {
@@ -155,3 +155,13 @@ def texts(values):
     if isinstance(values, dict):
         return {name: texts(value) for name, value in values.items() if name != "seconds"}
     return [texts(value) for value in values] if isinstance(values, list) else values
+
+
+@pytest.mark.parametrize("pad", ["<pad>", None])
+def test_prompts_of_one_batch_are_answered_as_alone(pad):
+    model, own = number_llama(), number_tokenizer()
+    vps.patch(model, vps.VPSConfig(gamma=0.6))
+    own.pad_token = pad
+    inputs = [encode(own, prompt) for prompt in ("1 2 3 4 5 6", "7", "8 9")]
+    alone = [generate(model, own, each, 8).text for each in inputs]
+    assert generate_together(model, own, inputs, 8) == alone and len(set(alone)) == 3

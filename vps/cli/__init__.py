@@ -16,6 +16,7 @@
 ====================  ============================================================
 """
 
+import gc
 import io
 import logging
 import os
@@ -26,13 +27,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from vps import __version__
 from vps.cli.terminal import quiet, standard_streams
+from vps.doctor import how_to_install
 
 if TYPE_CHECKING:
     from vps.cli.options import Command
 
 __all__ = ["main"]
 
-EXAMPLES = """\b
+EPILOG = """\b
 Examples:
   vps generate --model HuggingFaceTB/SmolLM2-135M-Instruct \\
     --prompt "What is 17 + 25?" --compare
@@ -44,6 +46,12 @@ Examples:
   vps ablate grid.yaml --model model.gguf --tasks arc_easy --out runs/x
   vps report runs/x
   vps doctor
+
+\b
+Environment:
+  VPS_BACKEND  who computes a layer: torch, cpp, triton, cuda or reference
+  VPS_CACHE    folder of dequantized .gguf weights, 4 bytes a parameter
+               (default: ~/.cache/vps), or off to keep none
 """
 
 
@@ -60,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     debug = False
     level = logging.root.manager.disable
+    collects = gc.isenabled()
+    gc.disable()  # a sixth of the time until a model is loaded, which enables it again
     try:
         command = _parse(argv)
         if command is not None:
@@ -79,6 +89,7 @@ def _run(argv: list[str] | None) -> int:
         return _complain(error)
     finally:
         logging.disable(level)
+        (gc.enable if collects else gc.disable)()
     return 0
 
 
@@ -120,9 +131,7 @@ def _parse(argv: list[str] | None) -> "Command | None":
         """Sharpen the linear layers of a language model on the fly."""
 
     settings = {"help_option_names": ["-h", "--help"]}
-    app = typer.Typer(
-        add_completion=False, rich_markup_mode=None, epilog=EXAMPLES, context_settings=settings
-    )
+    app = typer.Typer(rich_markup_mode=None, epilog=EPILOG, context_settings=settings)
     app.callback()(about)
     for command in (Generate, Refine, Calibrate, Eval, Ablate, Report, Demo, Doctor):
         app.command(command.__name__.lower(), context_settings=settings)(command)
@@ -130,16 +139,24 @@ def _parse(argv: list[str] | None) -> "Command | None":
     given = list(sys.argv[1:] if argv is None else argv)
     shown = io.StringIO()  # Typer itself would write UTF-8 to an ASCII terminal
     try:
-        with redirect_stdout(shown), parser.make_context("vps", given) as context:
-            return parser.invoke(context)
-    except typer.Exit:
+        with redirect_stdout(shown):
+            if "_VPS_COMPLETE" in os.environ:  # a shell asks what could come next
+                parser.main([], prog_name="vps")
+            with parser.make_context("vps", given) as context:
+                return parser.invoke(context)
+    except (typer.Exit, SystemExit) as end:  # the latter of what completes
         print(shown.getvalue(), end="")
+        code = getattr(end, "exit_code", getattr(end, "code", 0))
+        if code:
+            raise SystemExit(code) from None
         return None
 
 
 def _complain(error: Exception) -> int:
     """Print one line about an error and return the exit code that it means."""
     message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in message:
+        message += how_to_install(error.name)
     message = message.replace(": Value error, ", ": ")  # which Typer takes over from pydantic
     line = " ".join(message.split()) or type(error).__name__
     context = getattr(error, "ctx", None)  # of what Typer refuses

@@ -76,8 +76,11 @@ class Ablate(TaskOptions):
         tasks = self.task_names()
         try:
             grid = read_grid(self.grid)
-        except (GridError, OSError) as error:
+        except GridError as error:
             raise UsageError(str(error)) from error
+        except OSError as error:
+            raise UsageError(f"{self.grid}: {error.strerror or error}") from error
+        self.check_model()
         settings = {
             "version": __version__,
             "model": self.model,

@@ -79,6 +79,16 @@ class Calibrate(ConfigOptions, ModelOptions):
     def run(self) -> None:
         """Fit or take gradients, write, print."""
         self.exclude("layers", "top_layers")
+        for option, path in (
+            ("--data", self.data),
+            ("--held-out", self.held_out),
+            ("--other-text", self.other_text),
+        ):
+            if path is not None:
+                with blaming(option, path):
+                    for _ in files.objects(path):  # before torch is loaded
+                        pass
+        self.check_model()
         config = read_config(self.config, self.settings)
         examples = _read("--data", self.data)
         held_out = None if self.held_out is None else _read("--held-out", self.held_out)
@@ -136,7 +146,10 @@ class Calibrate(ConfigOptions, ModelOptions):
                 given[name] = getattr(self, name)
         with blaming("--learning-rate", self.learning_rate):
             if self.learning_rate is not None:
-                rates = tuple(float(rate) for rate in self.learning_rate.split(","))
+                try:
+                    rates = tuple(float(rate) for rate in self.learning_rate.split(","))
+                except ValueError:
+                    raise ValueError("expected numbers, separated by commas") from None
                 given["learning_rates"] = rates
             return Options(**given)
 

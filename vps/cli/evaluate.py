@@ -76,6 +76,7 @@ class Eval(CalibrationOptions, TaskOptions):
         """Evaluate, print and write."""
         sharpening = self.sharpening()
         tasks = self.task_names()
+        self.check_model()
         self._claim()
         process = take_process(os.environ)
         with joined(process) as group:
@@ -89,7 +90,9 @@ class Eval(CalibrationOptions, TaskOptions):
             return
         for name in (OUTCOMES, SCORES):
             if (self.out / name).exists():
-                raise UsageError(f"--out {self.out}: holds {name} of another run")
+                raise UsageError(
+                    f"--out {self.out}: holds {name} of another run; give another folder"
+                )
         with blaming("--out", self.out):
             self.out.mkdir(parents=True, exist_ok=True)
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,7 +18,7 @@ from vps.cli.options import (
     PromptOptions,
     integer,
 )
-from vps.cli.terminal import Progress, difference_line, side_by_side
+from vps.cli.terminal import GrowingColumns, Progress, difference_line, side_by_side
 
 
 @dataclass(kw_only=True)
@@ -32,6 +35,7 @@ class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
             self.settings.insert(0, f"seed={self.seed}")
         sharpening = self.sharpening()
         prompt = self.read_prompt()
+        self.check_model()
 
         from vps.model.generation import encode, first_difference, generate
         from vps.model.patching import disabled
@@ -41,13 +45,29 @@ class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
             model, tokenizer = self.load(progress)
             report = sharpening.patch(model)
             inputs = encode(tokenizer, prompt, chat=not self.no_chat)
-            progress.step("generating, sharpened", tokens)
-            sharpened = generate(model, tokenizer, inputs, tokens, progress.advance)
             plain = None
-            if self.compare:
-                progress.step("generating, plain", tokens)
-                with disabled(model):
-                    plain = generate(model, tokenizer, inputs, tokens, progress.advance)
+            if self.as_json:
+                progress.step("generating, sharpened", tokens)
+                sharpened = generate(model, tokenizer, inputs, tokens, progress.advance)
+                if self.compare:
+                    progress.step("generating, plain", tokens)
+                    with disabled(model):
+                        plain = generate(model, tokenizer, inputs, tokens, progress.advance)
+            elif self.compare:
+                progress.close()
+                with GrowingColumns() as columns:
+                    sharpened = generate(model, tokenizer, inputs, tokens, show=columns.sharpened)
+                    with disabled(model):
+                        plain = generate(model, tokenizer, inputs, tokens, show=columns.plain)
+            else:
+                if sys.stdout.isatty():
+                    progress.close()
+                else:
+                    progress.step("generating, sharpened", tokens)
+                with streamed() as show:
+                    sharpened = generate(
+                        model, tokenizer, inputs, tokens, progress.advance, show=show
+                    )
         result: dict[str, Any] = {
             "model": self.model,
             "prompt": prompt,
@@ -67,5 +87,23 @@ class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         elif plain is not None:
             print(side_by_side(plain.text, sharpened.text))
             print(difference_line(result["first_difference"]))
-        else:
-            print(sharpened.text)
+
+
+@contextmanager
+def streamed() -> Iterator[Callable[[str], None]]:
+    """Write pieces of a text to standard output as they come, and a line's end after the last."""
+    written = False
+
+    def show(piece: str) -> None:
+        nonlocal written
+        written = True
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    try:
+        yield show
+    except BaseException as error:
+        if written and not isinstance(error, BrokenPipeError):
+            print(flush=True)  # what is said of the error begins a line
+        raise
+    print(flush=True)

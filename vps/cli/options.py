@@ -7,6 +7,8 @@ Their annotations are no strings, since Typer reads those of several modules at 
 
 import codecs
 import dataclasses
+import difflib
+import gc
 import io
 import os
 import sys
@@ -24,6 +26,8 @@ from vps.cli.terminal import Progress, muted, quiet_transformers, warn
 from vps.cli.values import (
     UsageError,
     blaming,
+    complete_field,
+    complete_tasks,
     names_of,
     positive,
     read_config,
@@ -37,6 +41,10 @@ if TYPE_CHECKING:
     from vps.model.calibration import Calibration
     from vps.model.patching import PatchReport
 
+DEVICES = (
+    "cpu", "cuda", "mps", "xpu", "hpu", "ipu", "mtia", "maia", "meta", "npu", "mlu", "musa",
+    "privateuseone",
+)  # fmt: skip
 PATIENCE = timedelta(weeks=52)  # processes need not be equally fast
 
 typed = partial(Option, parser=text_as_typed, metavar="TEXT")
@@ -79,6 +87,24 @@ class ModelOptions(Command):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Annotated[str, Option(help="torch device")] = "cpu"
 
+    def check_model(self) -> None:
+        """Refuse a path without a model and a misspelled device; loads no torch.
+
+        Raises:
+            UsageError: one of them.
+            ValueError: the file is no GGUF file.
+        """
+        kind = self.device.partition(":")[0]
+        if kind not in DEVICES:
+            near = difflib.get_close_matches(kind, DEVICES, n=1)
+            meant = "cuda" if kind == "gpu" else near[0] if near else None
+            if meant is not None:  # others may be of a plugin, so torch is asked
+                raise UsageError(f"--device {self.device}: unknown; did you mean {meant!r}?")
+        from vps.model.loading import located
+
+        with blaming("--model", kinds=(FileNotFoundError,)):
+            located(self.model)
+
     def load(self, progress: Progress, device: str | None = None) -> tuple[Any, Any]:
         """Load the model and its tokenizer, on ``device`` where it is not that of the option.
 
@@ -86,15 +112,18 @@ class ModelOptions(Command):
             UsageError: an unusable device, or a path without a model.
             ModuleNotFoundError, OSError, ValueError: as for :func:`vps.model.loading.load_model`.
         """
+        self.check_model()
         import torch
 
+        from vps.model.loading import load_model, step_of_loading
+
+        progress.step(step_of_loading(self.model))
         quiet_transformers(self.debug)
         device = usable_device(device or self.device)
-        from vps.model.loading import load_model
-
-        progress.step("loading the model")
         with muted(self.debug), blaming("--model", kinds=(FileNotFoundError,)):
-            return load_model(self.model, getattr(torch, self.dtype), device)
+            loaded = load_model(self.model, getattr(torch, self.dtype), device)
+        gc.enable()  # which the start of a command turns off
+        return loaded
 
 
 def usable_device(name: str) -> str:
@@ -110,7 +139,10 @@ def usable_device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: not a usable torch device: {reason}") from None
+        raise UsageError(
+            f"--device {name}: not a usable torch device: {reason}; "
+            "`vps doctor` lists those of this machine"
+        ) from None
     if kind == "meta":
         raise UsageError(f"--device {name}: holds no data")
     return name
@@ -138,7 +170,9 @@ class PromptOptions(Command):
         else:
             prompt = _standard_input()
         if not prompt.strip():
-            raise UsageError("the prompt is empty")
+            given = self.prompt is not None or self.prompt_file is not None
+            hint = "" if given else "; give --prompt, --prompt-file or text on standard input"
+            raise UsageError(f"the prompt is empty{hint}")
         return prompt
 
 
@@ -150,6 +184,10 @@ def _standard_input() -> str:
         if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.encoding is not None:
             ascii_ = codecs.lookup(sys.stdin.encoding).name == "ascii"
             sys.stdin.reconfigure(encoding="utf-8" if ascii_ else None, errors="strict")
+        if sys.stdin.isatty():
+            print(
+                "vps: type the prompt, and end it with Ctrl-D on a line of its own", file=sys.stderr
+            )
         return sys.stdin.read().removeprefix(MARK)
     except UnicodeDecodeError as error:
         kind = error.encoding.upper()
@@ -179,6 +217,7 @@ class ConfigOptions(Command):
             help="change one field, e.g. gamma=0.3, tau=null, rank_bounds=1,2, "
             "target_modules=q_proj,v_proj (names) or '.*up_proj' (a regular expression); may be "
             "repeated; a value given for gamma, rank, topk or order holds",
+            autocompletion=complete_field,
         ),
     ]
 
@@ -200,9 +239,10 @@ class CalibrationOptions(ConfigOptions):
         """
         if self.calibration is None:
             return Sharpening(read_config(self.config, self.settings))
-        from vps.model.calibration import Calibration
-
         with blaming("--calibration", self.calibration):
+            read_text(self.calibration)  # before torch is loaded
+            from vps.model.calibration import Calibration
+
             calibration = Calibration.load(self.calibration)
         config = read_config(self.config, self.settings, calibration.config)
         own = dataclasses.asdict(calibration.config)
@@ -246,7 +286,14 @@ class Sharpening(NamedTuple):
 class TaskOptions(ModelOptions):
     """Take tasks of lm-evaluation-harness."""
 
-    tasks: Annotated[str, Option(metavar="A,B", help="names of tasks or groups, or YAML files")]
+    tasks: Annotated[
+        str,
+        Option(
+            metavar="A,B",
+            help="names of tasks or groups, or YAML files",
+            autocompletion=complete_tasks,
+        ),
+    ]
     include_path: Annotated[list[Path], many(help="folder of YAML tasks; may be repeated")]
     limit: Annotated[int | None, count(help="documents of each task (default: all)")] = None
     batch_size: Annotated[int, count(metavar="B", help="documents at once")] = 8

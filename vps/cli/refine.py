@@ -96,10 +96,13 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
 
     def _refine_prompt(self, sharpening: Sharpening, options: dict[str, Any]) -> None:
         if self.out is not None:
-            raise UsageError("--out: only with --data")
+            raise UsageError(
+                "--out: only with --data; the answer to --prompt is printed, with --json as JSON"
+            )
         prompt = self.read_prompt()
         if self.gold is not None and not self.gold.strip():
             raise UsageError("--gold: expected an answer, got nothing")
+        self.check_model()
         from vps.refine import refine
 
         with Progress() as progress:
@@ -114,7 +117,7 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
 
     def _refine_rows(self, data: Path, sharpening: Sharpening, options: dict[str, Any]) -> None:
         if self.out is None:
-            raise UsageError("--data: needs --out")
+            raise UsageError("--data: needs --out, the file of its results")
         if self.gold is not None:
             raise UsageError("--gold: not with --data, whose rows hold their own")
         settings = {

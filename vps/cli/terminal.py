@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from importlib import util
-from typing import Any
+from typing import Any, TextIO
 
 DELAY = 2.0  # seconds that a step may take before it is shown
 
@@ -67,13 +67,15 @@ def quiet(debug: bool) -> None:
         return
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("always", "VPSConfig: ")
-    warnings.showwarning = lambda message, *_, **__: warn(message)
+    for ours in ("VPSConfig: ", "load_model: "):
+        warnings.filterwarnings("always", ours)
+    stream = sys.stderr  # which bars are kept off where the warning may come
+    warnings.showwarning = lambda message, *_, **__: warn(message, stream)
 
 
-def warn(message: object) -> None:
+def warn(message: object, stream: TextIO | None = None) -> None:
     """Print a warning as one line of ours."""
-    print(f"vps: warning: {message}", file=sys.stderr)
+    print(f"vps: warning: {message}", file=sys.stderr if stream is None else stream)
 
 
 def quiet_transformers(debug: bool) -> None:
@@ -152,6 +154,51 @@ class Progress:
             self._start.join()
             self._bar.stop()
             self._bar = None
+
+
+class GrowingColumns:
+    """Show two texts side by side while they grow, where :class:`Progress` would show a line.
+
+    A context, whose end takes them away.
+    """
+
+    def __init__(self) -> None:
+        self._texts = {"plain": "", "sharpened": ""}
+        self._live: Any = None
+
+    def __enter__(self) -> GrowingColumns:
+        if not sys.stderr.isatty():
+            return self
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        console = Console(file=sys.stderr)
+
+        def drawn() -> Text:
+            lines = side_by_side(**self._texts).splitlines()
+            room = max(1, console.height - 3)  # for the end of what is longer than the terminal
+            return Text("\n".join([*lines[:2], *lines[2:][-room:]]))
+
+        if console.is_interactive:
+            self._live = Live(
+                get_renderable=drawn, console=console, refresh_per_second=8, transient=True,
+                redirect_stdout=False, redirect_stderr=False,
+            )  # fmt: skip
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def plain(self, piece: str) -> None:
+        """Add to the plain text."""
+        self._texts["plain"] += piece
+
+    def sharpened(self, piece: str) -> None:
+        """Add to the sharpened text."""
+        self._texts["sharpened"] += piece
 
 
 def side_by_side(plain: str, sharpened: str) -> str:

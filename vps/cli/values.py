@@ -91,6 +91,19 @@ def names_of(option: str, text: str) -> list[str]:
     return names
 
 
+def complete_field(incomplete: str) -> list[str]:
+    """Return the settings that begin so, for a shell to complete."""
+    return [f"{name}=" for name in VPSConfig.field_names() if name.startswith(incomplete)]
+
+
+def complete_tasks(incomplete: str) -> list[str]:
+    """Complete the last of several tasks by names of those that need no download."""
+    from vps.evaluation.tasks import names
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in names() if name.startswith(last)]
+
+
 def read_config(
     path: Path | None, settings: list[str], default: VPSConfig | None = None
 ) -> VPSConfig:
@@ -103,7 +116,7 @@ def read_config(
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
-            raise UsageError(f"--set {setting}: expected FIELD=VALUE")
+            raise UsageError(f"--set {setting}: expected FIELD=VALUE, such as gamma=0.1")
         if name not in VPSConfig.field_names():
             raise UsageError(f"--set {setting}: unknown field {name!r}{nearest_field(name)}")
         changes[name] = _value(name, text)

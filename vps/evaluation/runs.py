@@ -22,7 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from vps import files
@@ -226,6 +225,8 @@ def _evaluated(cell: Cell, evaluate: Evaluator, first: bool, facts: Mapping[str,
 
 def machine_facts(device: str = "cpu") -> dict[str, Any]:
     """Return machine and versions, as they are written to each cell."""
+    import torch
+
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else processor_name()
     return {

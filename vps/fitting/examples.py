@@ -121,10 +121,7 @@ def read_examples(path: Path) -> list[Example]:
         TypeError, ValueError: a line that is no example; the message names file and line.
     """
     found = []
-    for number, line in files.lines(path):
-        values = files.parse_object(line)
-        if values is None:
-            raise ValueError(f"{path}, line {number}: {files.why_none(line)}")
+    for number, values in files.objects(path):
         found.append(parse(values, f"{path}, line {number}", empty=True))
     return found
 

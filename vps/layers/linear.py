@@ -25,7 +25,7 @@ from vps.layers.own_forward import (
     parameter,
     running_plain,
 )
-from vps.layers.pairing import Coupling, read
+from vps.layers.pairing import Coupling, note, read
 from vps.layers.riding import ForwardWeight
 from vps.layers.weight_rows import RowNorms
 from vps.masking import STATE, held_for
@@ -275,6 +275,8 @@ class SharpenedLayer:
             found = keep(x, (self,), layers)
             if found is not self.kept:
                 self.kept = found
+            if found is not None:
+                note(x, (self,), found)
         return y
 
     def answer(self, x: Tensor) -> Tensor:

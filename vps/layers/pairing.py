@@ -50,14 +50,14 @@ class Reading:
     """Layers that read one x, one after the other, while the forward of a model runs.
 
     Args:
-        x: what they read.
+        x: a reference to what they read.
         state: its version, and where it is ready (:func:`vps.backends.sharing.state_of`).
         kept: the plan of the first, which remembers the others.
         layers: those that were called; first the query and the key, if they select together.
     """
 
     def __init__(self, x: Tensor, state: Any, kept: Kept, layers: tuple[Any, ...]) -> None:
-        self.x, self.state, self.kept, self.layers = x, state, kept, list(layers)
+        self.x, self.state, self.kept, self.layers = weakref.ref(x), state, kept, list(layers)
         self.forward = STATE.layouts[-1]
         # By layer: its output, and its weight with the version that was multiplied.
         self.outputs: dict[Any, tuple[Tensor, Tensor, int]] = {}
@@ -81,27 +81,37 @@ class Reading:
         STATE.readings.clear()
 
 
+def note(x: Tensor, layers: tuple[Any, ...], kept: Kept) -> tuple[Reading | None, Tensor | None]:
+    """Note that layers read x while a model runs, perhaps after others.
+
+    Return the reading that begins with them, or ``None``; and the output that waits for a single
+    layer, or ``None``.
+    """
+    layouts = STATE.layouts
+    if not layouts or layouts[-1].owner is None or torch.is_grad_enabled() or x.dim() != 3:
+        return None, None
+    if (state := sharing.state_of(x, None)) is None:
+        return None, None
+    for last in STATE.readings:
+        if last.x() is x and last.state == state and last.forward is layouts[-1]:
+            return None, last.take(layers[0]) if len(layers) == 1 else None
+        last.end()
+    reading = Reading(x, state, kept, layers)
+    STATE.readings.append(reading)
+    return reading, None
+
+
 def read(x: Tensor, layers: tuple[Any, ...], kept: Kept, plan: Plan) -> list[Tensor | None]:
     """Return what :func:`compute` does, by kernels that take other layers of the same x as well.
 
     Their outputs wait in ``STATE.readings`` until they are called in the same forward of a model,
     where nothing else runs between. A layer with a hook before it is left alone.
     """
-    layouts = STATE.layouts
-    if not layouts or layouts[-1].owner is None or torch.is_grad_enabled():
+    reading, waiting = note(x, layers, kept)
+    if waiting is not None:
+        return [waiting]
+    if reading is None or not dispatch.takes_several(plan, x):
         return compute(x, plan)
-    if x.dim() != 3 or not dispatch.takes_several(plan, x):
-        return compute(x, plan)
-    state = sharing.state_of(x, None)
-    if state is None:
-        return compute(x, plan)
-    for last in STATE.readings:
-        if last.x is x and last.state == state and last.forward is layouts[-1]:
-            y = last.take(layers[0]) if len(layers) == 1 else None
-            return compute(x, plan) if y is None else [y]
-        last.end()
-    reading = Reading(x, state, kept, layers)
-    STATE.readings.append(reading)
     others = []
     for reference in kept.readers or ():
         other = reference()
@@ -209,6 +219,8 @@ class Coupling:
         ys = sharpen(x, both, layer.config, heads=heads, state=layer.state, held=decided)
         if not compiling:
             self.kept = keep(x, layers, both, heads)
+            if self.kept is not None:
+                note(x, layers, self.kept)
         return ys
 
     def _may_wait(self, x: Tensor) -> bool:

@@ -85,21 +85,75 @@ def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-class _Counter:
-    """A streamer of transformers that reports every new token."""
+class _Streamer:
+    """A streamer of transformers that counts new tokens and shows the text as it grows."""
 
-    def __init__(self, advance: Callable[[], None]) -> None:
+    def __init__(
+        self, tokenizer: Any, advance: Callable[[], None] | None, show: Callable[[str], None] | None
+    ) -> None:
         self._advance = advance
+        self._text = None if show is None else GrowingText(tokenizer, show)
         self._in_prompt = True
 
     def put(self, value: Tensor) -> None:
         """Take the prompt first, then each new token, from ``model.generate``."""
         if not self._in_prompt:
-            self._advance()
+            if self._text is not None:
+                self._text.add(value.reshape(-1).tolist())
+            if self._advance is not None:
+                self._advance()
         self._in_prompt = False
 
     def end(self) -> None:
-        """Do nothing after the last token."""
+        """Show what was held back."""
+        if self._text is not None:
+            self._text.end()
+
+
+class GrowingText:
+    """The text of tokens that come one by one, shown in pieces that later tokens do not change.
+
+    The pieces together are the text of all tokens. What may still change is held back: the bytes of
+    an unfinished letter, and the last letters where the tokenizer tidies spaces.
+
+    Args:
+        tokenizer: decodes the tokens.
+        show: called with each piece.
+    """
+
+    TIDIED = 8  # letters; a rule of the tidying reads four
+    REST = 9  # times as long as decoding took, until it is done again
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        self._tokenizer, self._show = tokenizer, show
+        self._held = self.TIDIED if getattr(tokenizer, "clean_up_tokenization_spaces", 0) else 0
+        self._tokens: list[int] = []
+        self._shown = ""
+        self._next = 0.0
+
+    def add(self, tokens: list[int]) -> None:
+        """Take tokens, and show what they settle; decoding takes a tenth of the time at most."""
+        self._tokens += tokens
+        start = time.perf_counter()
+        if start < self._next:
+            return
+        text = self._decoded().rstrip("\ufffd")
+        self._give(text[: max(0, len(text) - self._held)])
+        end = time.perf_counter()
+        self._next = end + self.REST * (end - start)
+
+    def end(self) -> None:
+        """Show the rest."""
+        self._give(self._decoded())
+
+    def _decoded(self) -> str:
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return text
+
+    def _give(self, text: str) -> None:
+        if len(text) > len(self._shown) and text.startswith(self._shown):
+            piece, self._shown = text[len(self._shown) :], text
+            self._show(piece)
 
 
 def generate(
@@ -109,20 +163,45 @@ def generate(
     new_tokens: int,
     advance: Callable[[], None] | None = None,
     processors: Sequence[Any] = (),
+    show: Callable[[str], None] | None = None,
 ) -> Generation:
     """Return the greedy continuation of at most ``new_tokens`` tokens.
 
-    ``advance`` is called after each token. ``processors`` are logits processors, such as
+    ``advance`` is called after each token, and ``show`` with each piece of the text, as soon as it
+    is settled. ``processors`` are logits processors, such as
     :class:`vps.EntropyProcessor`. If the model's own ``generation_config`` asks for beams or
     another way to decode, this part of it is ignored; its stop strings, penalties and tokens hold.
     """
     options = _settings(model, tokenizer, _ONE_SEQUENCE)
     options |= {"do_sample": False, "num_return_sequences": 1}
-    options["streamer"] = None if advance is None else _Counter(advance)
+    if advance is not None or show is not None:
+        options["streamer"] = _Streamer(tokenizer, advance, show)
     start = time.perf_counter()
     (tokens,) = _continue(model, tokenizer, inputs, new_tokens, processors, options)
     seconds = time.perf_counter() - start
     return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tokens, seconds)
+
+
+def generate_together(
+    model: Any, tokenizer: Any, inputs: Sequence[dict[str, Tensor]], new_tokens: int
+) -> list[str]:
+    """Return the greedy continuations of several prompts, padded on the left to one batch."""
+    width = max(each["input_ids"].shape[1] for each in inputs)
+    pad = tokenizer.pad_token_id
+    fill = {"input_ids": tokenizer.eos_token_id if pad is None else pad, "attention_mask": 0}
+    batch = {
+        name: torch.cat(
+            [
+                nn.functional.pad(each[name], (width - each[name].shape[1], 0), value=value)
+                for each in inputs
+            ]
+        )
+        for name, value in fill.items()
+    }
+    options = _settings(model, tokenizer, _ONE_SEQUENCE)
+    options |= {"do_sample": False, "num_return_sequences": 1}
+    tails = _continue(model, tokenizer, batch, new_tokens, (), options)
+    return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
 
 
 def sample(
@@ -205,6 +284,15 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
         inputs: the prompt, as :func:`encode` returns it.
         continuation: token ids that follow the prompt.
     """
+    plain, sharpened = next_choices(model, inputs, continuation)
+    return sum(a != b for a, b in zip(plain, sharpened, strict=True)) / len(plain)
+
+
+def next_choices(
+    model: Any, inputs: dict[str, Tensor], continuation: list[int]
+) -> tuple[list[int], list[int]]:
+    """Return the likeliest token at each place of a continuation, by the plain and the sharpened
+    model, which both read the tokens before it."""
     prompt = inputs["input_ids"].to(input_device(model))
     tail = torch.tensor([continuation], dtype=prompt.dtype, device=prompt.device)
     ids = torch.cat([prompt, tail], dim=1)
@@ -213,7 +301,7 @@ def changed_choices(model: Any, inputs: dict[str, Tensor], continuation: list[in
         sharpened = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
         with disabled(model):
             plain = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
-    return float((sharpened != plain).double().mean())
+    return plain.tolist(), sharpened.tolist()
 
 
 def input_device(model: Any) -> torch.device:

@@ -7,19 +7,30 @@ kind, by ``benchmarks/study/calibration.py``.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vps.evaluation.tasks import right
 from vps.model.calibration import Calibration, clear_calibration
-from vps.model.generation import encode, generate
+from vps.model.generation import encode, generate_together
 from vps.model.patching import disabled
 
 FOLDER = Path(__file__).parent
 CALIBRATION = FOLDER / "calibration.json"
 PROBLEMS = FOLDER / "problems.json"
-NEW_TOKENS = 24
+NEW_TOKENS = 20
+WRITTEN = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+def states(text: str, answer: str) -> bool:
+    """Tell whether the last number that is written in ``text`` is ``answer``.
+
+    The verifier calculates what stands in a text, so it takes a repeated ``9 * 4`` for an answer; a
+    reader of the page would not.
+    """
+    written = WRITTEN.findall(text)
+    return bool(written) and float(written[-1].replace(",", "")) == float(answer)
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,8 @@ class Calibrated:
     def __str__(self) -> str:
         if self.refused is not None:
             return f"calibrated: nothing, {self.refused}"
-        plain = sum(right(each.plain, each.answer) for each in self.problems)
-        calibrated = sum(right(each.calibrated, each.answer) for each in self.problems)
+        plain = sum(states(each.plain, each.answer) for each in self.problems)
+        calibrated = sum(states(each.calibrated, each.answer) for each in self.problems)
         return (
             f"{len(self.problems)} held-out problems: {plain} right plain, {calibrated} right "
             "calibrated; so few show no difference in accuracy"
@@ -65,13 +76,15 @@ def solve(model: Any, tokenizer: Any, calibration: Calibration) -> Calibrated:
     except ValueError as error:
         return Calibrated(refused=str(error))
     try:
-        problems = []
-        for problem in given:
-            inputs = encode(tokenizer, problem["prompt"])
-            with disabled(model):
-                plain = generate(model, tokenizer, inputs, NEW_TOKENS).text
-            own = generate(model, tokenizer, inputs, NEW_TOKENS).text
-            problems.append(Problem(problem["prompt"], problem["answer"], plain, own))
-        return Calibrated(problems)
+        inputs = [encode(tokenizer, problem["prompt"]) for problem in given]
+        with disabled(model):
+            plain = generate_together(model, tokenizer, inputs, NEW_TOKENS)
+        own = generate_together(model, tokenizer, inputs, NEW_TOKENS)
+        return Calibrated(
+            [
+                Problem(problem["prompt"], problem["answer"], *texts)
+                for problem, *texts in zip(given, plain, own, strict=True)
+            ]
+        )
     finally:
         clear_calibration(model)

@@ -1,47 +1,79 @@
-"""Let SmolLM2-135M answer three prompts, plain and sharpened, and refine one answer."""
+"""Let SmolLM2-135M answer prompts, plain and sharpened, and do the rest of what the page shows."""
 
 from __future__ import annotations
 
-import base64
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from vps.cli.demo.calibrated import CALIBRATION, Calibrated, solve
 from vps.cli.demo.heatmap import draw
+from vps.cli.demo.page import write_page
+from vps.cli.demo.refinements import Refinement, refine_both
+from vps.cli.demo.speed import Speed, measure_speed
 from vps.config import VPSConfig
-from vps.evaluation.tasks import right
-from vps.evaluation.templates import render
+from vps.doctor import package_version, processor_name
 from vps.model.calibration import Calibration
-from vps.model.generation import Generation, changed_choices, encode, first_difference, generate
-from vps.model.loading import load_model
+from vps.model.generation import (
+    Generation,
+    GrowingText,
+    encode,
+    first_difference,
+    generate,
+    next_choices,
+)
+from vps.model.loading import load_model, step_of_loading
 from vps.model.patching import disabled, patch, set_config
 from vps.model.statistics import LayerStatistics, measure
-from vps.refine import RefineResult, refine
 
 PROMPTS = (
     "Tom has 3 boxes with 4 apples each. He eats 5 apples. How many apples are left?",
     "Explain in two sentences why the sky is blue.",
     "Write a short poem about a lighthouse.",
 )
-TEMPLATE = Path(__file__).with_name("report.html")
-GOLD = "7"  # of the first prompt, which is refined
 CONFIG = VPSConfig(scope="sequence")
+# The prompt decides for all tokens of its answer, so reading an answer repeats each choice exactly.
+ANSWERING = CONFIG.replace(scope="prompt")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Hold the text of one token, and the likeliest token of the other model where it differs."""
+
+    text: str
+    other: str | None = None
+
+    @property
+    def core(self) -> str:
+        """Return the text without the white space around it, or a sign for what shows nothing."""
+        return self.text.strip() or ("" if self.other is None else visible(self.text))
+
+    @property
+    def before(self) -> str:
+        """Return the white space before the core."""
+        return self.text[: len(self.text) - len(self.text.lstrip())] if self.text.strip() else ""
+
+    @property
+    def after(self) -> str:
+        """Return the white space after the core, which is all where the core is a sign."""
+        return self.text[len(self.text.rstrip()) :]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold one prompt, both answers, and how each goes on from their first difference."""
+    """Hold one prompt and both answers, whole and in pieces, and their first difference."""
 
     prompt: str
     plain: Generation
     sharpened: Generation
     first_difference: int | None
-    plain_part: str
-    sharpened_part: str
+    plain_pieces: tuple[Piece, ...]
+    sharpened_pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -50,24 +82,31 @@ class DemoRun:
 
     Args:
         answers: one for each of :data:`PROMPTS`.
-        plain_rate, sharpened_rate: tokens per second.
-        changed: share of the next-token choices that sharpening changes.
+        changed: share of the next-token choices along the plain answers that sharpening changes.
+        positions: how many choices that are.
+        new_tokens: of an answer, at most.
+        speed: of the models, on the second prompt.
         statistics: of every layer, for the first prompt.
         prompt_tokens: of the first prompt.
-        refined: the first prompt, refined.
-        config: of the answers.
+        refinements: the two problems that are refined.
+        config: of everything but the answers.
+        facts: what ran where.
+        seconds: that all of it took.
         report: the path of the page.
         calibrated: problems, answered by the calibrated model.
     """
 
     answers: list[Answer]
-    plain_rate: float
-    sharpened_rate: float
     changed: float
+    positions: int
+    new_tokens: int
+    speed: Speed
     statistics: list[LayerStatistics]
     prompt_tokens: int
-    refined: RefineResult
+    refinements: list[Refinement]
     config: VPSConfig
+    facts: dict[str, str]
+    seconds: float
     report: Path
     calibrated: Calibrated | None = None
 
@@ -79,16 +118,15 @@ def run_demo(
 
     Raises:
         FileNotFoundError: no model there.
-        ModuleNotFoundError: transformers, gguf or matplotlib is missing.
+        ModuleNotFoundError: transformers, gguf or jinja2 is missing.
     """
-    files = sorted(model_dir.glob("*.gguf"))
-    if not files and not (model_dir / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {model_dir}; `make demo` downloads it")
-    progress("loading the model")
-    model, tokenizer = load_model(str(files[0] if files else model_dir))
+    start = time.perf_counter()
+    name = str(model_dir.absolute())
+    progress(f"1 of 9: {step_of_loading(name)}")
+    model, tokenizer = load_model(name)
     patch(model, CONFIG)
     calibration = Calibration.load(CALIBRATION)
-    return compare(model, tokenizer, out, new_tokens, progress, calibration)
+    return compare(model, tokenizer, out, new_tokens, progress, calibration, start)
 
 
 def compare(
@@ -98,81 +136,121 @@ def compare(
     new_tokens: int,
     progress: Callable[[str], None],
     calibration: Calibration | None = None,
+    start: float | None = None,
 ) -> DemoRun:
     """Do everything after loading, on a patched model, which is left with :data:`CONFIG`."""
+    start = time.perf_counter() if start is None else start
     encoded = [encode(tokenizer, prompt) for prompt in PROMPTS]
-    _plain(model, tokenizer, encoded[0], 4)
-    generate(model, tokenizer, encoded[0], 4)
-    answers = []
+    answers, changed, positions = [], 0, 0
+    set_config(model, ANSWERING)
     for number, (prompt, inputs) in enumerate(zip(PROMPTS, encoded, strict=True), 1):
-        progress(f"prompt {number} of {len(PROMPTS)}")
-        if number % 2:  # alternate who goes first, so that a drifting clock favours neither
-            plain = _plain(model, tokenizer, inputs, new_tokens)
+        progress(f"{number + 1} of 9: prompt {number} of {len(PROMPTS)}, plain and sharpened")
+        with disabled(model):
+            plain = generate(model, tokenizer, inputs, new_tokens)
         sharpened = generate(model, tokenizer, inputs, new_tokens)
-        if not number % 2:
-            plain = _plain(model, tokenizer, inputs, new_tokens)
-        difference = first_difference(plain.tokens, sharpened.tokens)
-        parts = [
-            "" if difference is None else tokenizer.decode(t[difference:], skip_special_tokens=True)
-            for t in (plain.tokens, sharpened.tokens)
-        ]
-        answers.append(Answer(prompt, plain, sharpened, difference, parts[0], parts[1]))
+        own, other = next_choices(model, inputs, plain.tokens)
+        changed += sum(a != b for a, b in zip(own, other, strict=True))
+        positions += len(own)
+        also, _ = next_choices(model, inputs, sharpened.tokens)
+        answers.append(
+            Answer(
+                prompt,
+                plain,
+                sharpened,
+                first_difference(plain.tokens, sharpened.tokens),
+                pieces(tokenizer, plain.tokens, other),
+                pieces(tokenizer, sharpened.tokens, also),
+            )
+        )
 
-    progress("measuring every layer")
-    statistics = measure(model, encoded[0])
-    set_config(model, CONFIG.replace(scope="token"))
-    shares = [
-        (changed_choices(model, inputs, answer.plain.tokens), len(answer.plain.tokens))
-        for inputs, answer in zip(encoded, answers, strict=True)
-    ]
+    progress("5 of 9: timing, beside LoRA")
+    configs = {"sharpened, scope prompt": ANSWERING, "sharpened, scope sequence": CONFIG}
+    speed = measure_speed(model, tokenizer, encoded[1], configs)
+
+    progress("6 of 9: measuring every layer")
     set_config(model, CONFIG)
-    changed = sum(share * n for share, n in shares) / sum(n for _, n in shares)
+    statistics = measure(model, encoded[0])
 
-    progress("refining the first answer")
-    result = refine(model, tokenizer, PROMPTS[0], GOLD, max_new_tokens=new_tokens)
+    progress("7 of 9: refining two problems")
+    refinements = refine_both(model, tokenizer)
 
     calibrated = None
     if calibration is not None:
-        progress("held-out problems, calibrated")
+        progress("8 of 9: ten held-out problems, calibrated")
         calibrated = solve(model, tokenizer, calibration)
 
+    progress("9 of 9: drawing")
     out.mkdir(parents=True, exist_ok=True)
     prompt_tokens = encoded[0]["input_ids"].shape[1]
-    draw(statistics, out / "heatmap.png", f"the {prompt_tokens} tokens of the first prompt")
+    if util.find_spec("matplotlib") is not None:
+        draw(statistics, out / "heatmap.png", f"the {prompt_tokens} tokens of the first prompt")
     run = DemoRun(
         answers,
-        _rate([answer.plain for answer in answers]),
-        _rate([answer.sharpened for answer in answers]),
-        changed,
+        changed / positions,
+        positions,
+        new_tokens,
+        speed,
         statistics,
         prompt_tokens,
-        result,
+        refinements,
         CONFIG,
+        facts(model),
+        time.perf_counter() - start,
         out / "report.html",
         calibrated,
     )
-    write_report(run, out / "heatmap.png")
+    write_page(run)
     return run
 
 
-def write_report(run: DemoRun, picture: Path) -> None:
-    """Write ``run.report``, one HTML file with its picture inside."""
-    text = render(
-        TEMPLATE,
-        run=run,
-        prompt=PROMPTS[0],
-        gold=GOLD,
-        right=right,
-        positions=sum(len(answer.plain.tokens) for answer in run.answers),
-        picture=base64.b64encode(picture.read_bytes()).decode(),
-    )
-    run.report.write_text(text, encoding="utf-8")
+def pieces(tokenizer: Any, tokens: list[int], other: list[int]) -> tuple[Piece, ...]:
+    """Cut an answer into the texts of its tokens, with the other model's choice where it differs.
+
+    Tokens that together make a letter are one piece, with the first choice that differs.
+    """
+    made: list[Piece] = []
+    texts: list[str] = []
+    growing = GrowingText(tokenizer, texts.append)
+    growing.REST = 0
+    waiting: str | None = None
+    for token, choice in zip(tokens, other, strict=True):
+        if choice != token and waiting is None:
+            waiting = shown(tokenizer, choice)
+        growing.add([token])
+        if texts:
+            made.append(Piece("".join(texts), waiting))
+            texts.clear()
+            waiting = None
+    growing.end()
+    if texts or waiting is not None:
+        made.append(Piece("".join(texts), waiting))
+    return tuple(made)
 
 
-def _plain(model: Any, tokenizer: Any, inputs: dict[str, Tensor], new_tokens: int) -> Generation:
-    with disabled(model):
-        return generate(model, tokenizer, inputs, new_tokens)
+def shown(tokenizer: Any, token: int) -> str:
+    """Return the text of one token, with signs for the end and for white space."""
+    if token in tokenizer.all_special_ids:
+        return "end"
+    text: str = tokenizer.decode([token])
+    return text.strip() or visible(text)
 
 
-def _rate(generations: list[Generation]) -> float:
-    return sum(len(g.tokens) for g in generations) / sum(g.seconds for g in generations)
+def visible(text: str) -> str:
+    """Return a sign for text that shows nothing; an empty text is that of the end."""
+    return "↵" if "\n" in text else "space" if text else "end"
+
+
+def facts(model: Any) -> dict[str, str]:
+    """Return what ran where, for the foot of the page."""
+    from vps.backends.dispatch import backends
+
+    usable = [name for name, reason in backends().items() if reason is None]
+    parameters = sum(each.numel() for each in model.parameters())
+    return {
+        "model": f"{type(model).__name__}, {parameters / 1e6:.0f} million parameters, "
+        f"{str(model.dtype).removeprefix('torch.')}",
+        "machine": f"{processor_name()}, {torch.get_num_threads()} threads",
+        "versions": f"vps {package_version('vps-kernels')}, torch {torch.__version__}, "
+        f"transformers {package_version('transformers')}",
+        "backends": ", ".join(usable),
+    }
