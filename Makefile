@@ -67,10 +67,10 @@ lint: .venv/.ok  ## Check style and types
 eval: .venv/.ok $(MODEL)/.ok  ## Does it help? SmolLM2-135M on offline tasks: plain, sharpened, three controls
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/vps eval --model $(MODEL) --tasks $(TASKS) --limit $(LIMIT) --keep $(KEEP)
 
-reproduce: .venv/.ok $(MODEL)/.ok  ## The paper's experiment done again, with power: under 3 hours on 2 cores; goes on after a kill
+reproduce: .venv/.ok $(MODEL)/.ok  ## The paper's experiment done again, with power: under 3 hours on 2 cores; to .cache/reproduce, goes on after a kill
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.reproduce --model $(MODEL)
 
-reproduce-quick: .venv/.ok $(MODEL)/.ok  ## A subset of it in 10 minutes, too few questions to conclude from; to .cache/reproduction
+reproduce-quick: .venv/.ok $(MODEL)/.ok  ## A subset of it in 10 minutes, too few questions to conclude from; to .cache/reproduce-quick
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.reproduce --model $(MODEL) --quick
 
 bench: .venv/.ok $(MODEL)/.ok  ## Time everything that this machine can, in about MINUTES, then layers and models as torch runs by default

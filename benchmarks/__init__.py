@@ -12,6 +12,7 @@ In reading order:
 - ``ops/``, ``models/``: what is timed
 - ``plot``, ``regress``: figures, and what got slower
 - ``aot``: kernels compiled ahead of time
-- ``study/``: does fitted sharpening beat its controls; ``grids/``: ablations for ``vps ablate``
+- ``study/``: does fitted sharpening beat its controls; do the claims of the paper hold;
+  ``grids/``: ablations for ``vps ablate``
 - ``__main__``: everything, within a time
 """

@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 NOTEBOOK, SPECIFICATION = "tour.ipynb", "specification.md"
 SECTION = re.compile(r"SPEC §(\d+)")
-INTERVAL = re.compile(r"\d \[\d+\.\d+, \d+\.\d+\]|\d\.\d+ to \d+\.\d+")
+INTERVAL = re.compile(r"\d \[[+−]?\d+\.\d+, [+−]?\d+\.\d+\]|\d\.\d+ to \d+\.\d+")
 ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?([\w.]+)</code>")
 
 

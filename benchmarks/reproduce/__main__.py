@@ -2,7 +2,8 @@
 
 Killed and started again, it goes on where it was; what is finished is not run again. ``--quick``
 runs a subset of ten minutes, ``--pilot`` the questions on which sizes were chosen, which the study
-leaves out.
+leaves out. ``--report`` runs nothing: it reports again what is finished in ``--out``, such as the
+kept results in benchmarks/results/reproduction.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from benchmarks.reproduce.report import write_report
 from vps import VPSConfig
 from vps.model.loading import load_model
 
-OUT = Path("benchmarks/results/reproduction")
-QUICK = Path(".cache/reproduction")
+OUT = Path(".cache/reproduce")
+QUICK = Path(".cache/reproduce-quick")
 
 
 def main() -> None:
@@ -27,9 +28,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"{OUT}, or {QUICK} of the subset")
     parser.add_argument("--quick", action="store_true", help="a subset of ten minutes")
     parser.add_argument("--pilot", action="store_true", help="the pilot alone")
+    parser.add_argument("--report", action="store_true", help="report again, run nothing")
     parser.add_argument("--only", nargs="+", metavar="PART", help="those parts alone")
     given = parser.parse_args()
     out = given.out or (QUICK if given.quick else OUT)
+    if given.report:
+        print(write_report(out))
+        return
     known = {"pilot": cells.pilot()} if given.pilot else cells.parts(given.quick)
     wrong = sorted(set(given.only or ()) - set(known))
     if wrong:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.reproduce import protocol
+from benchmarks.reproduce import cells, protocol
 from benchmarks.reproduce.findings import (
-    COUPLING,
+    CONTROLS,
     MARGINS,
     NULLS,
     PLAIN,
@@ -24,32 +24,47 @@ from benchmarks.reproduce.measures import ACCURACY, BEST, EXACT, LOSS
 from benchmarks.reproduce.protocol import Gain
 from vps import files
 from vps.evaluation.confidence import ORDERS
-from vps.evaluation.grid import BASELINE
 from vps.evaluation.runs import Run, read_run
 
 FORMAT = "vps-reproduction-1"
 UNITS = {  # by metric: how it is called, the factor of what is shown, and the unit of differences
     ACCURACY: ("choice questions", 100, "points"),
+    BEST: ("choice questions, best of all iterations", 100, "points"),
     EXACT: ("generated answers", 100, "points"),
     LOSS: ("prose, bits a token", 1 / math.log(2), "bits"),
 }
-PARTS = ("main", "settings", "generated", "loop")
+PARTS = tuple(cells.parts())
+LOOP = "loop"  # which is described, not tested
+TESTED = ("corrected", "p")
+OWN, OTHER, BAND = "#0b57d0", "#6e7781", "#e3e8ed"  # colours of the picture
 NOISE = "Gaussian noise on the margins"
+CONTROL_MARKS = {  # of the picture
+    "random_indices": ("random features", "o"),
+    "random_noise": ("random noise", "^"),
+    "shuffled_selection": ("features of another layer", "s"),
+}
 
 
 def write_report(folder: Path) -> str:
-    """Write ``findings.json``, ``report.md`` and ``forest.png`` of the finished parts in a folder.
+    """Write ``findings.json``, ``report.md`` and pictures of the finished parts in a folder.
+
+    ``forest.png`` has every metric, ``answers.png`` those of right and wrong answers.
 
     Returns:
         The text of ``report.md``.
     """
-    runs = {name: read_run(folder / name) for name in PARTS if (folder / name).is_dir()}
-    runs = {name: run for name, run in runs.items() if len(run.finished) == len(run.cells)}
+    every = {name: read_run(folder / name) for name in PARTS if (folder / name).is_dir()}
+    runs = {name: run for name, run in every.items() if len(run.finished) == len(run.cells)}
     found = {name: findings(run) for name, run in runs.items()}
     selection = {
         name: {order: selected(run, order) for order in ORDERS}
         for name, run in runs.items()
-        if name in ("main", "loop")
+        if name in ("main", LOOP)
+    }
+    unfinished = {
+        name: [len(every[name].finished), len(every[name].cells)] if name in every else [0, 0]
+        for name in PARTS
+        if name not in runs
     }
     values = {
         "format": FORMAT,
@@ -59,7 +74,9 @@ def write_report(folder: Path) -> str:
                 "facts": run.finished[0].facts,
                 "seconds": sum(record.seconds for record in run.finished.values()),
                 "kinds": kinds(run),
-                "findings": [as_dict(each) for own in found[name].values() for each in own],
+                "findings": [
+                    as_dict(each, name != LOOP) for own in found[name].values() for each in own
+                ],
                 "selected": {
                     order: {arm: dataclasses.asdict(gain) for arm, gain in gains.items()}
                     for order, gains in selection.get(name, {}).items()
@@ -67,22 +84,37 @@ def write_report(folder: Path) -> str:
             }
             for name, run in runs.items()
         },
+        "unfinished": unfinished,
     }
     files.replace(folder / "findings.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    text = "\n".join(
+    lines = [
         line
         for name, run in runs.items()
-        for line in section(run, found[name], selection.get(name, {}))
-    )
+        for line in section(run, found[name], selection.get(name, {}), name != LOOP)
+    ]
+    lines += [f"Not finished: {name}, {state(*unfinished[name])}.\n" for name in unfinished]
+    text = "\n".join(lines)
     files.replace(folder / "report.md", text)
-    if found:
+    if found.keys() - {LOOP}:
         draw(found, folder / "forest.png")
+        draw(found, folder / "answers.png", (ACCURACY, EXACT))
     return text
 
 
-def as_dict(found: Finding) -> dict[str, Any]:
-    """Return plain values for JSON, the verdict included."""
-    return dataclasses.asdict(found) | {"verdict": found.verdict}
+def state(finished: int, count: int) -> str:
+    """Say how far a part is that is not finished."""
+    return f"{finished} of {count} cells" if count else "no results here yet"
+
+
+def as_dict(found: Finding, tested: bool) -> dict[str, Any]:
+    """Return plain values for JSON; p values and the verdict only where a test was planned."""
+    values = dataclasses.asdict(found)
+    if tested:
+        return values | {"verdict": found.verdict}
+    del values["equivalent"]
+    for name in TESTED:
+        del values["comparison"][name]
+    return values
 
 
 def kinds(run: Run) -> dict[str, dict[str, float]]:
@@ -129,9 +161,12 @@ def selected(run: Run, order: str) -> dict[str, Gain]:
 
 
 def section(
-    run: Run, found: Mapping[str, Sequence[Finding]], kept: Mapping[str, Mapping[str, Gain]]
+    run: Run,
+    found: Mapping[str, Sequence[Finding]],
+    kept: Mapping[str, Mapping[str, Gain]],
+    tested: bool,
 ) -> Iterable[str]:
-    """Yield the lines of one part, in Markdown."""
+    """Yield the lines of one part, in Markdown; without p and verdict where nothing was tested."""
     facts = run.finished[0].facts
     yield f"## {run.title}\n"
     yield (
@@ -140,22 +175,24 @@ def section(
     )
     for metric, every in found.items():
         title, factor, unit = UNITS[metric]
+        heads = [
+            "", "against", "n", "there", "here", f"difference, {unit} [95 %]", "gained, lost",
+        ]  # fmt: skip
+        heads += ["p", f"p of ±{MARGINS[metric] * factor:.2g}", "verdict"] if tested else []
         yield f"### {title}\n"
-        yield (
-            f"| | against | n | there | here | difference, {unit} | gained, lost | p | "
-            f"p of ±{MARGINS[metric] * factor:.2g} | verdict | detectable |"
-        )
-        yield "|---" * 11 + "|"
+        yield f"| {' | '.join([*heads, 'detectable'])} |\n{'|---' * (len(heads) + 1)}|"
         for each in every:
             own = each.comparison
             flips = "" if own.gained is None else f"+{own.gained} −{own.lost}"
             low, high = (factor * end for end in (own.low, own.high))
-            yield (
-                f"| {own.cell} | {own.against} | {own.n} | {factor * own.base:.2f} | "
-                f"{factor * own.value:.2f} | {factor * own.difference:+.2f} "
-                f"[{low:+.2f}, {high:+.2f}] | {flips} | {own.corrected:.3g} | "
-                f"{each.equivalent:.3g} | {each.verdict} | {factor * each.detectable:.2g} |"
-            )
+            row = [
+                own.cell, own.against, f"{own.n}", f"{factor * own.base:.2f}",
+                f"{factor * own.value:.2f}",
+                f"{factor * own.difference:+.2f} [{low:+.2f}, {high:+.2f}]", flips,
+            ]  # fmt: skip
+            if tested:
+                row += [f"{own.corrected:.3g}", f"{each.equivalent:.3g}", each.verdict]
+            yield f"| {' | '.join([*row, f'{factor * each.detectable:.2g}'])} |"
         yield ""
     for order, gains in kept.items():
         yield (
@@ -168,40 +205,71 @@ def section(
         yield ""
 
 
-def draw(found: Mapping[str, Mapping[str, Sequence[Finding]]], path: Path) -> None:
-    """Draw the difference of every cell and control from the plain model, with 95 %, as PNG.
+def draw(
+    found: Mapping[str, Mapping[str, Sequence[Finding]]],
+    path: Path,
+    drawn: Sequence[str] = tuple(UNITS),
+) -> None:
+    """Draw the difference of every cell and its controls from the plain model, with 95 %, as PNG.
 
-    The shaded band is the margin of equivalence. Parts share the axis of their metric.
+    A row is a cell, a panel a metric of ``drawn``; what is not tested is left out. The shaded band
+    is the margin of equivalence. The picture is read at a width of 700 pixels, and on a phone.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    rows: dict[str, list[Finding]] = {}
+    panels: dict[str, list[list[Finding]]] = {}
     for name, metrics in found.items():
-        for metric, every in metrics.items():
-            shown = [each for each in every if each.family in (PLAIN, NULLS, COUPLING)]
-            if name != "loop" and shown:
-                rows.setdefault(metric, []).extend(shown)
-    sizes = [len(every) for every in rows.values()]
-    figure = Figure(figsize=(9, 1.2 * len(rows) + 0.22 * sum(sizes)), layout="constrained")
-    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=sizes)[:, 0]
-    for axes, (metric, every) in zip(panels, rows.items(), strict=True):
-        title, factor, unit = UNITS[metric]
-        axes.axvspan(*(factor * MARGINS[metric] * sign for sign in (-1, 1)), color="#eaeef2")
-        axes.axvline(0, color="black", linewidth=0.8)
-        for place, each in enumerate(every):
+        for metric in (each for each in drawn if each in metrics and name != LOOP):
+            every = metrics[metric]
+            nulls = {each.comparison.cell: each for each in every if each.family == NULLS}
+            pairs = [each.comparison for each in every if each.family == CONTROLS]
+            for each in (each for each in every if each.family == PLAIN):
+                own = [pair.against for pair in pairs if pair.cell == each.comparison.cell]
+                panels.setdefault(metric, []).append([each, *map(nulls.__getitem__, own)])
+    sizes = [len(rows) for rows in panels.values()]
+    height = 1.1 + 0.75 * len(panels) + 0.38 * sum(sizes)
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    every_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    for axes, (metric, rows) in zip(every_axes, panels.items(), strict=True):
+        _panel(axes, metric, rows)
+    marks = [("sharpened", "D", OWN), *((*each, OTHER) for each in CONTROL_MARKS.values())]
+    handles: list[Any] = [
+        Line2D([], [], marker=mark, color=color, label=label, linewidth=1,
+               markerfacecolor=OWN if color == OWN else "white")
+        for label, mark, color in marks
+    ]  # fmt: skip
+    handles.append(Patch(color=BAND, label="margin of equivalence"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+    figure.savefig(path, dpi=220)
+
+
+def _panel(axes: Any, metric: str, rows: Sequence[Sequence[Finding]]) -> None:
+    """Draw one metric; a row holds a cell, then its controls."""
+    title, factor, unit = UNITS[metric]
+    axes.axvspan(*(factor * MARGINS[metric] * sign for sign in (-1, 1)), color=BAND)
+    axes.axvline(0, color="black", linewidth=0.8)
+    for place, row in enumerate(rows):
+        for number, each in enumerate(row):
             own = each.comparison
-            color = "#57606a" if each.family == NULLS else "#0b57d0"
+            color, face, mark, size = OWN, OWN, "D", 6
+            if number:
+                mark = CONTROL_MARKS[own.cell.rpartition(" · ")[2]][1]
+                color, face, size = OTHER, "white", 4
+            y = place - 0.3 + 0.2 * number
             ends = [factor * own.low, factor * own.high]
-            axes.plot(ends, [place, place], color=color, linewidth=1.4)
-            axes.plot(factor * own.difference, place, "o", color=color, markersize=4)
-        labels = [
-            each.comparison.cell
-            + ("" if each.comparison.against == BASELINE else f" − {each.comparison.against}")
-            + f"  (n = {each.comparison.n})"
-            for each in every
-        ]
-        axes.set_yticks(range(len(every)), labels, fontsize=7)
-        axes.invert_yaxis()
-        axes.set_title(f"{title}: difference from the plain model, {unit}", fontsize=10, loc="left")
-        axes.grid(True, axis="x", linewidth=0.3)
-    figure.savefig(path, dpi=130)
+            axes.plot(ends, [y, y], color=color, linewidth=1 if number else 2)
+            at = factor * own.difference
+            axes.plot(at, y, mark, color=color, markersize=size, markerfacecolor=face)
+    axes.set_yticks(range(len(rows)), [row[0].comparison.cell for row in rows], fontsize=11)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    counts = sorted({row[0].comparison.n for row in rows}, reverse=True)
+    number = " or ".join(f"{count:,}" for count in counts)
+    axes.set_title(
+        f"{title.partition(',')[0].capitalize()} (n = {number})", fontsize=12, loc="left", x=-0.3
+    )
+    worse = "right: worse" if metric == LOSS else "left: worse"
+    axes.set_xlabel(f"difference from the plain model, {unit} ({worse})", fontsize=10)
+    axes.tick_params(axis="x", labelsize=10)
+    axes.grid(True, axis="x", linewidth=0.3)

@@ -1,7 +1,8 @@
-"""The study of docs/guides/calibration.md: does fitted sharpening beat its controls?
+"""Studies of what sharpening does to a model; both run as ``python -m benchmarks.study.NAME``.
 
 In reading order:
 
-- ``report``: its cells, and what they found
-- ``calibration``: fits and compares them, ``python -m benchmarks.study.calibration``
+- ``report``: cells of docs/guides/calibration.md, and what they found
+- ``calibration``: does fitted sharpening beat its controls?
+- ``claims``: the claims of docs/reproduction.md that need no answers
 """

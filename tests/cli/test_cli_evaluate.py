@@ -80,6 +80,60 @@ def test_table(run, common):
     assert "ran: generate_until under scope sequence" in text
 
 
+def stand_in(path, name=None, **options):
+    """A few rows of the form of ARC-Challenge or GSM8K, in place of the data set of that name."""
+    datasets = pytest.importorskip("datasets")
+    if path == "allenai/ai2_arc":
+        assert name == "ARC-Challenge"
+        rows = [
+            {
+                "id": f"q{i}",
+                "question": f"What is {i} + {i}?",
+                "choices": {"text": [str(2 * i + j) for j in range(4)], "label": labels},
+                "answerKey": labels[i % 4],
+            }
+            for i, labels in enumerate([list("ABCD"), list("1234")] * 4)
+        ]
+    else:
+        assert (path, name) == ("openai/gsm8k", "main")
+        rows = [
+            {"question": f"Tom has {i} + 3.", "answer": f"<<{i}+3>> So\n#### {i + 3}"}
+            for i in range(8)
+        ]
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")}
+    )
+
+
+def test_the_tasks_of_the_paper_run_by_name(run, folder, tmp_path, monkeypatch):
+    """As lm-eval defines them, with rows of their form, and the paper's selection."""
+    monkeypatch.setattr("datasets.load_dataset", stand_in)
+    out = tmp_path / "paper"
+    code, text, _ = run(
+        "eval", "--model", folder, "--tasks", "arc_challenge,gsm8k", "--limit", 6,
+        "--num-fewshot", 1, "--batch-size", 6, "--no-controls", *SETTINGS,
+        "--keep", 3, "--keep-by", "uncertain", "--out", out, "--json",
+    )  # fmt: skip
+    assert code == 0
+    values = json.loads(text)
+    assert set(values["kept"]) == {"arc_challenge"}  # GSM8K has no options, so no margin
+    kept = values["kept"]["arc_challenge"]["sharpened"]
+    assert (kept["pool"], kept["kept"], kept["order"]) == (6, 3, "uncertain")
+    assert kept["swap"]["interval"][0] <= kept["swap"]["mean"]
+    lines = [json.loads(line) for line in (out / "outcomes.jsonl").read_text().splitlines()]
+    arc = [
+        line for line in lines
+        if (line["variant"], line["task"], line["metric"]) == ("baseline", "arc_challenge", "acc")
+    ]  # fmt: skip
+    assert len(arc) == 6 and all(line["value"] == (line["margin"] > 0) for line in arc)
+    smallest = sorted(arc, key=lambda line: abs(line["margin"]))[:3]
+    assert [tuple(each) for each in kept["documents"]] == [
+        ("arc_challenge", line["document"]) for line in smallest
+    ]
+    metrics = {line["metric"] for line in lines if line["task"] == "gsm8k"}
+    assert metrics == {"exact_match,strict-match", "exact_match,flexible-extract"}
+
+
 def test_rows():
     def outcomes(*numbers):
         return [

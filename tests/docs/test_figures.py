@@ -8,6 +8,7 @@ import pytest
 from processes import ROOT
 
 from benchmarks.results import _cell, noise
+from benchmarks.study.page import filled
 
 RESULTS = ROOT / "benchmarks/results"
 AMD, INTEL = "amd-epyc-avx512-2-threads", "prompt/intel-r-xeon-r-processor-{}-2-threads"
@@ -116,3 +117,14 @@ def test_what_the_calibration_shows():
     for folder in ("calibration", "calibration/longer"):
         table = (RESULTS / folder / "report.md").read_text().partition("\n\n")[0]
         assert table in guide
+
+
+def test_tables_of_the_reproduction_are_those_of_the_results():
+    """Each table of the page as its program writes it; "Not finished" where a part is not."""
+    page = (ROOT / "docs/reproduction.md").read_text()
+    assert filled(page, RESULTS) == page
+    picture = RESULTS / "reproduction/answers.png"
+    shown = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text())
+    assert ("](docs/images/study.png)" in shown) == picture.exists()
+    if picture.exists():
+        assert picture.read_bytes() == (ROOT / "docs/images/study.png").read_bytes()
