@@ -116,7 +116,7 @@ def parts(quick: bool = False) -> dict[str, Part]:
         "main": Part("main", main, questions=900, paragraphs=16),
         "settings": Part("settings", settings, questions=334, paragraphs=8),
         "generated": Part("generated", generated, problems=200),
-        "loop": Part("loop", loop, pool=50),
+        "loop": Part("loop", loop, pool=40),
     }
 
 
