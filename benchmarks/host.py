@@ -9,6 +9,7 @@ which tells how fast this machine runs Python.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -125,7 +126,8 @@ def rows() -> list[Row]:
 
 def main() -> None:
     """Print the costs of a call."""
-    os.environ.pop("TRITON_INTERPRET", None)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit("benchmarks.host: TRITON_INTERPRET is set, so nothing would be compiled")
     print(f"a step of an empty loop: {loop_step():.1f} ns")
     print(f"{'':38s}{'µs':>7s}{'launches':>10s}{'allocations':>13s}")
     for row in rows():
