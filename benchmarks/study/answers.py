@@ -87,7 +87,7 @@ def compared(rows: Sequence[Values], metric: str, against: bool = False) -> Tabl
     """Return comparisons as a table: difference with its interval, verdict, smallest effect."""
     _, factor, unit = report.UNITS[metric]
     digits = 3 if metric == LOSS else 2
-    heads = ["", "against", "n", "there", "here"] if against else ["", "n", "plain", "sharpened"]
+    heads = ["", "against", "n", "reference", "this row"] if against else ["", "n", "plain", "sharpened"]
     heads += [f"difference, {unit} [95 %]", "verdict", f"would have seen, {unit}"]
 
     def cells(each: Values) -> Iterable[str]:
