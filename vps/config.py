@@ -228,7 +228,7 @@ class VPSConfig:
         """Return the settings that :meth:`to_json` wrote; missing keys take their defaults.
 
         Args:
-            text: a JSON object.
+            text: a JSON object, not the path of a file.
 
         Raises:
             ValueError: the text is no JSON object, or has a key that is unknown or comes twice; the
@@ -242,7 +242,7 @@ class VPSConfig:
         try:
             values = parse_json(text)
         except ValueError as error:
-            raise ValueError(f"VPSConfig.from_json: {error}") from None
+            raise ValueError(f"VPSConfig.from_json: text {text[:40]!r} is {error}") from None
         if not isinstance(values, dict):
             raise ValueError(
                 f"VPSConfig.from_json: expected an object, got {type(values).__name__}"
@@ -328,6 +328,8 @@ class VPSConfig:
 
 
 def nearest_field(name: str) -> str:
-    """Return a hint at the field with the nearest name, or an empty string."""
+    """Return a hint at the field with the nearest name, or at all fields if none is near."""
     close = difflib.get_close_matches(name, VPSConfig.field_names(), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; the fields are {', '.join(VPSConfig.field_names())}"

@@ -87,7 +87,9 @@ def compared(rows: Sequence[Values], metric: str, against: bool = False) -> Tabl
     """Return comparisons as a table: difference with its interval, verdict, smallest effect."""
     _, factor, unit = report.UNITS[metric]
     digits = 3 if metric == LOSS else 2
-    heads = ["", "against", "n", "there", "here"] if against else ["", "n", "plain", "sharpened"]
+    heads = ["", "n", "plain", "sharpened"]
+    if against:
+        heads = ["", "against", "n", "reference", "this row"]
     heads += [f"difference, {unit} [95 %]", "verdict", f"would have seen, {unit}"]
 
     def cells(each: Values) -> Iterable[str]:

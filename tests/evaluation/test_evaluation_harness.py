@@ -295,6 +295,8 @@ def test_mistakes_are_named(folder, tmp_path):
     model = patched_model(layers=1)
     with pytest.raises(ValueError, match="no task 'vps_arithmetik'; did you mean vps_arithmetic"):
         harness(model, folder, ["vps_arithmetik"])
+    with pytest.raises(ValueError, match="no task 'zzqqxx'; vps_arithmetic, .* need no network"):
+        harness(model, folder, ["zzqqxx"])
     with pytest.raises(ValueError, match=r"include_path must be a folder, got .*nowhere"):
         harness(model, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no sharpened layer"):

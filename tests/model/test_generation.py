@@ -110,6 +110,13 @@ def test_other_wishes_of_the_model_hold(letters):
     assert biased.tokens == [9] * 8
 
 
+def test_what_cannot_be_encoded_is_named(tokenizer):
+    with pytest.raises(ValueError, match="the prompt is empty, expected at least one token"):
+        encode(tokenizer, "")
+    with pytest.raises(TypeError, match="must be a tokenizer of transformers, got NoneType"):
+        encode(None, "1 2 3")
+
+
 def test_a_tokenizer_without_a_mask(tokenizer):
     bare = number_tokenizer()
     bare.model_input_names = ["input_ids"]

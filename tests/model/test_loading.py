@@ -244,6 +244,12 @@ def test_the_hub_is_asked_once_and_what_is_cached_does_not_wait(monkeypatch, ans
     assert asked == ["nobody/none"]
 
 
+def test_a_dtype_by_its_name_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TypeError, match=r"dtype must be a torch.dtype or None, got 'bfloat16'"):
+        load_model(str(tmp_path), dtype="bfloat16")
+
+
 def test_where_the_cache_is(monkeypatch, tmp_path):
     for name in ("VPS_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -146,6 +146,8 @@ def test_a_patch_that_fails_leaves_hooks_and_parts_as_they_were(ids, monkeypatch
         vps.patch(model, VPSConfig(gamma=0.1))
     with pytest.raises(ValueError, match="match none of"):
         vps.patch(model, VPSConfig(target_modules=["other"]))
+    with pytest.raises(ValueError, match=r"layers_to_transform \(9,\) match none .*blocks 0 to"):
+        vps.patch(model, VPSConfig(layers_to_transform=[9]))
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert torch.equal(model(ids, attention_mask=mask).logits, expected)
     vps.unpatch(model.model.layers[0])

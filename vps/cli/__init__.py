@@ -37,7 +37,7 @@ __all__ = ["main"]
 EPILOG = """\b
 Examples:
   vps generate --model HuggingFaceTB/SmolLM2-135M-Instruct \\
-    --prompt "What is 17 + 25?" --compare
+    --prompt "Why is the sky blue?" --compare
   vps generate --model model.gguf --prompt-file question.txt \\
     --set gamma=0.1 --set builder=sk
   vps refine --model model.gguf --prompt "What is 17 + 25?" --gold 42

@@ -53,7 +53,7 @@ class Ablate(TaskOptions):
     says otherwise. Given continuations are scored under the cell's scope, which is token unless the
     file sets it.
 
-    Killed or interrupted, the same command goes on where it was. Several processes share the cells
+    Started again, an interrupted run continues. Several processes share the cells
     (without --multi_gpu accelerate starts only one where there is no GPU):
 
     \b

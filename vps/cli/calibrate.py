@@ -34,13 +34,13 @@ class Calibrate(ConfigOptions, ModelOptions):
     """Fit a γ to every layer on examples, with controls.
 
     Rows of --data are {"prompt", "answer"}, whose answers are scored, or {"text"}. A quarter of
-    them is kept to stop by and, without --held-out, a quarter to report on. An interrupted run goes
-    on where it was when it is started again.
+    them is kept for early stopping and, without --held-out, a quarter for the report. Started
+    again, an interrupted run continues.
     """
 
     data: Annotated[Path, Option(help="JSONL of examples")]
     out: Annotated[Path, Option(help="the calibration, as JSON")]
-    held_out: Annotated[Path | None, Option(help="JSONL to report on")] = None
+    held_out: Annotated[Path | None, Option(help="JSONL of examples for the report")] = None
     other_text: Annotated[
         Path | None,
         Option(help="JSONL of other texts, for side effects (default: twelve short ones)"),
@@ -51,27 +51,36 @@ class Calibrate(ConfigOptions, ModelOptions):
         Option(metavar="A,B", help="fit these alone, by name or its end; the others stay plain"),
     ] = None
     top_layers: Annotated[int | None, count(help="fit the N layers of largest |∂L/∂γ|")] = None
-    steps: Annotated[int | None, count(help="of Adam, at most")] = None
-    batch_size: Annotated[int | None, count(metavar="B", help="examples a step")] = None
+    steps: Annotated[int | None, count(help="of Adam, at most (default: 16)")] = None
+    batch_size: Annotated[int | None, count(metavar="B", help="examples a step (default: 6)")] = (
+        None
+    )
     learning_rate: Annotated[
-        str | None, Option(metavar="R,R", help="of Adam; of several the one that stops lowest")
+        str | None,
+        Option(
+            metavar="R,R",
+            help="of Adam (default: 0.1); of several, the one of lowest stopping loss",
+        ),
     ] = None
-    patience: Annotated[int | None, count(help="looks without a lower loss")] = None
+    patience: Annotated[
+        int | None, count(help="checks without a lower loss before stopping (default: 2)")
+    ] = None
     scope: Annotated[
-        Scope, Option(help="for scoring the examples; only token and prompt are without leaks")
+        Scope, Option(help="for scoring the examples; only token and prompt do not look ahead")
     ] = "token"
     no_chat: Annotated[bool, Option("--no-chat", help="do not use the chat template")] = False
     seed: Seed = 0
     no_controls: Annotated[
         bool,
         Option(
-            "--no-controls", help="fit no plain scale, random or static features, LoRA beside it"
+            "--no-controls",
+            help="do not fit output scale, random and static features, LoRA as well",
         ),
     ] = False
     gradient_only: Annotated[
         bool,
         Option(
-            "--gradient-only", help="fit nothing: rank and draw the layers by ∂L/∂γ and its noise"
+            "--gradient-only", help="fit nothing: rank and plot the layers by ∂L/∂γ and its noise"
         ),
     ] = False
     as_json: Annotated[bool, Option("--json", help="print the file's JSON instead")] = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from vps.cli.options import Command, Json
 
-PROMPT = '--prompt "What is 17 + 25?"'
+PROMPT = '--prompt "Why is the sky blue?"'
 
 
 @dataclass(kw_only=True)

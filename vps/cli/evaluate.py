@@ -52,7 +52,7 @@ class Eval(CalibrationOptions, TaskOptions):
 
     scoring_scope: Annotated[
         Literal["token", "prompt", "sequence", "batch", "config"],
-        Option(help="for scoring given continuations; only token and prompt are without leaks"),
+        Option(help="for scoring given continuations; only token and prompt do not look ahead"),
     ] = "token"
     no_controls: Annotated[
         bool, Option("--no-controls", help="only the plain and the sharpened model")
@@ -62,12 +62,12 @@ class Eval(CalibrationOptions, TaskOptions):
         int | None,
         count(
             help="also compare on the N documents with the smallest margin of the baseline, as the "
-            "paper does, with what a change without direction would show there"
+            "paper does, and say what changes of random sign would show there"
         ),
     ] = None
     keep_by: Annotated[
         Literal["uncertain", "hardest"],
-        Option(help="distance of the margin from 0, or the margin: wrong answers first"),
+        Option(help="margin closest to 0, or lowest margin: wrong answers first"),
     ] = "uncertain"
     out: Annotated[Path | None, Option(help=f"folder for {OUTCOMES} and {SCORES}")] = None
     as_json: Json = False
@@ -126,7 +126,10 @@ class Eval(CalibrationOptions, TaskOptions):
             return
         pools = _pools(baseline)
         if not pools:
-            raise UsageError(f"--keep {self.keep}: no task is multiple choice with metric acc")
+            raise UsageError(
+                f"--keep {self.keep}: no task is multiple choice with metric acc, as "
+                "vps_chains_choice is"
+            )
         for task, pool in pools.items():
             if self.keep > len(pool):
                 raise UsageError(f"--keep {self.keep}: {task} has only {len(pool)} documents")

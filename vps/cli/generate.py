@@ -23,7 +23,7 @@ from vps.cli.terminal import GrowingColumns, Progress, difference_line, side_by_
 
 @dataclass(kw_only=True)
 class Generate(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
-    """Generate text with a sharpened model, beside the plain one's."""
+    """Generate text with a model, sharpened and, on request, plain."""
 
     seed: Annotated[int | None, integer(help="the same as --set seed=N; decoding is greedy")] = None
     compare: Annotated[bool, Option("--compare", help="also generate without sharpening")] = False

@@ -52,7 +52,7 @@ many = partial(Option, default_factory=list, show_default=False)
 integer = partial(Option, parser=whole, metavar="N")
 count = partial(Option, parser=positive, metavar="N")
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
-Seed = Annotated[int, integer(help="of what is drawn")]
+Seed = Annotated[int, integer(help="seed of random draws")]
 Scope = Literal["token", "prompt", "sequence", "batch"]
 
 
@@ -152,7 +152,7 @@ def usable_device(name: str) -> str:
 class PromptOptions(Command):
     """Take a prompt, and read it."""
 
-    prompt: Annotated[str | None, typed(help="standard input when neither is given")] = None
+    prompt: Annotated[str | None, typed(help="the prompt (default: standard input)")] = None
     prompt_file: Annotated[Path | None, Option(help="read the prompt from a file")] = None
 
     def read_prompt(self) -> str:
@@ -227,7 +227,7 @@ class CalibrationOptions(ConfigOptions):
     """Take settings of the sharpening and a fitted γ, and read both."""
 
     calibration: Annotated[
-        Path | None, Option(help="γ of every layer, of vps calibrate; brings its config")
+        Path | None, Option(help="file of vps calibrate: γ of every layer, and their config")
     ] = None
 
     def sharpening(self) -> "Sharpening":

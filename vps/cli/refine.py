@@ -60,7 +60,11 @@ class Refine(AnswerOptions, CalibrationOptions, PromptOptions, ModelOptions):
         bool, Option("--no-surrogate", help="take no gradient from the gold answer")
     ] = False
     weights: Annotated[
-        str | None, Option(metavar="JSON", help='of the loss, e.g. {"numeric": 1, "units": 0.5}')
+        str | None,
+        Option(
+            metavar="JSON",
+            help='parts of the loss with their weights, e.g. {"numeric": 1, "units": 0.5}',
+        ),
     ] = None
     seed: Seed = 0
     as_json: Json = False

@@ -51,6 +51,11 @@ KINDS = {
     "units": _Kind("time_intervals", {"task_types": ["time"]}, CLOCK),
 }  # fmt: skip
 
+WHERE = (
+    f"{', '.join(f'vps_{kind}' for kind in KINDS)} need no network, and `lm_eval ls tasks` lists "
+    "the tasks of lm-evaluation-harness"
+)
+
 
 def names() -> tuple[str, ...]:
     """List all offline tasks."""
@@ -185,9 +190,14 @@ def load(
         manager = TaskManager(include_path=paths or None)
     for name in missing():
         close = difflib.get_close_matches(name, [*own, *manager.all_tasks], n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint = f"; did you mean {', '.join(close)}?" if close else f"; {WHERE}"
         raise ValueError(f"evaluation: no task {name!r}{hint}")
-    loaded: dict[str, Any] = manager.load(specs)
+    try:
+        loaded: dict[str, Any] = manager.load(specs)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"evaluation: the data of a task cannot be loaded: {error}; {WHERE}"
+        ) from error
     for each in loaded["tasks"].values():
         default = each.get_config("num_fewshot")
         if default is None:

@@ -116,7 +116,10 @@ class Calibration:
         except ValueError as error:
             raise ValueError(f"Calibration.from_json: {error}") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ValueError(f"Calibration.from_json: expected an object of format {FORMAT!r}")
+            raise ValueError(
+                f"Calibration.from_json: expected an object of format {FORMAT!r}, which `vps "
+                "calibrate` and Calibration.save write"
+            )
         names = {entry.name for entry in dataclasses.fields(cls)}
         for problem, found in (
             ("unknown", set(values) - names),

@@ -70,8 +70,13 @@ def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
         chat: whether to use the chat template.
 
     Raises:
+        TypeError: the tokenizer cannot be called.
         ValueError: the prompt has no token.
     """
+    if not callable(tokenizer):
+        raise TypeError(
+            f"encode: tokenizer must be a tokenizer of transformers, got {type(tokenizer).__name__}"
+        )
     if chat and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -80,7 +85,7 @@ def encode(tokenizer: Any, prompt: str, chat: bool = True) -> dict[str, Tensor]:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids = encoded["input_ids"]
     if ids.numel() == 0:
-        raise ValueError("the prompt is empty")
+        raise ValueError("encode: the prompt is empty, expected at least one token")
     mask = encoded["attention_mask"] if "attention_mask" in encoded else torch.ones_like(ids)
     return {"input_ids": ids, "attention_mask": mask}
 

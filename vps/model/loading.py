@@ -130,6 +130,7 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: str = "cpu")
         FileNotFoundError: the path does not exist, or the folder holds no model.
         ModuleNotFoundError: transformers or gguf is missing.
         OSError: there is no such model, or it cannot be reached.
+        TypeError: dtype is no torch.dtype.
         ValueError: the file is no GGUF file, or a broken one.
 
     Warns:
@@ -145,6 +146,8 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: str = "cpu")
 
     path = located(name)
     dtype = torch.float32 if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"load_model: dtype must be a torch.dtype or None, got {dtype!r}")
     source = name if path is None else str(path)
     if path is not None and path.is_file():
         kept = _dequantized(path)

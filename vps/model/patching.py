@@ -25,7 +25,7 @@ from vps.layers.linear import SharpenedLayer
 from vps.layers.own_forward import innermost
 from vps.masking import STATE
 from vps.model import attention_mask, matching
-from vps.model.matching import select_names
+from vps.model.matching import layer_index, select_names
 from vps.model.snapshot import Snapshot
 
 # Class names, also of quantized layers of other libraries: HQQLinear, QuantLinear, WQLinear_GEMM.
@@ -354,11 +354,17 @@ def _all_refused(refused: dict[str, str]) -> str:
 def _nothing_matches(linears: dict[str, nn.Module], config: VPSConfig) -> str:
     if not linears:
         return "vps.patch: the model holds no linear layer"
+    fields = ("target_modules", "exclude_modules", "layers_to_transform")
+    asked = {name: getattr(config, name) for name in fields}
+    said = ", ".join(f"{name} {value!r}" for name, value in asked.items() if value is not None)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    numbered = ""
+    if config.layers_to_transform is not None:
+        blocks = [index for name in linears if (index := layer_index(name)) is not None]
+        numbered = f" (blocks {min(blocks)} to {max(blocks)})" if blocks else " (no numbered block)"
     return (
-        f"vps.patch: target_modules {config.target_modules!r} (exclude_modules "
-        f"{config.exclude_modules!r}, layers_to_transform {config.layers_to_transform!r}) match "
-        f"none of the model's {len(linears)} linear layers, which are named {', '.join(kinds)}"
+        f"vps.patch: {said} match none of the model's {len(linears)} linear layers, which are "
+        f"named {', '.join(kinds)}{numbered}; choose among these"
     )
 
 

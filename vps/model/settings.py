@@ -34,8 +34,10 @@ def save(model: nn.Module, path: str | Path) -> None:
         ValueError: no sharpened layer in the model.
         OSError: the file cannot be written, or ``path`` is something else.
     """
-    state = policy_state(model)
     layers: dict[str, Any] = sharpened_layers(model)
+    if not layers:
+        raise ValueError("vps.save: the model holds no sharpened layer; call vps.patch first")
+    state = policy_state(model)
     configs = {name: json.loads(layer.config.to_json()) for name, layer in layers.items()}
     values = {
         "format": FORMAT,
@@ -83,7 +85,10 @@ def load(model: nn.Module, path: str | Path) -> PatchReport:
         keys |= {"configs"} & set(values)
         keys |= {"gamma", "weights"} if "gamma" in values else set()
     if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != keys:
-        raise ValueError(f"vps.load: {path} is no file of vps.save ({FORMAT})")
+        raise ValueError(
+            f"vps.load: {path} is no file of vps.save, whose format is {FORMAT!r}; for fields of "
+            "VPSConfig use vps.patch(model, vps.VPSConfig.from_json(text))"
+        )
     config = VPSConfig.from_json(json.dumps(values["config"]))
     own = values.get("configs", {})
     if not isinstance(own, dict):

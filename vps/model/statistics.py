@@ -100,7 +100,7 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
     """
     layers = sharpened_layers(model)
     if not layers:
-        raise ValueError("vps.model.statistics.observe: the model holds no sharpened layer")
+        raise ValueError("observe: the model holds no sharpened layer; call vps.patch first")
     seen: list[Observation] = []
     handles = [
         layer.register_forward_hook(partial(_observed, seen, name, layer))

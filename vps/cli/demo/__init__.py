@@ -27,8 +27,8 @@ from vps.cli.values import UsageError, blaming
 class Demo(Command):
     """Answer three prompts with SmolLM2-135M, plain and sharpened.
 
-    The same page has the speed beside LoRA, what every layer did, two problems refined, chosen by a
-    rule that it states, and ten held-out problems answered with a calibration.
+    The report also has the speed beside LoRA, what every layer did, two refined problems (chosen by
+    a rule that it states) and ten held-out problems answered with a calibration.
     """
 
     model_dir: Annotated[
