@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from processes import python
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.aot
+# By Triton 3.6, of float32 alone; kernels/README.md.
+OLDEST_SPILLS = {
+    "sm_80 decode float32: gemv_kernel: 16 spilled",
+    "sm_80 decode float32: couple_kernel: 8 spilled",
+    "sm_90 decode float32: gemv_kernel: 8 spilled",
+}
 
 
 def compiled(*arguments):
@@ -28,7 +34,9 @@ def compiled(*arguments):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_no_spill(architecture):
     run = compiled(architecture)
-    assert run.returncode == 0, run.stdout + run.stderr
+    known = OLDEST_SPILLS if triton.__version__.startswith("3.6.") else set()
+    failures = {line for line in run.stderr.splitlines() if line.startswith(architecture)}
+    assert failures <= known and run.returncode == bool(failures), run.stdout + run.stderr
     if "not read" in run.stdout:
         pytest.skip(run.stdout.splitlines()[0])
     head, *rows = run.stdout.splitlines()
