@@ -48,16 +48,14 @@ class Launched(NamedTuple):
     Triton's own launch looks at each argument to find the compiled kernel.
 
     Args:
-        start: takes a stream, then ``fixed``, then all arguments of the kernel: pointers as
+        start: takes a stream, then ``fixed``, then all arguments of the kernel: pointers, as
             integers, then ``rest``.
         fixed: the kernel's handle and what the launcher wants to know of it.
-        pointers: how many arguments are pointers, which come first.
         rest: the arguments behind the pointers.
     """
 
     start: Callable[..., None]
     fixed: tuple[Any, ...]
-    pointers: int
     rest: tuple[Any, ...]
 
 
@@ -76,7 +74,7 @@ def begin(
     if _NOTED.launches is not None and compiled is not None:  # the interpreter compiles nothing
         again = partial(compiled.run, *(*grid, 1, 1)[:3])
         fixed = compiled.function, compiled.packed_metadata, None, None, None
-        _NOTED.launches.append(Launched(again, fixed, len(pointers), rest))
+        _NOTED.launches.append(Launched(again, fixed, rest))
 
 
 def is_watched() -> bool:

@@ -85,15 +85,11 @@ class _Again:
 
     def __init__(self, selects: bool, step: decode.Step, launches: list[Launched]) -> None:
         *before, last = launches
-        self.apply = last.start, last.fixed, last.rest
+        self.apply = last
         coupled = before.pop() if step.joint is not None else None
-        product = before.pop()
-        self.gemv = product.start, product.fixed, product.rest
-        # Records of several chunks of x are merged; such a selection is launched by itself.
-        self.select = None
-        if len(before) == 1:
-            nothing = (None,) * (before[0].pointers - 2)
-            self.select = before[0].start, before[0].fixed, nothing, before[0].rest
+        self.gemv = before.pop()
+        # Chunks of 32 bits are merged: such a selection goes through Triton each time.
+        self.select = before[0] if before else None
         self.selects = selects
         self.rows, self.strides = step.I_in.shape, (step.I_in.shape[1], 1)
         H, columns, record, sums, row_squares = step.products[0][:5]
@@ -152,9 +148,9 @@ class _Again:
         stream = driver.active.get_current_stream(x.get_device())
         if I_in is None:
             assert self.select is not None
-            start, fixed, nothing, rest = self.select
+            start, fixed, rest = self.select
             I_in, I_in_at = memory.as_strided(self.rows, self.strides), first
-            start(stream, *fixed, x_at, *nothing, first, *rest)
+            start(stream, *fixed, x_at, first, *rest)
         places: Any = [place if place is None else first + place for place in self.places]
         H, columns, record, sums, row_squares, energy, features, selected, core, gamma, t = places
         start, fixed, rest = self.gemv

@@ -7,7 +7,7 @@ once and ``apply`` adds the update; layers that read one x share both launches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,52 +59,16 @@ def kind(layer: Layer) -> tuple[int, int]:
     return tuning.gemv_rows(layer.weight.shape[0]), layer.policy.numel()
 
 
-def launch(
-    x: Tensor,
-    layers: Sequence[Layer],
-    mask: Tensor | None,
-    I_in: Tensor | None,
-    I_out: Tensor | None,
-    entropy: Tensor | None,
-    r: int,
-    adaptive: bool,
-    tau: float | None,
-    clamp: float | None,
-    heads: tuple[int, int] | None = None,
-) -> list[apply.Applied]:
-    """Compute sharpened layers of one x for a few tokens, each its own group (SK, order 1).
-
-    Two launches for all layers of one :func:`kind`; one more selects, and one couples.
-
-    Args:
-        x: ``[N, 1, d_in]``, N from 1 to 16, any strides.
-        layers: those that read x, such as query, key and value, or gate and up.
-        mask: bool ``[N, 1]``, whether a token counts, or ``None``.
-        I_in: int64 ``[N, r]``, or ``None`` to select here.
-        I_out: int64 ``[N, layers, r]``, or ``None`` to select here.
-        entropy: float64 ``[2]``, ℋ in nats or −1, and the factor of the history; or ``None``.
-        r: columns, from 1 to 8.
-        adaptive: whether the policy needs the energy.
-        tau: bound of the component clip, a constant of the kernel, or ``None``.
-        clamp: bound of each element of the update, a constant of the kernel, or ``None``.
-        heads: query and key-value heads if the first two layers select together (SPEC §7), of
-            which I_out must then be ``None``; or ``None``.
-
-    Returns:
-        y, features, core, γ and t of each layer. Every row has the bits it has when its token and
-        its layer come alone.
-
-    Raises:
-        ValueError: what :func:`refusal` says of a layer.
-    """
-    return step(x, layers, mask, I_in, I_out, entropy, r, adaptive, tau, clamp, heads).outputs
+def launch(*arguments: Any) -> list[apply.Applied]:
+    """Return the outputs of :func:`step`, of which these are the arguments."""
+    return step(*arguments).outputs
 
 
 class Step(NamedTuple):
     """Hold what a step computes, and what its kernels leave for each other.
 
     Args:
-        outputs: as :func:`launch` returns them.
+        outputs: y, features, core, γ and t of each layer.
         I_in: int64 ``[N, r]``.
         products: of the layers that share a launch.
         joint: energy ``[N]`` and features ``[N, 3, r]`` of a query and a key, or ``None``.
@@ -129,7 +93,30 @@ def step(
     clamp: float | None,
     heads: tuple[int, int] | None = None,
 ) -> Step:
-    """Compute what :func:`launch` does, and return it with what the kernels leave between them."""
+    """Compute sharpened layers of one x for a few tokens, each its own group (SK, order 1).
+
+    Two launches for all layers of one :func:`kind`; one more selects, and one couples.
+
+    Args:
+        x: ``[N, 1, d_in]``, N from 1 to 16, any strides.
+        layers: those that read x, such as query, key and value, or gate and up.
+        mask: bool ``[N, 1]``, whether a token counts, or ``None``.
+        I_in: int64 ``[N, r]``, or ``None`` to select here.
+        I_out: int64 ``[N, layers, r]``, or ``None`` to select here.
+        entropy: float64 ``[2]``, ℋ in nats or −1, and the factor of the history; or ``None``.
+        r: columns, from 1 to 8.
+        adaptive: whether the policy needs the energy.
+        tau: bound of the component clip, a constant of the kernel, or ``None``.
+        clamp: bound of each element of the update, a constant of the kernel, or ``None``.
+        heads: query and key-value heads if the first two layers select together (SPEC §7), of
+            which I_out must then be ``None``; or ``None``.
+
+    Every row has the bits it has when its token comes alone. With wider layers beside it a layer
+    may sum its tiles in another order on a GPU, so its γ may differ in the last bit.
+
+    Raises:
+        ValueError: what :func:`refusal` says of a layer.
+    """
     for layer in layers:
         if (reason := refusal(x, layer.weight, r)) is not None:
             raise ValueError(f"decode: {reason}")

@@ -1,4 +1,4 @@
-"""Layers of one x share the launches of a step, and each has the bits of its own."""
+"""Layers of one x share the launches of a step; in the interpreter each has the bits of its own."""
 
 import gc
 import weakref
