@@ -1,9 +1,9 @@
 """Compile every Triton kernel ahead of time, as its launcher would, without a GPU.
 
 ``python -m benchmarks.aot`` prints registers, shared memory and spills per architecture and fails
-on any spill; on sm_90 also unless the decode GEMV moves W in loads of 16 bytes. With ``--full`` it
-adds the prefill of every layer of ``benchmarks.shapes`` with every choice of mask, entropy, clamp
-and γ by column.
+on any spill; on sm_90 also unless the decode GEMV moves W in loads of 16 bytes. The shapes are
+those of every model of ``benchmarks.shapes``, with and without mask, bias, entropy, clamp and γ by
+column.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,24 +130,24 @@ class Prefill(NamedTuple):
 
 
 LENGTHS = 512, 2048, 8192
+NOTHING: dict[str, Any] = {}
 EVERYTHING: dict[str, Any] = {
     "masked": True, "has_entropy": True, "clamp": 0.5, "by_column": True,
 }  # fmt: skip
 
 
-def prefills(full: bool) -> Iterator[Prefill]:
-    """Yield the prompts of two models and of corners, or of every layer with every choice."""
-    models = shapes.MODELS if full else ("Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3-70B")
-    layers = {shape for name in models for shape in shapes.MODELS[name].projections().values()}
-    choices: Any = [{}, EVERYTHING]
-    if full:
-        layers |= set(shapes.SINGLE["cuda"])
-        choices = itertools.product((False, True), (False, True), (None, 0.5), (False, True))
-        choices = [dict(zip(EVERYTHING, choice, strict=True)) for choice in choices]
+def prefills() -> Iterator[Prefill]:
+    """Yield the prompts of all layers, every choice of one model, and corners."""
+    models = {name: model.projections().values() for name, model in shapes.MODELS.items()}
+    layers = {shape for projections in models.values() for shape in projections}
+    layers |= set(shapes.SINGLE["cuda"])
     for (d_in, d_out), tokens in itertools.product(sorted(layers), LENGTHS):
-        for choice in choices if full else choices[tokens != 2048 :][:1]:
-            yield Prefill(d_in, d_out, tokens, **choice)
-    for choice in ({}, EVERYTHING):
+        yield Prefill(d_in, d_out, tokens)
+        yield Prefill(d_in, d_out, tokens, **EVERYTHING)
+    every = itertools.product((False, True), (False, True), (None, 0.5), (False, True))
+    for choice, (d_in, d_out) in itertools.product(every, sorted(set(models["Qwen2.5-7B"]))):
+        yield Prefill(d_in, d_out, 2048, **dict(zip(EVERYTHING, choice, strict=True)))
+    for choice in (NOTHING, EVERYTHING):
         yield Prefill(3584, 18944, 2048, 8, **choice)
         yield Prefill(18944, 3584, 8192, 8, dtype=torch.float32, **choice)
         yield Prefill(3584, 18944, 512, 64, **choice)
@@ -157,14 +156,59 @@ def prefills(full: bool) -> Iterator[Prefill]:
     yield Prefill(512, 8192, 512, 8, 2, torch.float64)
 
 
-def launches(architecture: str, full: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
+class Decode(NamedTuple):
+    """Describe the launches of layers of one x for a step of decoding."""
+
+    d_in: int
+    widths: tuple[int, ...]
+    tokens: int
+    dtype: torch.dtype
+    r: int = 4
+    heads: tuple[int, int] | None = None
+    selects: bool = False
+    masked: bool = False
+    has_entropy: bool = False
+    clamp: float | None = None
+    by_column: bool = False
+
+    def launch(self) -> None:
+        """Launch as the backend does, with a bias where there is a mask."""
+        d_in, widths, tokens, dtype, r, heads, selects, masked, has_entropy, clamp, by_column = self
+        policy = new(9 + r if by_column else 9, dtype=torch.float64)
+        layers = [
+            decode.Layer(new(d, d_in, dtype=dtype), new(d, dtype=dtype) if masked else None, policy)
+            for d in widths
+        ]
+        mask = new(tokens, 1, dtype=torch.bool) if masked else None
+        I_in = None if selects else new(tokens, r, dtype=torch.int64)
+        entropy = new(2, dtype=torch.float64) if has_entropy else None
+        x = new(tokens, 1, d_in, dtype=dtype)
+        decode.launch(x, layers, mask, I_in, None, entropy, r, True, 0.8, clamp, heads)
+
+
+def steps(dtype: torch.dtype) -> Iterator[Decode]:
+    """Yield the steps of all layers, those of one x together and each alone, and corners."""
+    for model, tokens in itertools.product(shapes.MODELS.values(), (1, 16)):
+        sizes, heads = model.projections(), (model.heads, model.kv_heads)
+        queries, keys, inner = (sizes[name][1] for name in ("q_proj", "k_proj", "gate_proj"))
+        for choice in (NOTHING, EVERYTHING):
+            yield Decode(model.hidden, (queries, keys, keys), tokens, dtype, heads=heads, **choice)
+            yield Decode(model.hidden, (inner, inner), tokens, dtype, **choice)
+        yield Decode(model.hidden, (queries, keys), tokens, dtype, heads=heads)
+        for d_in, d_out in {*sizes.values(), (model.hidden, model.vocabulary)}:
+            yield Decode(d_in, (d_out,), tokens, dtype, selects=True)
+    for r in (4, 8):
+        yield Decode(8192, (28672,), 16, dtype, r)
+        yield Decode(3584, (3584,), 16, dtype, r, **EVERYTHING)
+
+
+def launches(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield every launcher with the arguments of common layers, on tensors without memory."""
-    for prefill in prefills(full):
+    for prefill in prefills():
         name = str(prefill.dtype).removeprefix("torch.")
         yield f"prefill {name}", prefill.launch
     for one in CORES:
         yield f"core {str(one.dtype).removeprefix('torch.')}", one.launch
-    policy, signals = new(9, dtype=torch.float64), new(2, dtype=torch.float64)
     for dtype in (torch.bfloat16, torch.float32):  # float16 differs from bfloat16 in opcodes only
         name = str(dtype).removeprefix("torch.")
         for d_in, d_out, r, groups, tokens in (
@@ -183,38 +227,8 @@ def launches(architecture: str, full: bool = False) -> Iterator[tuple[str, Calla
             arguments = (x, W, new(d_out, dtype=dtype), I_in, E)
             yield f"edited {name}", lambda a=arguments: edited.launch(*a)
         yield f"edited {name}", lambda x=x, one=(I_in, E): edited.edit(x, [one] * 3)
-        alone = (3584, 3584, 4, 1), (3584, 18944, 4, 16), (8192, 28672, 8, 1), (3584, 151936, 4, 1)
-        for d_in, d_out, r, tokens in alone:
-            W, b = new(d_out, d_in, dtype=dtype), new(d_out, dtype=dtype)
-            x, I_in = new(tokens, 1, d_in, dtype=dtype), new(tokens, r, dtype=torch.int64)
-            layer = decode.Layer(W, b, policy)
-            arguments = (x, [layer], None, I_in, None, signals, r, True, 0.8, None)
-            yield f"decode {name}", lambda a=arguments: decode.launch(*a)
-        for model in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3-70B"):
-            sizes = shapes.MODELS[model].projections()
-            for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-                for tokens in (1, 16):
-                    x = new(tokens, 1, sizes[names[0]][0], dtype=dtype)
-                    layers = [
-                        decode.Layer(
-                            new(*reversed(sizes[one]), dtype=dtype),
-                            new(sizes[one][1], dtype=dtype),
-                            policy,
-                        )
-                        for one in names
-                    ]
-                    I_in = new(tokens, 4, dtype=torch.int64)
-                    arguments = (x, layers, None, I_in, None, None, 4, True, 0.8, None)
-                    yield f"decode {name}", lambda a=arguments: decode.launch(*a)
-                    if len(layers) == 3:  # query and key select together
-                        heads = shapes.MODELS[model].heads, shapes.MODELS[model].kv_heads
-                        yield f"decode {name}", lambda a=arguments, h=heads: decode.launch(*a, h)
-        r = 8 if dtype == torch.bfloat16 else 4  # of 16 tokens, 8 of float32 spill 8 bytes
-        x, factors_of = new(16, 1, 3584, dtype=dtype), new(9 + r, dtype=torch.float64)
-        layers = [decode.Layer(new(3584, 3584, dtype=dtype), None, factors_of)]
-        counted = new(16, 1, dtype=torch.bool)
-        arguments = (x, layers, counted, None, None, signals, r, True, 0.8, 0.5)
-        yield f"decode {name}", lambda a=arguments: decode.launch(*a)
+        for step in steps(dtype):
+            yield f"decode {name}", step.launch
         values = new(2, 512, 3584, dtype=dtype)
         mask = new(2, 512, dtype=torch.bool)
         yield f"scores {name}", lambda v=values: scores.launch(v, None, True)
@@ -317,7 +331,6 @@ def main() -> None:
     """Print the table; exit with 1 on a spill or a narrow load of W."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", nargs="*", default=list(TARGETS))
-    parser.add_argument("--full", action="store_true", help="prefill with every choice (minutes)")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("benchmarks.aot: TRITON_INTERPRET is set, so nothing would be compiled")
     failures = []
@@ -326,7 +339,7 @@ def main() -> None:
         if (reason := why_missing(architecture)) is not None:
             print(f"{architecture}: not read, {reason}")
         print(f"{architecture:<42} registers  shared  spills  16-byte loads")
-        for name, kernel in compiled(architecture, partial(launches, full=given.full)):
+        for name, kernel in compiled(architecture):
             if reason is not None:
                 continue
             row = resources(architecture, kernel)

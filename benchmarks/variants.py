@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from benchmarks.common import Budget, Variant
 from benchmarks.results import Case
 from vps import VPSConfig, VPSLinear, reference
 from vps.backends import sharing
+from vps.kernels import tuning
 from vps.masking import STATE, TokenLayout
 
 BASE = "nn.Linear"
@@ -154,6 +156,18 @@ def as_a_model(x: Tensor) -> Iterator[None]:
         STATE.layouts.pop()
         if STATE.readings:
             STATE.readings[-1].end()
+
+
+def launched_early(variant: Variant | str) -> Variant | str:
+    """Let kernels of a step start before the one before them ends (``tuning.PDL``)."""
+    if not isinstance(variant, Variant):
+        return variant
+
+    def call() -> object:
+        with mock.patch.object(tuning, "PDL", True):
+            return variant.call()
+
+    return Variant(call)
 
 
 def why_not(name: str, x: Tensor) -> str | None:

@@ -12,9 +12,11 @@ from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,6 +44,19 @@ def accumulation(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     raise TypeError(f"vps kernels take float16, bfloat16, float32 and float64, got {dtype}")
 
 
+@triton.jit
+def wait_for_last_kernel(PDL: tl.constexpr, LETS_NEXT: tl.constexpr) -> None:
+    """Wait until the kernel before has written all, then perhaps let the next one start.
+
+    Before it a kernel reads nothing that its predecessor writes. The next one may read what was
+    written before this one started.
+    """
+    if PDL:
+        gdc_wait()
+        if LETS_NEXT:
+            gdc_launch_dependents()
+
+
 class Launched(NamedTuple):
     """Hold what launches a compiled kernel again.
 
@@ -67,10 +82,24 @@ _NOTED = _Noted()
 
 
 def begin(
-    kernel: Any, grid: tuple[int, ...], pointers: tuple[Any, ...], rest: tuple[Any, ...], warps: int
+    kernel: Any,
+    grid: tuple[int, ...],
+    pointers: tuple[Any, ...],
+    rest: tuple[Any, ...],
+    tile: dict[str, int],
+    early: bool = False,
 ) -> None:
-    """Launch a kernel with its pointers and what its signature has behind them."""
-    compiled = kernel[grid](*pointers, *rest, num_warps=warps, enable_fp_fusion=True)
+    """Launch a kernel with its pointers and what its signature has behind them.
+
+    Of ``tile`` it takes what is no argument of the kernel. ``early`` lets it start before the
+    kernel before it ends, for which it waits by itself.
+    """
+    options: dict[str, Any] = {
+        name: tile[name] for name in ("num_warps", "maxnreg") if name in tile
+    }
+    if early:
+        options["launch_pdl"] = True
+    compiled = kernel[grid](*pointers, *rest, **options, enable_fp_fusion=True)
     if _NOTED.launches is not None and compiled is not None:  # the interpreter compiles nothing
         again = partial(compiled.run, *(*grid, 1, 1)[:3])
         fixed = compiled.function, compiled.packed_metadata, None, None, None

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from vps.kernels import tuning
 from vps.kernels.device import begin, on_its_device
@@ -102,7 +103,10 @@ def token_kernel(
     K: tl.constexpr,
     UNROLL: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:  # the product, which follows, waits by itself
+        gdc_launch_dependents()
     group = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, CHUNK)
     address = values_ptr + group * stride_g + columns.to(tl.int64) * stride_d
@@ -220,8 +224,9 @@ def launch(scores: Tensor, k: int, absolute: bool = False) -> Tensor:
     architecture = tuning.architecture(scores.device)
     if absolute and scores.element_size() == 2 and width <= tuning.LARGEST_TOKEN:
         tile = tuning.select(width, architecture)
-        rest = width, *scores.stride(), k, k if k <= 8 else 1, tile["CHUNK"]
-        begin(token_kernel, (groups,), (scores, selected), rest, tile["num_warps"])
+        unroll, pdl = k if k <= 8 else 1, tuning.has_pdl(architecture)
+        rest = width, *scores.stride(), k, unroll, tile["CHUNK"], pdl
+        begin(token_kernel, (groups,), (scores, selected), rest, tile)
         return selected
     tile = tuning.select(min(width, LARGEST_CHUNK), architecture)
     chunks = tuning.steps(width, tile["CHUNK"])

@@ -6,6 +6,7 @@ come in the same order for every batch size. The reason stands beside each choic
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ STREAM = {
 }
 
 
+# Whether a kernel of a step of decoding may start while the one before it ends (programmatic
+# dependent launch). Off until a GPU has measured it; README.md, Decoding.
+PDL = os.environ.get("VPS_PDL") == "1"
 LARGEST_TOKEN = 32768  # features of 16 bits that one program of 32 warps selects from
 
 
@@ -52,6 +56,19 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
+
+
+def has_pdl(architecture: str) -> bool:
+    """Return whether kernels of a step are to overlap, and this architecture lets them."""
+    return PDL and architecture in ("sm_90", "sm_100")
+
+
+def registers(most: int, architecture: str) -> dict[str, int]:
+    """Let a thread have so many registers, where fitting one more program would cost a spill.
+
+    The ptxas of Triton 3.6 spills one register for that, also where programs are few.
+    """
+    return {} if architecture == "gfx942" else {"maxnreg": most}
 
 
 def bucket(number: int) -> int:
@@ -112,10 +129,11 @@ def merge(records: int) -> dict[str, int]:
     return {"RECORDS": block, "num_warps": 8 if block >= 4096 else 4 if block >= 1024 else 1}
 
 
-def couple(width: int) -> dict[str, int]:
+def couple(width: int, architecture: str) -> dict[str, int]:
     """Take all channels of a key projection in one program, of 8 warps from 512 on."""
     block = max(16, power_of_2(width))
-    return {"WIDTH": block, "num_warps": max(1, min(8, block // 64))}
+    warps = max(1, min(8, block // 64))
+    return {"WIDTH": block, "num_warps": warps, **registers(168, architecture)}
 
 
 def columns(width: int, every: bool) -> dict[str, int]:
@@ -126,7 +144,7 @@ def columns(width: int, every: bool) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": 8 if block == 512 else 4}
 
 
-def factors(r: int, records: int, d_in: int) -> dict[str, int]:
+def factors(r: int, records: int, d_in: int, architecture: str) -> dict[str, int]:
     """Take one program a group, with 16 KB of its r rows of W in flight, 32 KB of many rows.
 
     Of rows beyond 28,672 features half as much, or the ptxas of Triton 3.9 spills; of few rows in
@@ -141,6 +159,7 @@ def factors(r: int, records: int, d_in: int) -> dict[str, int]:
         "RECORDS": max(16, power_of_2(records)),
         "BLOCK_T": 1024,
         "num_warps": warps,
+        **registers(128, architecture),
     }
 
 
@@ -198,6 +217,8 @@ def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[
     stages, warps = (2, 4) if architecture == "gfx942" else (2 if is_wide else 4, 8)
     slices = max(2, warps // blocks) if blocks > 2 or is_wide else warps
     along = 16 if is_wide else step // (16 * blocks * slices * element_size)
+    most = 128 if blocks <= 2 else 168
+    own = registers(most, architecture) if is_wide == (blocks <= 2) else {}
     return {
         "BLOCK_N": 8 if few else 16,
         "BLOCKS_O": blocks,
@@ -205,6 +226,7 @@ def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[
         "BLOCK_K": along,
         "STAGES": stages,
         "num_warps": warps,
+        **own,
     }
 
 

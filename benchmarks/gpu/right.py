@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from benchmarks.ops.problem import Problem
 from vps import VPSLinear, reference
 from vps.algorithm.policy import LayerGamma
 from vps.functional import Projection, coupled_vps_linear
+from vps.kernels import tuning
 
 Check = tuple[str, Callable[[], object]]
 BACKENDS = ("triton", "cuda")
@@ -90,6 +92,25 @@ def twice(device: str, tokens: int, backend: str) -> None:
     layer, x = layer_of(device, tokens)
     with vps.backend(backend):
         assert torch.equal(layer(x), layer(x.clone())), "two calls differ"
+
+
+def launched_early(device: str, tokens: int, backend: str) -> None:
+    """Require the same bits where a kernel may start before the last one ends, replayed too."""
+    layer, x = layer_of(device, tokens)
+    inputs = [x, *(checks.activations(*x.shape, x.dtype, device) for _ in range(31))]
+    with vps.backend(backend):
+        expected = [layer(z) for z in inputs]
+        found: list[Tensor] = []
+
+        def call() -> Tensor:
+            found[:] = [layer(z) for z in inputs]
+            return found[-1]
+
+        with mock.patch.object(tuning, "PDL", True):
+            replay = common.graph_of(call)
+        replay()
+        torch.cuda.synchronize()
+    assert all(map(torch.equal, found, expected)), "an early launch is another"
 
 
 def without_waiting(device: str, tokens: int, backend: str) -> None:
@@ -173,6 +194,8 @@ def plan(device: str) -> Iterator[Check]:
                 if vps.backends()[backend] is None:
                     name = f"{test.__name__.replace('_', ' ')}, N = {tokens}: {backend}"
                     yield name, partial(test, device, tokens, backend)
+    if device == "cuda":
+        yield "launched early, N = 1: triton", partial(launched_early, device, 1, "triton")
 
 
 def run(out: Path) -> list[str]:

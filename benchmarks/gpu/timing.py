@@ -95,6 +95,8 @@ def block(groups: int, tokens: int, seconds: float, device: str) -> list[str]:
     )
     found = variants.usual(work, variants.CONFIG)
     found[variants.GEMV] = variants.our_gemv(work)
+    if tokens == 1 and device == "cuda":
+        found["vps triton, PDL"] = variants.launched_early(found["vps triton"])
     blocks = len(work.linears) // work.period
     both = variants.in_graphs(found) if device == "cuda" else found
     case = common.measure(both, variants.BASE, seconds, work=blocks, least=7)

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from vps.kernels import select as selection
+from vps.kernels import tuning
 from vps.kernels.decode import couple, decode
 from vps.kernels.device import Launched, is_watched, noted
 
@@ -42,7 +43,7 @@ def launch(
             return launch(x, layers, mask, I_in, entropy, rules, heads)
     key = (
         x.dtype, x.shape, x.stride(), x.get_device(), None if mask is None else mask.stride(),
-        None if I_in is None else I_in.stride(), entropy is None, rules, heads,
+        None if I_in is None else I_in.stride(), entropy is None, rules, heads, tuning.PDL,
         *[
             (W.dtype, W.shape, W.stride(), b is None or (b.dtype, b.stride()), policy.shape)
             for W, b, policy in layers

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vps.kernels import tuning
 from vps.kernels.decode.gemv import Product
-from vps.kernels.device import begin, on_its_device
+from vps.kernels.device import begin, on_its_device, wait_for_last_kernel
 from vps.kernels.policy import column_factors, decide, inverse_scale
 from vps.kernels.prefill.delta import finish
 from vps.kernels.select import next_key, position
@@ -59,6 +59,7 @@ def apply_kernel(
     TILES: tl.constexpr,
     RECORDS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
@@ -88,6 +89,7 @@ def apply_kernel(
     column = (program - first) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width = column < width
     I_in = tl.load(I_in_ptr + group * stride_I_in + ranks, mask=inside, other=0)
+    wait_for_last_kernel(PDL, False)
     H_row = H_ptr + before * groups + group * width
     base = tl.load(H_row + column, mask=in_width, other=0.0).to(tl.float32)
     rows_B = columns_ptr + before * (groups * R) + group * R * width
@@ -236,6 +238,7 @@ def launch(
     most = max(product.tiles)
     key_size = 4 if product.record is None else product.record.element_size()
     tile = tuning.decode_apply(max(widths), most * r, key_size)
+    pdl = tuning.has_pdl(tuning.architecture(device))
     programs = sum(tuning.steps(width, tile["BLOCK_D"]) for width in widths)
     pointers = (
         product.H, tuple(biases), product.columns, mask, I_in, tuple(I_out),
@@ -247,7 +250,7 @@ def launch(
         widths, product.tiles, tuple(0 if b is None else b.stride(0) for b in biases),
         0 if mask is None else mask.stride(0), I_in.stride(0), given[0].stride(0) if given else 0,
         layers, adaptive, tau, clamp, policies[0].numel() == 9 + r, r, tuning.power_of_2(r),
-        tuning.power_of_2(most), tile["RECORDS"], tile["BLOCK_D"],
+        tuning.power_of_2(most), tile["RECORDS"], tile["BLOCK_D"], pdl,
     )  # fmt: skip
-    begin(apply_kernel, (programs, groups), pointers, rest, tile["num_warps"])
+    begin(apply_kernel, (programs, groups), pointers, rest, tile, pdl)
     return [Applied(*own) for own in zip(ys, features, core, gamma, t, strict=True)]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import begin, on_its_device
+from vps.kernels.device import begin, on_its_device, wait_for_last_kernel
 from vps.kernels.scores import accumulation, magnitude
 from vps.kernels.select import LARGEST_K, with_rows
 
@@ -61,7 +61,9 @@ def couple_kernel(
     R: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_last_kernel(PDL, True)
     group = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     inside = channel < d_k
@@ -127,6 +129,7 @@ def launch(
     I_in: Tensor,
     heads: int,
     kv_heads: int,
+    follows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return pooled energy and features of both projections for every group of tokens.
 
@@ -139,6 +142,7 @@ def launch(
         I_in: int64 ``[G, r]``, carried into the result.
         heads: query heads.
         kv_heads: key-value heads, a divisor of ``heads``.
+        follows: whether the last kernel on the stream is one of the same step of decoding.
 
     Returns:
         Energy ``[G]`` in the accumulation dtype, mean square over both; and int64 ``[G, 3, r]``:
@@ -171,11 +175,13 @@ def launch(
     energy_q, energy_k = energies or (None, None)
     I_in = with_rows(I_in)
     pointers = query, key, energy_q, energy_k, counted, I_in, energy, features
-    tile = tuning.couple(d_k)
+    architecture = tuning.architecture(query.device)
+    tile, pdl = tuning.couple(d_k, architecture), follows and tuning.has_pdl(architecture)
     rest = (
         d_q, d_k, d_k // kv_heads, *query.stride(), *key.stride(),
         0 if counted is None else counted.stride(0), I_in.stride(0), acc, not energies,
         heads // kv_heads, min(heads // kv_heads, 8), r, tuning.power_of_2(r), tile["WIDTH"],
+        pdl,
     )  # fmt: skip
-    begin(couple_kernel, (groups,), pointers, rest, tile["num_warps"])
+    begin(couple_kernel, (groups,), pointers, rest, tile, pdl)
     return energy, features

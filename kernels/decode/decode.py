@@ -120,6 +120,7 @@ def step(
     for layer in layers:
         if (reason := refusal(x, layer.weight, r)) is not None:
             raise ValueError(f"decode: {reason}")
+    selected_here = I_in is None
     I_in = selection.with_rows(selection.launch(x[:, 0], r, True) if I_in is None else I_in)
     if I_out is not None:
         I_out = selection.with_rows(I_out)
@@ -134,14 +135,16 @@ def step(
         selects = I_out is None and any(at not in coupled for at in part)
         measures = adaptive and any(at not in coupled for at in part)
         weights = [layers[at].weight for at in part]
-        product = gemv.launch(x, weights, mask, I_in, r, selects, measures, tau is not None)
+        follows = selected_here or bool(products)
+        clips = tau is not None
+        product = gemv.launch(x, weights, mask, I_in, r, selects, measures, clips, follows)
         place |= {at: (len(products), number) for number, at in enumerate(part)}
         products.append(product)
     joint = None
     if heads is not None:
         counted = None if mask is None else mask[:, 0]
         H_q, H_k = (products[of].of(number) for of, number in (place[0], place[1]))
-        joint = couple.launch(H_q, H_k, [], counted, I_in, *heads)
+        joint = couple.launch(H_q, H_k, [], counted, I_in, *heads, True)
         chosen[:2] = joint[1][:, 1], joint[1][:, 2]
     outputs: dict[int, apply.Applied] = {}
     for part, product in zip(parts.values(), products, strict=True):

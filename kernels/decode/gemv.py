@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vps.kernels import tuning
-from vps.kernels.device import begin, on_its_device
+from vps.kernels.device import begin, on_its_device, wait_for_last_kernel
 from vps.kernels.scores import magnitude
 from vps.kernels.select import key_dtype, next_key, score_key
 
@@ -102,6 +102,7 @@ def gemv_kernel(
     SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     ROWS: tl.constexpr = 16 * BLOCKS_O
     PARTS: tl.constexpr = SLICES * BLOCKS_O
@@ -128,6 +129,7 @@ def gemv_kernel(
     row = (tile - first) * ROWS + tl.arange(0, ROWS)
     in_width = row < width
     columns_at = weight_ptr + row.to(tl.int64)[:, None] * stride_out
+    wait_for_last_kernel(PDL, True)
     if columns_ptr is not None:  # in flight while W streams
         columns = load_columns(columns_at, in_width, I_in_ptr, 0, groups, stride_I_in, stride_in,
                                R, RANKS)  # fmt: skip
@@ -229,6 +231,7 @@ def launch(
     selects: bool,
     measures: bool,
     clips: bool,
+    follows: bool = False,
 ) -> Product:
     """Multiply, and take what the update of each layer needs.
 
@@ -242,6 +245,7 @@ def launch(
         selects: whether to find outputs.
         measures: whether to sum squares of H.
         clips: whether to sum squares of rows and columns of W.
+        follows: whether the last kernel on the stream is one of this step.
 
     Returns:
         The products, of which each row has the bits it has when its token and layer come alone.
@@ -249,7 +253,9 @@ def launch(
     (groups, _, d_in), device = x.shape, x.device
     widths = tuple(weight.shape[0] for weight in weights)
     total_width = sum(widths)
-    tile = tuning.gemv(widths[0], groups, x.element_size(), tuning.architecture(device))
+    architecture = tuning.architecture(device)
+    tile = tuning.gemv(widths[0], groups, x.element_size(), architecture)
+    pdl = tuning.has_pdl(architecture)
     tiles = tuple(tuning.steps(width, 16 * tile["BLOCKS_O"]) for width in widths)
     count = sum(tiles)
     columns = record = sums = row_squares = None
@@ -268,7 +274,7 @@ def launch(
         groups, widths, x.stride(0), x.stride(2), tuple(weight.stride(0) for weight in weights),
         tuple(weight.stride(1) for weight in weights), 0 if mask is None else mask.stride(0),
         0 if I_in is None else I_in.stride(0), len(weights), d_in, r, tuning.power_of_2(r),
-        *(tile[name] for name in ("BLOCK_N", "BLOCKS_O", "SLICES", "BLOCK_K", "STAGES")),
+        *(tile[name] for name in ("BLOCK_N", "BLOCKS_O", "SLICES", "BLOCK_K", "STAGES")), pdl,
     )  # fmt: skip
-    begin(gemv_kernel, (count,), pointers, rest, tile["num_warps"])
+    begin(gemv_kernel, (count,), pointers, rest, tile, pdl and follows)
     return Product(H, columns, record, sums, row_squares, widths, tiles)

@@ -214,7 +214,7 @@ def launch(
     tokens = 0 if mask is None else mask.shape[1]
     I_out = with_rows(I_out) if record is None else I_out
     tiles, slots = columns.squares.shape
-    tile = tuning.factors(r, records, d_in)
+    tile = tuning.factors(r, records, d_in, tuning.architecture(weight.device))
     factors_kernel[groups,](
         weight, columns.squares, columns.I_in, I_out, record, policy, energy, entropy, mask,
         features, core, gamma, active, records, tiles, slots, tokens, *weight.stride(),
