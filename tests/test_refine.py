@@ -372,6 +372,6 @@ def test_other_families(tokenizer):
     vps.patch(model, VPSConfig(target_modules=("c_attn", "c_fc")))
     result = run(model, tokenizer, iterations=3)
     assert [entry.builder for entry in result.iterations] == ["base", "sc", "sc"]
-    with pytest.raises(ValueError, match="no sharpened layer"):
+    with pytest.raises(ValueError, match=r"vps\.refine: the model holds no sharpened layer"):
         vps.unpatch(model)
         run(model, tokenizer)

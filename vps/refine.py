@@ -39,7 +39,7 @@ from vps.model.generation import (
     sample,
     token_entropy,
 )
-from vps.model.patching import disabled, policy_state, set_config
+from vps.model.patching import disabled, set_config, shared_state
 from vps.model.statistics import observe
 from vps.verify import CompositeVerifier, Losses
 from vps.verify.composite import DEFAULT_WEIGHTS, check_weights
@@ -169,7 +169,7 @@ def refine(
     Source: SPEC §10; the paper, algorithm 3.
     """
     _check(prompt, gold, iterations, keep, samples, temperature)
-    state = policy_state(model)
+    state = shared_state(model, "vps.refine")
     refining = iterations >= 2 and (gold is not None or samples > 0)
     verifier = CompositeVerifier(_usable(weights, gold), timeout=timeout) if refining else None
     inputs = encode(tokenizer, prompt, chat)
@@ -240,7 +240,7 @@ class _Run:
     def answer(self, processors: Any = ()) -> tuple[Generation, tuple[str, ...]]:
         """Return the greedy answer and the samples, each begun with the same entropy."""
         common = (self.model, self.tokenizer, self.inputs, self.max_new_tokens)
-        state = policy_state(self.model)
+        state = shared_state(self.model, "vps.refine")
         entropy = state.entropy
         answer = generate(*common, processors=processors)
         drawn: list[str] = []
@@ -254,7 +254,7 @@ class _Run:
 
     def look(self) -> tuple[float, list[Any]]:
         """Return ℋ after the prompt, computed without an entropy, and what the layers saw."""
-        policy_state(self.model).set_entropy(None)
+        shared_state(self.model, "vps.refine").set_entropy(None)
         with torch.no_grad(), observe(self.model) as observed:
             logits = self.logits(self.inputs["input_ids"], 1, self.inputs["attention_mask"])
             entropy = token_entropy(logits[0, -1])

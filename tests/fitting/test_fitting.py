@@ -282,6 +282,9 @@ def test_bad_arguments(tokenizer):
         with pytest.raises(ValueError, match=message):
             calibrate(model, tokenizer, pairs(8), chat=False, **change)
         assert not sharpened_layers(model)
+    for wrong in (None, "What is 2 + 2?", {"text": "4"}):
+        with pytest.raises(TypeError, match="calibrate: examples must be a list .* got"):
+            calibrate(model, tokenizer, wrong, chat=False)
     for change in ({"steps": 0}, {"learning_rates": ()}, {"learning_rates": (-1.0,)}):
         with pytest.raises(ValueError, match="calibrate: "):
             Options(**change)

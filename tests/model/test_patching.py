@@ -182,6 +182,9 @@ def test_nothing_to_patch_is_an_error_and_changes_nothing():
         vps.unpatch(model)
     with pytest.raises(TypeError, match="nn.Module, got str"):
         vps.patch("llama")
+    report = vps.patch(tiny("llama"))
+    with pytest.raises(TypeError, match="got PatchReport; vps.patch returns a report and changes"):
+        vps.unpatch(report)
     with pytest.raises(TypeError, match="VPSConfig, got dict"):
         vps.patch(model, {})
     with torch.device("meta"):

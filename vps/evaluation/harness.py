@@ -27,7 +27,7 @@ from vps.evaluation.paired import Outcome
 from vps.evaluation.runs import Evaluation, Evaluator
 from vps.evaluation.tasks import load
 from vps.model.capture import restored
-from vps.model.patching import patch, policy_state, sharpened_layers, unpatch
+from vps.model.patching import patch, policy_state, shared_state, sharpened_layers, unpatch
 
 VARIANTS = (SHARPENED, *CONTROLS)
 SCOPES = ("token", "prompt", "sequence", "batch", "config")
@@ -117,7 +117,7 @@ class Harness:
             )
         if isinstance(tasks, str) or not tasks:
             raise ValueError(f"evaluation: tasks must be a list of at least one, got {tasks!r}")
-        policy_state(model)  # raises where nothing is patched
+        shared_state(model, "evaluation")  # raises where nothing is patched
         self.model = model
         self.limit = limit
         self.chat = chat

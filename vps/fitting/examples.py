@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,9 @@ def parse(value: Any, name: str = "example", empty: bool = False) -> Example:
 
 def parse_all(name: str, values: Sequence[Any]) -> list[Example]:
     """Parse examples that messages call by ``name`` and number; those without text pass."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        kind = type(values).__name__
+        raise TypeError(f"calibrate: {name}s must be a list of texts, pairs or mappings, got {kind}")
     return [parse(each, f"{name} {number}", empty=True) for number, each in enumerate(values, 1)]
 
 

@@ -17,7 +17,14 @@ from vps.fitting.candidates import Sharpening
 from vps.fitting.descent import gradients
 from vps.fitting.examples import LONGEST, Encoded, parse_all, told, usable
 from vps.model.capture import restored
-from vps.model.patching import check_scope, patch, policy_state, sharpened_layers, unpatch
+from vps.model.patching import (
+    check_module,
+    check_scope,
+    patch,
+    policy_state,
+    sharpened_layers,
+    unpatch,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ def prepared(model: nn.Module, config: VPSConfig | None, scope: str) -> Iterator
     if scope not in VPSConfig.CHOICES["scope"]:
         allowed = VPSConfig.CHOICES["scope"]
         raise ValueError(f"calibrate: scope must be one of {allowed}, got {scope!r}")
+    check_module(model, "calibrate")
     patched_here = not sharpened_layers(model)
     if patched_here:
         patch(model, config)

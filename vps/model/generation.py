@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vps import masking
 from vps.backends import dispatch
-from vps.model.patching import disabled, policy_state
+from vps.model.patching import disabled, shared_state
 
 # The settings by which transformers chooses another way to decode, to read the prompt or to return
 # results. A model's own generation_config may hold any of them. Its other settings, such as stop
@@ -375,7 +375,7 @@ class EntropyProcessor:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.state = policy_state(model)
+        self.state = shared_state(model, "EntropyProcessor")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Set the entropy of logits ``scores`` [B, vocabulary], and return them unchanged."""

@@ -88,7 +88,7 @@ def patch(model: nn.Module, config: VPSConfig | None = None) -> PatchReport:
     Warns:
         UserWarning: some of the layers asked for were refused.
     """
-    _check_module(model, "patch")
+    check_module(model, "vps.patch")
     config = VPSConfig() if config is None else config
     if not isinstance(config, VPSConfig):
         raise TypeError(f"vps.patch: config must be a VPSConfig, got {type(config).__name__}")
@@ -170,7 +170,7 @@ def unpatch(model: nn.Module) -> None:
         TypeError: ``model`` is no module.
         ValueError: no sharpened layer in the model.
     """
-    layers = _require_layers(model, "unpatch")
+    layers = require_layers(model, "vps.unpatch")
     attention_mask.detach(model)
     pairing.detach(model)
     for layer in layers.values():
@@ -187,7 +187,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: no sharpened layer in the model.
     """
-    layers = _require_layers(model, "disabled")
+    layers = require_layers(model, "vps.disabled")
     states = list({id(layer.state): layer.state for layer in layers.values()}.values())
     STATE.disabled.extend(states)
     try:
@@ -208,7 +208,7 @@ def set_config(model: nn.Module, config: VPSConfig) -> None:
         ValueError: no sharpened layer in the model; other target modules, which need a new patch;
             another scope than ``"token"`` for experts; or layers with the γ of a calibration.
     """
-    layers = _require_layers(model, "set_config")
+    layers = require_layers(model, "vps.set_config")
     if not isinstance(config, VPSConfig):
         raise TypeError(f"vps.set_config: config must be a VPSConfig, got {type(config).__name__}")
     for layer in layers.values():
@@ -256,11 +256,16 @@ def policy_state(model: nn.Module) -> PolicyState:
     Raises:
         ValueError: no sharpened layer in the model, or layers of differently patched models.
     """
-    layers = _require_layers(model, "policy_state")
+    return shared_state(model, "vps.policy_state")
+
+
+def shared_state(model: nn.Module, caller: str) -> PolicyState:
+    """Do what :func:`policy_state` does, with errors in the name of ``caller``."""
+    layers = require_layers(model, caller)
     states = {id(layer.state): layer.state for layer in layers.values()}
     if len(states) > 1:
         raise ValueError(
-            f"vps.policy_state: the layers belong to {len(states)} policy states, of parts patched "
+            f"{caller}: the layers belong to {len(states)} policy states, of parts patched "
             "by themselves; call vps.patch on the whole model"
         )
     return next(iter(states.values()))
@@ -291,18 +296,22 @@ def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def _check_module(model: nn.Module, function: str) -> None:
+def check_module(model: nn.Module, caller: str) -> None:
+    """Refuse what is no module, in the name of ``caller``."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"vps.{function}: model must be an nn.Module, got {type(model).__name__}")
+        report = "; vps.patch returns a report and changes the model that it is given"
+        raise TypeError(
+            f"{caller}: model must be an nn.Module, got {type(model).__name__}"
+            f"{report if isinstance(model, PatchReport) else ''}"
+        )
 
 
-def _require_layers(model: nn.Module, function: str) -> dict[str, Any]:
-    _check_module(model, function)
+def require_layers(model: nn.Module, caller: str) -> dict[str, Any]:
+    """Return the sharpened layers of a model that must have some."""
+    check_module(model, caller)
     layers = sharpened_layers(model)
     if not layers:
-        raise ValueError(
-            f"vps.{function}: the model holds no sharpened layer; call vps.patch first"
-        )
+        raise ValueError(f"{caller}: the model holds no sharpened layer; call vps.patch first")
     return layers
 
 

@@ -17,7 +17,15 @@ from vps.config import VPSConfig
 from vps.model import matching
 from vps.model.calibration import FORMAT as CALIBRATION
 from vps.model.calibration import Calibration, device_of, fingerprint
-from vps.model.patching import PatchReport, patch, policy_state, sharpened_layers, unpatch
+from vps.model.patching import (
+    PatchReport,
+    patch,
+    policy_state,
+    require_layers,
+    shared_state,
+    sharpened_layers,
+    unpatch,
+)
 from vps.reading import parse_json, read_text
 
 FORMAT = "vps-settings-1"
@@ -34,10 +42,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         ValueError: no sharpened layer in the model.
         OSError: the file cannot be written, or ``path`` is something else.
     """
-    layers: dict[str, Any] = sharpened_layers(model)
-    if not layers:
-        raise ValueError("vps.save: the model holds no sharpened layer; call vps.patch first")
-    state = policy_state(model)
+    layers, state = require_layers(model, "vps.save"), shared_state(model, "vps.save")
     configs = {name: json.loads(layer.config.to_json()) for name, layer in layers.items()}
     values = {
         "format": FORMAT,

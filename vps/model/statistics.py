@@ -18,7 +18,7 @@ from vps import masking
 from vps.algorithm import policy, selection
 from vps.masking import group
 from vps.model.generation import input_device
-from vps.model.patching import sharpened_layers
+from vps.model.patching import require_layers
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def observe(model: nn.Module) -> Iterator[list[Observation]]:
         ValueError: no sharpened layer in the model.
         RuntimeError: at the end of a block in which no sharpened layer ran.
     """
-    layers = sharpened_layers(model)
-    if not layers:
-        raise ValueError("observe: the model holds no sharpened layer; call vps.patch first")
+    layers = require_layers(model, "observe")
     seen: list[Observation] = []
     handles = [
         layer.register_forward_hook(partial(_observed, seen, name, layer))
