@@ -176,7 +176,8 @@ def section(
     for metric, every in found.items():
         title, factor, unit = UNITS[metric]
         heads = [
-            "", "against", "n", "reference", "this row", f"difference, {unit} [95 %]", "gained, lost",
+            "", "against", "n", "reference", "this row", f"difference, {unit} [95 %]",
+            "gained, lost",
         ]  # fmt: skip
         heads += ["p", f"p of ±{MARGINS[metric] * factor:.2g}", "verdict"] if tested else []
         yield f"### {title}\n"

@@ -103,8 +103,10 @@ def parse(value: Any, name: str = "example", empty: bool = False) -> Example:
 def parse_all(name: str, values: Sequence[Any]) -> list[Example]:
     """Parse examples that messages call by ``name`` and number; those without text pass."""
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
-        kind = type(values).__name__
-        raise TypeError(f"calibrate: {name}s must be a list of texts, pairs or mappings, got {kind}")
+        raise TypeError(
+            f"calibrate: {name}s must be a list of texts, pairs or mappings, got "
+            f"{type(values).__name__}"
+        )
     return [parse(each, f"{name} {number}", empty=True) for number, each in enumerate(values, 1)]
 
 
