@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import aot
 from vps.kernels import select
-from vps.kernels.decode import couple, decode
+from vps.kernels.decode import decode
 
 CLOCK = 1755e6  # cycles a second of an H100 or H200
 CYCLES = {  # from the issue of an instruction to its result, by the start of its opcode
@@ -239,9 +239,16 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             x, I_in = new(tokens, 1, 3584), new(tokens, 4, dtype=torch.int64)
             arguments = x, [layer], None, I_in, None, None, 4, True, 0.8, None
             yield f"decode {width} N={tokens}", lambda a=arguments: decode.launch(*a)
-    I_in = new(1, 4, dtype=torch.int64)
-    pair = new(1, 3584), new(1, 512), [], None, I_in, 28, 4
-    yield "couple", lambda: couple.launch(*pair)
+    I_in, policies = new(1, 4, dtype=torch.int64), [new(9, dtype=torch.float64) for _ in range(3)]
+    several = ("q, k, v", (3584, 512, 512), (28, 4)), ("gate, up", (18944, 18944), None)
+    for name, widths, heads in several:
+        layers = [
+            decode.Layer(new(width, 3584), None, own)
+            for width, own in zip(widths, policies, strict=False)
+        ]
+        rest = None, I_in, None, None, 4, True, 0.8, None, heads
+        together = new(1, 1, 3584), layers, *rest
+        yield f"decode {name}", lambda a=together: decode.launch(*a)
 
 
 def main() -> None:

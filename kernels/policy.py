@@ -8,35 +8,69 @@ import triton.language as tl
 
 
 @triton.jit
-def interpolate_integer(policy_ptr, at: tl.constexpr, sigma):
-    """Return ``lo + ⌊(hi − lo)σ + 2⁻²⁰⌋`` of the setting whose bounds stand at ``at``."""
-    low = tl.load(policy_ptr + at)
-    high = tl.load(policy_ptr + at + 1)
+def interpolate_integer(low, high, sigma):
+    """Return ``lo + ⌊(hi − lo)σ + 2⁻²⁰⌋``."""
     return (low + tl.floor((high - low) * sigma + 0.00000095367431640625)).to(tl.int32)
 
 
 @triton.jit
+def load_policy(policy_ptr, entropy_ptr):
+    """Load a factor, the bounds of γ, rank and topk, then ℋ and the factor of the history.
+
+    The last two are 0 without ``entropy_ptr``.
+    """
+    factor = tl.load(policy_ptr)
+    entropy, history = factor * 0.0, factor * 0.0
+    if entropy_ptr is not None:
+        entropy, history = tl.load(entropy_ptr).to(tl.float64), tl.load(entropy_ptr + 1)
+    bounds_of_gamma = tl.load(policy_ptr + 1), tl.load(policy_ptr + 2)
+    bounds_of_rank = tl.load(policy_ptr + 3), tl.load(policy_ptr + 4)
+    bounds_of_topk = tl.load(policy_ptr + 5), tl.load(policy_ptr + 6)
+    return factor, bounds_of_gamma, bounds_of_rank, bounds_of_topk, entropy, history
+
+
+@triton.jit
 def strength(
-    policy_ptr,  # float64 [9 ...]: a factor, bounds of γ, rank, topk, order
+    factor,
     energy,  # of this group, or None when nothing is adaptive
-    entropy_ptr,  # [2] ℋ or −1, and the factor of the history; or None
+    entropy,
+    history,
+    HAS_ENTROPY: tl.constexpr,
 ):
     """Return σ of one group in float64, 0 when nothing is adaptive."""
-    factor = tl.load(policy_ptr)
     sigma = factor * 0.0
     if energy is not None:
         sigma = 1.0 - tl.exp(-energy.to(tl.float64))
-        if entropy_ptr is not None:
-            sigma = tl.maximum(sigma, tl.minimum(tl.load(entropy_ptr).to(tl.float64) / 3.0, 1.0))
-            factor *= tl.load(entropy_ptr + 1)
+        if HAS_ENTROPY:
+            sigma = tl.maximum(sigma, tl.minimum(entropy / 3.0, 1.0))
+            factor *= history
         sigma = tl.minimum(factor * sigma, 1.0)
     return sigma
 
 
 @triton.jit
+def decide_by(
+    policy,  # of load_policy
+    energy,  # of this group, or None when nothing is adaptive
+    HAS_ENTROPY: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Return γ in float64 and the number of active columns of one group."""
+    factor, of_gamma, of_rank, of_topk, entropy, history = policy
+    sigma = strength(factor, energy, entropy, history, HAS_ENTROPY)
+    gamma = of_gamma[0] + (of_gamma[1] - of_gamma[0]) * sigma
+    rank = interpolate_integer(of_rank[0], of_rank[1], sigma)
+    pool = interpolate_integer(of_topk[0], of_topk[1], sigma)
+    return gamma, tl.minimum(tl.minimum(rank, pool), R)
+
+
+@triton.jit
 def is_second_order(policy_ptr, energy, entropy_ptr):
     """Return whether one group takes the second-order term; arguments as of :func:`decide`."""
-    return interpolate_integer(policy_ptr, 7, strength(policy_ptr, energy, entropy_ptr)) >= 2
+    HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
+    factor, _, _, _, entropy, history = load_policy(policy_ptr, entropy_ptr)
+    sigma = strength(factor, energy, entropy, history, HAS_ENTROPY)
+    return interpolate_integer(tl.load(policy_ptr + 7), tl.load(policy_ptr + 8), sigma) >= 2
 
 
 @triton.jit
@@ -47,12 +81,8 @@ def decide(
     R: tl.constexpr,
 ):
     """Return γ in float64 and the number of active columns of one group."""
-    sigma = strength(policy_ptr, energy, entropy_ptr)
-    low = tl.load(policy_ptr + 1)
-    gamma = low + (tl.load(policy_ptr + 2) - low) * sigma
-    rank = interpolate_integer(policy_ptr, 3, sigma)
-    pool = interpolate_integer(policy_ptr, 5, sigma)
-    return gamma, tl.minimum(tl.minimum(rank, pool), R)
+    HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
+    return decide_by(load_policy(policy_ptr, entropy_ptr), energy, HAS_ENTROPY, R)
 
 
 @triton.jit

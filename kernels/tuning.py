@@ -217,8 +217,11 @@ def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[
     stages, warps = (2, 4) if architecture == "gfx942" else (2 if is_wide else 4, 8)
     slices = max(2, warps // blocks) if blocks > 2 or is_wide else warps
     along = 16 if is_wide else step // (16 * blocks * slices * element_size)
-    most = 128 if blocks <= 2 else 168
-    own = registers(most, architecture) if is_wide == (blocks <= 2) else {}
+    own = {}
+    if is_wide and blocks <= 2 and architecture != "sm_100":
+        own = registers(128, architecture)
+    elif not is_wide and blocks > 2:
+        own = registers(168, architecture)
     return {
         "BLOCK_N": 8 if few else 16,
         "BLOCKS_O": blocks,

@@ -19,7 +19,7 @@ from torch import Tensor
 from vps.kernels import tuning
 from vps.kernels.decode.gemv import Product
 from vps.kernels.device import begin, on_its_device, wait_for_last_kernel
-from vps.kernels.policy import column_factors, decide, inverse_scale
+from vps.kernels.policy import column_factors, decide_by, inverse_scale, load_policy
 from vps.kernels.prefill.delta import finish
 from vps.kernels.select import next_key, position
 
@@ -51,6 +51,7 @@ def apply_kernel(
     stride_I_out,
     LAYERS: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    GIVEN: tl.constexpr,  # whether a layer has an I_out
     TAU: tl.constexpr,
     CLAMP: tl.constexpr,
     BY_COLUMN: tl.constexpr,
@@ -115,23 +116,33 @@ def apply_kernel(
         sums_at = sums[None, :] + (1 + ranks[:, None]) * all_tiles
         wanted = inside[:, None] & (tile < own_tiles)[None, :]
         columns_B = tl.load(sums_at, mask=wanted, other=0.0)
-    tl.debug_barrier()  # or the compiler puts these loads off to where they are used
-
-    is_given = layer < 0
+    is_given, I_out_ptr = layer < 0, I_in_ptr
     for other in tl.static_range(LAYERS):
         if I_out_ptrs[other] is not None:
-            is_given = is_given | (layer == other)
+            mine = layer == other
+            is_given = is_given | mine
+            I_out_ptr = tl.where(mine, I_out_ptrs[other], I_out_ptr)
+    I_out = tl.zeros([RANKS], dtype=tl.int64)
+    if GIVEN:
+        wanted = ranks < tl.where(is_given, R, 0)
+        I_out = tl.load(I_out_ptr + group * stride_I_out + ranks, mask=wanted, other=0)
+    if ADAPTIVE and energy_ptr is not None:
+        pooled = tl.load(energy_ptr + group)
+    policy = load_policy(policy_ptr, entropy_ptr)
+    tl.debug_barrier()  # or the compiler puts these loads off to where they are used
+
+    HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     if ADAPTIVE:
         if energy_ptr is None:
             energy = tl.sum(parts, axis=0) / tl.cast(width, tl.float32)
         elif record_ptr is None:
-            energy = tl.load(energy_ptr + group)
+            energy = pooled
         else:
             energy = tl.sum(parts, axis=0) / tl.cast(width, tl.float32)
-            energy = tl.where(is_given, tl.load(energy_ptr + group), energy)
-        gamma, active = decide(policy_ptr, energy, entropy_ptr, R)
+            energy = tl.where(is_given, pooled, energy)
+        gamma, active = decide_by(policy, energy, HAS_ENTROPY, R)
     else:
-        gamma, active = decide(policy_ptr, None, entropy_ptr, R)
+        gamma, active = decide_by(policy, None, HAS_ENTROPY, R)
     if counted_ptr is not None:
         counted = tl.load(counted_ptr + group * stride_counted) != 0
         gamma = tl.where(counted, gamma, 0.0)
@@ -139,17 +150,11 @@ def apply_kernel(
     gamma = tl.cast(gamma, tl.float32)
     wanted = ranks < active
 
-    I_out = tl.zeros([RANKS], dtype=tl.int64)
     if record_ptr is not None:
         for rank in tl.static_range(R):
             largest, key = next_key(key, 0)
-            I_out = tl.where(ranks == rank, position(largest), I_out)
-    for other in tl.static_range(LAYERS):
-        if I_out_ptrs[other] is not None:
-            own = inside if LAYERS == 1 else ranks < tl.where(layer == other, R, 0)
-            I_out_at = I_out_ptrs[other] + group * stride_I_out + ranks
-            chosen = tl.load(I_out_at, mask=own, other=0)
-            I_out = chosen if LAYERS == 1 else tl.where(own, chosen, I_out)
+            found = (ranks == rank) & (is_given == 0)
+            I_out = tl.where(found, position(largest), I_out)
     t = tl.load(H_row + I_out, mask=wanted, other=0.0)
     inverse = tl.full([RANKS], 1.0, dtype=tl.float32)
     if TAU is not None:
@@ -249,8 +254,8 @@ def launch(
     rest = (
         widths, product.tiles, tuple(0 if b is None else b.stride(0) for b in biases),
         0 if mask is None else mask.stride(0), I_in.stride(0), given[0].stride(0) if given else 0,
-        layers, adaptive, tau, clamp, policies[0].numel() == 9 + r, r, tuning.power_of_2(r),
-        tuning.power_of_2(most), tile["RECORDS"], tile["BLOCK_D"], pdl,
+        layers, adaptive, len(given) > 0, tau, clamp, policies[0].numel() == 9 + r, r,
+        tuning.power_of_2(r), tuning.power_of_2(most), tile["RECORDS"], tile["BLOCK_D"], pdl,
     )  # fmt: skip
     begin(apply_kernel, (programs, groups), pointers, rest, tile, pdl)
     return [Applied(*own) for own in zip(ys, features, core, gamma, t, strict=True)]

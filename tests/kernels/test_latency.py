@@ -21,9 +21,13 @@ BUDGETS = {
     "decode 3584 N=16: gemv_kernel": (430, 2720),
     "decode 18944 N=1: gemv_kernel": (314, 2470),
     "decode 18944 N=16: gemv_kernel": (320, 3260),
-    "decode 3584 N=1: apply_kernel": (0, 2832),
-    "decode 18944 N=1: apply_kernel": (0, 5090),
-    "couple: couple_kernel": (0, 5750),
+    "decode 3584 N=1: apply_kernel": (0, 2700),
+    "decode 18944 N=1: apply_kernel": (0, 4655),
+    "decode q, k, v: gemv_kernel": (480, 1880),
+    "decode q, k, v: couple_kernel": (0, 5480),
+    "decode q, k, v: apply_kernel": (0, 4270),
+    "decode gate, up: gemv_kernel": (314, 2470),
+    "decode gate, up: apply_kernel": (0, 5130),
 }
 SNIPPET = """
       /*0000*/                   LDG.E R2, desc[UR4][R4.64] ;         /* 0x0 */
