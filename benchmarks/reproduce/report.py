@@ -71,7 +71,7 @@ def write_report(folder: Path) -> str:
         "parts": {
             name: {
                 "settings": run.definition,
-                "facts": run.finished[0].facts,
+                "facts": machines(run),
                 "seconds": sum(record.seconds for record in run.finished.values()),
                 "kinds": kinds(run),
                 "findings": [
@@ -99,6 +99,15 @@ def write_report(folder: Path) -> str:
         draw(found, folder / "forest.png")
         draw(found, folder / "answers.png", (ACCURACY, EXACT))
     return text
+
+
+def machines(run: Run) -> list[dict[str, Any]]:
+    """Return the facts of each machine and commit that finished cells of a part."""
+    found: list[dict[str, Any]] = []
+    for record in run.finished.values():
+        if record.facts not in found:
+            found.append(dict(record.facts))
+    return found
 
 
 def state(finished: int, count: int) -> str:
@@ -167,12 +176,12 @@ def section(
     tested: bool,
 ) -> Iterable[str]:
     """Yield the lines of one part, in Markdown; without p and verdict where nothing was tested."""
-    facts = run.finished[0].facts
     yield f"## {run.title}\n"
-    yield (
-        f"{facts['cpu']}, {facts['instructions']}, {facts['threads']} threads; torch "
-        f"{facts['torch']}; commit {facts['commit']}; seed {run.definition['seed']}.\n"
-    )
+    for facts in machines(run):
+        yield (
+            f"{facts['cpu']}, {facts['instructions']}, {facts['threads']} threads; torch "
+            f"{facts['torch']}; commit {facts['commit']}; seed {run.definition['seed']}.\n"
+        )
     for metric, every in found.items():
         title, factor, unit = UNITS[metric]
         heads = [

@@ -69,9 +69,10 @@ class Study:
     def places(self, *parts: str) -> Table:
         """Return where the parts were measured, each place once."""
         lines = dict.fromkeys(
-            where(self.parts[name]["facts"], self.parts[name]["settings"]["seed"])
+            where(facts, self.parts[name]["settings"]["seed"])
             for name in parts
             if name in self.parts
+            for facts in self.parts[name]["facts"]
         )
         return ["", *lines] if lines else []
 

@@ -196,6 +196,21 @@ def picture(study: Study) -> Table:
     ]
 
 
+def again(folder: Path) -> Table:
+    """How many answers of the plain model another machine gives, if that was asked."""
+    path = folder / STUDY / "again.json"
+    if not path.exists():
+        return []
+    values = json.loads(path.read_text())
+    own, first, other = values["found"], values["first"], values["again"]
+    return [
+        f"*main* was begun on one machine ({first['cpu']}) and finished on another "
+        f"({other['cpu']}). There the plain model answered its {own['answers']:,} questions once "
+        f"more: {own['that differ']} are right on one machine alone; a margin moved by up to "
+        f"{own['largest change of a margin']:.3f} nats."
+    ]
+
+
 def blocks(folder: Path) -> dict[str, Callable[[], Table]]:
     """Return what makes each table from the result files of a folder, by its name."""
     times = results.read(folder / TIMES)
@@ -207,6 +222,7 @@ def blocks(folder: Path) -> dict[str, Callable[[], Table]]:
         each.__name__: lambda each=each: each(study) for each in (*answers.TABLES, picture)
     }
     return made | {
+        "again": lambda: again(folder),
         "claims": lambda: claims_of(study, claims, times),
         "curvature": lambda: curvature(study, claims),
         "bound": lambda: bound(claims),

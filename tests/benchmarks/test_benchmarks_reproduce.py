@@ -288,7 +288,7 @@ def test_report_of_a_small_study(small, tmp_path):
     assert (tmp_path / "forest.png").read_bytes().startswith(b"\x89PNG")
     parts = json.loads((tmp_path / "findings.json").read_text())["parts"]
     for values in parts.values():
-        assert {"cpu", "instructions", "commit"} <= values["facts"].keys()
+        assert {"cpu", "instructions", "commit"} <= values["facts"][0].keys()
         assert values["settings"]["seed"] == questions.SEED
     assert len(parts["main"]["findings"]) == 7  # one cell, against three controls, and they
     assert all("detectable" in each for each in parts["main"]["findings"])
