@@ -94,8 +94,41 @@ def test_what_the_controls_show():
         f"and the controls {controls[0]} to {controls[-1]}"
     )
     points = float(re.search(r"effect is ([\d.]+) points", (folder / "report.md").read_text())[1])
-    for name in ("README.md", "docs/guides/evaluation.md"):
-        assert found in text(name) and f"difference of {points:.0f} points" in text(name)
+    guide = text("docs/guides/evaluation.md")
+    assert found in guide and f"difference of {points:.0f} points" in guide
+
+
+def test_what_the_study_shows():
+    """The sentences of README are the findings of the preregistered primary comparison."""
+    own = json.loads((RESULTS / "reproduction/findings.json").read_text())["parts"]["main"]
+    found = {
+        (each["comparison"]["cell"], each["comparison"]["against"]): each
+        for each in own["findings"]
+        if each["comparison"]["metric"] == "acc"
+    }
+    token, prompt = (found[f"paper, {scope}", "baseline"] for scope in ("token", "prompt"))
+    assert {token["verdict"], prompt["verdict"]} == {"worse"}
+    right = {
+        name: f"{100 * each['comparison']['value']:.1f}"
+        for (name, against), each in found.items()
+        if against == "baseline"
+    }
+    plain, n = f"{100 * token['comparison']['base']:.1f}", f"{token['comparison']['n']:,}"
+    seen = max(each["detectable"] for each in (token, prompt))
+    random = [f"paper, {scope} · random_indices" for scope in ("token", "prompt")]
+    noise = [right[f"paper, {scope} · random_noise"] for scope in ("token", "prompt")]
+    assert {found[name, "baseline"]["verdict"] for name in random} == {"equivalent"}
+    assert {right[name] for name in random} == {"39.7"}
+    sentences = (
+        f"Of {n} multiple-choice questions",
+        f"has {right['paper, token']} % right under scope `token` and {right['paper, prompt']} %",
+        f"the plain model {plain} %",
+        f"a true difference of {100 * seen:.1f} points",
+        "is equivalent to the plain model within 2 points (39.7 %)",
+        f"does about as much harm ({noise[0]} and {noise[1]} %)",
+    )
+    readme = text("README.md")
+    assert not [each for each in sentences if each not in readme]
 
 
 def test_what_the_calibration_shows():
