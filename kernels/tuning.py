@@ -133,7 +133,7 @@ def couple(width: int, architecture: str) -> dict[str, int]:
     """Take all channels of a key projection in one program, of 8 warps from 512 on."""
     block = max(16, power_of_2(width))
     warps = max(1, min(8, block // 64))
-    return {"WIDTH": block, "num_warps": warps, **registers(168, architecture)}
+    return {"WIDTH": block, "num_warps": warps, **registers(255, architecture)}
 
 
 def columns(width: int, every: bool) -> dict[str, int]:

@@ -277,7 +277,7 @@ def _panel(axes: Any, metric: str, rows: Sequence[Sequence[Finding]]) -> None:
     counts = sorted({row[0].comparison.n for row in rows}, reverse=True)
     number = " or ".join(f"{count:,}" for count in counts)
     axes.set_title(
-        f"{title.partition(',')[0].capitalize()} (n = {number})", fontsize=12, loc="left", x=-0.3
+        f"{title.partition(',')[0].capitalize()} (n = {number})", fontsize=12, loc="left"
     )
     worse = "right: worse" if metric == LOSS else "left: worse"
     axes.set_xlabel(f"difference from the plain model, {unit} ({worse})", fontsize=10)

@@ -55,11 +55,12 @@ class Study:
 
     def missing(self, *parts: str) -> Table:
         """Say which parts are not finished."""
-        return [
+        lines = [
             f"*Not finished: part {name}, {report.state(*(self.unfinished[name] or (0, 0)))}.*"
             for name in parts
             if name not in self.parts
         ]
+        return ["", *lines] if lines else []
 
     def found(self, part: str, metric: str, family: str) -> list[Values]:
         """Return the findings of a family, by part and metric."""

@@ -131,7 +131,7 @@ def claims_of(study: Study, claims: Values, times: Values) -> Table:
         ) or pending(part)
 
     def pending(part: str) -> str:
-        return study.missing(part)[0].strip("*") if study.missing(part) else ""
+        return study.missing(part)[-1].strip("*") if study.missing(part) else ""
 
     def against() -> str:
         found = Counter(e["verdict"] for e in study.found("main", ACCURACY, CONTROLS))
