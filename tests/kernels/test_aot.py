@@ -48,7 +48,7 @@ import sys
 from benchmarks import aot
 compile_with = aot.JITFunction.run
 def held(self, *arguments, **options):
-    return compile_with(self, *arguments, maxnreg=40, **options)
+    return compile_with(self, *arguments, **options | {"maxnreg": 40})
 aot.JITFunction.run = held
 kernels = aot.compiled("sm_90")
 print(sum(aot.resources("sm_90", next(kernels)[1])["spills"] > 0 for _ in range(2)))
