@@ -217,7 +217,7 @@ def gemv(width: int, groups: int, element_size: int, architecture: str) -> dict[
     stages, warps = (2, 4) if architecture == "gfx942" else (2 if is_wide else 4, 8)
     slices = max(2, warps // blocks) if blocks > 2 or is_wide else warps
     along = 16 if is_wide else step // (16 * blocks * slices * element_size)
-    own = {}
+    own = {}  # of float32 two programs fit then; the ptxas for sm_100 would spill more by it
     if is_wide and blocks <= 2 and architecture != "sm_100":
         own = registers(128, architecture)
     elif not is_wide and blocks > 2:

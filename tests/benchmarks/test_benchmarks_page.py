@@ -12,7 +12,7 @@ from benchmarks.reproduce import cells
 from benchmarks.reproduce.findings import CURVATURE, PLAIN
 from benchmarks.reproduce.measures import ACCURACY, BEST, EXACT, LOSS
 from benchmarks.reproduce.report import write_report
-from benchmarks.study import page
+from benchmarks.study import again, page
 from vps.evaluation.grid import BASELINE
 from vps.evaluation.paired import Outcome
 from vps.evaluation.runs import Evaluation, ablate
@@ -117,3 +117,24 @@ def test_what_is_not_finished_is_said(folder, tmp_path):
 def test_an_unknown_table_is_an_error(folder):
     with pytest.raises(KeyError, match="nonsense"):
         page.filled("<!-- results: nonsense -->\n<!-- /results -->", folder)
+
+
+def test_answers_of_another_machine_are_compared(tmp_path):
+    first = [
+        Outcome("units", "0", ACCURACY, 1.0, 0.25), Outcome("units", "1", ACCURACY, 0.0, -0.1),
+        Outcome("prose", "0", LOSS, 3.0),
+    ]  # fmt: skip
+    other = [
+        Outcome("units", "0", ACCURACY, 0.0, -0.5), Outcome("units", "1", ACCURACY, 0.0, -0.1),
+        Outcome("prose", "0", LOSS, 3.125),
+    ]  # fmt: skip
+    found = again.differences(first, other)
+    assert list(found.values()) == [2, 1, 0.75, 1, 0.125]
+    with pytest.raises(ValueError, match="1 questions are in one run alone"):
+        again.differences(first, other[1:])
+    assert page.again(tmp_path) == []
+    (tmp_path / "reproduction").mkdir()
+    values = {"found": found, "first": FACTS, "again": FACTS | {"cpu": "D"}}
+    (tmp_path / "reproduction/again.json").write_text(json.dumps(values))
+    (line,) = page.again(tmp_path)
+    assert "2 questions once more: 1 are right on one machine alone" in line and "(D)" in line

@@ -78,7 +78,7 @@ for architecture in ("sm_80", "sm_90", "sm_100"):
         wait = listing.index("ACQBULK") if "ACQBULK" in listing else None
         before = None if wait is None else listing[:wait]
         after = None if wait is None else listing[wait + 1]
-        print(architecture, name, getattr(kernel.metadata, "launch_pdl"), before, after)
+        print(architecture, name, kernel.metadata.launch_pdl, before, after)
 """
     run = python(code, **os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
     if "cuobjdump" in run.stderr:
